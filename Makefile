@@ -1,0 +1,123 @@
+# Every target implies `make setup`, which does nothing while .venv is up to date.
+# Written for GNU make 3.81 (macOS) and later, and for any POSIX shell.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+
+# $(call quote,NAME): the variable's text as one shell word, with braces, globs and spaces intact.
+quote = '$(subst ','\'',$(value $(1)))'
+# $(call option,FLAG,NAME): the flag with the variable's text, or nothing if that is empty.
+option = $(if $(value $(2)),$(1) $(call quote,$(2)))
+# ARGS is pasted as typed, so that quotes inside it work.
+args = $(value ARGS)
+
+.PHONY: help setup demo reproduce prep train evaluate sample test test-slow test-gpu lint bench clean-demo
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1|/p' Makefile | awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## create .venv from requirements.lock (PYTHON=python3.12, PIP_ARGS='...')
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is missing or older than 3.11: name another, e.g. make setup PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(PIP_ARGS) -r requirements.lock
+	$(PY) -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## offline, on a CPU, in minutes: prep, train, evaluate, a picture and a table
+	$(PY) -m data.demo $(args)
+
+reproduce: $(STAMP) ## the long version behind the README's table and picture
+	$(PY) -m data.demo --reproduce $(args)
+
+prep: $(STAMP) ## images and captions -> cache: SHARDS='pictures/{00..99}.tar' MODEL= CACHE= [ARGS=]
+	$(PY) -m prep encode --shards $(call quote,SHARDS) --model $(call quote,MODEL) --cache $(call quote,CACHE) $(args)
+
+train: $(STAMP) ## cache -> student: MODEL= CACHE= RUN= [ARGS='--student lora']
+	$(PY) -m train distill --model $(call quote,MODEL) --cache $(call quote,CACHE) --run $(call quote,RUN) $(args)
+
+evaluate: $(STAMP) ## student against teacher: RUN= [EVAL_CACHE=] [SCORER=module:function] [ARGS=]
+	$(PY) -m train evaluate --run $(call quote,RUN) $(call option,--eval-cache,EVAL_CACHE) $(call option,--scorer,SCORER) $(args)
+
+sample: $(STAMP) ## draw with a student: RUN= PROMPT='a red circle on a blue field' [ARGS=]
+	$(PY) -m train sample --run $(call quote,RUN) --prompt $(call quote,PROMPT) $(args)
+
+test: lint ## lint, then the fast tests ([ARGS='-k shards'])
+	$(PY) -m pytest $(args)
+
+test-slow: $(STAMP) ## the tests that take long
+	$(PY) -m pytest -m slow --timeout 1800 $(args)
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	$(PY) -m pytest -m gpu $(args)
+
+lint: $(STAMP) ## ruff, mypy, import contracts
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(STAMP) ## run every module of benchmarks/ in turn
+	@for file in benchmarks/[a-z]*.py; do \
+	  test -f "$$file" || { echo 'benchmarks/ holds no module yet' >&2; exit 1; }; \
+	  (set -x; $(PY) -m "benchmarks.$$(basename "$$file" .py)" $(args)) || exit 1; \
+	done
+
+clean-demo: ## remove what `make demo` wrote
+	rm -rf demo
+
+# ---- Mistakes on the command line: found while this file is read, so before any setup or download.
+
+wanted = $(filter $(1),$(MAKECMDGOALS))
+# $(call need,TARGET,VARIABLES,EXAMPLE)
+need = $(if $(call wanted,$(1)),$(foreach name,$(2),$(if $(value $(name)),,$(error $(name) is missing. For example: make $(1) $(3)))))
+
+$(call need,prep,SHARDS MODEL CACHE,SHARDS='pictures/{00..99}.tar' MODEL=sdxl CACHE=caches/pictures-sdxl)
+$(call need,train,MODEL CACHE RUN,MODEL=sdxl CACHE=caches/pictures-sdxl RUN=runs/lora ARGS='--student lora')
+$(call need,evaluate,RUN,RUN=runs/lora EVAL_CACHE=caches/heldout-sdxl)
+$(call need,sample,RUN PROMPT,RUN=runs/lora PROMPT='a red circle on a blue field')
+
+# Unquoted, SHARDS=a/{00..03}.tar reaches make as four SHARDS=..., of which it would keep the last.
+# The command line of make itself (the parent of $(shell)) still has them all. From that this awk
+# program prints the pattern to quote, or nothing if SHARDS was given once: what the words share
+# at both ends, less the digits next to the gap, and in between a range or a list. $(shell) joins
+# lines, hence the semicolons.
+define brace_pattern
+  /^SHARDS=/ { word[n++] = substr($$0, 8); }
+  END {
+    if (n < 2) exit;
+    first = word[0]; size = head = tail = length(first);
+    for (i = 1; i < n; i++) {
+      while (substr(word[i], 1, head) != substr(first, 1, head)) head--;
+      while (substr(word[i], length(word[i]) - tail + 1) != substr(first, size - tail + 1)) tail--;
+      shortest = i == 1 || length(word[i]) < shortest ? length(word[i]) : shortest;
+    }
+    if (size < shortest) shortest = size;
+    if (tail > shortest - head) tail = shortest - head;
+    while (head > 0 && substr(first, head, 1) ~ /[0-9]/) head--;
+    while (tail > 0 && substr(first, size - tail + 1, 1) ~ /[0-9]/) tail--;
+    range = 1;
+    for (i = 0; i < n; i++) {
+      gap = substr(word[i], head + 1, length(word[i]) - head - tail);
+      if (!i) from = gap;
+      if (gap !~ /^[0-9]+$$/ || gap + 0 != from + i) range = 0;
+      list = list (i ? "," : "") gap;
+    }
+    print substr(first, 1, head) "{" (range ? from ".." gap : list) "}" substr(first, size - tail + 1);
+  }
+endef
+command_line = if test -r /proc/$$PPID/cmdline; then tr '\0' '\n' < /proc/$$PPID/cmdline; \
+  else ps -ww -o args= -p $$PPID | tr ' ' '\n'; fi
+ifneq ($(call wanted,prep),)
+  typed := $(shell $(command_line) | awk '$(brace_pattern)')
+  others := $(foreach name,MODEL CACHE ARGS,$(if $(filter command,$(origin $(name))),$(name)=$(call quote,$(name))))
+  ifneq ($(typed),)
+    $(error SHARDS was given more than once: the shell expanded its braces. Quote it, as in: make $(MAKECMDGOALS) SHARDS=$(call quote,typed) $(others))
+  endif
+endif

@@ -1,0 +1,1 @@
+"""Stage one: images and captions become a cache of tensors."""

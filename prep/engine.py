@@ -1,0 +1,152 @@
+"""Runs units of work, one after the other, around one set of encoders."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from prep.pipeline import Encoders, Settings, decoded, samples
+from prep.sources import SourceError, Unit, count_rows
+from prep.writer import UnitWriter
+from shared.cache import CachePaths, fold, read_unit, read_units, write_manifest
+from shared.errors import UserError
+from shared.layout import Layout
+from shared.progress import Progress
+from shared.storage import load_json
+
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is left to do, before it is done."""
+
+    units: int
+    rows: int
+    bytes: int
+    seconds: float
+    free: int
+
+    def __str__(self) -> str:
+        hours = f"{self.seconds:.0f} s" if self.seconds < 600 else f"{self.seconds / 3600:.1f} h"
+        return (
+            f"{self.units} units to encode, about {self.rows} pictures: "
+            f"{self.bytes / 1e9:.2f} GB, {hours}; {self.free / 1e9:.1f} GB free"
+        )
+
+
+def pending(cache: CachePaths, units: Sequence[Unit]) -> list[Unit]:
+    """The units that have no commit record for their present source."""
+    records = {unit.name: read_unit(cache, unit.name) for unit in units}
+    return [
+        unit
+        for unit in units
+        if (record := records[unit.name]) is None or record.source_state != dict(unit.state)
+    ]
+
+
+def estimate(
+    units: Sequence[Unit], layout: Layout, seconds_per_row: float, folder: Path
+) -> Estimate:
+    """Rows are counted in the first tar and scaled by size in the others."""
+    rows, ratio = 0, 0.0
+    for unit in units:
+        if unit.rows_estimate:
+            rows += unit.rows_estimate
+            continue
+        if not ratio:
+            ratio = max(count_rows(Path(unit.source)), 1) / unit.state["size"]
+        rows += round(ratio * unit.state["size"])
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    return Estimate(len(units), rows, rows * layout.stride, rows * seconds_per_row, free)
+
+
+def refuse_full_disk(work: Estimate, folder: Path) -> None:
+    """Raise UserError where the cache would not fit."""
+    if work.bytes > work.free:
+        raise UserError(
+            f"{folder}: the cache needs about {work.bytes / 1e9:.2f} GB and "
+            f"{work.free / 1e9:.2f} GB are free; free some space or choose another --cache"
+        )
+
+
+def run(
+    units: Sequence[Unit],
+    encoders: Encoders,
+    settings: Settings,
+    cache: CachePaths,
+    rows: int,
+    workers: int,
+    max_reject_fraction: float,
+) -> None:
+    """Encode and commit each unit. A damaged source costs its unit; the others are finished first.
+
+    Raises UserError at the end where sources were damaged, at once where the disk is full or too
+    many rows are rejected.
+    """
+    damaged: list[SourceError] = []
+    with Progress("encode", rows, "img") as progress:
+        for unit in units:
+            writer = UnitWriter(cache, unit, settings, encoders.vae.channels)
+            try:
+                for sample in samples(unit, encoders, settings, workers):
+                    writer.add(sample)
+                    progress.update(1, f"{sum(writer.rejected.values())} rejected in this unit")
+                writer.commit(max_reject_fraction)
+            except SourceError as error:
+                damaged.append(error)
+                progress.write(f"skipped: {error}")
+            finally:
+                writer.close()
+    if damaged:
+        more = f" (and {len(damaged) - 1} more, listed above)" if len(damaged) > 1 else ""
+        raise UserError(
+            f"{damaged[0]}{more}; the other {len(units) - len(damaged)} units are committed"
+        )
+
+
+def finish(cache: CachePaths) -> str:
+    """Fold the units into the manifest; returns a line about the whole cache."""
+    units = read_units(cache)
+    if not units:
+        raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
+    versions = {name: version(name) for name in LIBRARIES}
+    manifest = fold(load_json(cache.identity), units, versions)
+    write_manifest(cache, manifest)
+    totals = manifest.totals
+    rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())
+    return (
+        f"{cache.root}: {totals['written']} samples of {totals['read']} rows"
+        f"{f' ({rejected})' if rejected else ''}, {totals['bytes'] / 1e6:.1f} MB in "
+        f"{len(manifest.shards)} shards; {totals['truncated_captions']} captions were longer "
+        "than the encoder reads"
+    )
+
+
+def probe(unit: Unit, settings: Settings, encoders: Encoders) -> tuple[list[str], object, float]:
+    """Captions, VAE moments and seconds per picture of a unit's first batch.
+
+    Raises UserError where the unit holds no usable picture.
+    """
+    size = encoders.vae.batch_size
+    pictures, captions = [], []
+    for sample in decoded(unit.rows(), settings, workers=2, ahead=size):
+        if sample.picture is not None:
+            pictures.append(sample.picture.pixels)
+            captions.extend(sample.captions[:1])
+        if len(pictures) == size:
+            break
+    if not pictures:
+        raise UserError(f"{unit.source}: not one usable picture with a caption in it")
+    moments = encoders.vae.encode(pictures)
+    encoders.text.encode(captions[:1])
+    start = time.perf_counter()
+    encoders.vae.encode(pictures)
+    encoders.text.encode(captions[: encoders.text.batch_size])
+    seconds = (time.perf_counter() - start) / len(pictures)
+    return captions, moments, seconds

@@ -1,0 +1,136 @@
+"""Captions to text-encoder states, in batches of a fixed shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+from shared.conditioning import TextEmbeds
+from shared.errors import UserError
+from shared.family import Model
+from shared.fingerprint import fingerprint
+
+MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
+
+
+class TextEncoder:
+    """The one or two CLIP text encoders of a family, in fp32."""
+
+    def __init__(self, model: Model, device: torch.device, batch_size: int) -> None:
+        self.family, self.device, self.batch_size = model.family, device, batch_size
+        self.tokenizers = []
+        self.encoders = []
+        for part in model.family.text_encoders:
+            kind = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    model.source, subfolder=part.replace("text_encoder", "tokenizer")
+                )
+                encoder = kind.from_pretrained(
+                    model.source, subfolder=part, torch_dtype=torch.float32
+                )
+            except (OSError, ValueError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise UserError(f"no {part} can be read from {model.source!r} ({first})") from None
+            self.tokenizers.append(tokenizer)
+            self.encoders.append(encoder.to(device).eval().requires_grad_(False))
+
+    @property
+    def length(self) -> int:
+        """L: tokens per caption, padding included."""
+        return int(self.tokenizers[0].model_max_length)
+
+    @property
+    def width(self) -> int:
+        """D: of the joined states."""
+        return sum(int(encoder.config.hidden_size) for encoder in self.encoders)
+
+    @property
+    def pooled_width(self) -> int | None:
+        """P, or None for a family without pooled embeddings."""
+        if not self.family.micro_conditioning:
+            return None
+        return int(self.encoders[-1].config.projection_dim)
+
+    def identity(self) -> dict[str, object]:
+        """What the cache records of these encoders."""
+        return {
+            "fingerprints": [fingerprint(encoder) for encoder in self.encoders],
+            "hidden_state": self.family.hidden_state,
+            "length": self.length,
+            "width": self.width,
+            "pooled_width": self.pooled_width,
+            "dtype": "float32",
+        }
+
+    def truncated(self, captions: Sequence[str]) -> int:
+        """How many captions have more tokens than the encoder reads."""
+        ids = self.tokenizers[0](list(captions)).input_ids
+        return sum(len(row) > self.length for row in ids)
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> TextEmbeds:
+        """fp16 embeddings of any number of captions, `[N, L, D]` and `[N, P]`."""
+        parts = []
+        for start in range(0, len(captions), self.batch_size):
+            chunk = list(captions[start : start + self.batch_size])
+            padded = chunk + [""] * (self.batch_size - len(chunk))
+            parts.append(self._encode_batch(padded)[: len(chunk)])
+        return TextEmbeds.cat(parts)
+
+    def _encode_batch(self, captions: list[str]) -> TextEmbeds:
+        states, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            ids = tokenizer(
+                captions, padding="max_length", max_length=self.length, truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(self.device)  # fmt: skip
+            output = encoder(ids, output_hidden_states=True)
+            if self.family.hidden_state == -1:
+                states.append(output.last_hidden_state)
+            else:
+                states.append(output.hidden_states[self.family.hidden_state])
+            pooled = getattr(output, "text_embeds", None)
+        return TextEmbeds(
+            torch.cat(states, dim=-1).half().cpu(), None if pooled is None else pooled.half().cpu()
+        )
+
+    def unconditional(self, force_zeros: bool) -> TextEmbeds:
+        """The empty prompt's embedding, or zeros where the model's config says so."""
+        empty = self.encode([""])
+        if not force_zeros:
+            return empty
+        pooled = empty.pooled_prompt_embeds
+        return TextEmbeds(
+            torch.zeros_like(empty.prompt_embeds),
+            None if pooled is None else torch.zeros_like(pooled),
+        )
+
+
+class CaptionMemo:
+    """Encodes equal captions once, as far as `MEMO_CAPTIONS` remember."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder = encoder
+        self.known: dict[str, TextEmbeds] = {}
+
+    def encode(self, captions: Sequence[str]) -> list[dict[str, np.ndarray]]:
+        """Arrays `prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` for each caption."""
+        fresh = [text for text in dict.fromkeys(captions) if text not in self.known]
+        if fresh:
+            embeds = self.encoder.encode(fresh)
+            self.known.update({text: embeds[i] for i, text in enumerate(fresh)})
+        arrays = [_arrays(self.known[text]) for text in captions]
+        while len(self.known) > MEMO_CAPTIONS:
+            del self.known[next(iter(self.known))]  # the oldest
+        return arrays
+
+
+def _arrays(embeds: TextEmbeds) -> dict[str, np.ndarray]:
+    arrays = {"prompt_embeds": embeds.prompt_embeds[0].numpy()}
+    if embeds.pooled_prompt_embeds is not None:
+        arrays["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds[0].numpy()
+    return arrays

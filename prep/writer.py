@@ -1,0 +1,208 @@
+"""One unit's samples become a shard, an accounting table and, last, a commit record."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from prep.pipeline import Sample, Settings, captions_kept
+from prep.sources import Row, Unit
+from shared.cache import CachePaths, ChannelSums, Shard, UnitRecord, commit_unit
+from shared.errors import UserError
+from shared.layout import TRAILER, Layout, cache_layout
+from shared.storage import guard, move, stage, write_all
+
+ACCOUNT = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source_key", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("image_sha256", pa.string()),
+        ("time_ids", pa.list_(pa.int32())),
+    ]
+)
+
+
+class TooManyRejected(UserError):
+    """The unit's rows are mostly unusable, which is better known now than after a night."""
+
+
+def sample_key(source: str, row: Row) -> str:
+    """16 hex digits, unique in the cache: a hash of source, key and occurrence."""
+    text = f"{source}\0{row.key}\0{row.occurrence}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+
+
+class UnitWriter:
+    """Spools samples as they come, then publishes them sorted by key."""
+
+    def __init__(self, cache: CachePaths, unit: Unit, settings: Settings, channels: int) -> None:
+        self.cache, self.unit, self.settings, self.channels = cache, unit, settings, channels
+        self.spools: dict[tuple[int, int], Spool] = {}
+        self.accounts: list[dict[str, Any]] = []
+        self.rejected: Counter[str] = Counter()
+        self.truncated_captions = 0
+        self.sums: ChannelSums | None = None
+
+    def add(self, sample: Sample) -> None:
+        """Take a finished or rejected sample."""
+        key = sample_key(self.unit.source, sample.row)
+        time_ids = sample.arrays.get("time_ids")
+        self.accounts.append(
+            {
+                "key": key,
+                "source_key": _printable(sample.row.key),
+                "status": "rejected" if sample.reason else "written",
+                "reason": sample.reason,
+                "captions": [_printable(text) for text in sample.captions],
+                "image_sha256": sample.image_sha256,
+                "time_ids": [] if time_ids is None else time_ids[0].tolist(),
+            }
+        )
+        if sample.reason:
+            self.rejected[sample.reason] += 1
+            return
+        self.truncated_captions += sample.truncated_captions
+        latents = sample.arrays["latents"]
+        sums = ChannelSums.of(latents[:, : self.channels])
+        self.sums = sums if self.sums is None else self.sums + sums
+        self._spool(sample).add(key, self._record(sample), sample.arrays)
+
+    def _spool(self, sample: Sample) -> Spool:
+        size = sample.arrays["latents"].shape[-2:]
+        if size not in self.spools:
+            pooled = sample.arrays.get("pooled_prompt_embeds")
+            layout = cache_layout(
+                sample.arrays["latents"].shape,
+                sample.arrays["prompt_embeds"].shape,
+                None if pooled is None else pooled.shape,
+                micro_conditioning=pooled is not None,
+            )
+            self.spools[size] = Spool(layout, self.cache.tmp)
+        return self.spools[size]
+
+    def _record(self, sample: Sample) -> dict[str, Any]:
+        captions = captions_kept(sample, self.settings)
+        return {
+            "source": self.unit.source,
+            "source_key": _printable(sample.row.key),
+            "captions": [_printable(text) for text in captions],
+            "num_captions": len(captions),
+            "sha256": sample.image_sha256,
+            "original_size": sample.arrays["time_ids"][0, :2].tolist(),
+            "url": _printable(str(sample.row.metadata.get("url", ""))),
+        }
+
+    def commit(self, max_reject_fraction: float) -> UnitRecord:
+        """Publish shards and accounts, then the record that makes them count.
+
+        Raises TooManyRejected before anything is published.
+        """
+        self._check_rejections(max_reject_fraction)
+        shards = tuple(
+            spool.publish(self.cache, self.unit.name) for _, spool in sorted(self.spools.items())
+        )
+        samples, digest = self._publish_accounts()
+        record = UnitRecord(
+            name=self.unit.name,
+            source=self.unit.source,
+            source_state=self.unit.state,
+            shards=shards,
+            samples=samples,
+            samples_sha256=digest,
+            read=len(self.accounts),
+            written=sum(shard.count for shard in shards),
+            rejected=dict(sorted(self.rejected.items())),
+            truncated_captions=self.truncated_captions,
+            sums=self.sums,
+        )
+        commit_unit(self.cache, record)
+        return record
+
+    def close(self) -> None:
+        """Remove the spools, whether or not they were published."""
+        for spool in self.spools.values():
+            spool.close()
+
+    def _check_rejections(self, max_reject_fraction: float) -> None:
+        count, read = sum(self.rejected.values()), len(self.accounts)
+        if count and (count == read or count > max_reject_fraction * read):
+            reason, times = self.rejected.most_common(1)[0]
+            example = next(row for row in self.accounts if row["reason"] == reason)
+            raise TooManyRejected(
+                f"{self.unit.source}: {count} of {read} rows rejected, {times} of them for "
+                f"{reason!r} (first: {example['source_key']!r}); mend the source or raise "
+                f"--max-reject-fraction (now {max_reject_fraction})"
+            )
+
+    def _publish_accounts(self) -> tuple[str, str]:
+        rows = sorted(self.accounts, key=lambda row: row["key"])
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, ACCOUNT), buffer, compression="zstd")
+        staged, digest = stage([buffer.getvalue()], self.cache.tmp)
+        name = f"{self.unit.name}-{digest[:12]}.parquet"
+        move(staged, self.cache.samples / name)
+        return f"samples/{name}", digest
+
+
+class Spool:
+    """Samples of one latent size in the order they were encoded, on disk."""
+
+    def __init__(self, layout: Layout, tmp: Path) -> None:
+        self.layout = layout
+        self.keys: list[str] = []
+        tmp.mkdir(parents=True, exist_ok=True)
+        self.path = tmp / f"{os.getpid()}-spool-{os.urandom(6).hex()}"
+        with guard(tmp):
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def add(self, key: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        """Append one sample."""
+        crc = 0
+        for field in self.layout.fields:
+            data = np.ascontiguousarray(arrays[field.name], dtype=field.dtype)
+            crc = zlib.crc32(data.tobytes(), crc)
+        with guard(self.path.parent):
+            write_all(self.fd, self.layout.pack(key, record | {"crc32": crc}, arrays))
+        self.keys.append(key)
+
+    def sorted_samples(self) -> Iterator[bytes]:
+        """The samples' bytes by key, then the end of the tar."""
+        stride = self.layout.stride
+        for index in sorted(range(len(self.keys)), key=self.keys.__getitem__):
+            yield os.pread(self.fd, stride, index * stride)
+        yield TRAILER
+
+    def publish(self, cache: CachePaths, unit: str) -> Shard:
+        """Write the shard under the name that its content gives it."""
+        staged, digest = stage(self.sorted_samples(), cache.tmp)
+        height, width = self.layout.latent_size
+        name = f"{unit}-{height}x{width}-{digest[:12]}.tar"
+        move(staged, cache.shards / name)
+        count = len(self.keys)
+        return Shard(
+            f"shards/{name}", self.layout.to_json(), count, self.layout.shard_bytes(count), digest
+        )
+
+    def close(self) -> None:
+        """Delete the spool."""
+        os.close(self.fd)
+        self.path.unlink(missing_ok=True)
+
+
+def _printable(text: str) -> str:
+    """Without the lone surrogates that undecodable file names carry."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,1 @@
+"""What both stages must agree on. Imports neither of them."""

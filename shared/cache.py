@@ -1,0 +1,294 @@
+"""The cache on disk (format 1): identity, unit records, manifest. See docs/cache-format.md.
+
+`identity.json` is created first and says what every sample in the cache has in common. A unit of
+work commits by replacing its record in `units/`; until then nothing it wrote counts. The manifest
+is folded from the records and is all that the trainer opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import UserError
+from shared.layout import Layout
+from shared.storage import create_exclusively, dump_json, load_json, publish
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CachePaths:
+    """Where things are in a cache folder."""
+
+    root: Path
+
+    @property
+    def identity(self) -> Path:  # noqa: D102
+        return self.root / "identity.json"
+
+    @property
+    def manifest(self) -> Path:  # noqa: D102
+        return self.root / "manifest.json"
+
+    @property
+    def conditioning(self) -> Path:  # noqa: D102
+        return self.root / "conditioning.safetensors"
+
+    @property
+    def units(self) -> Path:  # noqa: D102
+        return self.root / "units"
+
+    @property
+    def shards(self) -> Path:  # noqa: D102
+        return self.root / "shards"
+
+    @property
+    def samples(self) -> Path:  # noqa: D102
+        return self.root / "samples"
+
+    @property
+    def tmp(self) -> Path:  # noqa: D102
+        return self.root / "tmp"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard file of a unit."""
+
+    file: str  # relative to the cache
+    layout: Mapping[str, Any]  # Layout.to_json()
+    count: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ChannelSums:
+    """Float64 sums over the latents' mean, per channel: what mean and std are folded from."""
+
+    count: int
+    total: tuple[float, ...]
+    squares: tuple[float, ...]
+
+    @staticmethod
+    def of(latents: NDArray[np.float16]) -> ChannelSums:
+        """Sums over `[..., C, h, w]`."""
+        values = latents.astype(np.float64).reshape(-1, *latents.shape[-3:])
+        return ChannelSums(
+            values[:, 0].size,
+            tuple(map(float, values.sum((0, 2, 3)))),
+            tuple(map(float, (values**2).sum((0, 2, 3)))),
+        )
+
+    def __add__(self, other: ChannelSums) -> ChannelSums:
+        return ChannelSums(
+            self.count + other.count,
+            tuple(a + b for a, b in zip(self.total, other.total, strict=True)),
+            tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
+        )
+
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Per-channel mean and standard deviation."""
+        mean = np.asarray(self.total) / self.count
+        variance = np.asarray(self.squares) / self.count - mean**2
+        return mean.tolist(), np.sqrt(np.maximum(variance, 0)).tolist()
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """The commit record of one unit of work: exactly which files it owns."""
+
+    name: str
+    source: str
+    source_state: Mapping[str, Any]  # what tells a changed source from an unchanged one
+    shards: tuple[Shard, ...]
+    samples: str  # relative path of the accounting table
+    samples_sha256: str
+    read: int
+    written: int
+    rejected: Mapping[str, int]  # reason -> rows
+    truncated_captions: int = 0
+    sums: ChannelSums | None = None
+    notes: Mapping[str, int] = field(default_factory=dict)  # e.g. samples retried in fp32
+
+    def __post_init__(self) -> None:
+        assert self.written + sum(self.rejected.values()) == self.read, self
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> UnitRecord:
+        """The inverse of `dataclasses.asdict`."""
+        sums = value["sums"]
+        return UnitRecord(
+            **{
+                **value,
+                "shards": tuple(Shard(**shard) for shard in value["shards"]),
+                "sums": sums
+                and ChannelSums(sums["count"], tuple(sums["total"]), tuple(sums["squares"])),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole cache at a glance."""
+
+    identity: Mapping[str, Any]
+    layouts: tuple[Layout, ...]
+    shards: tuple[Shard, ...]
+    shard_layouts: tuple[int, ...]  # per shard, an index into `layouts`
+    totals: Mapping[str, Any]
+    statistics: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in manifest.json."""
+        rows = [
+            {"file": s.file, "layout": i, "count": s.count, "size": s.size, "sha256": s.sha256}
+            for s, i in zip(self.shards, self.shard_layouts, strict=True)
+        ]
+        return {
+            "format": FORMAT,
+            "identity": dict(self.identity),
+            "layouts": [layout.to_json() for layout in self.layouts],
+            "shards": rows,
+            "totals": dict(self.totals),
+            "statistics": dict(self.statistics),
+            "versions": dict(self.versions),
+        }
+
+
+def claim_identity(cache: CachePaths, identity: Mapping[str, Any], remedy: str) -> None:
+    """Create `identity.json`, or check that the one there says the same.
+
+    The model's name may differ where its weights do not. Raises UserError that names what differs;
+    `remedy` ends the sentence.
+    """
+    if create_exclusively(dump_json(identity), cache.identity, cache.tmp):
+        return
+    stored = load_json(cache.identity)
+    if differing := differences({**stored, "model": identity["model"]}, identity):
+        raise UserError(f"{cache.root} was made with other settings: {differing}; {remedy}")
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
+    """`latents.size: stored 64, wanted 32` for everything that differs, or an empty string."""
+    found = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        old, new = stored.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            if nested := differences(old, new, f"{prefix}{name}."):
+                found.append(nested)
+        elif old != new:
+            found.append(f"{prefix}{name} is {_short(old)} there, {_short(new)} here")
+    return "; ".join(found)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:16] + "..."
+
+
+def commit_unit(cache: CachePaths, record: UnitRecord) -> None:
+    """Make a unit's work count: its record replaces the former one, atomically."""
+    publish([dump_json(asdict(record))], cache.units / f"{record.name}.json", cache.tmp)
+
+
+def read_unit(cache: CachePaths, name: str) -> UnitRecord | None:
+    """A unit's record, or None where it has not been committed."""
+    path = cache.units / f"{name}.json"
+    return UnitRecord.from_json(load_json(path)) if path.exists() else None
+
+
+def read_units(cache: CachePaths) -> list[UnitRecord]:
+    """All records, in the order of their names."""
+    paths = sorted(cache.units.glob("*.json"))
+    return [UnitRecord.from_json(load_json(path)) for path in paths]
+
+
+def fold(
+    identity: Mapping[str, Any], units: list[UnitRecord], versions: Mapping[str, str]
+) -> Manifest:
+    """The manifest that these units add up to."""
+    shards = [shard for unit in units for shard in unit.shards]
+    tables = {str(shard.layout): shard.layout for shard in shards}
+    keys = sorted(tables)
+    rejected: dict[str, int] = {}
+    for unit in units:
+        for reason, count in unit.rejected.items():
+            rejected[reason] = rejected.get(reason, 0) + count
+    sums = None
+    for unit in units:
+        if unit.sums is not None:
+            sums = unit.sums if sums is None else sums + unit.sums
+    mean, std = sums.mean_std() if sums else ([], [])
+    return Manifest(
+        identity=identity,
+        layouts=tuple(Layout.from_json(tables[key]) for key in keys),
+        shards=tuple(shards),
+        shard_layouts=tuple(keys.index(str(shard.layout)) for shard in shards),
+        totals={
+            "units": len(units),
+            "read": sum(unit.read for unit in units),
+            "written": sum(unit.written for unit in units),
+            "rejected": dict(sorted(rejected.items())),
+            "truncated_captions": sum(unit.truncated_captions for unit in units),
+            "bytes": sum(shard.size for shard in shards),
+        },
+        statistics={"latents_mean": mean, "latents_std": std},
+        versions=versions,
+    )
+
+
+def write_manifest(cache: CachePaths, manifest: Manifest) -> None:
+    """Publish `manifest.json`."""
+    publish([dump_json(manifest.to_json())], cache.manifest, cache.tmp)
+
+
+def open_manifest(root: Path) -> Manifest:
+    """Read a finished cache's manifest and check every shard's size.
+
+    Raises UserError where it is missing, unfinished, of another format or damaged.
+    """
+    cache = CachePaths(root)
+    if not cache.manifest.exists():
+        if cache.identity.exists():
+            raise UserError(
+                f"{root} is unfinished: run the same `prep encode`, then it is complete"
+            )
+        raise UserError(
+            f"{root} is not a cache (no manifest.json); `prep encode --cache {root}` makes one"
+        )
+    stored = load_json(cache.manifest)
+    if stored.get("format") != FORMAT:
+        raise UserError(
+            f"{root} has cache format {stored.get('format')}, this version reads {FORMAT}"
+        )
+    layouts = tuple(Layout.from_json(layout) for layout in stored["layouts"])
+    shards = tuple(
+        Shard(**{**row, "layout": stored["layouts"][row["layout"]]}) for row in stored["shards"]
+    )
+    manifest = Manifest(
+        stored["identity"], layouts, shards, tuple(row["layout"] for row in stored["shards"]),
+        stored["totals"], stored["statistics"], stored["versions"],
+    )  # fmt: skip
+    for shard in shards:
+        check_size(root, shard)
+    return manifest
+
+
+def check_size(root: Path, shard: Shard) -> None:
+    """Raise UserError where a shard is missing or has another size than its record says."""
+    path = root / shard.file
+    size = path.stat().st_size if path.exists() else None
+    if size != shard.size:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise UserError(
+            f"{path} {found}, {shard.size} recorded: the cache is damaged; "
+            "`prep verify` lists what is, `prep encode` makes it again"
+        )

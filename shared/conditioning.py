@@ -1,0 +1,107 @@
+"""`conditioning.safetensors`: what text a cache knows beside its captions.
+
+The unconditional embedding (for guidance and caption dropout) and the embeddings of named prompts
+(for previews and `train sample`), since the trainer has no text encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from shared.errors import UserError
+from shared.storage import publish
+
+
+@dataclass(frozen=True)
+class TextEmbeds:
+    """`prompt_embeds` `[N, L, D]` and, for SDXL, `pooled_prompt_embeds` `[N, P]`."""
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> TextEmbeds:
+        rows = [index] if isinstance(index, int) else index
+        pooled = self.pooled_prompt_embeds
+        return TextEmbeds(self.prompt_embeds[rows], None if pooled is None else pooled[rows])
+
+    def to(self, device: torch.device) -> TextEmbeds:
+        """The same on a device."""
+        pooled = self.pooled_prompt_embeds
+        return TextEmbeds(
+            self.prompt_embeds.to(device), None if pooled is None else pooled.to(device)
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:
+        """Join along the first axis."""
+        pooled = [p.pooled_prompt_embeds for p in parts if p.pooled_prompt_embeds is not None]
+        return TextEmbeds(
+            torch.cat([part.prompt_embeds for part in parts]), torch.cat(pooled) if pooled else None
+        )
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The unconditional embedding, one row, and a row for each named prompt."""
+
+    unconditional: TextEmbeds
+    prompts: tuple[str, ...]
+    embeds: TextEmbeds
+
+    def find(self, prompts: Sequence[str]) -> TextEmbeds:
+        """The embeddings of these prompts. Raises UserError, saying how to add what is missing."""
+        if missing := [prompt for prompt in prompts if prompt not in self.prompts]:
+            raise UserError(
+                f"no embedding of {missing[0]!r} in the cache, and the trainer has no text "
+                f"encoder; add it with: python -m prep embed --cache CACHE --prompts {missing[0]!r}"
+            )
+        return self.embeds[[self.prompts.index(prompt) for prompt in prompts]]
+
+    def with_prompts(self, prompts: Sequence[str], embeds: TextEmbeds) -> Conditioning:
+        """The same with more prompts."""
+        return Conditioning(
+            self.unconditional, self.prompts + tuple(prompts), TextEmbeds.cat([self.embeds, embeds])
+        )
+
+
+def save_conditioning(conditioning: Conditioning, path: Path, tmp: Path) -> None:
+    """Publish as fp16 safetensors."""
+    tensors = {}
+    for name, embeds in (("prompts", conditioning.embeds), ("empty", conditioning.unconditional)):
+        tensors[f"{name}.prompt_embeds"] = embeds.prompt_embeds
+        if embeds.pooled_prompt_embeds is not None:
+            tensors[f"{name}.pooled_prompt_embeds"] = embeds.pooled_prompt_embeds
+    content = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
+    # One metadata entry: safetensors writes several in no fixed order.
+    publish([save(content, {"prompts": json.dumps(conditioning.prompts)})], path, tmp)
+
+
+def load_conditioning(path: Path) -> Conditioning:
+    """Read it back, fp16. Raises UserError where it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; run the same `prep encode` to its end")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            prompts = tuple(json.loads(file.metadata()["prompts"]))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and run `prep encode` again"
+        ) from None
+
+    def embeds(name: str) -> TextEmbeds:
+        pooled = tensors.get(f"{name}.pooled_prompt_embeds")
+        return TextEmbeds(tensors[f"{name}.prompt_embeds"], pooled)
+
+    return Conditioning(embeds("empty"), prompts, embeds("prompts"))

@@ -1,0 +1,96 @@
+"""A frozen dataclass becomes a command line and a TOML file.
+
+Order of precedence: the command line, then `--config FILE.toml`, then the dataclass's defaults.
+Flags take dashes or underscores. Enumerations and help texts come from the dataclass itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from shared.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
+    """Fill the dataclass `kind` from `argv` and the TOML file it may name.
+
+    Raises UserError for a TOML file that is missing, malformed or has unknown names; a wrong flag
+    ends the program with tyro's message and status 2.
+    """
+    toml, rest = _split_config(list(argv))
+    values = _read_toml(kind, toml) if toml else {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.default is field.default_factory is dataclasses.MISSING:
+            values.setdefault(field.name, tyro.MISSING)
+    return tyro.cli(kind, args=rest, prog=prog, description=kind.__doc__, default=kind(**values))
+
+
+def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """Take `--config FILE` (or `--config=FILE`) out of the arguments."""
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag == "--config":
+            if not equals and i + 1 == len(argv):
+                raise UserError("--config wants the path of a TOML file")
+            end = i + 1 if equals else i + 2
+            return Path(value if equals else argv[i + 1]), argv[:i] + argv[end:]
+    return None, argv
+
+
+def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
+    try:
+        stored = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    values = {name.replace("-", "_"): value for name, value in stored.items()}
+    if unknown := sorted(set(values) - set(typing.get_type_hints(kind))):
+        raise UserError(f"--config {path}: no such setting: {', '.join(unknown)}")
+    return coerce(kind, values)
+
+
+def coerce(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values from TOML or JSON with the paths and tuples that the dataclass `kind` wants."""
+    hints = typing.get_type_hints(kind)
+    return {name: _coerce(value, hints[name]) for name, value in values.items()}
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    if value is not None and Path in (hint, *typing.get_args(hint)):
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as JSON values; paths become strings."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def dispatch(
+    prog: str, commands: Mapping[str, tuple[type[Any], Callable[[Any], int | None]]]
+) -> int:
+    """Run the sub-command that the command line names; returns its exit status."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND [flags]     ({prog} COMMAND --help lists the flags)\n")
+        for name, (kind, _) in commands.items():
+            print(f"  {name:<10} {(kind.__doc__ or '').strip().splitlines()[0]}")
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        raise UserError(f"{argv[0]!r} is not a command of {prog}; choose {', '.join(commands)}")
+    kind, run = commands[argv[0]]
+    return run(parse(kind, argv[1:], f"{prog} {argv[0]}")) or 0

@@ -1,0 +1,23 @@
+"""Where the networks run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from shared.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises UserError for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu or auto")
+    return torch.device(name)
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of the networks: all cores unless told."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)

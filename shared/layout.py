@@ -1,0 +1,236 @@
+"""The byte layout of a shard: a USTAR tar that is at the same time a flat array.
+
+Every sample has the same members in the same order with the same sizes, so sample i's field lies
+at `i * stride + offset(field)` and no index is needed. Stock `webdataset` reads the same file as
+an ordinary tar. This module is the sole owner of member names.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 512  # tar's unit
+NPY_HEADER = 128  # np.lib.format v1.0, for every shape that occurs here
+TRAILER = bytes(2 * BLOCK)  # the end of a tar
+RECORD_BYTES = 1024
+FIELD_ORDER = ("latents", "pooled_prompt_embeds", "prompt_embeds", "time_ids")
+# What KEY.json gives up first when it does not fit. `captions` goes last and is cut, not dropped.
+DROP_ORDER = ("source", "url", "original_size", "sha256", "captions")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One npy member: its name, NumPy dtype string (`<f2`, `<i4`) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array without its npy header."""
+        return int(np.dtype(self.dtype).itemsize * prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What every sample of a shard looks like."""
+
+    fields: tuple[Field, ...]
+    record_bytes: int = RECORD_BYTES
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in self.fields]
+        assert names == [name for name in FIELD_ORDER if name in names], names
+
+    @cached_property
+    def stride(self) -> int:
+        """Bytes from one sample to the next."""
+        members = [self.record_bytes] + [NPY_HEADER + field.nbytes for field in self.fields]
+        return sum(BLOCK + _padded(size) for size in members)
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Where in a sample each field's first element lies, in bytes."""
+        offsets, position = {}, BLOCK + _padded(self.record_bytes)
+        for field in self.fields:
+            offsets[field.name] = position + BLOCK + NPY_HEADER
+            position += BLOCK + _padded(NPY_HEADER + field.nbytes)
+        return offsets
+
+    def field(self, name: str) -> Field | None:
+        """The field of that name, or None where this layout has none."""
+        return next((field for field in self.fields if field.name == name), None)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        latents = self.fields[0]
+        return latents.shape[-2], latents.shape[-1]
+
+    @cached_property
+    def _npy_headers(self) -> dict[str, bytes]:
+        return {field.name: _npy_header(field) for field in self.fields}
+
+    def pack(
+        self, key: str, record: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+    ) -> bytes:
+        """One sample's `stride` bytes. Arrays must have the layout's shapes; dtypes are cast."""
+        parts = [_member(f"{key}.json", fit_record(record, self.record_bytes))]
+        for field in self.fields:
+            array = np.ascontiguousarray(arrays[field.name], dtype=field.dtype)
+            assert array.shape == field.shape, (field, array.shape)
+            data = self._npy_headers[field.name] + array.tobytes()
+            parts.append(_member(f"{key}.{field.name}.npy", data))
+        sample = b"".join(parts)
+        assert len(sample) == self.stride
+        return sample
+
+    def unpack(
+        self, sample: bytes | memoryview
+    ) -> tuple[str, dict[str, Any], dict[str, NDArray[Any]]]:
+        """Key, record and arrays (read-only views) of one sample's bytes.
+
+        Raises ValueError where the bytes are not a sample of this layout.
+        """
+        view = memoryview(sample)
+        if len(view) != self.stride:
+            raise ValueError(f"{len(view)} bytes where a sample has {self.stride}")
+        key = _check_member(view, 0, ".json", self.record_bytes)
+        record = json.loads(bytes(view[BLOCK : BLOCK + self.record_bytes]))
+        arrays = {}
+        for field in self.fields:
+            offset = self.offsets[field.name]
+            start = offset - BLOCK - NPY_HEADER
+            found = _check_member(view, start, f".{field.name}.npy", NPY_HEADER + field.nbytes)
+            header = bytes(view[offset - NPY_HEADER : offset])
+            if found != key or header != self._npy_headers[field.name]:
+                raise ValueError(f"member {field.name} of {key} has another shape or another key")
+            data = np.frombuffer(view[offset : offset + field.nbytes], dtype=field.dtype)
+            arrays[field.name] = data.reshape(field.shape)
+        return key, record, arrays
+
+    def shard_bytes(self, count: int) -> int:
+        """Size of a shard of `count` samples."""
+        return count * self.stride + len(TRAILER)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest: the table of fields with their offsets, and the stride."""
+        return {
+            "fields": [
+                {
+                    "name": field.name,
+                    "dtype": field.dtype,
+                    "shape": list(field.shape),
+                    "offset": self.offsets[field.name],
+                }
+                for field in self.fields
+            ],
+            "record_bytes": self.record_bytes,
+            "stride": self.stride,
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Layout:
+        """The inverse of `to_json`. Raises ValueError where stored offsets disagree with ours."""
+        layout = Layout(
+            tuple(Field(f["name"], f["dtype"], tuple(f["shape"])) for f in value["fields"]),
+            value["record_bytes"],
+        )
+        if layout.to_json() != value:
+            raise ValueError("the layout's offsets do not follow from its fields")
+        return layout
+
+
+def cache_layout(
+    latents: Sequence[int],
+    prompt_embeds: Sequence[int],
+    pooled_prompt_embeds: Sequence[int] | None = None,
+    micro_conditioning: bool = False,
+) -> Layout:
+    """The layout of cache format 1 for these shapes.
+
+    latents `[views, C or 2C, h, w]`, prompt_embeds `[captions, L, D]`, pooled_prompt_embeds
+    `[captions, P]`, all fp16; `time_ids` `[views, 6]` int32 with micro-conditioning.
+    """
+    fields = [Field("latents", "<f2", tuple(latents))]
+    if pooled_prompt_embeds is not None:
+        fields.append(Field("pooled_prompt_embeds", "<f2", tuple(pooled_prompt_embeds)))
+    fields.append(Field("prompt_embeds", "<f2", tuple(prompt_embeds)))
+    if micro_conditioning:
+        fields.append(Field("time_ids", "<i4", (latents[0], 6)))
+    return Layout(tuple(fields))
+
+
+def fit_record(record: Mapping[str, Any], size: int) -> bytes:
+    """JSON of `record` padded with spaces to `size` bytes.
+
+    What does not fit goes in `DROP_ORDER`; captions are shortened at code points before that.
+    """
+    kept = dict(record)
+    for name in DROP_ORDER:
+        if len(data := _compact(kept)) <= size:
+            break
+        if name == "captions":
+            kept = _cut_captions(kept, size)
+        else:
+            kept.pop(name, None)
+    data = _compact(kept)
+    assert len(data) <= size, "the fixed part of a record fits"
+    return data.ljust(size)
+
+
+def _cut_captions(record: dict[str, Any], size: int) -> dict[str, Any]:
+    """The longest captions shortened, equally, until the record fits."""
+    captions: list[str] = list(record.get("captions", ()))
+    while len(_compact(record | {"captions": captions})) > size and any(captions):
+        longest = max(map(len, captions))
+        captions = [text[: longest * 3 // 4] if len(text) == longest else text for text in captions]
+    return record | {"captions": captions, "captions_cut": True}
+
+
+def _compact(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _member(name: str, data: bytes) -> bytes:
+    """A tar member: header (mode 644, owner 0, time 0) and data, both padded to blocks."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    header = info.tobuf(format=tarfile.USTAR_FORMAT)
+    return header + data + bytes(_padded(len(data)) - len(data))
+
+
+def _check_member(view: memoryview, start: int, suffix: str, size: int) -> str:
+    """The key of the member whose header lies at `start`; ValueError for any other member."""
+    try:
+        info = tarfile.TarInfo.frombuf(bytes(view[start : start + BLOCK]), "utf-8", "strict")
+    except tarfile.HeaderError as error:
+        raise ValueError(f"damaged tar header ({error})") from None
+    if not info.name.endswith(suffix) or info.size != size:
+        raise ValueError(f"member {info.name} ({info.size} bytes) where *{suffix} is due")
+    return info.name.removesuffix(suffix)
+
+
+def _npy_header(field: Field) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": field.dtype, "fortran_order": False, "shape": field.shape}
+    )
+    header = buffer.getvalue()
+    assert len(header) == NPY_HEADER, (field, len(header))
+    return header

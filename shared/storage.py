@@ -1,0 +1,166 @@
+"""Files that are either whole or absent: written under a temporary name, fsynced, renamed.
+
+Everything a cache or a run keeps goes through `publish`, so a crash at any moment leaves the old
+file or the new one and at worst a stray in `tmp/`, which the next run sweeps.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+
+COPY_BYTES = 1 << 20
+
+
+def publish(chunks: Iterable[bytes], path: Path, tmp: Path) -> str:
+    """Write `chunks` to `path` atomically by way of the folder `tmp` (same file system).
+
+    Returns the content's sha256 in hex. Raises UserError when the disk is full or not writable;
+    `path` is then as it was.
+    """
+    staged, digest = stage(chunks, tmp)
+    move(staged, path)
+    return digest
+
+
+def stage(chunks: Iterable[bytes], tmp: Path) -> tuple[Path, str]:
+    """Write `chunks` to a fresh, fsynced file in `tmp`; returns it with its sha256 in hex.
+
+    For content-addressed files, whose name is known only after their bytes.
+    """
+    with guard(tmp):
+        tmp.mkdir(parents=True, exist_ok=True)
+    staged = tmp / f"{os.getpid()}-{os.urandom(6).hex()}"
+    digest = hashlib.sha256()
+    with guard(tmp):
+        fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            for chunk in chunks:
+                digest.update(chunk)
+                write_all(fd, chunk)
+            os.fsync(fd)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+    return staged, digest.hexdigest()
+
+
+def move(staged: Path, path: Path) -> None:
+    """Give a staged file its final name, replacing what stood there, durably."""
+    with guard(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged, path)
+        sync_folder(path.parent)
+
+
+def create_exclusively(content: bytes, path: Path, tmp: Path) -> bool:
+    """Publish `content` at `path` unless something is there already; False if it is.
+
+    Of several processes that try at once exactly one wins, and nobody sees a partial file.
+    """
+    staged, _ = stage([content], tmp)
+    try:
+        with guard(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(staged, path)
+            sync_folder(path.parent)
+    except FileExistsError:
+        return False
+    finally:
+        staged.unlink(missing_ok=True)
+    return True
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """`os.write` until everything is written."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that a rename in it survives a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sweep(tmp: Path) -> None:
+    """Remove what dead processes left in `tmp`; a living process's files stay."""
+    for stray in tmp.iterdir() if tmp.is_dir() else ():
+        owner = stray.name.partition("-")[0]
+        if not (owner.isdigit() and _alive(int(owner))):
+            shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
+
+
+def dump_json(value: Any) -> bytes:
+    """JSON that is the same for the same value: sorted keys, two spaces, a final newline."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def load_json(path: Path) -> Any:
+    """Parse a JSON file. Raises UserError, naming the file, where it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); restore it or build it anew"
+        ) from None
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_durably(source: Path, path: Path, tmp: Path) -> str:
+    """Copy a file atomically; returns its sha256 in hex."""
+    with source.open("rb") as file:
+        return publish(iter(lambda: file.read(COPY_BYTES), b""), path, tmp)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EACCES: "permission denied; choose a folder you may write to",
+    errno.EPERM: "permission denied; choose a folder you may write to",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
+}
+
+
+@contextmanager
+def guard(folder: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one-line errors that name the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _REMEDIES:
+            raise UserError(f"{folder}: {_REMEDIES[error.errno]}") from error
+        raise

@@ -1,0 +1,183 @@
+"""The house rules that no linter checks: sizes, packaging, how the Makefile passes words on."""
+
+import ast
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ("prep", "train", "shared", "data", "benchmarks")
+FILE_LINES = 300
+FUNCTION_LINES = 60
+DATA_BYTES = 25_000_000
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def repository_files(folder: str = ".") -> list[Path]:
+    """What git tracks or would track; in a copy without git, everything but the known outputs."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", folder]
+    answer = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
+    if answer.returncode == 0:
+        paths = [ROOT / name for name in answer.stdout.split("\0") if name]
+    else:
+        outputs = {".venv", "caches", "runs", "demo", "work", "__pycache__"}
+        found = (ROOT / folder).rglob("*")
+        paths = [p for p in found if not outputs & set(p.relative_to(ROOT).parts)]
+    return [path for path in paths if path.is_file()]
+
+
+def modules() -> list[Path]:
+    paths = [path for folder in SOURCE for path in repository_files(folder)]
+    return [path for path in paths if path.suffix == ".py"]
+
+
+def test_files_stay_short():
+    lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in modules()}
+    assert {name: count for name, count in lines.items() if count > FILE_LINES} == {}
+
+
+def test_functions_stay_short():
+    long = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > FUNCTION_LINES:
+                    long[f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"] = lines
+    assert long == {}
+
+
+def test_data_stays_small():
+    assert sum(path.stat().st_size for path in repository_files("data")) <= DATA_BYTES
+
+
+def test_tests_are_flat():
+    # A package tests/train would shadow train.
+    tests = [p.relative_to(ROOT / "tests") for p in repository_files("tests") if p.suffix == ".py"]
+    assert [p for p in tests if len(p.parts) > 1 or p.name == "__init__.py"] == []
+
+
+def test_no_machine_paths():
+    absolute = re.compile(r"(?<![\w.~/}-])/(?:work|tmp|root|home|Users)/")
+    found = []
+    for path in repository_files():
+        content = path.read_bytes()
+        if b"\0" in content:
+            continue  # a picture, an archive, weights
+        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+            if absolute.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert found == []
+
+
+def test_every_package_is_listed():
+    packages = PROJECT["tool"]["setuptools"]["packages"]
+    assert {"prep", "train", "shared"} <= set(packages)
+    folders = {path.parent.relative_to(ROOT) for path in modules() if path.name == "__init__.py"}
+    installed = {".".join(folder.parts) for folder in folders if folder.parts[0] in packages}
+    assert installed <= set(packages)
+
+
+def requirement_name(line: str) -> str:
+    return re.match(r"[\w.-]+", line).group().lower().replace("_", "-")
+
+
+def test_each_stage_is_part_of_a_plain_install():
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(extras["prep"]) | set(extras["train"]) <= set(PROJECT["project"]["dependencies"])
+
+
+def test_lock_pins_everything_exactly():
+    text = (ROOT / "requirements.lock").read_text()
+    pins = [line for line in text.splitlines() if not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)] == []
+    wanted = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["dev"]
+    locked = {requirement_name(pin) for pin in pins}
+    assert {requirement_name(line) for line in wanted} - locked == set()
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Run a `make` command line in bash, with a stand-in for Python that only prints its words."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    (tmp_path / ".stamp").touch()  # setup is done
+    own = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "GNUMAKEFLAGS"}
+    own |= {"SHARDS", "MODEL", "CACHE", "RUN", "ARGS", "EVAL_CACHE", "SCORER", "PROMPT"}
+    environment = {name: value for name, value in os.environ.items() if name not in own}
+
+    def run(words: str) -> subprocess.CompletedProcess[str]:
+        command = f"make -s VENV='{tmp_path}' PY='{stand_in}' {words}"
+        return subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("dry", ["", "-n "])
+@pytest.mark.parametrize(
+    ("unquoted", "quoted"),
+    [
+        ("a/{00..03}.tar", "a/{00..03}.tar"),
+        ("cc12m/{00000..00099}.tar", "cc12m/{00000..00099}.tar"),
+        ("{8..11}.tar", "{8..11}.tar"),
+        ("2024{0..3}", "{20240..20243}"),
+        ("a/{00,07,3}.tar", "a/{00,07,3}.tar"),
+        ("a{,b}.tar", "a{,b}.tar"),
+        (r"a\ b/{1..3}", "a b/{1..3}"),
+        ("a.tar SHARDS=a.tar", "a.tar{,}"),
+    ],
+)
+def test_unquoted_braces_are_refused(make, dry, unquoted, quoted):
+    answer = make(f"{dry}prep SHARDS={unquoted} MODEL=tiny-sd CACHE=c ARGS='--note \"x y\"'")
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr.count("\n") == 1
+    command = f"make prep SHARDS='{quoted}' MODEL='tiny-sd' CACHE='c' ARGS='--note \"x y\"'"
+    assert command in answer.stderr
+    assert make(command.removeprefix("make ")).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "shards", ["a/{00..03}.tar", "a b/*.tar", "it's", "$HOME/$(x)`y`#1", "(a,b)", "pipe:cat x.tar"]
+)
+def test_quoted_shards_arrive_as_typed(make, shards):
+    typed = shards.replace("'", r"'\''")
+    answer = make(f"prep SHARDS='{typed}' MODEL=tiny-sd CACHE='my caches/c' ARGS='--note \"x y\"'")
+    assert answer.stderr == ""
+    words = ["-m", "prep", "encode", "--shards", shards, "--model", "tiny-sd"]
+    assert answer.stdout.splitlines() == [*words, "--cache", "my caches/c", "--note", "x y"]
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("prep MODEL=m CACHE=c", "SHARDS"),
+        ("train MODEL=m CACHE=c", "RUN"),
+        ("evaluate EVAL_CACHE=c", "RUN"),
+        ("sample RUN=r", "PROMPT"),
+    ],
+)
+def test_missing_variables_are_one_line(make, words, missing):
+    answer = make(words)
+    assert answer.returncode == 2
+    assert f"{missing} is missing. For example: make {words.split()[0]} " in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
+def test_evaluate_passes_only_what_is_set(make):
+    assert make("evaluate RUN=r").stdout.split() == ["-m", "train", "evaluate", "--run", "r"]
+    answer = make("evaluate RUN=r EVAL_CACHE=c SCORER=m:f ARGS=--dry-run")
+    assert answer.stdout.split()[5:] == ["--eval-cache", "c", "--scorer", "m:f", "--dry-run"]
+
+
+def test_help_lists_every_target(make):
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
+    listed = [line.split()[1] for line in make("").stdout.splitlines()]
+    assert listed == targets

@@ -1,0 +1,1 @@
+"""Stage two: a cache of tensors becomes a student."""

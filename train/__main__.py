@@ -1,0 +1,56 @@
+"""`python -m train COMMAND`: the command line of stage two."""
+
+from __future__ import annotations
+
+from shared.config import dispatch
+from shared.errors import run_main
+from train.config import DistillConfig, EvaluateConfig, ExportConfig, SampleConfig
+
+# The commands import what they need themselves, so that --help and mistakes answer at once.
+
+
+def distill(config: DistillConfig) -> None:
+    """Check, then train."""
+    from train import loop, setup
+
+    run = setup.prepare(config)
+    if not config.dry_run:
+        loop.distill(run)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Compare student and teacher."""
+    from train import evaluate
+
+    evaluate.evaluate(config)
+
+
+def sample(config: SampleConfig) -> None:
+    """Draw prompts with a student."""
+    from train import draw
+
+    draw.draw_prompts(config)
+
+
+def export(config: ExportConfig) -> None:
+    """Write a checkpoint's student."""
+    from train.export import export_checkpoint
+
+    print(export_checkpoint(config))
+
+
+COMMANDS = {
+    "distill": (DistillConfig, distill),
+    "evaluate": (EvaluateConfig, evaluate),
+    "sample": (SampleConfig, sample),
+    "export": (ExportConfig, export),
+}
+
+
+def main() -> None:
+    """Entry point of `distillery-train`."""
+    run_main(lambda: dispatch("python -m train", COMMANDS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Teacher and student of a run side by side, ready to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from shared.cache import Manifest
+from shared.conditioning import TextEmbeds
+from shared.device import pick_device, set_threads
+from shared.family import Model, load_config, resolve_model
+from shared.fingerprint import fingerprint
+from shared.vae import load_vae
+from train.export import load_student
+from train.sample import (
+    draw_latents,
+    student_predictor,
+    student_scheduler,
+    teacher_predictor,
+    teacher_scheduler,
+)
+from train.teacher import check_fit, check_vae, load_unet
+
+
+@dataclass(frozen=True)
+class Artist:
+    """Draws latents with a sampler's name and a number of steps."""
+
+    model: Model
+    config: dict[str, Any]  # the run's
+    scheduler_config: dict[str, Any]
+    student: UNet2DConditionModel
+    vae: AutoencoderKL
+    device: torch.device
+    guidance_scale: float
+    teacher: UNet2DConditionModel | None = None
+    empty: TextEmbeds | None = None
+    shape: tuple[int, int, int] = (4, 64, 64)  # of the latents
+
+    def with_teacher(self, empty: TextEmbeds) -> Artist:
+        """The same with the teacher loaded and its unconditional embedding."""
+        teacher = load_unet(self.model.source).to(self.device)
+        return replace(self, teacher=teacher, empty=empty.to(self.device))
+
+    def for_shape(self, shape: tuple[int, int, int]) -> Artist:
+        """The same for latents `(C, h, w)`."""
+        return replace(self, shape=shape)
+
+    def draw(self, sampler: str, steps: int, texts: TextEmbeds, seeds: Sequence[int]) -> Tensor:
+        """Scaled latents `[N, C, h, w]` on the CPU, one per text and seed."""
+        texts = texts.to(self.device)
+        downscale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        size = (self.shape[1] * downscale, self.shape[2] * downscale)
+        if sampler == "student":
+            predict = student_predictor(self.student, texts, self.guidance_scale, size)
+            scheduler: Any = student_scheduler(self.scheduler_config, self.config)
+        else:
+            assert self.teacher is not None
+            assert self.empty is not None
+            predict = teacher_predictor(self.teacher, texts, self.empty, self.guidance_scale, size)
+            scheduler = teacher_scheduler(sampler, self.scheduler_config)
+        return draw_latents(predict, scheduler, steps, self.shape, seeds, self.device).cpu()
+
+    def check_cache(self, manifest: Manifest, cache: Path) -> None:
+        """Raise UserError where a cache was made for another model or by another VAE."""
+        check_fit(manifest, self.model, cache)
+        check_vae(manifest, self.vae, cache, self.model.source)
+
+    def teacher_fingerprint(self) -> str:
+        """Of the teacher's UNet and the VAE."""
+        assert self.teacher is not None
+        return fingerprint(self.teacher) + fingerprint(self.vae)
+
+
+def open_artist(
+    run: Path, threads: int | None, device_name: str, guidance_scale: float | None
+) -> Artist:
+    """The exported student of a run. Raises UserError where there is none."""
+    set_threads(threads)
+    device = pick_device(device_name)
+    student, config = load_student(run, device)
+    model = resolve_model(str(config["model"]))
+    scale = model.family.guidance_scale if guidance_scale is None else guidance_scale
+    return Artist(
+        model=model,
+        config=config,
+        scheduler_config=load_config(model.source, "scheduler/scheduler_config.json"),
+        student=student,
+        vae=load_vae(model.source).to(device),
+        device=device,
+        guidance_scale=scale,
+    )

@@ -1,0 +1,37 @@
+"""`train sample`: prompts to a picture, with the embeddings that lie in a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from shared.cache import CachePaths, open_manifest
+from shared.conditioning import load_conditioning
+from shared.vae import decode_latents
+from train.artist import open_artist
+from train.config import SampleConfig
+from train.pictures import write_grid, write_picture
+
+
+def draw_prompts(config: SampleConfig) -> None:
+    """Write one picture, or a grid where there are several. Raises UserError for a new prompt."""
+    artist = open_artist(config.run, config.threads, config.device, config.guidance_scale)
+    cache = config.cache or Path(str(artist.config["cache"]))
+    manifest = open_manifest(cache)
+    artist.check_cache(manifest, cache)
+    conditioning = load_conditioning(CachePaths(cache).conditioning)
+    texts = conditioning.find(config.prompt)
+    shape = (artist.vae.config.latent_channels, *manifest.layouts[0].latent_size)
+    rows = []
+    for number in range(len(config.prompt)):
+        same = texts[[number] * config.num_images]
+        seeds = range(config.seed, config.seed + config.num_images)
+        latents = artist.for_shape(shape).draw("student", config.steps, same, seeds)
+        rows.append(list(decode_latents(artist.vae, latents / artist.vae.config.scaling_factor)))
+    if len(rows) == config.num_images == 1:
+        write_picture(config.output, np.asarray(rows[0][0]))
+    else:
+        titles = [f"seed {config.seed + i}" for i in range(config.num_images)]
+        write_grid(config.output, rows, titles, config.prompt)
+    print(config.output)

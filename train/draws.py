@@ -1,0 +1,52 @@
+"""The random numbers of one training sample, a pure function of (seed, position).
+
+They are drawn on the CPU in the loader's threads, so they depend on neither rank, world size,
+batch size nor GPU, and a resumed run draws what the interrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class DrawSpec:
+    """What to draw from."""
+
+    seed: int
+    views: int
+    num_ddim_timesteps: int
+    w_min: float
+    w_max: float
+    proportion_empty_prompts: float
+    latent_noise: bool  # does the cache hold the posterior's logvar?
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample's draws; the noises have the latents' shape `[C, h, w]`, fp32."""
+
+    view: int
+    caption: int
+    drop_caption: bool
+    index: int  # solver interval, 0 .. N - 1
+    w: float
+    noise: NDArray[np.float32]
+    latent_noise: NDArray[np.float32] | None
+
+
+def draw(spec: DrawSpec, position: int, num_captions: int, shape: tuple[int, ...]) -> Draw:
+    """The draws of the sample at stream position `position`."""
+    rng = np.random.Generator(np.random.Philox(key=[spec.seed, position]))
+    return Draw(
+        view=int(rng.integers(spec.views)),
+        caption=int(rng.integers(num_captions)),
+        drop_caption=bool(rng.random() < spec.proportion_empty_prompts),
+        index=int(rng.integers(spec.num_ddim_timesteps)),
+        w=float(rng.uniform(spec.w_min, spec.w_max)),
+        noise=rng.standard_normal(shape, dtype=np.float32),
+        latent_noise=rng.standard_normal(shape, dtype=np.float32) if spec.latent_noise else None,
+    )

@@ -1,0 +1,99 @@
+"""Students in the formats that stock diffusers loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
+
+from shared.config import coerce
+from shared.errors import UserError
+from shared.storage import copy_durably, load_json, move, sync_folder
+from train.checkpoint import find_checkpoint, load_networks
+from train.config import DistillConfig, ExportConfig
+from train.student import build_student
+from train.teacher import load_unet
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+UNET_FOLDER = "unet"
+
+
+def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
+    """Write a UNet folder, or `pytorch_lora_weights.safetensors` with rank and alpha.
+
+    The former export is replaced only when the new one is whole. Returns what was written.
+    """
+    tmp = folder / "tmp"
+    building = tmp / f"{os.getpid()}-export"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    if getattr(unet, "peft_config", None):
+        save_lora(unet, building)
+        copy_durably(building / LORA_FILE, folder / LORA_FILE, tmp)
+        shutil.rmtree(building)
+        return folder / LORA_FILE
+    unet.save_pretrained(building)
+    sync_folder(building)
+    final, old = folder / UNET_FOLDER, tmp / f"{os.getpid()}-old"
+    if final.exists():
+        os.replace(final, old)
+    move(building, final)
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    """diffusers' LoRA file; its metadata carry the adapter's config, alpha included."""
+    xl = unet.config.addition_embed_type == "text_time"
+    pipeline = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    adapter = unet.peft_config["default"].to_dict()
+    adapter["target_modules"] = sorted(adapter["target_modules"])
+    pipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_adapter_metadata=adapter,
+    )
+
+
+def export_checkpoint(config: ExportConfig) -> Path:
+    """Export a checkpoint of a run. Raises UserError where there is none."""
+    stored = run_config(config.run)
+    folder = find_checkpoint(config.run, config.checkpoint)
+    if folder is None:
+        raise UserError(f"{config.run} has no checkpoint yet")
+    distilled = DistillConfig(**coerce(DistillConfig, stored))
+    student = build_student(distilled.model, distilled, torch.device("cpu"))
+    student.load_state(load_networks(folder))
+    return export_student(student.exported(), config.output or config.run)
+
+
+def run_config(run: Path) -> dict[str, object]:
+    """A run's resolved configuration. Raises UserError where the folder is no run."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is no run (no config.json); `train distill --run {run}` makes one")
+    return dict(load_json(run / "config.json"))
+
+
+def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, object]]:
+    """An exported student, ready to draw, and the configuration it was distilled with.
+
+    Raises UserError where the run has no export.
+    """
+    config = run_config(run)
+    wanted = run / (LORA_FILE if config["student"] == "lora" else UNET_FOLDER)
+    if not wanted.exists():
+        raise UserError(
+            f"{run} has no {wanted.name} yet; let `train distill` finish, "
+            f"or run `python -m train export --run {run}`"
+        )
+    if config["student"] == "lora":
+        unet = load_unet(config["model"])
+        unet.load_lora_adapter(run, prefix="unet", weight_name=LORA_FILE)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(wanted, torch_dtype=torch.float32)
+    return unet.eval().requires_grad_(False).to(device), config

@@ -1,0 +1,68 @@
+"""Held-out captions and pictures, read from an evaluation cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.cache import CachePaths, Manifest
+from shared.conditioning import TextEmbeds, load_conditioning
+from shared.errors import UserError
+from train.loader import open_buckets
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Captions with their embeddings, and the latents of the pictures they belong to."""
+
+    captions: tuple[str, ...]
+    texts: TextEmbeds
+    latents: Tensor  # [N, C, h, w] fp32, scaled, the posterior's mean
+    empty: TextEmbeds
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents."""
+        channels, height, width = self.latents.shape[1:]
+        return channels, height, width
+
+
+def load_heldout(root: Path, manifest: Manifest, count: int) -> HeldOut:
+    """The first `count` samples of the cache's largest bucket, in the order of the shards.
+
+    Raises UserError where there are too few to fit a Gaussian of 64 features.
+    """
+    bucket = max(open_buckets(root, manifest), key=len)
+    count = min(count, len(bucket))
+    if count < 65:
+        raise UserError(
+            f"{root}: {count} samples; a Fréchet distance needs at least 65, better 1000"
+        )
+    latents = bucket.layout.fields[0]
+    channels = manifest.identity["vae"]["channels"]
+    rows = np.empty((count, *latents.shape[1:]), dtype=np.float16)
+    text, pool = bucket.layout.field("prompt_embeds"), bucket.layout.field("pooled_prompt_embeds")
+    assert text is not None
+    embeds = np.empty((count, *text.shape[1:]), dtype=np.float16)
+    pooled = None if pool is None else np.empty((count, *pool.shape[1:]), dtype=np.float16)
+    for number in range(count):
+        bucket.read(number, "latents", 0, rows[number])
+        bucket.read(number, "prompt_embeds", 0, embeds[number])
+        if pooled is not None:
+            bucket.read(number, "pooled_prompt_embeds", 0, pooled[number])
+    captions = tuple(bucket.record(number)["captions"][0] for number in range(count))
+    bucket.close()
+    scale = manifest.identity["vae"]["scaling_factor"]
+    return HeldOut(
+        captions,
+        TextEmbeds(torch.from_numpy(embeds), None if pooled is None else torch.from_numpy(pooled)),
+        torch.from_numpy(rows[:, :channels].astype(np.float32)) * scale,
+        load_conditioning(CachePaths(root).conditioning).unconditional,
+    )

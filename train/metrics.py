@@ -1,0 +1,76 @@
+"""What is measured on pictures: Fréchet distance, sharpness. Plain NumPy, nothing learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The feature space's name stands in evaluation.json; a change of the features needs a new name.
+FEATURES = "thumb48-edges16"
+THUMB = 4  # cells per side
+HIGH_FREQUENCY = 0.25  # cycles per pixel; the Nyquist limit is 0.5
+
+
+def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """`[N, 64]` of RGB pictures `[N, H, W, 3]`: per cell of a 4 x 4 grid the mean colour (48
+    numbers) and the root mean square of the luma gradient (16), in units of 1/255 each.
+
+    Colours and their places are in the first part, edges and their loss to blur in the second.
+    """
+    pixels = images.astype(np.float64)
+    light = luma(pixels)
+    down = np.diff(light, axis=1, append=light[:, -1:])
+    right = np.diff(light, axis=2, append=light[:, :, -1:])
+    edges = np.sqrt(cell_means((down**2 + right**2)[..., None]))
+    parts = [cell_means(pixels), edges]
+    return np.concatenate([part.reshape(len(images), -1) for part in parts], axis=1)
+
+
+def luma(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rec. 601 luma of `[..., 3]`."""
+    return pixels @ np.array([0.299, 0.587, 0.114])
+
+
+def cell_means(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means over a 4 x 4 grid of cells: `[N, H, W, C]` to `[N, 4, 4, C]`."""
+    rows = np.array_split(pixels, THUMB, axis=1)
+    cells = [[cell.mean((1, 2)) for cell in np.array_split(row, THUMB, axis=2)] for row in rows]
+    return np.stack([np.stack(row, axis=1) for row in cells], axis=1)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean `[64]` and covariance `[64, 64]` of features."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+    @staticmethod
+    def of(rows: NDArray[np.float64]) -> Gaussian:
+        """Fitted to features `[N, 64]`."""
+        return Gaussian(rows.mean(0), np.cov(rows, rowvar=False))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) (Dowson and Landau, 1982)."""
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)
+    difference = a.mean - b.mean
+    trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum()
+    return float(difference @ difference + trace)
+
+
+def high_frequency_share(images: NDArray[np.uint8]) -> float:
+    """Share of the luma's energy, without its mean, above a quarter cycle per pixel.
+
+    Blur lowers it. Summed over all pictures before dividing, so that flat ones do not count much.
+    """
+    light = luma(images.astype(np.float64))
+    spectrum = np.abs(np.fft.fft2(light - light.mean((1, 2), keepdims=True))) ** 2
+    frequency = np.hypot(
+        np.fft.fftfreq(light.shape[1])[:, None], np.fft.fftfreq(light.shape[2])[None, :]
+    )
+    return float(spectrum[:, frequency > HIGH_FREQUENCY].sum() / spectrum.sum())

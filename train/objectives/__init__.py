@@ -1,0 +1,1 @@
+"""Losses: each a callable on tensors and networks, and nothing else."""

@@ -1,0 +1,80 @@
+"""Latent consistency distillation (arXiv 2310.04378, algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shared.conditioning import TextEmbeds
+from shared.diffusion import (
+    Schedule,
+    add_noise,
+    boundary_scalings,
+    consistency,
+    ddim_step,
+    guided,
+    huber_distance,
+    l2_distance,
+    predicted_eps,
+    predicted_x0,
+    solver_timesteps,
+)
+from train.loader import Batch
+
+
+class Networks(Protocol):
+    """The three networks of distillation; outputs are eps or v as the teacher predicts, fp32."""
+
+    def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """With gradients, told the guidance `batch.w` where it takes it."""
+
+    def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """The student's slower or frozen self, without gradients."""
+
+    def teacher(
+        self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
+    ) -> tuple[Tensor, Tensor]:
+        """Conditional and unconditional prediction, without gradients."""
+
+
+@dataclass(frozen=True)
+class LCD:
+    """The loss with its settings. `schedule` lies on the batch's device, in fp32."""
+
+    schedule: Schedule
+    num_ddim_timesteps: int
+    timestep_scaling: float
+    loss_type: str
+    huber_c: float
+
+    def __call__(self, batch: Batch, empty: TextEmbeds, networks: Networks) -> Tensor:
+        """The loss of a batch, a scalar; `empty` is the unconditional embedding, one row."""
+        start, end = solver_timesteps(
+            batch.index, self.num_ddim_timesteps, self.schedule.num_train_timesteps
+        )
+        z = add_noise(batch.latents, batch.noise, *self.schedule.alpha_sigma(start))
+        predicted = self.f(networks.student(z, start, batch), z, start)
+        with torch.no_grad():
+            z_prev = self.solve(networks.teacher(z, start, batch, empty), z, start, end, batch.w)
+            target = self.f(networks.target(z_prev, end, batch), z_prev, end)
+        if self.loss_type == "huber":
+            return huber_distance(predicted, target, self.huber_c)
+        return l2_distance(predicted, target)
+
+    def f(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The consistency function (eq. 9) of a network's output at (z, t)."""
+        x0 = predicted_x0(output, z, *self.schedule.alpha_sigma(t), self.schedule.prediction_type)
+        return consistency(z, x0, *boundary_scalings(t.to(z.dtype), self.timestep_scaling))
+
+    def solve(
+        self, teacher: tuple[Tensor, Tensor], z: Tensor, start: Tensor, end: Tensor, w: Tensor
+    ) -> Tensor:
+        """One DDIM step of the guided teacher from `start` to `end` (eq. 13, 14)."""
+        alpha, sigma = self.schedule.alpha_sigma(start)
+        kind = self.schedule.prediction_type
+        x0 = guided(*(predicted_x0(output, z, alpha, sigma, kind) for output in teacher), w)
+        eps = guided(*(predicted_eps(output, z, alpha, sigma, kind) for output in teacher), w)
+        return ddim_step(x0, eps, *self.schedule.alpha_sigma(end))

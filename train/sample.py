@@ -1,0 +1,104 @@
+"""Drawing with teacher and student through diffusers' own schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from shared.conditioning import TextEmbeds
+from shared.diffusion import guidance_embedding
+from train.teacher import call_unet, twice
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, h, w], t [B]) -> output [B, C, h, w]
+
+# Each solver with the spacing that served it best at 1 to 8 steps (docs/recipes.md).
+SPACING = {"ddim": "trailing", "dpmsolver++": "trailing"}
+
+
+def teacher_scheduler(sampler: str, config: dict[str, Any]) -> Any:
+    """A solver for the teacher: `ddim` or `dpmsolver++` (second order, multistep)."""
+    options = {"timestep_spacing": SPACING[sampler]}
+    if sampler == "ddim":
+        return DDIMScheduler.from_config(config, **options)
+    return DPMSolverMultistepScheduler.from_config(
+        config, algorithm_type="dpmsolver++", solver_order=2, **options
+    )
+
+
+def student_scheduler(config: dict[str, Any], distilled: dict[str, Any]) -> LCMScheduler:
+    """diffusers' LCMScheduler with the numbers the student was distilled with."""
+    return LCMScheduler.from_config(
+        config,
+        original_inference_steps=distilled["num_ddim_timesteps"],
+        timestep_scaling=distilled["timestep_scaling_factor"],
+    )
+
+
+def student_predictor(
+    unet: UNet2DConditionModel, text: TextEmbeds, guidance_scale: float, size: tuple[int, int]
+) -> Predict:
+    """One forward per step; a full student is told the guidance, a LoRA student has it built in."""
+    dim = unet.config.time_cond_proj_dim
+    time_ids = sampling_time_ids(text, size)
+    embedding = None
+    if dim is not None:
+        w = torch.full((len(text),), guidance_scale - 1.0, device=text.prompt_embeds.device)
+        embedding = guidance_embedding(w, dim)
+    return lambda z, t: call_unet(unet, z, t, text, time_ids, embedding)
+
+
+def teacher_predictor(
+    unet: UNet2DConditionModel,
+    text: TextEmbeds,
+    empty: TextEmbeds,
+    guidance_scale: float,
+    size: tuple[int, int],
+) -> Predict:
+    """Classifier-free guidance: uncond + guidance_scale (cond - uncond), in one batched forward."""
+    time_ids = sampling_time_ids(text, size)
+
+    def predict(z: Tensor, t: Tensor) -> Tensor:
+        if guidance_scale == 1.0:
+            return call_unet(unet, z, t, text, time_ids)
+        cond, uncond = twice(unet, z, t, text, empty, time_ids)
+        return uncond + guidance_scale * (cond - uncond)
+
+    return predict
+
+
+def sampling_time_ids(text: TextEmbeds, size: tuple[int, int]) -> Tensor | None:
+    """Micro-conditioning for an uncropped picture of `size` (height, width) in pixels."""
+    if text.pooled_prompt_embeds is None:
+        return None
+    row = torch.tensor([*size, 0, 0, *size], device=text.prompt_embeds.device)
+    return row.expand(len(text), 6)
+
+
+@torch.inference_mode()
+def draw_latents(
+    predict: Predict,
+    scheduler: Any,
+    steps: int,
+    shape: tuple[int, int, int],
+    seeds: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Scaled latents `[N, C, h, w]`, one per seed, in fp32.
+
+    Each sample has a CPU generator of its own, so it does not depend on the batch it is drawn in,
+    and is what a diffusers pipeline draws from `torch.Generator().manual_seed(seed)`.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    scheduler.set_timesteps(steps, device=device)
+    z = randn_tensor((len(seeds), *shape), generator=generators, device=device)
+    z = z * scheduler.init_noise_sigma
+    noisy = {"generator": generators} if isinstance(scheduler, LCMScheduler) else {}
+    for t in scheduler.timesteps:
+        output = predict(scheduler.scale_model_input(z, t), t.expand(len(seeds)))
+        z = scheduler.step(output, t, z, **noisy).prev_sample
+    return z

@@ -1,0 +1,202 @@
+"""The networks of a distillation: a full student with its EMA target, or adapters on the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from shared.conditioning import TextEmbeds
+from shared.diffusion import guidance_embedding
+from train.config import DistillConfig
+from train.loader import Batch
+from train.teacher import call_unet, load_unet, twice
+
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+
+
+class Student(Protocol):
+    """What the loop, the checkpoints and the exports need of either kind."""
+
+    unet: UNet2DConditionModel
+
+    def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """See `train.objectives.lcd.Networks`."""
+
+    def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """See `train.objectives.lcd.Networks`."""
+
+    def teacher(
+        self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
+    ) -> tuple[Tensor, Tensor]:
+        """See `train.objectives.lcd.Networks`."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by name, fp32."""
+
+    def after_step(self) -> None:
+        """Move the target after an optimizer step."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint must hold of the networks."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+
+    def exported(self) -> UNet2DConditionModel:
+        """The network that people will draw with."""
+
+
+class FullStudent:
+    """A UNet of its own that is told the guidance; its target is an exponential moving average."""
+
+    def __init__(self, source: str, config: DistillConfig, device: torch.device) -> None:
+        self.teacher_unet = load_unet(source).to(device)
+        self.dim, self.decay = config.unet_time_cond_proj_dim, config.ema_decay
+        self.unet = guided_copy(self.teacher_unet, self.dim, config.guidance_init).to(device)
+        self.target_unet = guided_copy(self.teacher_unet, self.dim, "zero").to(device)
+        self.target_unet.load_state_dict(self.unet.state_dict())
+        self.unet.train().requires_grad_(True)
+
+    def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
+        return self._told(self.unet, z, t, batch)
+
+    @torch.no_grad()
+    def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
+        return self._told(self.target_unet, z, t, batch)
+
+    @torch.no_grad()
+    def teacher(  # noqa: D102
+        self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
+    ) -> tuple[Tensor, Tensor]:
+        return twice(self.teacher_unet, z, t, batch.text, empty, batch.time_ids)
+
+    def _told(self, unet: UNet2DConditionModel, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        embedding = guidance_embedding(batch.w, self.dim)
+        return call_unet(unet, z, t, batch.text, batch.time_ids, embedding)
+
+    def trainable(self) -> dict[str, nn.Parameter]:  # noqa: D102
+        return dict(self.unet.named_parameters())
+
+    @torch.no_grad()
+    def after_step(self) -> None:  # noqa: D102
+        averages, live = list(self.target_unet.parameters()), list(self.unet.parameters())
+        torch._foreach_lerp_(averages, live, 1 - self.decay)
+
+    def state(self) -> dict[str, Tensor]:  # noqa: D102
+        student = {f"student.{k}": v for k, v in self.unet.state_dict().items()}
+        return student | {f"target.{k}": v for k, v in self.target_unet.state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: D102
+        for prefix, unet in (("student.", self.unet), ("target.", self.target_unet)):
+            part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            unet.load_state_dict(part)
+
+    def exported(self) -> UNet2DConditionModel:  # noqa: D102
+        return self.target_unet
+
+
+class LoraStudent:
+    """One UNet in memory: the student is it with adapters, the teacher without."""
+
+    def __init__(self, source: str, config: DistillConfig, device: torch.device) -> None:
+        self.unet = load_unet(source)
+        alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+        torch.manual_seed(config.seed)  # peft initialises lora_A at random, lora_B at zero
+        self.unet.add_adapter(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=lora_targets(self.unet),
+            )
+        )
+        self.unet.to(device).train()
+        self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
+
+    def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
+        return call_unet(self.unet, z, t, batch.text, batch.time_ids)
+
+    @torch.no_grad()
+    def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
+        return call_unet(self.unet, z, t, batch.text, batch.time_ids)
+
+    @torch.no_grad()
+    def teacher(  # noqa: D102
+        self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
+    ) -> tuple[Tensor, Tensor]:
+        with self.adapters_off():
+            return twice(self.unet, z, t, batch.text, empty, batch.time_ids)
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The bare teacher. peft's own switch would also turn off the adapters' requires_grad."""
+        for layer in self.layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer._disable_adapters = False
+
+    def trainable(self) -> dict[str, nn.Parameter]:  # noqa: D102
+        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+
+    def after_step(self) -> None:
+        """The target is the student itself."""
+
+    def state(self) -> dict[str, Tensor]:  # noqa: D102
+        return {name: p.detach() for name, p in self.trainable().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: D102
+        for name, parameter in self.trainable().items():
+            parameter.copy_(state[name])
+
+    def exported(self) -> UNet2DConditionModel:  # noqa: D102
+        return self.unet
+
+
+def build_student(source: str, config: DistillConfig, device: torch.device) -> Student:
+    """The student that the flags ask for."""
+    kind = LoraStudent if config.student == "lora" else FullStudent
+    student: Student = kind(source, config, device)
+    if config.gradient_checkpointing:
+        student.unet.enable_gradient_checkpointing()
+    return student
+
+
+def guided_copy(
+    teacher: UNet2DConditionModel, dim: int, guidance_init: str
+) -> UNet2DConditionModel:
+    """The teacher's weights in a UNet with `time_cond_proj_dim`.
+
+    With "zero" the new projection starts at zero, so the copy computes what the teacher computes;
+    "random" is the paper's way.
+    """
+    copy = UNet2DConditionModel.from_config({**teacher.config, "time_cond_proj_dim": dim})
+    missing, unexpected = copy.load_state_dict(teacher.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"], missing
+    assert not unexpected, unexpected
+    if guidance_init == "zero":
+        nn.init.zeros_(copy.time_embedding.cond_proj.weight)
+    return copy.eval().requires_grad_(False)
+
+
+def lora_targets(unet: UNet2DConditionModel) -> list[str]:
+    """Full names of the layers that LCM adapts, so that nothing else matches by accident."""
+    return [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and any(name == target or name.endswith(f".{target}") for target in LORA_TARGETS)
+    ]

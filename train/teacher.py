@@ -1,0 +1,102 @@
+"""The teacher's parts, and how a UNet is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from shared.cache import Manifest
+from shared.conditioning import TextEmbeds
+from shared.diffusion import Schedule, schedule_from_config
+from shared.errors import UserError
+from shared.family import Model, load_config
+from shared.fingerprint import fingerprint
+
+
+def load_unet(source: str) -> UNet2DConditionModel:
+    """A model's UNet, fp32, frozen. Raises UserError where there is none."""
+    try:
+        unet = UNet2DConditionModel.from_pretrained(
+            source, subfolder="unet", torch_dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"no UNet can be read from {source!r} ({first})") from None
+    return unet.eval().requires_grad_(False)
+
+
+def load_schedule(source: str) -> Schedule:
+    """A model's noise schedule. Raises UserError for one that distillation does not know."""
+    try:
+        return schedule_from_config(load_config(source, "scheduler/scheduler_config.json"))
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
+    """Raise UserError, naming both sides, where the cache was made for another kind of teacher."""
+    identity = manifest.identity
+    unet = load_config(model.source, "unet/config.json")
+    pairs = {
+        "family": (identity["family"], model.family.name),
+        "latent channels": (identity["vae"]["channels"], unet["in_channels"]),
+        "embedding width": (identity["text"]["width"], unet["cross_attention_dim"]),
+    }
+    for what, (here, wanted) in pairs.items():
+        if here != wanted:
+            raise UserError(
+                f"{cache} was made for another model: its {what} is {here}, "
+                f"{model.source} wants {wanted}; pass the model it was made for, or encode anew"
+            )
+
+
+def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) -> None:
+    """Raise UserError where the latents come from another VAE than the model's."""
+    stored, present = manifest.identity["vae"]["fingerprint"], fingerprint(vae)
+    if stored != present:
+        raise UserError(
+            f"{cache} was encoded by another VAE ({stored}) than {source}'s ({present}); "
+            "pass the model it was made with, or encode anew"
+        )
+
+
+def call_unet(
+    unet: UNet2DConditionModel,
+    z: Tensor,
+    t: Tensor,
+    text: TextEmbeds,
+    time_ids: Tensor | None,
+    guidance: Tensor | None = None,
+) -> Tensor:
+    """The UNet's output `[B, C, h, w]` in fp32.
+
+    `guidance` is the embedding `[B, time_cond_proj_dim]`, for students that take one. time_ids
+    stay fp32: bf16 would turn 1023 into 1024.
+    """
+    added: dict[str, Any] | None = None
+    if text.pooled_prompt_embeds is not None:
+        assert time_ids is not None
+        added = {"text_embeds": text.pooled_prompt_embeds.float(), "time_ids": time_ids.float()}
+    output = unet(
+        z, t, text.prompt_embeds.float(), timestep_cond=guidance, added_cond_kwargs=added
+    ).sample
+    return output.float()
+
+
+def twice(
+    unet: UNet2DConditionModel,
+    z: Tensor,
+    t: Tensor,
+    text: TextEmbeds,
+    empty: TextEmbeds,
+    time_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Conditional and unconditional output in one batched forward; `empty` has one row."""
+    both = TextEmbeds.cat([text, empty[[0] * len(z)]])
+    ids = None if time_ids is None else torch.cat([time_ids, time_ids])
+    cond, uncond = call_unet(unet, torch.cat([z, z]), torch.cat([t, t]), both, ids).chunk(2)
+    return cond, uncond
