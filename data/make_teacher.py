@@ -84,10 +84,14 @@ def batches(count: int, size: int, steps: int, seed: int) -> Iterator[np.ndarray
 
 
 def train_vae(work: Path, steps: int) -> None:
-    """L1 + L2 reconstruction with a light KL term; writes `work/vae` with its scaling factor."""
+    """L1 + L2 reconstruction, L1 on the edges, a light KL term; writes `work/vae`.
+
+    Goes on from a VAE that is there already.
+    """
     torch.manual_seed(0)
     images, _, _ = pictures(work)
-    vae = build_vae().to(memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(work / "vae") if (work / "vae").exists() else build_vae()
+    vae = vae.train().requires_grad_(True).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=VAE_RATE, betas=(0.9, 0.99), weight_decay=0.0
     )
@@ -99,7 +103,8 @@ def train_vae(work: Path, steps: int) -> None:
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 2e-4 * kl
+        edges = F.l1_loss(y.diff(dim=2), x.diff(dim=2)) + F.l1_loss(y.diff(dim=3), x.diff(dim=3))
+        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + edges + 2e-4 * kl
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

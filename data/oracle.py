@@ -19,7 +19,7 @@ from data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, contains, pars
 _NAMES = list(COLOURS)
 _PALETTE = np.asarray(list(COLOURS.values()), dtype=np.float64)
 _SIZE_BOUNDARY = (SIZES["small"][1] + SIZES["large"][0]) / 2
-_MIN_AREA = 0.008  # of the picture; the thinnest small shape covers 0.02
+_MIN_AREA = 0.012  # of the picture; the thinnest small shape covers 0.03
 _MIN_OVERLAP = 0.6  # intersection over union; a blob that looks like nothing is nothing
 
 

@@ -27,7 +27,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 # Radius of the circumscribed circle. The gap between the two ranges keeps the words unambiguous.
-SIZES: dict[str, tuple[float, float]] = {"small": (0.15, 0.19), "large": (0.25, 0.29)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.18, 0.21), "large": (0.27, 0.30)}
 POSITIONS: dict[str, tuple[float, float]] = {  # centre of the shape, as (x, y)
     "left": (0.32, 0.50),
     "right": (0.68, 0.50),

@@ -91,7 +91,7 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = letters + [f"{letter}</w>" for letter in letters]
     words += [left + right for left, right in (line.split() for line in merges)]
-    words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
+    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={word: number for number, word in enumerate(words)},
         merges=[tuple(line.split()) for line in merges],

@@ -21,7 +21,7 @@ class EncodeConfig:
     center_crop: bool = True
     """Crop the centre of a picture; otherwise its top left corner."""
     latents: str = "auto"
-    """mean, posterior (mean and logvar: twice the bytes), or auto: posterior where its spread counts."""
+    """mean, posterior (mean and logvar, twice the bytes), or auto: posterior where it matters."""
     max_captions: int = 1
     """Captions kept per picture, where its json lists several."""
     preview_prompts: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class EncodeConfig:
     decode_workers: int = 4
     """Threads that read, decode and resize pictures ahead of the encoder."""
     folder_units: int | None = None
-    """Units of work a folder is divided into, a power of two; about 1,000 pictures each unless given."""
+    """Units of work of a folder, a power of two; about 1,000 pictures each unless given."""
     max_reject_fraction: float = 0.5
     """Stop when more than this share of a unit is rejected."""
     device: str = "auto"

@@ -89,7 +89,7 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
 def predicted_x0(
     output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:
-    """The clean latents a network's output implies: (z - sigma eps) / alpha, or alpha z - sigma v."""
+    """The clean latents an output implies: (z - sigma eps) / alpha, or alpha z - sigma v."""
     alpha, sigma = expand(alpha, z), expand(sigma, z)
     if prediction_type == "epsilon":
         return (z - sigma * output) / alpha

@@ -60,7 +60,7 @@ def save_checkpoint(
 
 
 def prune(run: Path, total_limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond the limit. A half-removed one has lost its state first."""
+    """Remove the oldest checkpoints beyond the limit; each loses its state.json first."""
     if total_limit is not None:
         for old in whole_checkpoints(run)[: -max(total_limit, 1)]:
             (old / STATE).unlink()

@@ -45,7 +45,7 @@ class DistillConfig:
     ema_decay: float = 0.95
     """Of the full student's target network."""
     guidance_init: Literal["zero", "random"] = "zero"
-    """Of the guidance embedding's projection; zero makes the student equal the teacher at step 0."""
+    """Of the guidance embedding's projection; with zero the student starts as the teacher."""
     unet_time_cond_proj_dim: int = 256
     """Width of the guidance embedding."""
     lora_rank: int = 64

@@ -34,6 +34,7 @@ REFERENCE = ("ddim", 50)
 TEACHER_ROWS = (REFERENCE, *[(s, n) for s in ("ddim", "dpmsolver++") for n in STEPS])
 STUDENT_ROWS = tuple(("student", n) for n in STEPS)
 TIMED = 16  # pictures per timing
+SHOWN = 6  # captions in the picture
 
 
 @dataclass(frozen=True)
@@ -199,21 +200,21 @@ def showcase(
     artist: Artist, heldout: HeldOut, config: EvaluateConfig
 ) -> dict[str, NDArray[np.uint8]]:
     """The same few captions and noises drawn by each sampler, for the picture."""
-    texts = heldout.texts[slice(0, 6)]
+    texts = heldout.texts[slice(0, SHOWN)]
     seeds = range(config.seed, config.seed + len(texts))
-    wanted = [REFERENCE, ("ddim", 4), ("dpmsolver++", 4), *[("student", n) for n in STEPS]]
-    return {
-        f"{name if name == 'student' else 'teacher'}\n{steps} steps{'' if name == 'student' else ', ' + name}":
-        decode_all(artist, artist.draw(name, steps, texts, seeds))
-        for name, steps in wanted
-    }  # fmt: skip
+    columns = {}
+    for name, steps in [REFERENCE, ("ddim", 4), ("dpmsolver++", 4), *STUDENT_ROWS]:
+        title = f"{'student' if name == 'student' else 'teacher'}, {steps} step{'s'[: steps > 1]}"
+        solver = "" if name == "student" else name.upper()
+        columns[f"{title}\n{solver}"] = decode_all(artist, artist.draw(name, steps, texts, seeds))
+    return columns
 
 
 def load_scorer(name: str | None) -> Scorer | None:
     """The function that MODULE:FUNCTION names. Raises UserError where there is none."""
     if name is None:
         return None
-    module, colon, function = name.partition(":")
+    module, _, function = name.partition(":")
     try:
         scorer: Scorer = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:

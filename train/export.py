@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 
 from shared.config import coerce
@@ -48,14 +47,18 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """diffusers' LoRA file; its metadata carry the adapter's config, alpha included."""
+    """diffusers' LoRA file; its metadata carry the adapter's config, alpha included.
+
+    The names stay peft's throughout: diffusers' own conversion renames the attention layers only,
+    and a file with both kinds of names loses half its modules on loading.
+    """
     xl = unet.config.addition_embed_type == "text_time"
     pipeline = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     adapter = unet.peft_config["default"].to_dict()
     adapter["target_modules"] = sorted(adapter["target_modules"])
     pipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_layers=get_peft_model_state_dict(unet),
         unet_lora_adapter_metadata=adapter,
     )
 

@@ -116,11 +116,12 @@ class Bucket:
 
 def open_buckets(root: Path, manifest: Manifest) -> list[Bucket]:
     """A bucket for each layout of the manifest, in its order."""
+    shards: list[list[Shard]] = [[] for _ in manifest.layouts]
+    for shard, number in zip(manifest.shards, manifest.shard_layouts, strict=True):
+        shards[number].append(shard)
     return [
-        Bucket(root, layout, [s for s, i in zip(manifest.shards, manifest.shard_layouts, strict=True)
-                              if i == number])
-        for number, layout in enumerate(manifest.layouts)
-    ]  # fmt: skip
+        Bucket(root, layout, mine) for layout, mine in zip(manifest.layouts, shards, strict=True)
+    ]
 
 
 class Loader:

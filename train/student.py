@@ -1,4 +1,4 @@
-"""The networks of a distillation: a full student with its EMA target, or adapters on the teacher."""
+"""The networks of a distillation: a full student with EMA target, or adapters on the teacher."""
 
 from __future__ import annotations
 
