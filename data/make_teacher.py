@@ -33,6 +33,7 @@ PICTURES = 24_000
 SIDE = 64
 EMPTY_CAPTIONS = 0.12
 VAE_RATE = 3e-3
+MIN_SIGNAL = 0.02  # abar below which the loss's weight stays as it is
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -131,12 +132,19 @@ def encode_all(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
 
 
 def train_teacher(name: str, work: Path, steps: int, batch: int) -> None:
-    """The ordinary eps-prediction loss, UNet and text encoders together, weights averaged."""
+    """Learn eps, UNet and text encoders together; the weights are averaged.
+
+    The loss is weighted by 1 / abar, which is v-prediction's weighting: unweighted, what is decided
+    at high noise (where the shape stands, which colour it has) hardly counts and is not learnt.
+    Goes on from a teacher that is in `work` already.
+    """
     torch.manual_seed(0)
     images, captions, time_ids = pictures(work)
     vae = AutoencoderKL.from_pretrained(work / "vae")
     latents = encode_all(vae, images) * vae.config.scaling_factor
     teacher: Teacher = TEACHERS[name](sorted(set(captions)))
+    if (work / name).exists():
+        teacher.load(work / name)
     tokens = teacher.tokenize(captions)
     ids = torch.from_numpy(time_ids)
     parameters = teacher.parameters()
@@ -154,7 +162,8 @@ def train_teacher(name: str, work: Path, steps: int, batch: int) -> None:
         signal = abar[t].view(-1, 1, 1, 1)
         empty = torch.rand(batch, generator=generator) < EMPTY_CAPTIONS
         z = signal.sqrt() * x + (1 - signal).sqrt() * noise
-        loss = F.mse_loss(teacher.predict(z, t, tokens[index], empty, ids[index]), noise)
+        error = teacher.predict(z, t, tokens[index], empty, ids[index]) - noise
+        loss = (error**2 / signal.clamp(min=MIN_SIGNAL)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -163,11 +172,18 @@ def train_teacher(name: str, work: Path, steps: int, batch: int) -> None:
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         if step % 200 == 0:
             print(f"{name} {step} loss {loss:.4f} {time.time() - started:.0f}s", flush=True)
-        if (step + 1) % 4000 == 0 or step + 1 == steps:
-            live = [p.detach().clone() for p in parameters]
-            torch._foreach_copy_([p.data for p in parameters], average)
-            teacher.save(work / name if step + 1 < steps else HERE / name, vae)
-            torch._foreach_copy_([p.data for p in parameters], live)
+        if (step + 1) % 4000 == 0:
+            save_average(teacher, average, work / name, vae)
+    save_average(teacher, average, HERE / name, vae)
+
+
+def save_average(teacher: Teacher, average: list[Tensor], folder: Path, vae: AutoencoderKL) -> None:
+    """Write the pipeline with the averaged weights, and go on with the live ones."""
+    weights = [p.data for p in teacher.parameters()]
+    live = [p.clone() for p in weights]
+    torch._foreach_copy_(weights, average)
+    teacher.save(folder, vae)
+    torch._foreach_copy_(weights, live)
 
 
 def main() -> None:
@@ -175,14 +191,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=["vae", *TEACHERS])
     parser.add_argument("--work", type=Path, default=HERE / "work")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="0 leaves a teacher's weights random")
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage == "vae":
         train_vae(args.work, args.steps or 7000)
     else:
-        train_teacher(args.stage, args.work, args.steps or 16_000, args.batch)
+        train_teacher(
+            args.stage, args.work, 16_000 if args.steps is None else args.steps, args.batch
+        )
 
 
 if __name__ == "__main__":

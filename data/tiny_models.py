@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -118,6 +119,8 @@ def text_config(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:
 class Teacher:
     """Networks that train together: the UNet and its text encoders."""
 
+    parts: tuple[str, ...]  # what diffusers calls `modules`
+
     def __init__(self, captions: list[str]) -> None:
         self.tokenizer = build_tokenizer(captions)
         self.scheduler = build_scheduler()
@@ -141,9 +144,17 @@ class Teacher:
         """Write a diffusers pipeline, fp16 safetensors."""
         raise NotImplementedError
 
+    def load(self, folder: Path) -> None:
+        """Take the weights of a saved pipeline of the same kind."""
+        stored = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        for name, module in zip(self.parts, self.modules, strict=True):
+            module.load_state_dict(getattr(stored, name).state_dict())
+
 
 class TinySD(Teacher):
     """SD 1.5: one encoder, its last hidden state, the encoded empty prompt as unconditional."""
+
+    parts = ("text_encoder", "unet")
 
     def __init__(self, captions: list[str]) -> None:
         super().__init__(captions)
@@ -170,6 +181,8 @@ class TinySD(Teacher):
 
 class TinyXL(Teacher):
     """SDXL: two encoders' penultimate states, pooled embedding, time_ids, zeros for empty."""
+
+    parts = ("text_encoder", "text_encoder_2", "unet")
 
     def __init__(self, captions: list[str]) -> None:
         super().__init__(captions)

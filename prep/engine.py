@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prep.pipeline import Encoders, Settings, decoded, samples
 from prep.sources import SourceError, Unit, count_rows
@@ -18,6 +22,7 @@ from shared.layout import Layout
 from shared.progress import Progress
 from shared.storage import load_json
 
+COUNTED_TARS = 16
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
 
 
@@ -52,15 +57,13 @@ def pending(cache: CachePaths, units: Sequence[Unit]) -> list[Unit]:
 def estimate(
     units: Sequence[Unit], layout: Layout, seconds_per_row: float, folder: Path
 ) -> Estimate:
-    """Rows are counted in the first tar and scaled by size in the others."""
-    rows, ratio = 0, 0.0
-    for unit in units:
-        if unit.rows_estimate:
-            rows += unit.rows_estimate
-            continue
-        if not ratio:
-            ratio = max(count_rows(Path(unit.source)), 1) / unit.state["size"]
-        rows += round(ratio * unit.state["size"])
+    """Rows are counted in the first few tars and scaled by size in the others."""
+    rows = sum(unit.rows_estimate for unit in units)
+    tars = [unit for unit in units if not unit.members]
+    counted = [(unit.state["size"], count_rows(Path(unit.source))) for unit in tars[:COUNTED_TARS]]
+    rows += sum(found for _, found in counted)
+    if rest := sum(unit.state["size"] for unit in tars[COUNTED_TARS:]):
+        rows += round(rest * sum(found for _, found in counted) / sum(size for size, _ in counted))
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     return Estimate(len(units), rows, rows * layout.stride, rows * seconds_per_row, free)
@@ -128,25 +131,30 @@ def finish(cache: CachePaths) -> str:
     )
 
 
-def probe(unit: Unit, settings: Settings, encoders: Encoders) -> tuple[list[str], object, float]:
-    """Captions, VAE moments and seconds per picture of a unit's first batch.
+def probe(
+    units: Sequence[Unit], settings: Settings, encoders: Encoders
+) -> tuple[list[str], NDArray[np.float32], float]:
+    """Captions, VAE moments and seconds per picture of the first batch that can be had.
 
-    Raises UserError where the unit holds no usable picture.
+    Raises UserError where no unit holds a usable picture.
     """
     size = encoders.vae.batch_size
-    pictures, captions = [], []
-    for sample in decoded(unit.rows(), settings, workers=2, ahead=size):
-        if sample.picture is not None:
-            pictures.append(sample.picture.pixels)
-            captions.extend(sample.captions[:1])
-        if len(pictures) == size:
+    for unit in units:
+        try:
+            rows = decoded(unit.rows(), settings, workers=2, ahead=size)
+            good = (sample for sample in rows if sample.picture is not None)
+            found = list(itertools.islice(good, size))
+        except SourceError:
+            continue  # `run` reports it
+        if found:
             break
-    if not pictures:
-        raise UserError(f"{unit.source}: not one usable picture with a caption in it")
-    moments = encoders.vae.encode(pictures)
-    encoders.text.encode(captions[:1])
+    else:
+        raise UserError(f"{units[0].source}: not one usable picture with a caption in it")
+    pixels = [sample.picture.pixels for sample in found if sample.picture is not None]
+    captions = [sample.captions[0] for sample in found]
+    moments = encoders.vae.encode(pixels)
+    encoders.text.encode(captions)
     start = time.perf_counter()
-    encoders.vae.encode(pictures)
-    encoders.text.encode(captions[: encoders.text.batch_size])
-    seconds = (time.perf_counter() - start) / len(pictures)
-    return captions, moments, seconds
+    encoders.vae.encode(pixels)
+    encoders.text.encode(captions)
+    return captions, moments, (time.perf_counter() - start) / len(found)

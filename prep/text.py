@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils import logging
 
 from shared.conditioning import TextEmbeds
 from shared.errors import UserError
 from shared.family import Model
 from shared.fingerprint import fingerprint
+
+logging.disable_progress_bar()  # one bar at a time
 
 MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
 

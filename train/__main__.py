@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from shared.config import dispatch
 from shared.errors import run_main
 from train.config import DistillConfig, EvaluateConfig, ExportConfig, SampleConfig
+
+# transformers' advice about torchvision is not for our users.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # The commands import what they need themselves, so that --help and mistakes answer at once.
 

@@ -1,0 +1,93 @@
+"""The main job from end to end, offline: `make demo` and its long version, `make reproduce`.
+
+Each step is a command that you could type; it is printed before it runs. Running it again goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+PROMPTS = (
+    "a red circle on a blue field",
+    "a large yellow star at the top of a purple field",
+    "a small white ring on the left of a green field",
+    "a black cross in the middle of an orange field",
+)
+SCORER = "data.oracle:score"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long each student learns, in optimizer steps."""
+
+    folder: Path
+    full_steps: int
+    lora_steps: int
+    batch_size: int
+
+
+DEMO = Plan(Path("demo"), full_steps=400, lora_steps=300, batch_size=32)
+REPRODUCE = Plan(Path("demo-long"), full_steps=4000, lora_steps=4000, batch_size=64)
+
+
+def commands(plan: Plan) -> list[list[str]]:
+    """Everything that is run, in order."""
+    caches = {split: plan.folder / "caches" / split for split in ("train", "heldout")}
+    steps = [encode(split, cache) for split, cache in caches.items()]
+    for student, count, rate in (
+        ("full", plan.full_steps, "3e-4"),
+        ("lora", plan.lora_steps, "1e-3"),
+    ):
+        run = plan.folder / "runs" / student
+        steps.append(
+            f"train distill --model tiny-sd --cache {caches['train']} --run {run} "
+            f"--student {student} --max-train-steps {count} --train-batch-size {plan.batch_size} "
+            f"--learning-rate {rate} --lr-scheduler cosine --lr-warmup-steps 20 "
+            "--checkpointing-steps 500 --checkpoints-total-limit 1 --validation-steps 500 "
+            "--resume-from-checkpoint latest".split()
+        )
+        steps.append(
+            f"train evaluate --run {run} --eval-cache {caches['heldout']} --scorer {SCORER}".split()
+        )
+    picture = plan.folder / "sample.png"
+    draw = f"train sample --run {plan.folder / 'runs' / 'full'} --output {picture} --prompt".split()
+    return [*steps, [*draw, PROMPTS[0]]]
+
+
+def encode(split: str, cache: Path) -> list[str]:
+    """Stage one over a split of the pictures that come with the project."""
+    shards = f"data/pictures/{split}/*.tar"
+    flags = ["--shards", shards, "--model", "tiny-sd", "--cache", str(cache)]
+    return ["prep", "encode", *flags, "--preview-prompts", *PROMPTS]
+
+
+def main() -> int:
+    """Run the plan; stop at the first command that fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reproduce", action="store_true", help="the long version")
+    parser.add_argument("--folder", type=Path, help="where to put everything")
+    args = parser.parse_args()
+    plan = REPRODUCE if args.reproduce else DEMO
+    plan = replace(plan, folder=args.folder or plan.folder)
+    started = time.monotonic()
+    for command in commands(plan):
+        print(f"\n$ python -m {shlex.join(command)}", flush=True)
+        status = subprocess.run([sys.executable, "-m", *command], check=False).returncode
+        if status:
+            return status
+    print(f"\ndone in {time.monotonic() - started:.0f} s; look at")
+    for student in ("full", "lora"):
+        for name in ("evaluation.png", "evaluation.md"):
+            print(f"  {plan.folder / 'runs' / student / name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
