@@ -64,7 +64,7 @@ class Artist:
             assert self.teacher is not None
             assert self.empty is not None
             predict = teacher_predictor(self.teacher, texts, self.empty, self.guidance_scale, size)
-            scheduler = teacher_scheduler(sampler, self.scheduler_config)
+            scheduler = teacher_scheduler(sampler, steps, self.scheduler_config)
         return draw_latents(predict, scheduler, steps, self.shape, seeds, self.device).cpu()
 
     def check_cache(self, manifest: Manifest, cache: Path) -> None:

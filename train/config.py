@@ -88,7 +88,7 @@ class EvaluateConfig:
     num_samples: int = 1000
     guidance_scale: float | None = None
     """diffusers' meaning (w + 1), for teacher and student alike; the family's unless given."""
-    batch_size: int = 50
+    batch_size: int = 100
     seed: int = 0
     output: Path | None = None
     """Folder for evaluation.json, evaluation.md and evaluation.png; the run's own unless given."""

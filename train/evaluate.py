@@ -25,6 +25,7 @@ from train.artist import Artist, open_artist
 from train.config import EvaluateConfig
 from train.heldout import HeldOut, load_heldout
 from train.metrics import FEATURES, Gaussian, features, frechet_distance, high_frequency_share
+from train.sample import spacing
 from train.table import write_report
 
 Scorer = Callable[[NDArray[np.uint8], Sequence[str]], NDArray[np.float64]]
@@ -48,6 +49,7 @@ class Row:
     latent_mse: float | None  # 1 step only, against the teacher's 50 steps from the same noise
     high_frequency: float  # relative to the teacher's 50 steps
     ms_per_image: float = 0.0  # sampling alone, without the VAE's decoding
+    timestep_spacing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Judge:
             accuracy=None if scores is None else float(np.mean(scores)),
             latent_mse=float(((latents - self.solution) ** 2).mean()) if steps == 1 else None,
             high_frequency=high_frequency_share(images) / self.sharpness,
+            timestep_spacing=None if sampler == "student" else spacing(sampler, steps),
         )
 
 
@@ -153,7 +156,7 @@ def reference_key(config: EvaluateConfig, artist: Artist) -> str:
         "guidance_scale": artist.guidance_scale,
         "scorer": config.scorer,
         "features": FEATURES,
-        "rows": TEACHER_ROWS,
+        "rows": [(*row, spacing(*row)) for row in TEACHER_ROWS],
         "batch_size": config.batch_size,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -99,4 +99,5 @@ def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel,
         unet.load_lora_adapter(run, prefix="unet", weight_name=LORA_FILE)
     else:
         unet = UNet2DConditionModel.from_pretrained(wanted, torch_dtype=torch.float32)
-    return unet.eval().requires_grad_(False).to(device), config
+    unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return unet.to(device), config

@@ -27,6 +27,11 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def first(self, count: int) -> HeldOut:
+        """The first `count` of them."""
+        few = slice(0, count)
+        return HeldOut(self.captions[few], self.texts[few], self.latents[few], self.empty)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the latents."""

@@ -8,18 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 # The feature space's name stands in evaluation.json; a change of the features needs a new name.
-FEATURES = "thumb48-edges16"
+FEATURES = "thumb48-edges16-percent"
 THUMB = 4  # cells per side
 HIGH_FREQUENCY = 0.25  # cycles per pixel; the Nyquist limit is 0.5
 
 
 def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     """`[N, 64]` of RGB pictures `[N, H, W, 3]`: per cell of a 4 x 4 grid the mean colour (48
-    numbers) and the root mean square of the luma gradient (16), in units of 1/255 each.
+    numbers) and the root mean square of the luma gradient (16), in percent of the full range.
 
     Colours and their places are in the first part, edges and their loss to blur in the second.
     """
-    pixels = images.astype(np.float64)
+    pixels = images.astype(np.float64) / 2.55
     light = luma(pixels)
     down = np.diff(light, axis=1, append=light[:, -1:])
     right = np.diff(light, axis=2, append=light[:, :, -1:])

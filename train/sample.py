@@ -16,17 +16,21 @@ from train.teacher import call_unet, twice
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, h, w], t [B]) -> output [B, C, h, w]
 
-# Each solver with the spacing that served it best at 1 to 8 steps (docs/recipes.md).
-SPACING = {"ddim": "trailing", "dpmsolver++": "trailing"}
 
-
-def teacher_scheduler(sampler: str, config: dict[str, Any]) -> Any:
-    """A solver for the teacher: `ddim` or `dpmsolver++` (second order, multistep)."""
-    options = {"timestep_spacing": SPACING[sampler]}
+def spacing(sampler: str, steps: int) -> str:
+    """diffusers' `timestep_spacing` that serves a solver best (measured: docs/evaluation.md)."""
     if sampler == "ddim":
-        return DDIMScheduler.from_config(config, **options)
+        return "leading" if 1 < steps <= 8 else "trailing"
+    return "leading"
+
+
+def teacher_scheduler(sampler: str, steps: int, config: dict[str, Any]) -> Any:
+    """A solver for the teacher: `ddim` or `dpmsolver++` (second order, multistep)."""
+    best = spacing(sampler, steps)
+    if sampler == "ddim":
+        return DDIMScheduler.from_config(config, timestep_spacing=best)
     return DPMSolverMultistepScheduler.from_config(
-        config, algorithm_type="dpmsolver++", solver_order=2, **options
+        config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing=best
     )
 
 

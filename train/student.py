@@ -189,7 +189,7 @@ def guided_copy(
     assert not unexpected, unexpected
     if guidance_init == "zero":
         nn.init.zeros_(copy.time_embedding.cond_proj.weight)
-    return copy.eval().requires_grad_(False)
+    return copy.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def lora_targets(unet: UNet2DConditionModel) -> list[str]:

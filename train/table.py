@@ -69,5 +69,6 @@ def cell(row: Mapping[str, Any], name: str) -> str:
     if value is None:
         return "-"
     if name == "sampler" and value != "student":
-        return f"teacher, {value}"
+        spacing = row["timestep_spacing"]
+        return f"teacher, {value}{f' ({spacing})' if spacing else ''}"
     return format(value, FORMATS.get(name, ""))

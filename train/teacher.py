@@ -18,7 +18,7 @@ from shared.fingerprint import fingerprint
 
 
 def load_unet(source: str) -> UNet2DConditionModel:
-    """A model's UNet, fp32, frozen. Raises UserError where there is none."""
+    """A model's UNet, fp32, frozen, channels last. Raises UserError where there is none."""
     try:
         unet = UNet2DConditionModel.from_pretrained(
             source, subfolder="unet", torch_dtype=torch.float32
@@ -26,7 +26,7 @@ def load_unet(source: str) -> UNet2DConditionModel:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"no UNet can be read from {source!r} ({first})") from None
-    return unet.eval().requires_grad_(False)
+    return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_schedule(source: str) -> Schedule:
