@@ -231,4 +231,6 @@ def _half(module: nn.Module) -> nn.Module:
         else type(module)(module.config)
     )
     copy.load_state_dict(module.state_dict())
+    if isinstance(copy, AutoencoderKL):
+        copy.register_to_config(_name_or_path="")  # not the folder it was trained in
     return copy.half().eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import sys
 import zlib
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from prep.config import DecodeConfig, VerifyConfig
 from prep.images import prepare
-from prep.sources import Row, find_units
+from prep.sources import find_units
 from shared.cache import CachePaths, Shard, UnitRecord, open_manifest, read_units
 from shared.device import pick_device
 from shared.errors import UserError
@@ -33,7 +35,7 @@ LABEL = 14
 def verify(config: VerifyConfig) -> int:
     """Print every damage found; the exit status is 1 if there is any."""
     cache = CachePaths(config.cache)
-    manifest = open_manifest(config.cache)
+    manifest = open_manifest(config.cache, check_sizes=False)
     units = read_units(cache)
     damages = 0
     with Progress("verify", manifest.totals["written"], "samples") as progress:
@@ -57,6 +59,9 @@ def damages_of_unit(cache: CachePaths, unit: UnitRecord, progress: Progress) -> 
         yield f"{unit.samples} is missing or changed"
     for shard in unit.shards:
         path = cache.root / shard.file
+        if not path.exists():
+            yield f"{shard.file} is missing"
+            continue
         if file_sha256(path) != shard.sha256:
             yield f"{shard.file} is not the file that was committed (sha256 differs)"
         yield from damages_of_shard(path, shard)
@@ -98,6 +103,8 @@ def decode(config: DecodeConfig) -> None:
         raise UserError(
             f"{config.cache} was made with another VAE than {model.source}'s; pass --model"
         )
+    if config.count < 1:
+        raise UserError("--count must be at least 1")
     rng = np.random.default_rng(config.seed)
     total = manifest.totals["written"]
     tiles = []
@@ -132,20 +139,15 @@ def find_original(
     record: dict[str, Any], preprocessing: dict[str, Any]
 ) -> NDArray[np.uint8] | None:
     """The prepared source picture, or None where the source is gone or has changed."""
-    try:
-        units = find_units([record["source"]], None)
-    except UserError:
-        return None
-    row = next((row for row in rows_named(units, record["source_key"])), None)
-    if row is None or row.image is None:
-        return None
-    return prepare(row.image, preprocessing["resolution"], preprocessing["center_crop"]).pixels
-
-
-def rows_named(units: list[Any], key: str) -> Iterator[Row]:
-    """Rows of these units with this key."""
-    for unit in units:
-        yield from (row for row in unit.rows() if row.key == key)
+    with contextlib.suppress(UserError):  # a source that cannot be read any more
+        for unit in find_units([record.get("source", "")], None):
+            for row in unit.rows():
+                data = row.image or b""
+                same = hashlib.sha256(data).hexdigest() == record.get("sha256")
+                if same and row.key == record.get("source_key"):
+                    size, center = preprocessing["resolution"], preprocessing["center_crop"]
+                    return prepare(data, size, center).pixels
+    return None
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:

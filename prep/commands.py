@@ -22,6 +22,7 @@ PREVIEWS = 4  # prompts taken from the data where none are named
 
 def encode(config: config.EncodeConfig) -> None:
     """Sources to cache: claim the identity, encode what is pending, fold the manifest."""
+    check_flags(config)
     units = find_units(config.shards, config.folder_units)
     model = resolve_model(config.model)
     cache = CachePaths(config.cache)
@@ -50,13 +51,23 @@ def encode(config: config.EncodeConfig) -> None:
     )
     for name in stale:
         (cache.units / f"{name}.json").unlink()
-    prompts = config.preview_prompts or tuple(dict.fromkeys(captions))[:PREVIEWS]
+    prompts = config.preview_prompts
+    if not prompts and not cache.conditioning.exists():
+        prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
     add_prompts(cache, model, encoders.text, prompts)
     engine.run(
         todo, encoders, settings, cache, work.rows, config.decode_workers,
         config.max_reject_fraction,
     )  # fmt: skip
     print(engine.finish(cache))
+
+
+def check_flags(config: config.EncodeConfig) -> None:
+    """Raise UserError for numbers that cannot work."""
+    for name in ("vae_batch_size", "text_batch_size", "threads", "decode_workers", "max_captions"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:

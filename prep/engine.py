@@ -33,6 +33,7 @@ class Estimate:
     units: int
     rows: int
     bytes: int
+    peak_bytes: int
     seconds: float
     free: int
 
@@ -58,23 +59,28 @@ def estimate(
     units: Sequence[Unit], layout: Layout, seconds_per_row: float, folder: Path
 ) -> Estimate:
     """Rows are counted in the first few tars and scaled by size in the others."""
-    rows = sum(unit.rows_estimate for unit in units)
     tars = [unit for unit in units if not unit.members]
-    counted = [(unit.state["size"], count_rows(Path(unit.source))) for unit in tars[:COUNTED_TARS]]
-    rows += sum(found for _, found in counted)
-    if rest := sum(unit.state["size"] for unit in tars[COUNTED_TARS:]):
-        rows += round(rest * sum(found for _, found in counted) / sum(size for size, _ in counted))
+    rows = {unit.name: unit.rows_estimate for unit in units}
+    for unit in tars[:COUNTED_TARS]:
+        rows[unit.name] = count_rows(Path(unit.source))
+    counted = sum(rows[unit.name] for unit in tars[:COUNTED_TARS])
+    size = sum(unit.state["size"] for unit in tars[:COUNTED_TARS])
+    for unit in tars[COUNTED_TARS:]:
+        rows[unit.name] = round(counted / size * unit.state["size"])
+    total = sum(rows.values())
+    # A unit is spooled before it is published, so the largest one is on the disk twice.
+    peak = (total + max(rows.values(), default=0)) * layout.stride
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    return Estimate(len(units), rows, rows * layout.stride, rows * seconds_per_row, free)
+    return Estimate(len(units), total, total * layout.stride, peak, total * seconds_per_row, free)
 
 
 def refuse_full_disk(work: Estimate, folder: Path) -> None:
     """Raise UserError where the cache would not fit."""
-    if work.bytes > work.free:
+    if work.peak_bytes > work.free:
         raise UserError(
-            f"{folder}: the cache needs about {work.bytes / 1e9:.2f} GB and "
-            f"{work.free / 1e9:.2f} GB are free; free some space or choose another --cache"
+            f"{folder}: the cache needs about {work.peak_bytes / 1e9:.2f} GB while it is written, "
+            f"and {work.free / 1e9:.2f} GB are free; free some space or choose another --cache"
         )
 
 
@@ -139,17 +145,19 @@ def probe(
     Raises UserError where no unit holds a usable picture.
     """
     size = encoders.vae.batch_size
+    problem = UserError(f"{units[0].source}: not one usable picture with a caption in it")
     for unit in units:
         try:
             rows = decoded(unit.rows(), settings, workers=2, ahead=size)
             good = (sample for sample in rows if sample.picture is not None)
             found = list(itertools.islice(good, size))
-        except SourceError:
-            continue  # `run` reports it
+        except SourceError as error:  # `run` will report it, if there are others to run
+            problem = error
+            continue
         if found:
             break
     else:
-        raise UserError(f"{units[0].source}: not one usable picture with a caption in it")
+        raise problem
     pixels = [sample.picture.pixels for sample in found if sample.picture is not None]
     captions = [sample.captions[0] for sample in found]
     moments = encoders.vae.encode(pixels)

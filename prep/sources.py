@@ -6,24 +6,24 @@ removing pictures touches only their units. A unit can be read again and gives t
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import glob
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prep.braces import expand_braces
+from prep.rows import IMAGE_EXTENSIONS, RawRow, SourceError, captions_of, checked_row
+from prep.tars import count_rows, tar_rows
 from shared.errors import UserError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
-CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "captions")
 FOLDER_UNIT_ROWS = 1024
+
+__all__ = ["Row", "SourceError", "Unit", "count_rows", "find_units", "unit_name"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Unit:
 
     def rows(self) -> Iterator[Row]:
         """The rows in source order. Raises UserError where the source is damaged."""
-        raw = _folder_rows(self) if self.members else _tar_rows(Path(self.source))
+        raw = _folder_rows(self) if self.members else tar_rows(Path(self.source))
         seen: dict[str, int] = {}
         for key, image, captions, metadata, problem in raw:
             seen[key] = occurrence = seen.get(key, -1) + 1
@@ -87,16 +87,6 @@ def unit_name(basename: str, source: str) -> str:
     return f"{basename}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
 
 
-# --- tars -------------------------------------------------------------------------------------
-
-
-class SourceError(UserError):
-    """A damaged source: its unit cannot be encoded, the others can."""
-
-
-RawRow = tuple[str, bytes | None, tuple[str, ...], Mapping[str, Any], str]
-
-
 def _tar(path: Path) -> Unit:
     if not path.is_file() or path.stat().st_size == 0:
         raise UserError(f"{path} is empty; download it again or leave it out of --shards")
@@ -107,74 +97,6 @@ def _tar(path: Path) -> Unit:
         state={"size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
         rows_estimate=0,
     )
-
-
-def count_rows(path: Path) -> int:
-    """Pictures in a tar, from its headers, as far as it can be read."""
-    found = 0
-    with contextlib.suppress(SourceError):
-        for name, _ in _tar_members(path, contents=False):
-            found += _extension(name) in IMAGE_EXTENSIONS
-    return found
-
-
-def _tar_members(path: Path, contents: bool = True) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each regular file. Raises UserError where the tar is cut or not a tar."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            end = 0
-            for info in tar:
-                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if end > path.stat().st_size:
-                    raise tarfile.ReadError(f"{info.name} is cut short")
-                if info.isfile():
-                    file = tar.extractfile(info) if contents else None
-                    yield info.name, file.read() if file else b""
-    except (tarfile.TarError, EOFError) as error:
-        raise SourceError(f"{path} is not a whole tar ({error}); download it again") from None
-    # tarfile takes a cut inside a header for the end of the archive; the end mark tells.
-    with path.open("rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0") or path.stat().st_size % tarfile.BLOCKSIZE:
-            raise SourceError(f"{path} is cut short after its last whole file; download it again")
-
-
-def _tar_rows(path: Path) -> Iterator[RawRow]:
-    """Consecutive files that share the name before the first dot make a row, as in webdataset."""
-    key, files = "", dict[str, bytes]()
-    empty = True
-    for name, content in _tar_members(path):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        full = f"{folder}/{stem}" if folder else stem
-        if files and (full != key or extension.lower() in files):
-            yield _row_from_files(key, files)
-            files = {}
-        key, empty = full, False
-        files[extension.lower()] = content
-    if files:
-        yield _row_from_files(key, files)
-    if empty:
-        raise SourceError(f"{path} holds no files; download it again or leave it out of --shards")
-
-
-def _row_from_files(key: str, files: Mapping[str, bytes]) -> RawRow:
-    image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
-    metadata: Mapping[str, Any] = {}
-    if "json" in files:
-        try:
-            loaded = json.loads(files["json"])
-            metadata = loaded if isinstance(loaded, dict) else {}
-        except ValueError:
-            metadata = {}  # the picture and its txt may still be good
-    if "txt" in files:
-        captions: tuple[str, ...] = (files["txt"].decode("utf-8", "replace").strip(),)
-    else:
-        captions = _captions(metadata)
-    return _checked(key, image, captions, metadata)
-
-
-# --- folders ----------------------------------------------------------------------------------
 
 
 def _folder(path: Path, folder_units: int | None) -> list[Unit]:
@@ -205,15 +127,14 @@ def _folder_metadata(path: Path) -> list[dict[str, Any]]:
     """`file_name` and captions per picture: metadata.jsonl, metadata.csv, or NAME.txt beside it."""
     if (path / "metadata.jsonl").is_file():
         rows = []
-        for number, line in enumerate((path / "metadata.jsonl").read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(_utf8(path / "metadata.jsonl").splitlines(), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
                 except ValueError as error:
                     raise UserError(f"{path}/metadata.jsonl line {number}: {error}") from None
     elif (path / "metadata.csv").is_file():
-        with (path / "metadata.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(_utf8(path / "metadata.csv").splitlines()))
     else:
         rows = [
             {"file_name": str(text.with_suffix(image.suffix).relative_to(path)),
@@ -230,7 +151,16 @@ def _folder_metadata(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise UserError(f"{path}: row {number} of the metadata has no file_name")
+        if None in row:  # more cells than headings: a comma outside quotes
+            raise UserError(f"{path}/metadata.csv: row {number} has more cells than the heading")
     return sorted(rows, key=lambda row: row["file_name"])
+
+
+def _utf8(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
 def _folder_state(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -250,7 +180,7 @@ def _folder_rows(unit: Unit) -> Iterator[RawRow]:
     folder = Path(unit.source).resolve()
     for row in unit.members:
         path = (folder / row["file_name"]).resolve()
-        captions = _captions(row)
+        captions = captions_of(row)
         if not path.is_relative_to(folder):
             yield row["file_name"], None, captions, row, "outside the folder"
             continue
@@ -259,35 +189,7 @@ def _folder_rows(unit: Unit) -> Iterator[RawRow]:
         except (OSError, ValueError):
             yield row["file_name"], None, captions, row, "file missing"
             continue
-        yield _checked(row["file_name"], image, captions, row)
-
-
-# --- both -------------------------------------------------------------------------------------
-
-
-def _checked(
-    key: str, image: bytes | None, captions: tuple[str, ...], metadata: Mapping[str, Any]
-) -> RawRow:
-    problem = ""
-    if image is None:
-        problem = "no picture"
-    elif not captions:
-        problem = "no caption"
-    return key, image, captions, metadata, problem
-
-
-def _captions(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    for name in CAPTION_KEYS:
-        value = metadata.get(name)
-        if isinstance(value, str) and value.strip():
-            return (value.strip(),)
-        if isinstance(value, list):
-            return tuple(text.strip() for text in value if isinstance(text, str) and text.strip())
-    return ()
-
-
-def _extension(name: str) -> str:
-    return name.rpartition("/")[2].partition(".")[2].lower()
+        yield checked_row(row["file_name"], image, captions, row)
 
 
 def _power_of_two(at_least: float) -> int:

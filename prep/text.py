@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging
 
@@ -17,6 +18,7 @@ from shared.fingerprint import fingerprint
 logging.disable_progress_bar()  # one bar at a time
 
 MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
+SMALLEST_VOCABULARY = 256  # bytes
 
 
 class TextEncoder:
@@ -33,11 +35,13 @@ class TextEncoder:
                     model.source, subfolder=part.replace("text_encoder", "tokenizer")
                 )
                 encoder = kind.from_pretrained(
-                    model.source, subfolder=part, torch_dtype=torch.float32
+                    model.source, subfolder=part, torch_dtype=torch.float32, use_safetensors=True
                 )
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise UserError(f"no {part} can be read from {model.source!r} ({first})") from None
+            if len(tokenizer) < SMALLEST_VOCABULARY:  # what transformers makes of missing files
+                raise UserError(f"{model.source}: the tokenizer of its {part} has no vocabulary")
             self.tokenizers.append(tokenizer)
             self.encoders.append(encoder.to(device).eval().requires_grad_(False))
 

@@ -95,7 +95,7 @@ def load_conditioning(path: Path) -> Conditioning:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             prompts = tuple(json.loads(file.metadata()["prompts"]))
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete it and run `prep encode` again"
         ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tomllib
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,14 +51,35 @@ def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
 def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
     try:
         stored = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or 'cannot be read'}") from None
+    except ValueError as error:  # not TOML, or not UTF-8
         raise UserError(f"--config {path}: {error}") from None
     values = {name.replace("-", "_"): value for name, value in stored.items()}
     if unknown := sorted(set(values) - set(typing.get_type_hints(kind))):
         raise UserError(f"--config {path}: no such setting: {', '.join(unknown)}")
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            wanted = str(getattr(hints[name], "__name__", hints[name])).replace("typing.", "")
+            raise UserError(f"--config {path}: {name} = {value!r} is not of type {wanted}")
     return coerce(kind, values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """May a TOML value stand for a field of this type?"""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if hint is Path:
+        return isinstance(value, str)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
 
 
 def coerce(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:

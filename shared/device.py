@@ -15,6 +15,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; use --device cpu or auto")
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name!r} is not one of auto, cpu, cuda, mps")
     return torch.device(name)
 
 

@@ -23,9 +23,10 @@ BLOCK = 512  # tar's unit
 NPY_HEADER = 128  # np.lib.format v1.0, for every shape that occurs here
 TRAILER = bytes(2 * BLOCK)  # the end of a tar
 RECORD_BYTES = 1024
+SHORTEST_CAPTION = 8  # characters that a caption is cut by, and to
 FIELD_ORDER = ("latents", "pooled_prompt_embeds", "prompt_embeds", "time_ids")
-# What KEY.json gives up first when it does not fit. `captions` goes last and is cut, not dropped.
-DROP_ORDER = ("source", "url", "original_size", "sha256", "captions")
+# What KEY.json gives up first when it does not fit; captions are cut, not dropped.
+DROP_ORDER = ("source", "url", "original_size", "sha256", "captions", "source_key")
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def cache_layout(
 def fit_record(record: Mapping[str, Any], size: int) -> bytes:
     """JSON of `record` padded with spaces to `size` bytes.
 
-    What does not fit goes in `DROP_ORDER`; captions are shortened at code points before that.
+    What does not fit goes in `DROP_ORDER`; captions are shortened at code points.
     """
     kept = dict(record)
     for name in DROP_ORDER:
@@ -191,12 +192,17 @@ def fit_record(record: Mapping[str, Any], size: int) -> bytes:
 
 
 def _cut_captions(record: dict[str, Any], size: int) -> dict[str, Any]:
-    """The longest captions shortened, equally, until the record fits."""
-    captions: list[str] = list(record.get("captions", ()))
-    while len(_compact(record | {"captions": captions})) > size and any(captions):
-        longest = max(map(len, captions))
-        captions = [text[: longest * 3 // 4] if len(text) == longest else text for text in captions]
-    return record | {"captions": captions, "captions_cut": True}
+    """The longest captions shortened until the record fits; of very many, the first few."""
+    kept = [text[:size] for text in record.get("captions", ())][:size]
+    cut = record | {"captions": kept, "captions_cut": True}
+    while len(_compact(cut)) > size and kept:
+        longest = max(map(len, kept))
+        if longest > SHORTEST_CAPTION:
+            shorter = longest - SHORTEST_CAPTION
+            kept[:] = [text[:shorter] if len(text) == longest else text for text in kept]
+        else:
+            kept.pop()
+    return cut
 
 
 def _compact(value: Mapping[str, Any]) -> bytes:

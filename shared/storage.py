@@ -58,10 +58,17 @@ def stage(chunks: Iterable[bytes], tmp: Path) -> tuple[Path, str]:
 
 def move(staged: Path, path: Path) -> None:
     """Give a staged file its final name, replacing what stood there, durably."""
-    with guard(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged, path)
-        sync_folder(path.parent)
+    try:
+        with guard(path.parent):
+            if path.is_dir() and staged.is_file():
+                raise UserError(f"{path} is a folder; choose another name for the file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged, path)
+            sync_folder(path.parent)
+    except UserError:
+        if staged.is_file():
+            staged.unlink()
+        raise
 
 
 def create_exclusively(content: bytes, path: Path, tmp: Path) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
 from shared.errors import UserError
@@ -14,8 +15,10 @@ from shared.errors import UserError
 def load_vae(source: str) -> AutoencoderKL:
     """A model's VAE, fp32, frozen, channels last. Raises UserError where there is none."""
     try:
-        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        vae = AutoencoderKL.from_pretrained(
+            source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"no VAE can be read from {source!r} ({first})") from None
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)

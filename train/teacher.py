@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from shared.cache import Manifest
@@ -21,9 +22,9 @@ def load_unet(source: str) -> UNet2DConditionModel:
     """A model's UNet, fp32, frozen, channels last. Raises UserError where there is none."""
     try:
         unet = UNet2DConditionModel.from_pretrained(
-            source, subfolder="unet", torch_dtype=torch.float32
+            source, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"no UNet can be read from {source!r} ({first})") from None
     return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)

@@ -1,0 +1,81 @@
+"""What many tests start from: the repository, the tiny models, a cache of each, the commands."""
+
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_sd() -> Path:
+    return ROOT / "data" / "tiny-sd"
+
+
+@pytest.fixture(scope="session")
+def tiny_xl() -> Path:
+    return ROOT / "data" / "tiny-xl"
+
+
+def encode_some(model: str, latents: str, count: int, folder: Path) -> Path:
+    """A cache of the first `count` pictures of data/pictures/train, made by the real command."""
+    with (
+        tarfile.open(ROOT / "data/pictures/train/00000.tar") as source,
+        tarfile.open(folder / "some.tar", "w") as some,
+    ):
+        for member in source.getmembers()[: 3 * count]:  # KEY.jpg, KEY.txt, KEY.json
+            some.addfile(member, source.extractfile(member))
+    words = f"--shards some.tar --model {model} --cache cache --latents {latents} --threads 1"
+    command = [sys.executable, "-m", "prep", "encode", *words.split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    return folder / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory) -> Path:
+    """72 pictures for tiny-sd, mean only: enough for an evaluation. Do not write into it."""
+    return encode_some("tiny-sd", "mean", 72, tmp_path_factory.mktemp("tiny-sd"))
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_cache(tmp_path_factory) -> Path:
+    """24 pictures for tiny-xl, posterior. Do not write into it."""
+    return encode_some("tiny-xl", "posterior", 24, tmp_path_factory.mktemp("tiny-xl"))
+
+
+class Answer(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    """Run `python -m STAGE WORDS...` in this process: cli("train", "sample", "--run", run)."""
+
+    def run(stage: str, *words: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", [stage, *map(str, words)])
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as end,  # anything else is a traceback, which nobody gets
+        ):
+            importlib.import_module(f"{stage}.__main__").main()
+        return Answer(end.value.code, out.getvalue(), err.getvalue())
+
+    return run

@@ -1,0 +1,205 @@
+"""`train evaluate`: the rows it writes, what they mean, and that the teacher is drawn only once."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from shared.cache import CachePaths, open_manifest
+from shared.conditioning import load_conditioning
+from shared.errors import UserError
+from train import evaluate
+from train.artist import Artist, open_artist
+from train.config import DistillConfig, EvaluateConfig
+from train.heldout import load_heldout
+from train.loop import distill
+from train.setup import prepare
+
+COLUMNS = {"sampler", "steps", "fd", "accuracy", "latent_mse", "high_frequency", "ms_per_image"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_cache, tiny_sd):
+    folder = tmp_path_factory.mktemp("run")
+    config = DistillConfig(
+        model=str(tiny_sd), cache=tiny_cache, run=folder, train_batch_size=4, max_train_steps=2,
+        lora_rank=4, learning_rate=1e-2, validation_steps=0, threads=1,
+    )  # fmt: skip
+    distill(prepare(config))
+    return folder
+
+
+@pytest.fixture
+def held(tiny_cache, tmp_path):
+    """A cache of one's own: the teacher's rows are kept in it."""
+    shutil.copytree(tiny_cache, tmp_path / "held")
+    return tmp_path / "held"
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """The same table with fewer and shorter rows, for speed."""
+    teacher = (("ddim", 6), ("ddim", 1), ("ddim", 2), ("dpmsolver++", 1), ("dpmsolver++", 2))
+    monkeypatch.setattr(evaluate, "REFERENCE", teacher[0])
+    monkeypatch.setattr(evaluate, "TEACHER_ROWS", teacher)
+    monkeypatch.setattr(evaluate, "STUDENT_ROWS", (("student", 1), ("student", 2)))
+    monkeypatch.setattr(evaluate, "TIMED", 2)
+
+
+@pytest.fixture
+def scorer(tmp_path, monkeypatch):
+    """A scorer that gives 1 where a caption has an even number of letters."""
+    (tmp_path / "even_scorer.py").write_text(
+        "import numpy as np\n"
+        "def score(images, captions):\n"
+        "    assert images.shape == (len(captions), 64, 64, 3) and images.dtype == np.uint8\n"
+        "    return np.array([len(c) % 2 == 0 for c in captions], dtype=float)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "even_scorer:score"
+    sys.modules.pop("even_scorer", None)
+
+
+def evaluated(run, held, output, **more) -> dict:
+    config = EvaluateConfig(
+        run=run, eval_cache=held, num_samples=70, output=output, threads=1, **more
+    )
+    evaluate.evaluate(config)
+    return json.loads((output / "evaluation.json").read_text())
+
+
+def untimed(result: dict) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "ms_per_image"} for row in result["rows"]]
+
+
+def test_rows_and_columns(run, held, tmp_path, few_rows, scorer, capsys):
+    result = evaluated(run, held, tmp_path / "out", scorer=scorer)
+    rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
+    assert list(rows) == [*evaluate.TEACHER_ROWS, *evaluate.STUDENT_ROWS]
+    assert all(set(row) >= COLUMNS for row in result["rows"])
+    heldout = load_heldout(held, open_manifest(held), 70)
+    share = np.mean([len(caption) % 2 == 0 for caption in heldout.captions])
+    for (_, steps), row in rows.items():
+        assert row["accuracy"] == pytest.approx(share)
+        assert (row["latent_mse"] is None) == (steps != 1)
+        assert row["fd"] > 0
+        assert row["high_frequency"] > 0
+        assert row["ms_per_image"] > 0
+    assert rows["ddim", 6]["high_frequency"] == 1
+    assert rows["student", 1]["ms_per_image"] < rows["ddim", 6]["ms_per_image"]
+    assert (result["num_samples"], result["student"], result["scorer"]) == (70, "lora", scorer)
+    # The table as people read it, in the terminal and in the file.
+    table = (tmp_path / "out" / "evaluation.md").read_text()
+    assert table.splitlines()[0].split("|")[1].strip() == "sampler"
+    assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + len(rows)
+    assert table in capsys.readouterr().out
+    picture = np.asarray(Image.open(tmp_path / "out" / "evaluation.png"))
+    assert picture.shape[2] == 3
+    assert picture.std() > 5
+
+
+def test_without_a_scorer_accuracy_is_null(run, held, tmp_path, few_rows):
+    result = evaluated(run, held, tmp_path / "out")
+    assert [row["accuracy"] for row in result["rows"]] == [None] * len(result["rows"])
+    line = (tmp_path / "out" / "evaluation.md").read_text().splitlines()[2]
+    assert line.split("|")[4].strip() == "-"
+
+
+def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
+    """1-step latent error and the student's latents, computed again from scratch."""
+    result = evaluated(run, held, tmp_path / "out", guidance_scale=3.0, batch_size=32)
+    rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
+    heldout = load_heldout(held, open_manifest(held), 70)
+    artist = open_artist(run, 1, "cpu", 3.0).with_teacher(heldout.empty).for_shape(heldout.shape)
+    solution, single, student = (
+        torch.cat([artist.draw(*what, heldout.texts[[i]], [i]) for i in range(70)])
+        for what in (("ddim", 6), ("ddim", 1), ("student", 1))
+    )
+    error = float(((single - solution) ** 2).mean())
+    assert rows["ddim", 1]["latent_mse"] == pytest.approx(error, rel=1e-3)
+    error = float(((student - solution) ** 2).mean())
+    assert rows["student", 1]["latent_mse"] == pytest.approx(error, rel=1e-3)
+    assert rows["ddim", 1]["fd"] != rows["dpmsolver++", 2]["fd"]
+    assert result["guidance_scale"] == 3.0
+
+
+def test_the_second_evaluation_takes_over_the_teachers_rows(
+    run, held, tmp_path, few_rows, scorer, monkeypatch
+):
+    first = evaluated(run, held, tmp_path / "a", scorer=scorer)
+    second = evaluated(run, held, tmp_path / "b", scorer=scorer)
+    assert untimed(first) == untimed(second)
+    drawn = []
+    draw = Artist.draw
+
+    def watching(self, sampler, steps, texts, *more):
+        drawn.append((sampler, len(texts)))
+        return draw(self, sampler, steps, texts, *more)
+
+    monkeypatch.setattr(Artist, "draw", watching)
+    evaluated(run, held, tmp_path / "c", scorer=scorer)
+    large = {sampler for sampler, count in drawn if count > evaluate.SHOWN}
+    assert large == {"student"}
+    # What is kept is looked up, not recognised by chance: other conditions draw anew.
+    (kept,) = (held / "evaluations").glob("*.json")
+    stored = json.loads(kept.read_text())
+    stored["rows"][0]["fd"] = 123456.0
+    kept.write_text(json.dumps(stored))
+    assert evaluated(run, held, tmp_path / "d", scorer=scorer)["rows"][0]["fd"] == 123456
+    for change in ({"seed": 1}, {"guidance_scale": 2.0}, {"scorer": None}):
+        more = {"scorer": scorer} | change
+        assert evaluated(run, held, tmp_path / "e", **more)["rows"][0]["fd"] != 123456
+
+
+def test_a_read_only_cache_is_evaluated_all_the_same(run, held, tmp_path, few_rows, capsys):
+    (held / "evaluations").write_text("in the way")
+    result = evaluated(run, held, tmp_path / "out")
+    assert len(result["rows"]) == 7
+    assert "not kept for next time" in capsys.readouterr().out
+
+
+def test_heldout_is_read_in_order_and_scaled(tiny_cache):
+    manifest = open_manifest(tiny_cache)
+    heldout = load_heldout(tiny_cache, manifest, 1000)
+    assert len(heldout) == 72
+    assert heldout.shape == (4, 8, 8)
+    layout = manifest.layouts[0]
+    shard = (tiny_cache / manifest.shards[0].file).read_bytes()
+    for number in (0, 41):
+        part = shard[number * layout.stride : (number + 1) * layout.stride]
+        _, record, arrays = layout.unpack(part)
+        assert heldout.captions[number] == record["captions"][0]
+        scale = manifest.identity["vae"]["scaling_factor"]
+        wanted = torch.from_numpy(arrays["latents"][0, :4].astype(np.float32)) * scale
+        torch.testing.assert_close(heldout.latents[number], wanted)
+        text = torch.from_numpy(arrays["prompt_embeds"][0].copy())
+        assert torch.equal(heldout.texts.prompt_embeds[number], text)
+    empty = load_conditioning(CachePaths(tiny_cache).conditioning).unconditional
+    assert torch.equal(heldout.empty.prompt_embeds, empty.prompt_embeds)
+
+
+def test_too_few_pictures_are_refused(tiny_xl_cache, tiny_cache):
+    for cache, count in ((tiny_xl_cache, 1000), (tiny_cache, 64)):
+        with pytest.raises(UserError, match="needs at least 65"):
+            load_heldout(cache, open_manifest(cache), count)
+
+
+@pytest.mark.slow
+def test_the_whole_table_from_the_command_line(run, held, tmp_path, cli):
+    answer = cli("train", "evaluate", "--run", run, "--eval-cache", held, "--num-samples", 70,
+                 "--scorer", "data.oracle:score", "--output", tmp_path, "--threads", 1)  # fmt: skip
+    assert answer.status == 0, answer.err
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    teacher = [("ddim", 50), *[(s, n) for s in ("ddim", "dpmsolver++") for n in (1, 2, 4, 8)]]
+    wanted = [*teacher, *[("student", n) for n in (1, 2, 4, 8)]]
+    assert [(row["sampler"], row["steps"]) for row in result["rows"]] == wanted
+    assert all(0 <= row["accuracy"] <= 1 for row in result["rows"])
+    solution = load_file(next((held / "evaluations").glob("*.safetensors")))["solution"]
+    assert solution.shape == (70, 4, 8, 8)
+    assert dataclasses.asdict(evaluate.Row(**result["rows"][0])) == result["rows"][0]
