@@ -85,12 +85,14 @@ def stale_units(cache: CachePaths, units: Sequence[Unit], prune: bool) -> list[s
     Raises UserError if they are not: silently kept they would be trained on, silently dropped
     they would have to be encoded again.
     """
-    listed = {unit.name for unit in units}
-    stale = [record for record in read_units(cache) if record.name not in listed]
-    if stale and not prune:
+    names, sources = {unit.name for unit in units}, {unit.source for unit in units}
+    stale = [record for record in read_units(cache) if record.name not in names]
+    # A folder that grew or shrank has other units now; the former ones are simply replaced.
+    unlisted = [record for record in stale if record.source not in sources]
+    if unlisted and not prune:
         raise UserError(
-            f"{cache.root} also holds {len(stale)} units that --shards does not list "
-            f"(first: {stale[0].source}); list them too, or drop them with --prune"
+            f"{cache.root} also holds {len(unlisted)} units that --shards does not list "
+            f"(first: {unlisted[0].source}); list them too, or drop them with --prune"
         )
     return [record.name for record in stale]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from shared.progress import Progress
 from shared.storage import load_json
 
 COUNTED_TARS = 16
+PROBED_ROWS = 256
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
 
 
@@ -46,13 +48,18 @@ class Estimate:
 
 
 def pending(cache: CachePaths, units: Sequence[Unit]) -> list[Unit]:
-    """The units that have no commit record for their present source."""
-    records = {unit.name: read_unit(cache, unit.name) for unit in units}
-    return [
-        unit
-        for unit in units
-        if (record := records[unit.name]) is None or record.source_state != dict(unit.state)
-    ]
+    """The units that are not committed for their present source."""
+    return [unit for unit in units if not _done(cache, unit)]
+
+
+def _done(cache: CachePaths, unit: Unit) -> bool:
+    """Is the unit committed for its present source, with all its files in place?"""
+    record = read_unit(cache, unit.name)
+    if record is None or record.source_state != dict(unit.state):
+        return False
+    sizes = {cache.root / shard.file: shard.size for shard in record.shards}
+    whole = all(path.exists() and path.stat().st_size == size for path, size in sizes.items())
+    return whole and (cache.root / record.samples).exists()
 
 
 def estimate(
@@ -145,18 +152,23 @@ def probe(
     Raises UserError where no unit holds a usable picture.
     """
     size = encoders.vae.batch_size
-    problem = UserError(f"{units[0].source}: not one usable picture with a caption in it")
+    problem: UserError | None = None
     for unit in units:
         try:
-            rows = decoded(unit.rows(), settings, workers=2, ahead=size)
-            good = (sample for sample in rows if sample.picture is not None)
-            found = list(itertools.islice(good, size))
+            rows = list(itertools.islice(decoded(unit.rows(), settings, 2, size), PROBED_ROWS))
+            found = [sample for sample in rows if sample.picture is not None][:size]
+            reasons = Counter(sample.reason for sample in rows if sample.reason)
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            problem = problem or UserError(
+                f"{unit.source}: not one usable picture with a caption in it ({why or 'no rows'})"
+            )
         except SourceError as error:  # `run` will report it, if there are others to run
             problem = error
             continue
         if found:
             break
     else:
+        assert problem is not None
         raise problem
     pixels = [sample.picture.pixels for sample in found if sample.picture is not None]
     captions = [sample.captions[0] for sample in found]

@@ -10,6 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
+# Named, because Pillow would hand some others (EPS) to programs of their own.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# A longer picture is cropped before it is enlarged: a line would fill the memory.
+MAX_ASPECT = 16
 MAX_PIXELS = 200_000_000  # a larger picture is rejected before it is decoded
 
 
@@ -37,7 +41,7 @@ def prepare(data: bytes, resolution: int, center_crop: bool) -> Picture:
     Raises BadImage.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             original = _shown_size(opened)
             image = _upright_rgb(opened, resolution)
     except (Image.DecompressionBombError, MemoryError):
@@ -47,9 +51,15 @@ def prepare(data: bytes, resolution: int, center_crop: bool) -> Picture:
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     top, left = ((height - resolution) // 2, (width - resolution) // 2) if center_crop else (0, 0)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    box = (left, top, left + resolution, top + resolution)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        sides = zip(box, 2 * image.size, strict=True)
+        part = tuple(min(edge / scale, side) for edge, side in sides)
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=part)
+    else:
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        image = image.crop(box)
     return Picture(np.asarray(image, dtype=np.uint8), original, (top, left))
 
 
@@ -57,7 +67,7 @@ def _shown_size(image: Image.Image) -> tuple[int, int]:
     """Height and width as a viewer shows the picture, which EXIF may have turned."""
     if image.width * image.height > MAX_PIXELS:
         raise BadImage("too many pixels")
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
 
 

@@ -32,10 +32,14 @@ def checked_row(
 
 def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """The captions under the first key that has any."""
-    for name in CAPTION_KEYS:
+    for name in CAPTION_KEYS:  # lone surrogates, which JSON allows, are no text
         value = metadata.get(name)
         if isinstance(value, str) and value.strip():
-            return (value.strip(),)
+            return (_text(value),)
         if isinstance(value, list):
-            return tuple(text.strip() for text in value if isinstance(text, str) and text.strip())
+            return tuple(_text(text) for text in value if isinstance(text, str) and text.strip())
     return ()
+
+
+def _text(value: str) -> str:
+    return value.strip().encode("utf-8", "replace").decode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,7 +109,7 @@ def _folder(path: Path, folder_units: int | None) -> list[Unit]:
         raise UserError(f"--folder-units {wanted} is not a power of two")
     parts: list[list[dict[str, Any]]] = [[] for _ in range(wanted)]
     for row in rows:
-        digest = hashlib.sha256(row["file_name"].encode()).digest()
+        digest = hashlib.sha256(row["file_name"].encode("utf-8", "surrogatepass")).digest()
         parts[int.from_bytes(digest[:4], "big") % wanted].append(row)
     return [
         Unit(
@@ -127,14 +128,14 @@ def _folder_metadata(path: Path) -> list[dict[str, Any]]:
     """`file_name` and captions per picture: metadata.jsonl, metadata.csv, or NAME.txt beside it."""
     if (path / "metadata.jsonl").is_file():
         rows = []
-        for number, line in enumerate(_utf8(path / "metadata.jsonl").splitlines(), 1):
+        for number, line in enumerate(_utf8(path / "metadata.jsonl").split("\n"), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
                 except ValueError as error:
                     raise UserError(f"{path}/metadata.jsonl line {number}: {error}") from None
     elif (path / "metadata.csv").is_file():
-        rows = list(csv.DictReader(_utf8(path / "metadata.csv").splitlines()))
+        rows = list(csv.DictReader(io.StringIO(_utf8(path / "metadata.csv"))))
     else:
         rows = [
             {"file_name": str(text.with_suffix(image.suffix).relative_to(path)),
@@ -158,7 +159,7 @@ def _folder_metadata(path: Path) -> list[dict[str, Any]]:
 
 def _utf8(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
@@ -179,14 +180,14 @@ def _folder_state(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, An
 def _folder_rows(unit: Unit) -> Iterator[RawRow]:
     folder = Path(unit.source).resolve()
     for row in unit.members:
-        path = (folder / row["file_name"]).resolve()
         captions = captions_of(row)
-        if not path.is_relative_to(folder):
-            yield row["file_name"], None, captions, row, "outside the folder"
-            continue
         try:
+            path = (folder / row["file_name"]).resolve()
+            if not path.is_relative_to(folder):
+                yield row["file_name"], None, captions, row, "outside the folder"
+                continue
             image = path.read_bytes()
-        except (OSError, ValueError):
+        except (OSError, ValueError, RuntimeError):  # the last is a loop of links
             yield row["file_name"], None, captions, row, "file missing"
             continue
         yield checked_row(row["file_name"], image, captions, row)

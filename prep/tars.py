@@ -68,12 +68,10 @@ def _row_from_files(key: str, files: Mapping[str, bytes]) -> RawRow:
         try:
             loaded = json.loads(files["json"])
             metadata = loaded if isinstance(loaded, dict) else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             metadata = {}  # the picture and its txt may still be good
-    if "txt" in files:
-        captions: tuple[str, ...] = (files["txt"].decode("utf-8", "replace").strip(),)
-    else:
-        captions = captions_of(metadata)
+    text = files.get("txt", b"").decode("utf-8", "replace").strip()
+    captions = (text,) if text else captions_of(metadata)
     return checked_row(key, image, captions, metadata)
 
 

@@ -23,6 +23,8 @@ from shared.errors import UserError
 from shared.layout import TRAILER, Layout, cache_layout
 from shared.storage import guard, move, stage, write_all
 
+LONGEST_KEY = 256  # characters; a longer one stands in samples/ alone
+
 ACCOUNT = pa.schema(
     [
         ("key", pa.string()),
@@ -43,7 +45,7 @@ class TooManyRejected(UserError):
 def sample_key(source: str, row: Row) -> str:
     """16 hex digits, unique in the cache: a hash of source, key and occurrence."""
     text = f"{source}\0{row.key}\0{row.occurrence}"
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 class UnitWriter:
@@ -96,9 +98,10 @@ class UnitWriter:
 
     def _record(self, sample: Sample) -> dict[str, Any]:
         captions = captions_kept(sample, self.settings)
+        key = _printable(sample.row.key)
         return {
-            "source": self.unit.source,
-            "source_key": _printable(sample.row.key),
+            "source": _printable(self.unit.source),
+            **({"source_key": key} if len(key) <= LONGEST_KEY else {}),
             "captions": [_printable(text) for text in captions],
             "num_captions": len(captions),
             "sha256": sample.image_sha256,

@@ -21,5 +21,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of the networks: all cores unless told."""
+    """CPU threads of the networks: all cores unless told. Raises UserError below 1."""
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads} must be at least 1")
     torch.set_num_threads(threads or os.cpu_count() or 1)

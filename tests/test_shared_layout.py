@@ -210,7 +210,8 @@ def test_many_captions_are_cut_evenly():
     captions = ["x" * 5000, "y" * 5000, "z" * 10]
     kept = json.loads(fit_record({"captions": captions, "num_captions": 3}, RECORD_BYTES))
     lengths = [len(caption) for caption in kept["captions"]]
-    assert lengths[0] == lengths[1] > 300
+    assert min(lengths[:2]) > 300
+    assert abs(lengths[0] - lengths[1]) < 30
     assert lengths[2] == 10
 
 

@@ -152,7 +152,7 @@ def test_the_second_evaluation_takes_over_the_teachers_rows(
     stored["rows"][0]["fd"] = 123456.0
     kept.write_text(json.dumps(stored))
     assert evaluated(run, held, tmp_path / "d", scorer=scorer)["rows"][0]["fd"] == 123456
-    for change in ({"seed": 1}, {"guidance_scale": 2.0}, {"scorer": None}):
+    for change in ({"seed": 1}, {"guidance_scale": 3.0}, {"scorer": None}):
         more = {"scorer": scorer} | change
         assert evaluated(run, held, tmp_path / "e", **more)["rows"][0]["fd"] != 123456
 

@@ -53,18 +53,25 @@ def save_checkpoint(
     publish([dump_json(vars(progressed))], building / STATE, tmp)
     sync_folder(building)
     if final.exists():  # of an earlier, longer run that was resumed from before it
-        shutil.rmtree(final)
+        remove(final)
     move(building, final)
-    prune(run, total_limit)
+    prune(run, total_limit, final)
     return final
 
 
-def prune(run: Path, total_limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond the limit; each loses its state.json first."""
+def prune(run: Path, total_limit: int | None, newest: Path) -> None:
+    """Remove the oldest checkpoints beyond the limit, never the one just written."""
     if total_limit is not None:
-        for old in whole_checkpoints(run)[: -max(total_limit, 1)]:
-            (old / STATE).unlink()
-            shutil.rmtree(old)
+        others = [folder for folder in whole_checkpoints(run) if folder != newest]
+        for old in others[: max(len(others) + 1 - max(total_limit, 1), 0)]:
+            remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; without its state.json it is none, however far this gets."""
+    (folder / STATE).unlink()
+    sync_folder(folder)
+    shutil.rmtree(folder)
 
 
 def whole_checkpoints(run: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from shared.cache import CachePaths, open_manifest
 from shared.conditioning import load_conditioning
+from shared.errors import UserError
 from shared.vae import decode_latents
 from train.artist import open_artist
 from train.config import SampleConfig
@@ -17,6 +18,11 @@ from train.pictures import write_grid, write_picture
 def draw_prompts(config: SampleConfig) -> None:
     """Write one picture, or a grid where there are several. Raises UserError for a new prompt."""
     artist = open_artist(config.run, config.threads, config.device, config.guidance_scale)
+    most = int(artist.config["num_ddim_timesteps"])
+    if not 1 <= config.steps <= most:
+        raise UserError(f"--steps {config.steps} must be 1 to {most}, the student's solver steps")
+    if config.num_images < 1:
+        raise UserError("--num-images must be at least 1")
     cache = config.cache or Path(str(artist.config["cache"]))
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)

@@ -186,10 +186,8 @@ class Loader:
         self._fill_text(batch, row, bucket, sample, drawn)
         if batch.time_ids is not None:
             bucket.read(sample, "time_ids", drawn.view, batch.time_ids[row].numpy())
-        if not (
-            torch.isfinite(batch.latents[row]).all()
-            and torch.isfinite(batch.prompt_embeds[row]).all()
-        ):
+        filled = (batch.latents, batch.prompt_embeds, batch.pooled_prompt_embeds)
+        if not all(part is None or part[row].isfinite().all() for part in filled):
             raise UserError(f"{bucket.name(sample)} holds non-finite values; see `prep verify`")
 
     def _fill_text(self, batch: Batch, row: int, bucket: Bucket, sample: int, drawn: Draw) -> None:

@@ -48,14 +48,15 @@ class Previews:
         training = unet.training
         unet.eval()
         columns = []
-        for steps in STEPS:
+        shown = [steps for steps in STEPS if steps <= self.config["num_ddim_timesteps"]]
+        for steps in shown:
             seeds = range(len(self.texts))
             latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
             columns.append(decode_latents(self.vae, latents / self.vae.config.scaling_factor))
         unet.train(training)
         path = self.folder / f"step-{step:08d}.png"
         rows = [list(row) for row in zip(*columns, strict=True)]
-        titles = ["1 step", *[f"{steps} steps" for steps in STEPS[1:]]]
+        titles = ["1 step", *[f"{steps} steps" for steps in shown[1:]]]
         return path, write_grid(path, rows, titles, self.prompts)
 
 

@@ -58,7 +58,7 @@ class Recorder:
         loss = sum(float(x) for x in self.losses) / len(self.losses)
         norm = sum(float(x) for x in self.norms) / len(self.norms)
         if not math.isfinite(loss):
-            raise UserError(self._diverged(step))
+            raise UserError(self.diverged(step))
         now = time.perf_counter()
         rate = len(self.losses) * self.batch_size / max(now - self.since, 1e-9)
         self.since = now
@@ -78,11 +78,12 @@ class Recorder:
         """Print a line without disturbing the progress bar."""
         self.progress.write(line)
 
-    def _diverged(self, step: int) -> str:
+    def diverged(self, step: int) -> str:
+        """What to say when the numbers are no longer finite."""
         saved = whole_checkpoints(self.config.run)
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         return (
-            f"the loss is no longer finite at step {step}; {last}; "
+            f"loss or weights are no longer finite at step {step}; {last}; "
             "lower --learning-rate, add --lr-warmup-steps, or use --mixed-precision no"
         )
 

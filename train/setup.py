@@ -66,6 +66,8 @@ class Distillation:
     def save(self, step: int) -> None:
         """Write a checkpoint, unless the weights are no longer finite."""
         self.recorder.flush(step)
+        if not all(p.isfinite().all() for p in self.parameters.values()):
+            raise UserError(self.recorder.diverged(step))
         progressed = checkpoint.Progressed(step, step * self.loader.order.batch_size, self.terms)
         folder = checkpoint.save_checkpoint(
             self.config.run,
@@ -137,7 +139,9 @@ def check_flags(config: DistillConfig) -> None:
                  "logging_steps", "dataloader_num_workers", "lora_rank"):  # fmt: skip
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if 1000 % config.num_ddim_timesteps:
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed} must not be negative")
+    if config.num_ddim_timesteps < 1 or 1000 % config.num_ddim_timesteps:
         raise UserError(f"--num-ddim-timesteps {config.num_ddim_timesteps} must divide 1000")
 
 

@@ -60,6 +60,7 @@ class FullStudent:
     """A UNet of its own that is told the guidance; its target is an exponential moving average."""
 
     def __init__(self, source: str, config: DistillConfig, device: torch.device) -> None:
+        torch.manual_seed(config.seed)  # of the guidance projection, where it starts at random
         self.teacher_unet = load_unet(source).to(device)
         self.dim, self.decay = config.unet_time_cond_proj_dim, config.ema_decay
         self.unet = guided_copy(self.teacher_unet, self.dim, config.guidance_init).to(device)
