@@ -33,7 +33,7 @@ class Plan:
 
 
 DEMO = Plan(Path("demo"), full_steps=400, lora_steps=200)
-REPRODUCE = Plan(Path("demo-long"), full_steps=1500, lora_steps=1500)
+REPRODUCE = Plan(Path("demo-long"), full_steps=600, lora_steps=1500)
 
 
 def commands(plan: Plan) -> list[list[str]]:

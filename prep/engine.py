@@ -158,9 +158,9 @@ def probe(
             rows = list(itertools.islice(decoded(unit.rows(), settings, 2, size), PROBED_ROWS))
             found = [sample for sample in rows if sample.picture is not None][:size]
             reasons = Counter(sample.reason for sample in rows if sample.reason)
-            why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            why = reasons.most_common(1)[0][0] if reasons else "no rows"
             problem = problem or UserError(
-                f"{unit.source}: not one usable picture with a caption in it ({why or 'no rows'})"
+                f"{unit.source}: not one usable picture with a caption in it (mostly: {why})"
             )
         except SourceError as error:  # `run` will report it, if there are others to run
             problem = error
