@@ -1,8 +1,10 @@
 """The same sources give the same bytes, whatever the workers, the order and the neighbours."""
 
 import random
+from unittest import mock
 
 import pytest
+from diffusers import AutoencoderKL
 from support_prep import (
     captioned,
     encode,
@@ -13,6 +15,7 @@ from support_prep import (
     write_rows,
     write_tar,
 )
+from transformers import CLIPTextModel
 
 # Small batches, so that ten pictures make several and the last one is not full.
 BATCHES = {"vae_batch_size": 4, "text_batch_size": 4}
@@ -57,15 +60,42 @@ def test_previews_are_the_first_captions_however_often_it_was_interrupted(tars, 
 
 
 def test_neighbours_in_the_batch_do_not_matter(tmp_path):
-    path = write_tar(tmp_path / "a.tar", captioned(range(10)))
-    before = samples(encode(path, tmp_path / "before", model="tiny-xl", **BATCHES))
-    write_tar(path, captioned([2, 3, 5, 30, 31, 32, 7, 8, 9]))
-    after = samples(encode(path, tmp_path / "after", model="tiny-xl", **BATCHES))
+    """Picture 8 is alone in the last batch at first, then shares a full one."""
+    flags = {**BATCHES, "model": "tiny-xl", "resolution": 128}
+    path = write_tar(tmp_path / "a.tar", captioned(range(9)))
+    before = samples(encode(path, tmp_path / "before", **flags))
+    write_tar(path, captioned([2, 3, 5, 30, 31, 32, 7, 8]))
+    after = samples(encode(path, tmp_path / "after", **flags))
     common = before.keys() & after.keys()
-    assert len(common) == 6
+    assert len(common) == 5
     for key in common:
         assert after[key].key == before[key].key
         assert after[key].members == before[key].members
+
+
+def test_every_batch_has_the_recorded_shape(tmp_path):
+    """On which the summation order, and with it the last bit, depends."""
+    path = write_tar(tmp_path / "a.tar", captioned(range(9)))
+    pictures, captions = [], []
+    real_vae, real_text = AutoencoderKL.encode, CLIPTextModel.forward
+
+    def encode_pictures(self, x, *args, **options):
+        pictures.append(len(x))
+        return real_vae(self, x, *args, **options)
+
+    def encode_captions(self, ids, *args, **options):
+        captions.append(len(ids))
+        return real_text(self, ids, *args, **options)
+
+    with (
+        mock.patch.object(AutoencoderKL, "encode", encode_pictures),
+        mock.patch.object(CLIPTextModel, "forward", encode_captions),
+    ):
+        encode(path, tmp_path / "cache", vae_batch_size=4, text_batch_size=5)
+    assert len(pictures) >= 3
+    assert set(pictures) == {4}
+    assert len(captions) >= 2
+    assert set(captions) == {5}
 
 
 def test_the_order_of_a_folders_rows(tmp_path):

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -147,6 +147,10 @@ class Loader:
         self.start, self.rank, self.world, self.threads = start, rank, world, threads
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """The endless stream; closing it ends the threads."""
         slots = [self._allocate() for _ in range(AHEAD + 1)]
         with ThreadPoolExecutor(self.threads, thread_name_prefix="loader") as pool:
             waiting: deque[Future[Batch]] = deque()

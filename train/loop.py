@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from train.setup import Distillation
 def distill(run: Distillation) -> None:
     """Take optimizer steps from where the run stands to `max_train_steps`."""
     config, optimizer, student = run.config, run.optimizer, run.student
-    batches = iter(run.loader)
-    with run.recorder:
+    with closing(run.loader.batches()) as batches, run.recorder:
         for step in range(run.first_step, config.max_train_steps + 1):
             seed_dropout(config.seed, step)
             set_learning_rate(optimizer, run.learning_rate, step, config)
