@@ -7,8 +7,8 @@ where it stopped.
 from __future__ import annotations
 
 import argparse
+import runpy
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -68,6 +68,16 @@ def encode(split: str, cache: Path) -> list[str]:
     return ["prep", "encode", *flags, "--preview-prompts", *PROMPTS]
 
 
+def run(command: list[str]) -> int:
+    """`python -m ...` in this process, which has torch imported already; returns its status."""
+    sys.argv = command
+    try:
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
 def main() -> int:
     """Run the plan; stop at the first command that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -79,8 +89,7 @@ def main() -> int:
     started = time.monotonic()
     for command in commands(plan):
         print(f"\n$ python -m {shlex.join(command)}", flush=True)
-        status = subprocess.run([sys.executable, "-m", *command], check=False).returncode
-        if status:
+        if status := run(command):
             return status
     print(f"\ndone in {time.monotonic() - started:.0f} s; look at")
     for student in ("full", "lora"):

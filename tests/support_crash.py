@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--modes", nargs="+", default=["before", "half", "after"])
     parser.add_argument("--lanes", type=int, default=1)
+    parser.add_argument("--distinct", action="store_true", help="not again just after an fsync")
     args = parser.parse_args()
     torch.set_num_threads(1)
     shards = tuple(args.shards)
@@ -163,6 +164,9 @@ def main() -> None:
         for mode in args.modes
         if mode != "half" or call[0] == "write"
     ]
+    if args.distinct:  # a killed process leaves the same files before an fsync as after it
+        after_fsync = {n + 1 for n, call in enumerate(calls) if call[0] == "fsync"}
+        points = [p for p in points if p[1] != "before" or p[0] not in after_fsync]
     lanes, driver = [], os.getpid()
     for lane in range(args.lanes):
         folder = args.work / f"lane{lane}"

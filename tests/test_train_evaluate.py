@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from shared.cache import CachePaths, open_manifest
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
-from train import evaluate
+from train import evaluate, reference
 from train.artist import Artist, open_artist
 from train.config import DistillConfig, EvaluateConfig
 from train.heldout import load_heldout
+from train.judge import Row, decode_all
 from train.loop import distill
+from train.metrics import Gaussian, features, frechet_distance
 from train.setup import prepare
 
 COLUMNS = {"sampler", "steps", "fd", "accuracy", "latent_mse", "high_frequency", "ms_per_image"}
@@ -47,7 +49,10 @@ def few_rows(monkeypatch):
     """The same table with fewer and shorter rows, for speed."""
     teacher = (("ddim", 6), ("ddim", 1), ("ddim", 2), ("dpmsolver++", 1), ("dpmsolver++", 2))
     monkeypatch.setattr(evaluate, "REFERENCE", teacher[0])
-    monkeypatch.setattr(evaluate, "TEACHER_ROWS", teacher)
+    monkeypatch.setattr(reference, "REFERENCE", teacher[0])
+    monkeypatch.setattr(reference, "SOLVER_ROWS", teacher[1:])
+    monkeypatch.setattr(reference, "TEACHER_ROWS", teacher)
+    monkeypatch.setattr(reference, "TRIED", 20)
     monkeypatch.setattr(evaluate, "STUDENT_ROWS", (("student", 1), ("student", 2)))
     monkeypatch.setattr(evaluate, "TIMED", 2)
 
@@ -81,7 +86,7 @@ def untimed(result: dict) -> list[dict]:
 def test_rows_and_columns(run, held, tmp_path, few_rows, scorer, capsys):
     result = evaluated(run, held, tmp_path / "out", scorer=scorer)
     rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
-    assert list(rows) == [*evaluate.TEACHER_ROWS, *evaluate.STUDENT_ROWS]
+    assert list(rows) == [*reference.TEACHER_ROWS, *evaluate.STUDENT_ROWS]
     assert all(set(row) >= COLUMNS for row in result["rows"])
     heldout = load_heldout(held, open_manifest(held), 70)
     share = np.mean([len(caption) % 2 == 0 for caption in heldout.captions])
@@ -117,6 +122,7 @@ def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
     rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
     heldout = load_heldout(held, open_manifest(held), 70)
     artist = open_artist(run, 1, "cpu", 3.0).with_teacher(heldout.empty).for_shape(heldout.shape)
+    artist = artist.with_spacings({("ddim", 1): rows["ddim", 1]["timestep_spacing"]})
     solution, single, student = (
         torch.cat([artist.draw(*what, heldout.texts[[i]], [i]) for i in range(70)])
         for what in (("ddim", 6), ("ddim", 1), ("student", 1))
@@ -127,6 +133,23 @@ def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
     assert rows["student", 1]["latent_mse"] == pytest.approx(error, rel=1e-3)
     assert rows["ddim", 1]["fd"] != rows["dpmsolver++", 2]["fd"]
     assert result["guidance_scale"] == 3.0
+
+
+def test_each_solver_has_its_best_spacing(run, held, tmp_path, few_rows, monkeypatch):
+    monkeypatch.setattr(reference, "TRIED", 70)
+    result = evaluated(run, held, tmp_path / "out")
+    heldout = load_heldout(held, open_manifest(held), 70)
+    artist = open_artist(run, 1, "cpu", None).with_teacher(heldout.empty).for_shape(heldout.shape)
+    real = Gaussian.of(features(decode_all(artist, heldout.latents)))
+    for row in result["rows"]:
+        if row["sampler"] != "student" and row["steps"] != 6:
+            what, distances = (row["sampler"], row["steps"]), {}
+            for spacing in ("trailing", "leading", "linspace"):
+                drawn = artist.with_spacings({what: spacing}).draw(*what, heldout.texts, range(70))
+                images = decode_all(artist, drawn)
+                distances[spacing] = frechet_distance(real, Gaussian.of(features(images)))
+            assert row["fd"] == pytest.approx(min(distances.values()), rel=1e-3), what
+            assert len(set(distances.values())) > 1
 
 
 def test_the_second_evaluation_takes_over_the_teachers_rows(
@@ -152,7 +175,7 @@ def test_the_second_evaluation_takes_over_the_teachers_rows(
     stored["rows"][0]["fd"] = 123456.0
     kept.write_text(json.dumps(stored))
     assert evaluated(run, held, tmp_path / "d", scorer=scorer)["rows"][0]["fd"] == 123456
-    for change in ({"seed": 1}, {"guidance_scale": 3.0}, {"scorer": None}):
+    for change in ({"seed": 1}, {"guidance_scale": 4.0}, {"scorer": None}):
         more = {"scorer": scorer} | change
         assert evaluated(run, held, tmp_path / "e", **more)["rows"][0]["fd"] != 123456
 
@@ -202,4 +225,4 @@ def test_the_whole_table_from_the_command_line(run, held, tmp_path, cli):
     assert all(0 <= row["accuracy"] <= 1 for row in result["rows"])
     solution = load_file(next((held / "evaluations").glob("*.safetensors")))["solution"]
     assert solution.shape == (70, 4, 8, 8)
-    assert dataclasses.asdict(evaluate.Row(**result["rows"][0])) == result["rows"][0]
+    assert dataclasses.asdict(Row(**result["rows"][0])) == result["rows"][0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from train.sample import (
 )
 from train.teacher import check_fit, check_vae, load_unet
 
+Spacings = Mapping[tuple[str, int], str]  # of the teacher's solvers, by sampler and steps
+
 
 @dataclass(frozen=True)
 class Artist:
@@ -42,6 +44,7 @@ class Artist:
     teacher: UNet2DConditionModel | None = None
     empty: TextEmbeds | None = None
     shape: tuple[int, int, int] = (4, 64, 64)  # of the latents
+    spacings: Spacings = field(default_factory=dict)
 
     def with_teacher(self, empty: TextEmbeds) -> Artist:
         """The same with the teacher loaded and its unconditional embedding."""
@@ -51,6 +54,14 @@ class Artist:
     def for_shape(self, shape: tuple[int, int, int]) -> Artist:
         """The same for latents `(C, h, w)`."""
         return replace(self, shape=shape)
+
+    def with_spacings(self, spacings: Spacings) -> Artist:
+        """The same with other timestep spacings for the teacher's solvers."""
+        return replace(self, spacings=spacings)
+
+    def spacing(self, sampler: str, steps: int) -> str:
+        """diffusers' `timestep_spacing` of a row; "trailing" unless another was chosen."""
+        return self.spacings.get((sampler, steps), "trailing")
 
     def draw(self, sampler: str, steps: int, texts: TextEmbeds, seeds: Sequence[int]) -> Tensor:
         """Scaled latents `[N, C, h, w]` on the CPU, one per text and seed."""
@@ -64,7 +75,8 @@ class Artist:
             assert self.teacher is not None
             assert self.empty is not None
             predict = teacher_predictor(self.teacher, texts, self.empty, self.guidance_scale, size)
-            scheduler = teacher_scheduler(sampler, steps, self.scheduler_config)
+            spacing = self.spacing(sampler, steps)
+            scheduler = teacher_scheduler(sampler, spacing, self.scheduler_config)
         return draw_latents(predict, scheduler, steps, self.shape, seeds, self.device).cpu()
 
     def check_cache(self, manifest: Manifest, cache: Path) -> None:

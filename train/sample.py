@@ -17,20 +17,15 @@ from train.teacher import call_unet, twice
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, h, w], t [B]) -> output [B, C, h, w]
 
 
-def spacing(sampler: str, steps: int) -> str:
-    """diffusers' `timestep_spacing` that serves a solver best (measured: docs/evaluation.md)."""
-    if sampler == "ddim":
-        return "leading" if 1 < steps <= 8 else "trailing"
-    return "leading"
+def teacher_scheduler(sampler: str, spacing: str, config: dict[str, Any]) -> Any:
+    """A solver for the teacher: `ddim` or `dpmsolver++` (second order, multistep).
 
-
-def teacher_scheduler(sampler: str, steps: int, config: dict[str, Any]) -> Any:
-    """A solver for the teacher: `ddim` or `dpmsolver++` (second order, multistep)."""
-    best = spacing(sampler, steps)
+    `spacing` is diffusers' timestep_spacing: trailing, leading or linspace.
+    """
     if sampler == "ddim":
-        return DDIMScheduler.from_config(config, timestep_spacing=best)
+        return DDIMScheduler.from_config(config, timestep_spacing=spacing)
     return DPMSolverMultistepScheduler.from_config(
-        config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing=best
+        config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing=spacing
     )
 
 

@@ -1,0 +1,118 @@
+"""The teacher's side of the table: its rows, each solver with its best timestep spacing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from shared.errors import UserError
+from shared.progress import Progress
+from shared.storage import dump_json, load_json, publish
+from train.artist import Artist, Spacings
+from train.config import EvaluateConfig
+from train.heldout import HeldOut
+from train.judge import Judge, Row, Scorer, decode_all, draw_all
+from train.metrics import FEATURES, Gaussian, features, frechet_distance, high_frequency_share
+
+STEPS = (1, 2, 4, 8)
+REFERENCE = ("ddim", 50)
+SOLVER_ROWS = tuple((solver, steps) for solver in ("ddim", "dpmsolver++") for steps in STEPS)
+TEACHER_ROWS = (REFERENCE, *SOLVER_ROWS)
+SPACINGS = ("trailing", "leading", "linspace")
+TRIED = 200  # captions that a spacing is chosen on; the differences are large
+
+
+def unet_calls(rows: Sequence[tuple[str, int]], count: int) -> int:
+    """UNet evaluations that drawing `count` captions takes: one per picture and step."""
+    return count * sum(steps for _, steps in rows)
+
+
+def teacher_calls(count: int) -> int:
+    """Likewise for everything that `teacher_reference` draws."""
+    tried = len(SPACINGS) * unet_calls(SOLVER_ROWS, min(TRIED, count))
+    return unet_calls(TEACHER_ROWS, count) + tried
+
+
+def teacher_reference(
+    config: EvaluateConfig, artist: Artist, heldout: HeldOut, scorer: Scorer | None, bar: Progress
+) -> tuple[Judge, list[Row]]:
+    """The teacher's rows and what students are judged by.
+
+    They depend on the teacher and the evaluation cache alone, so they are kept in the cache's
+    `evaluations/` folder and the next student's evaluation finds them.
+    """
+    kept = config.eval_cache / "evaluations" / f"{reference_key(config, artist)}.safetensors"
+    if kept.exists():
+        tensors, rows = load_file(kept), load_json(kept.with_suffix(".json"))
+        bar.update(teacher_calls(len(heldout)), "teacher's rows from an earlier evaluation")
+        real = Gaussian(tensors["mean"].numpy(), tensors["covariance"].numpy())
+        judge = Judge(real, heldout.captions, scorer, tensors["solution"], rows["sharpness"])
+        return judge, [Row(**row) for row in rows["rows"]]
+    real = Gaussian.of(features(decode_all(artist, heldout.latents)))
+    solution = draw_all(artist, REFERENCE, heldout, config, bar)
+    sharpness = high_frequency_share(decode_all(artist, solution))
+    judge = Judge(real, heldout.captions, scorer, solution, sharpness)
+    rows = [judge.row(*REFERENCE, solution, artist)]
+    artist = artist.with_spacings(best_spacings(config, artist, heldout, real, bar))
+    for row in SOLVER_ROWS:
+        rows.append(judge.row(*row, draw_all(artist, row, heldout, config, bar), artist))
+    keep_reference(kept, judge, rows)
+    return judge, rows
+
+
+def best_spacings(
+    config: EvaluateConfig, artist: Artist, heldout: HeldOut, real: Gaussian, bar: Progress
+) -> Spacings:
+    """For each solver and number of steps the spacing with the lowest Fréchet distance.
+
+    Which it is depends on teacher and guidance, so students are compared with solvers at their
+    best only if it is measured.
+    """
+    few = heldout.first(TRIED)
+    best = {}
+    for row in SOLVER_ROWS:
+        distances = {}
+        for spacing in SPACINGS:
+            drawn = draw_all(artist.with_spacings({row: spacing}), row, few, config, bar)
+            found = Gaussian.of(features(decode_all(artist, drawn)))
+            distances[spacing] = frechet_distance(real, found)
+        best[row] = min(SPACINGS, key=lambda spacing: distances[spacing])
+    return best
+
+
+def keep_reference(path: Path, judge: Judge, rows: Sequence[Row]) -> None:
+    """Store a reference for the next evaluation; a read-only cache goes without."""
+    tensors = {
+        "mean": torch.from_numpy(judge.real.mean),
+        "covariance": torch.from_numpy(judge.real.covariance).contiguous(),
+        "solution": judge.solution.contiguous(),
+    }
+    table = {"sharpness": judge.sharpness, "rows": [asdict(row) for row in rows]}
+    try:
+        publish([dump_json(table)], path.with_suffix(".json"), path.parent)
+        publish([save(tensors)], path, path.parent)
+    except (OSError, UserError) as error:
+        print(f"the teacher's rows are not kept for next time: {error}")
+
+
+def reference_key(config: EvaluateConfig, artist: Artist) -> str:
+    """A hash over all that the teacher's rows depend on."""
+    parts = {
+        "teacher": artist.teacher_fingerprint(),
+        "cache": hashlib.sha256((config.eval_cache / "manifest.json").read_bytes()).hexdigest(),
+        "samples": config.num_samples,
+        "seed": config.seed,
+        "guidance_scale": artist.guidance_scale,
+        "scorer": config.scorer,
+        "features": FEATURES,
+        "rows": TEACHER_ROWS,
+        "spacings": (SPACINGS, TRIED),
+        "batch_size": config.batch_size,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
