@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,10 +76,7 @@ def damages_of_shard(path: Path, shard: Shard) -> Iterator[str]:
         except ValueError as error:
             yield f"{shard.file} sample {index}: {error}"
             continue
-        crc = 0
-        for array in arrays.values():
-            crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
-        if crc != record.get("crc32"):
+        if layout.crc32(arrays) != record.get("crc32"):
             yield f"{shard.file} sample {index} ({key}): checksum differs"
         if not all(np.isfinite(array).all() for array in arrays.values()):
             yield f"{shard.file} sample {index} ({key}): non-finite values"

@@ -32,9 +32,9 @@ def encode(config: config.EncodeConfig) -> None:
     settings = identity.choose_settings(config, model, keep_logvar(config, cache))
     todo = engine.pending(cache, units)
     captions: list[str] = []
-    seconds = 0.0
-    if todo:
-        captions, moments, seconds = engine.probe(todo, settings, encoders)
+    seconds = None
+    if todo and not (cache.identity.exists() and cache.conditioning.exists()):
+        captions, moments, seconds = engine.probe(cache, todo, settings, encoders)
         if config.latents == "auto" and not cache.identity.exists():
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = identity.expected_layout(encoders, settings)
@@ -49,16 +49,17 @@ def encode(config: config.EncodeConfig) -> None:
         identity.build_identity(model, encoders, settings, shapes),
         "give the same flags and model, or another --cache",
     )
-    for name in stale:
-        (cache.units / f"{name}.json").unlink()
     prompts = config.preview_prompts
     if not prompts and not cache.conditioning.exists():
         prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
     add_prompts(cache, model, encoders.text, prompts)
-    engine.run(
+    done = engine.run(
         todo, encoders, settings, cache, work.rows, config.decode_workers,
-        config.max_reject_fraction,
+        config.max_reject_fraction, read_units(cache),
     )  # fmt: skip
+    for name in stale:  # last, because what they hold may have been copied
+        (cache.units / f"{name}.json").unlink()
+    print(f"{done.pictures} pictures and {done.captions} captions encoded, the rest copied")
     print(engine.finish(cache))
 
 

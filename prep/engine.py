@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.pipeline import Encoders, Settings, decoded, samples
+from prep.pipeline import Encoders, Settings, Work, decoded, samples
+from prep.reuse import Known
 from prep.sources import SourceError, Unit, count_rows
 from prep.writer import UnitWriter
-from shared.cache import CachePaths, fold, read_unit, read_units, write_manifest
+from shared.cache import CachePaths, UnitRecord, fold, read_unit, read_units, write_manifest
 from shared.errors import UserError
 from shared.layout import Layout
 from shared.progress import Progress
@@ -36,14 +37,17 @@ class Estimate:
     rows: int
     bytes: int
     peak_bytes: int
-    seconds: float
+    seconds: float | None  # unknown where parts of the cache may be copied
     free: int
 
     def __str__(self) -> str:
-        hours = f"{self.seconds:.0f} s" if self.seconds < 600 else f"{self.seconds / 3600:.1f} h"
+        hours = ""
+        if self.seconds is not None:
+            seconds = self.seconds
+            hours = f", {seconds:.0f} s" if seconds < 600 else f", {seconds / 3600:.1f} h"
         return (
             f"{self.units} units to encode, about {self.rows} pictures: "
-            f"{self.bytes / 1e9:.2f} GB, {hours}; {self.free / 1e9:.1f} GB free"
+            f"{self.bytes / 1e9:.2f} GB{hours}; {self.free / 1e9:.1f} GB free"
         )
 
 
@@ -63,7 +67,7 @@ def _done(cache: CachePaths, unit: Unit) -> bool:
 
 
 def estimate(
-    units: Sequence[Unit], layout: Layout, seconds_per_row: float, folder: Path
+    units: Sequence[Unit], layout: Layout, seconds_per_row: float | None, folder: Path
 ) -> Estimate:
     """Rows are counted in the first few tars and scaled by size in the others."""
     tars = [unit for unit in units if not unit.members]
@@ -79,7 +83,8 @@ def estimate(
     peak = (total + max(rows.values(), default=0)) * layout.stride
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    return Estimate(len(units), total, total * layout.stride, peak, total * seconds_per_row, free)
+    seconds = None if seconds_per_row is None else total * seconds_per_row
+    return Estimate(len(units), total, total * layout.stride, peak, seconds, free)
 
 
 def refuse_full_disk(work: Estimate, folder: Path) -> None:
@@ -99,18 +104,24 @@ def run(
     rows: int,
     workers: int,
     max_reject_fraction: float,
-) -> None:
+    records: Sequence[UnitRecord],
+) -> Work:
     """Encode and commit each unit. A damaged source costs its unit; the others are finished first.
+
+    `records` are those of the cache as it was before: what they hold of a unit's source is copied.
 
     Raises UserError at the end where sources were damaged, at once where the disk is full or too
     many rows are rejected.
     """
     damaged: list[SourceError] = []
+    work = Work()
+    known = known_sources(cache, records)
     with Progress("encode", rows, "img") as progress:
         for unit in units:
             writer = UnitWriter(cache, unit, settings, encoders.vae.channels)
             try:
-                for sample in samples(unit, encoders, settings, workers):
+                have = known.get(unit.source) or Known(cache, ())
+                for sample in samples(unit, encoders, settings, workers, have, work):
                     writer.add(sample)
                     progress.update(1, f"{sum(writer.rejected.values())} rejected in this unit")
                 writer.commit(max_reject_fraction)
@@ -124,6 +135,15 @@ def run(
         raise UserError(
             f"{damaged[0]}{more}; the other {len(units) - len(damaged)} units are committed"
         )
+    return work
+
+
+def known_sources(cache: CachePaths, records: Sequence[UnitRecord]) -> dict[str, Known]:
+    """What the cache has of each source."""
+    by_source = defaultdict(list)
+    for record in records:
+        by_source[record.source].append(record)
+    return {source: Known(cache, mine) for source, mine in by_source.items()}
 
 
 def finish(cache: CachePaths) -> str:
@@ -145,7 +165,7 @@ def finish(cache: CachePaths) -> str:
 
 
 def probe(
-    units: Sequence[Unit], settings: Settings, encoders: Encoders
+    cache: CachePaths, units: Sequence[Unit], settings: Settings, encoders: Encoders
 ) -> tuple[list[str], NDArray[np.float32], float]:
     """Captions, VAE moments and seconds per picture of the first batch that can be had.
 
@@ -153,9 +173,11 @@ def probe(
     """
     size = encoders.vae.batch_size
     problem: UserError | None = None
+    nothing = Known(cache, ())
     for unit in units:
         try:
-            rows = list(itertools.islice(decoded(unit.rows(), settings, 2, size), PROBED_ROWS))
+            all_rows = decoded(unit.rows(), settings, 2, size, nothing)
+            rows = list(itertools.islice(all_rows, PROBED_ROWS))
             found = [sample for sample in rows if sample.picture is not None][:size]
             reasons = Counter(sample.reason for sample in rows if sample.reason)
             why = reasons.most_common(1)[0][0] if reasons else "no rows"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.images import BadImage, Picture, prepare
+from prep.reuse import Known
 from prep.sources import Row, Unit
 from prep.text import CaptionMemo, TextEncoder
 from prep.vae import VaeEncoder
@@ -54,28 +55,44 @@ class Encoders:
     text: TextEncoder
 
 
-def samples(unit: Unit, encoders: Encoders, settings: Settings, workers: int) -> Iterator[Sample]:
+@dataclass
+class Work:
+    """What went through the encoders; the rest was copied."""
+
+    pictures: int = 0
+    captions: int = 0
+
+
+def samples(
+    unit: Unit, encoders: Encoders, settings: Settings, workers: int, known: Known, work: Work
+) -> Iterator[Sample]:
     """Every row of `unit` as a finished or rejected sample, in source order within a chunk.
 
-    Chunks and the sharing of captions never leave a unit, so that its bytes depend on nothing else.
+    Pictures and captions that `known` has are copied. Chunks and the sharing of captions never
+    leave a unit, so that its bytes depend on nothing else.
     """
     chunk_size = max(encoders.vae.batch_size, encoders.text.batch_size)
-    memo = CaptionMemo(encoders.text)
-    for chunk in chunks(decoded(unit.rows(), settings, workers, 2 * chunk_size), chunk_size):
+    memo = CaptionMemo(encoders.text, known)
+    for chunk in chunks(decoded(unit.rows(), settings, workers, 2 * chunk_size, known), chunk_size):
         good = [sample for sample in chunk if not sample.reason]
         embed(good, memo, settings)
-        for batch in chunks(good, encoders.vae.batch_size):
+        fresh = [sample for sample in good if sample.picture is not None]
+        for batch in chunks(fresh, encoders.vae.batch_size):
             encode(batch, encoders.vae, settings)
+        work.pictures += len(fresh)
         yield from chunk
+    work.captions += memo.encoded
 
 
-def decoded(rows: Iterable[Row], settings: Settings, workers: int, ahead: int) -> Iterator[Sample]:
+def decoded(
+    rows: Iterable[Row], settings: Settings, workers: int, ahead: int, known: Known
+) -> Iterator[Sample]:
     """Prepare pictures in `workers` threads, at most `ahead` of them waiting; keeps the order."""
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         waiting: deque[Future[Sample]] = deque()
         try:
             for row in rows:
-                waiting.append(pool.submit(decode_row, row, settings))
+                waiting.append(pool.submit(decode_row, row, settings, known))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -84,14 +101,18 @@ def decoded(rows: Iterable[Row], settings: Settings, workers: int, ahead: int) -
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def decode_row(row: Row, settings: Settings) -> Sample:
-    """A sample with its picture, or with the reason why there is none."""
+def decode_row(row: Row, settings: Settings, known: Known) -> Sample:
+    """A sample with its picture, with what the cache has of it, or with the reason for neither."""
     sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=row.problem)
-    if not sample.reason and row.image is not None:
-        try:
-            sample.picture = prepare(row.image, settings.resolution, settings.center_crop)
-        except BadImage as error:
-            sample.reason = str(error)
+    if sample.reason or row.image is None:
+        return sample
+    if arrays := known.picture(sample.image_sha256):
+        sample.arrays.update(arrays)
+        return sample
+    try:
+        sample.picture = prepare(row.image, settings.resolution, settings.center_crop)
+    except BadImage as error:
+        sample.reason = str(error)
     return sample
 
 

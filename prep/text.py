@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging
 
+from prep.reuse import Arrays, Known
 from shared.conditioning import TextEmbeds
 from shared.errors import UserError
 from shared.family import Model
@@ -118,25 +118,33 @@ class TextEncoder:
 
 
 class CaptionMemo:
-    """Encodes equal captions once, as far as `MEMO_CAPTIONS` remember."""
+    """Encodes equal captions once, as far as `MEMO_CAPTIONS` remember; `encoded` counts them.
 
-    def __init__(self, encoder: TextEncoder) -> None:
-        self.encoder = encoder
-        self.known: dict[str, TextEmbeds] = {}
+    What the cache already has is looked up in `known`, not encoded.
+    """
 
-    def encode(self, captions: Sequence[str]) -> list[dict[str, np.ndarray]]:
+    def __init__(self, encoder: TextEncoder, known: Known) -> None:
+        self.encoder, self.known = encoder, known
+        self.memory: dict[str, Arrays] = {}
+        self.encoded = 0
+
+    def encode(self, captions: Sequence[str]) -> list[Arrays]:
         """Arrays `prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` for each caption."""
-        fresh = [text for text in dict.fromkeys(captions) if text not in self.known]
+        unmet = [text for text in dict.fromkeys(captions) if text not in self.memory]
+        found = {text: arrays for text in unmet if (arrays := self.known.caption(text))}
+        fresh = [text for text in unmet if text not in found]
         if fresh:
+            self.encoded += len(fresh)
             embeds = self.encoder.encode(fresh)
-            self.known.update({text: embeds[i] for i, text in enumerate(fresh)})
-        arrays = [_arrays(self.known[text]) for text in captions]
-        while len(self.known) > MEMO_CAPTIONS:
-            del self.known[next(iter(self.known))]  # the oldest
+            found.update({text: _arrays(embeds[i]) for i, text in enumerate(fresh)})
+        self.memory.update(found)
+        arrays = [self.memory[text] for text in captions]
+        while len(self.memory) > MEMO_CAPTIONS:
+            del self.memory[next(iter(self.memory))]  # the oldest
         return arrays
 
 
-def _arrays(embeds: TextEmbeds) -> dict[str, np.ndarray]:
+def _arrays(embeds: TextEmbeds) -> Arrays:
     arrays = {"prompt_embeds": embeds.prompt_embeds[0].numpy()}
     if embeds.pooled_prompt_embeds is not None:
         arrays["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds[0].numpy()

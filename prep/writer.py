@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -33,6 +31,7 @@ ACCOUNT = pa.schema(
         ("reason", pa.string()),
         ("captions", pa.list_(pa.string())),
         ("image_sha256", pa.string()),
+        ("latent_size", pa.list_(pa.int32())),  # height, width
         ("time_ids", pa.list_(pa.int32())),
     ]
 )
@@ -62,7 +61,7 @@ class UnitWriter:
     def add(self, sample: Sample) -> None:
         """Take a finished or rejected sample."""
         key = sample_key(self.unit.source, sample.row)
-        time_ids = sample.arrays.get("time_ids")
+        latents, time_ids = (sample.arrays.get(name) for name in ("latents", "time_ids"))
         self.accounts.append(
             {
                 "key": key,
@@ -71,14 +70,15 @@ class UnitWriter:
                 "reason": sample.reason,
                 "captions": [_printable(text) for text in sample.captions],
                 "image_sha256": sample.image_sha256,
-                "time_ids": [] if time_ids is None else time_ids[0].tolist(),
+                "latent_size": [] if latents is None else list(latents.shape[-2:]),
+                "time_ids": [] if time_ids is None else time_ids.ravel().tolist(),
             }
         )
         if sample.reason:
             self.rejected[sample.reason] += 1
             return
+        assert latents is not None
         self.truncated_captions += sample.truncated_captions
-        latents = sample.arrays["latents"]
         sums = ChannelSums.of(latents[:, : self.channels])
         self.sums = sums if self.sums is None else self.sums + sums
         self._spool(sample).add(key, self._record(sample), sample.arrays)
@@ -174,12 +174,9 @@ class Spool:
 
     def add(self, key: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         """Append one sample."""
-        crc = 0
-        for field in self.layout.fields:
-            data = np.ascontiguousarray(arrays[field.name], dtype=field.dtype)
-            crc = zlib.crc32(data.tobytes(), crc)
+        whole = record | {"crc32": self.layout.crc32(arrays)}
         with guard(self.path.parent):
-            write_all(self.fd, self.layout.pack(key, record | {"crc32": crc}, arrays))
+            write_all(self.fd, self.layout.pack(key, whole, arrays))
         self.keys.append(key)
 
     def sorted_samples(self) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,11 @@ class Layout:
         latents = self.fields[0]
         return latents.shape[-2], latents.shape[-1]
 
+    @property
+    def captions(self) -> int:
+        """Captions per sample, repeated ones included."""
+        return next(field.shape[0] for field in self.fields if field.name == "prompt_embeds")
+
     @cached_property
     def _npy_headers(self) -> dict[str, bytes]:
         return {field.name: _npy_header(field) for field in self.fields}
@@ -120,6 +126,14 @@ class Layout:
             data = np.frombuffer(view[offset : offset + field.nbytes], dtype=field.dtype)
             arrays[field.name] = data.reshape(field.shape)
         return key, record, arrays
+
+    def crc32(self, arrays: Mapping[str, NDArray[Any]]) -> int:
+        """Checksum of a sample's arrays as they are stored, one field after the other."""
+        crc = 0
+        for field in self.fields:
+            data = np.ascontiguousarray(arrays[field.name], dtype=field.dtype)
+            crc = zlib.crc32(data.tobytes(), crc)
+        return crc
 
     def shard_bytes(self, count: int) -> int:
         """Size of a shard of `count` samples."""

@@ -199,7 +199,7 @@ def test_a_missing_prompt_is_named_with_the_command_that_adds_it(sd):
 
 def plan(answer):
     """units, pictures, GB, free GB of the line that says them."""
-    pattern = r"(\d+) units to encode, about (\d+) pictures: ([\d.]+) GB, .*; ([\d.]+) GB free"
+    pattern = r"(\d+) units to encode, about (\d+) pictures: ([\d.]+) GB.*; ([\d.]+) GB free"
     found = re.search(pattern, answer.err)
     assert found, answer.err
     return int(found[1]), int(found[2]), float(found[3]), float(found[4])

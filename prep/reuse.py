@@ -1,0 +1,148 @@
+"""What the cache already knows of a source: payloads that are copied instead of encoded again.
+
+A picture is known by the sha256 of its bytes, a caption by its text; the settings are the same
+for the whole cache (identity.json). So a sample may move to another unit, get another name or
+another caption, and only what is really new goes through the encoders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from shared.cache import CachePaths, UnitRecord
+from shared.layout import Layout
+
+DIGEST = 16  # bytes of a hash that stand for it: a collision is out of reach
+COLUMNS = ["key", "status", "image_sha256", "captions", "latent_size", "time_ids"]
+
+Arrays = dict[str, NDArray[Any]]
+Place = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
+
+
+@dataclass(frozen=True)
+class Index:
+    """Sorted digests and the place of each: 40 bytes an entry, so millions fit in memory."""
+
+    digests: NDArray[np.bytes_]  # [N] S16
+    places: NDArray[np.int64]  # [N, 3]
+
+    @staticmethod
+    def of(entries: Sequence[tuple[bytes, Place]]) -> Index:
+        """An index over (digest, place); of equal digests the first place counts."""
+        digests = np.asarray([digest for digest, _ in entries], dtype=f"S{DIGEST}")
+        places = np.asarray([place for _, place in entries], np.int64).reshape(-1, 3)
+        order = np.argsort(digests, kind="stable")
+        return Index(digests[order], places[order])
+
+    def find(self, digest: bytes) -> Place | None:
+        """Where it lies, if it is known."""
+        wanted = np.bytes_(digest)
+        at = int(np.searchsorted(self.digests, wanted))
+        if at == len(self.digests) or self.digests[at] != wanted:
+            return None
+        shard, sample, third = self.places[at].tolist()
+        return shard, sample, third
+
+
+class Known:
+    """Payloads of one source's committed units, found by content.
+
+    The records are those from before anything new is committed, so a picture that moves from one
+    unit to another is known in whichever order the units are encoded. Threads may ask.
+    """
+
+    def __init__(self, cache: CachePaths, records: Sequence[UnitRecord]) -> None:
+        self.cache, self.records = cache, records
+        self.shards = [shard for record in records for shard in record.shards]
+        self.layouts = [Layout.from_json(shard.layout) for shard in self.shards]
+        self._indexes: tuple[Index, Index] | None = None
+        self._time_ids: list[list[int]] = []
+        self._lock = threading.Lock()
+
+    def picture(self, sha256: str) -> Arrays | None:
+        """`latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` of a picture, or None."""
+        found = self._find(0, bytes.fromhex(sha256)[:DIGEST])
+        if found is None:
+            return None
+        row, arrays = found
+        time_ids = np.asarray(self._time_ids[row], np.int32)
+        return {"latents": arrays["latents"], "time_ids": time_ids.reshape(-1, 6)}
+
+    def caption(self, text: str) -> Arrays | None:
+        """`prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` of a caption, or None."""
+        found = self._find(1, caption_digest(text))
+        if found is None:
+            return None
+        slot, arrays = found
+        names = ("prompt_embeds", "pooled_prompt_embeds")
+        return {name: arrays[name][slot] for name in names if name in arrays}
+
+    def _find(self, kind: int, digest: bytes) -> tuple[int, Arrays] | None:
+        if not self.shards:
+            return None
+        with self._lock:
+            self._indexes = self._indexes or self._build()
+        place = self._indexes[kind].find(digest)
+        if place is None:
+            return None
+        shard, sample, third = place
+        path = self.cache.root / self.shards[shard].file
+        arrays = read_sample(path, self.layouts[shard], sample)
+        return None if arrays is None else (third, arrays)
+
+    def _build(self) -> tuple[Index, Index]:
+        pictures: list[tuple[bytes, Place]] = []
+        captions: list[tuple[bytes, Place]] = []
+        shard = 0
+        for record in self.records:
+            written = written_rows(self.cache.root / record.samples)
+            for _ in record.shards:
+                layout = self.layouts[shard]
+                for sample, row in enumerate(written[layout.latent_size]):
+                    digest = bytes.fromhex(row["image_sha256"])[:DIGEST]
+                    pictures.append((digest, (shard, sample, len(self._time_ids))))
+                    self._time_ids.append(row["time_ids"])
+                    kept = row["captions"][: layout.captions]
+                    captions += [
+                        (caption_digest(text), (shard, sample, slot))
+                        for slot, text in enumerate(kept)
+                    ]
+                shard += 1
+        return Index.of(pictures), Index.of(captions)
+
+
+def written_rows(samples: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """The written rows of a unit's table by latent size, each list in the order of its shard."""
+    rows = defaultdict(list)
+    if samples.exists():
+        for row in pq.read_table(samples, columns=COLUMNS).to_pylist():
+            if row["status"] == "written":
+                height, width = row["latent_size"]
+                rows[height, width].append(row)
+    return rows
+
+
+def read_sample(path: Path, layout: Layout, number: int) -> Arrays | None:
+    """A sample's arrays, or None where the shard is missing or damaged: then it is encoded."""
+    try:
+        with path.open("rb") as file:
+            file.seek(number * layout.stride)
+            _, record, arrays = layout.unpack(file.read(layout.stride))
+    except (OSError, ValueError):
+        return None
+    return arrays if layout.crc32(arrays) == record.get("crc32") else None
+
+
+def caption_digest(text: str) -> bytes:
+    """16 bytes that stand for a caption."""
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST).digest()
