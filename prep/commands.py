@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from prep import config, engine, identity
+from prep import config, engine, identity, plan
+from prep.pipeline import Encoders, Work
 from prep.sources import Unit, find_units
 from prep.text import TextEncoder
 from prep.vae import posterior_matters
@@ -15,7 +17,10 @@ from shared.conditioning import Conditioning, load_conditioning, save_conditioni
 from shared.device import pick_device
 from shared.errors import UserError
 from shared.family import Model, resolve_model
+from shared.progress import Progress
 from shared.storage import load_json, sweep
+
+T = TypeVar("T")
 
 PREVIEWS = 4  # prompts taken from the data where none are named
 
@@ -26,21 +31,21 @@ def encode(config: config.EncodeConfig) -> None:
     units = find_units(config.shards, config.folder_units)
     model = resolve_model(config.model)
     cache = CachePaths(config.cache)
-    stale = stale_units(cache, units, config.prune)
+    stale = share(stale_units(cache, units, config.prune), config.part)
     shapes = identity.choose_shapes(config, cache)
     encoders = identity.load_encoders(model, shapes)
     settings = identity.choose_settings(config, model, keep_logvar(config, cache))
-    todo = engine.pending(cache, units)
+    todo = plan.pending(cache, share(units, config.part))
     captions: list[str] = []
     seconds = None
     if todo and not (cache.identity.exists() and cache.conditioning.exists()):
-        captions, moments, seconds = engine.probe(cache, todo, settings, encoders)
+        captions, moments, seconds = plan.probe(cache, todo, settings, encoders)
         if config.latents == "auto" and not cache.identity.exists():
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = identity.expected_layout(encoders, settings)
-    work = engine.estimate(todo, layout, seconds, cache.root)
+    work = plan.estimate(todo, layout, seconds, cache.root)
     print(work, file=sys.stderr)
-    engine.refuse_full_disk(work, cache.root)
+    plan.refuse_full_disk(work, cache.root)
     if config.dry_run:
         return
     sweep(cache.tmp)
@@ -53,19 +58,59 @@ def encode(config: config.EncodeConfig) -> None:
     if not prompts and not cache.conditioning.exists():
         prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
     add_prompts(cache, model, encoders.text, prompts)
-    done = engine.run(
-        todo, encoders, settings, cache, work.rows, config.decode_workers,
-        config.max_reject_fraction, read_units(cache),
+    job = engine.Job(
+        cache, model, shapes, settings, config.decode_workers, config.max_reject_fraction,
+        tuple(read_units(cache)),
     )  # fmt: skip
+    done = encode_units(config, job, todo, encoders, work.rows)
     for name in stale:  # last, because what they hold may have been copied
         (cache.units / f"{name}.json").unlink()
     print(f"{done.pictures} pictures and {done.captions} captions encoded, the rest copied")
-    print(engine.finish(cache))
+    if config.part is None:
+        print(engine.finish(cache))
+    else:
+        print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
+
+
+def encode_units(
+    config: config.EncodeConfig,
+    job: engine.Job,
+    units: Sequence[Unit],
+    encoders: Encoders,
+    rows: int,
+) -> Work:
+    """Run the units on the engine that the flags ask for."""
+    with Progress("encode", rows, "img") as progress:
+        if config.engine == "ray":
+            from prep.engine_ray import encode_with_ray  # an extra that few need
+
+            cpus = config.cpus_per_worker or job.shapes.threads
+            outcomes = encode_with_ray(job, units, config.ray_address, cpus, progress)
+        else:
+            outcomes = engine.encode_here(job, units, encoders, progress)
+        return engine.add_up(outcomes, len(units), progress)
+
+
+def share(items: Sequence[T], part: str | None) -> list[T]:
+    """The I-th of N shares of a list. Raises UserError for anything but I/N with I < N."""
+    if part is None:
+        return list(items)
+    index, _, count = part.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--part {part!r} is not I/N, such as 0/4 for the first of four")
+    return list(items[int(index) :: int(count)])
 
 
 def check_flags(config: config.EncodeConfig) -> None:
     """Raise UserError for numbers that cannot work."""
-    for name in ("vae_batch_size", "text_batch_size", "threads", "decode_workers", "max_captions"):
+    for name in (
+        "vae_batch_size",
+        "text_batch_size",
+        "threads",
+        "decode_workers",
+        "max_captions",
+        "cpus_per_worker",
+    ):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class EncodeConfig:
     """Stop when more than this share of a unit is rejected."""
     device: str = "auto"
     """cuda, cpu, or auto."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this process. ray: a worker per GPU, or per --cpus-per-worker, of a Ray cluster."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster (or `auto`); one is started on this machine otherwise."""
+    cpus_per_worker: int | None = None
+    """CPU cores, and so threads, of a Ray worker without a GPU; as many as --threads."""
+    part: str | None = None
+    """I/N: only the I-th of N shares of the units (0/N .. N-1/N); `prep finish` after the last."""
     prune: bool = False
     """Drop the cache's units whose source is no longer listed in --shards."""
     dry_run: bool = False

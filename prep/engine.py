@@ -1,149 +1,109 @@
-"""Runs units of work, one after the other, around one set of encoders."""
+"""Units of work, encoded one after the other around one set of encoders, or by Ray's workers."""
 
 from __future__ import annotations
 
-import itertools
-import shutil
-import time
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from prep.pipeline import Encoders, Settings, Work, decoded, samples
+from prep.identity import Shapes
+from prep.pipeline import Encoders, Settings, Work, samples
 from prep.reuse import Known
-from prep.sources import SourceError, Unit, count_rows
+from prep.sources import SourceError, Unit
 from prep.writer import UnitWriter
-from shared.cache import CachePaths, UnitRecord, fold, read_unit, read_units, write_manifest
+from shared.cache import CachePaths, UnitRecord, fold, read_units, write_manifest
 from shared.errors import UserError
-from shared.layout import Layout
+from shared.family import Model
 from shared.progress import Progress
 from shared.storage import load_json
 
-COUNTED_TARS = 16
-PROBED_ROWS = 256
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What is left to do, before it is done."""
+class Job:
+    """All that a worker needs to know to encode any unit; it can be sent to another machine."""
 
-    units: int
+    cache: CachePaths
+    model: Model
+    shapes: Shapes
+    settings: Settings
+    decode_workers: int
+    max_reject_fraction: float
+    records: tuple[UnitRecord, ...]  # of the cache as it was before: what they hold is copied
+
+    @cached_property
+    def known(self) -> dict[str, Known]:
+        """What the cache has of each source."""
+        by_source = defaultdict(list)
+        for record in self.records:
+            by_source[record.source].append(record)
+        return {source: Known(self.cache, mine) for source, mine in by_source.items()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a unit ended: committed, or left out for its damaged source."""
+
     rows: int
-    bytes: int
-    peak_bytes: int
-    seconds: float | None  # unknown where parts of the cache may be copied
-    free: int
-
-    def __str__(self) -> str:
-        hours = ""
-        if self.seconds is not None:
-            seconds = self.seconds
-            hours = f", {seconds:.0f} s" if seconds < 600 else f", {seconds / 3600:.1f} h"
-        return (
-            f"{self.units} units to encode, about {self.rows} pictures: "
-            f"{self.bytes / 1e9:.2f} GB{hours}; {self.free / 1e9:.1f} GB free"
-        )
+    rejected: int
+    work: Work
+    damage: str = ""
 
 
-def pending(cache: CachePaths, units: Sequence[Unit]) -> list[Unit]:
-    """The units that are not committed for their present source."""
-    return [unit for unit in units if not _done(cache, unit)]
+def encode_unit(
+    job: Job, unit: Unit, encoders: Encoders, tick: Callable[[int, int], None]
+) -> Outcome:
+    """Encode and commit a unit; `tick` is told of each row, and how many are rejected so far.
 
-
-def _done(cache: CachePaths, unit: Unit) -> bool:
-    """Is the unit committed for its present source, with all its files in place?"""
-    record = read_unit(cache, unit.name)
-    if record is None or record.source_state != dict(unit.state):
-        return False
-    sizes = {cache.root / shard.file: shard.size for shard in record.shards}
-    whole = all(path.exists() and path.stat().st_size == size for path, size in sizes.items())
-    return whole and (cache.root / record.samples).exists()
-
-
-def estimate(
-    units: Sequence[Unit], layout: Layout, seconds_per_row: float | None, folder: Path
-) -> Estimate:
-    """Rows are counted in the first few tars and scaled by size in the others."""
-    tars = [unit for unit in units if not unit.members]
-    rows = {unit.name: unit.rows_estimate for unit in units}
-    for unit in tars[:COUNTED_TARS]:
-        rows[unit.name] = count_rows(Path(unit.source))
-    counted = sum(rows[unit.name] for unit in tars[:COUNTED_TARS])
-    size = sum(unit.state["size"] for unit in tars[:COUNTED_TARS])
-    for unit in tars[COUNTED_TARS:]:
-        rows[unit.name] = round(counted / size * unit.state["size"])
-    total = sum(rows.values())
-    # A unit is spooled before it is published, so the largest one is on the disk twice.
-    peak = (total + max(rows.values(), default=0)) * layout.stride
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    seconds = None if seconds_per_row is None else total * seconds_per_row
-    return Estimate(len(units), total, total * layout.stride, peak, seconds, free)
-
-
-def refuse_full_disk(work: Estimate, folder: Path) -> None:
-    """Raise UserError where the cache would not fit."""
-    if work.peak_bytes > work.free:
-        raise UserError(
-            f"{folder}: the cache needs about {work.peak_bytes / 1e9:.2f} GB while it is written, "
-            f"and {work.free / 1e9:.2f} GB are free; free some space or choose another --cache"
-        )
-
-
-def run(
-    units: Sequence[Unit],
-    encoders: Encoders,
-    settings: Settings,
-    cache: CachePaths,
-    rows: int,
-    workers: int,
-    max_reject_fraction: float,
-    records: Sequence[UnitRecord],
-) -> Work:
-    """Encode and commit each unit. A damaged source costs its unit; the others are finished first.
-
-    `records` are those of the cache as it was before: what they hold of a unit's source is copied.
-
-    Raises UserError at the end where sources were damaged, at once where the disk is full or too
-    many rows are rejected.
+    It shares nothing with other units, and doing it twice gives the same files. Raises UserError
+    where the disk is full or too many rows are rejected.
     """
-    damaged: list[SourceError] = []
     work = Work()
-    known = known_sources(cache, records)
-    with Progress("encode", rows, "img") as progress:
-        for unit in units:
-            writer = UnitWriter(cache, unit, settings, encoders.vae.channels)
-            try:
-                have = known.get(unit.source) or Known(cache, ())
-                for sample in samples(unit, encoders, settings, workers, have, work):
-                    writer.add(sample)
-                    progress.update(1, f"{sum(writer.rejected.values())} rejected in this unit")
-                writer.commit(max_reject_fraction)
-            except SourceError as error:
-                damaged.append(error)
-                progress.write(f"skipped: {error}")
-            finally:
-                writer.close()
-    if damaged:
-        more = f" (and {len(damaged) - 1} more, listed above)" if len(damaged) > 1 else ""
-        raise UserError(
-            f"{damaged[0]}{more}; the other {len(units) - len(damaged)} units are committed"
-        )
+    known = job.known.get(unit.source) or Known(job.cache, ())
+    writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels)
+    try:
+        for sample in samples(unit, encoders, job.settings, job.decode_workers, known, work):
+            writer.add(sample)
+            tick(1, writer.rejected.total())
+        writer.commit(job.max_reject_fraction)
+    except SourceError as error:
+        return Outcome(len(writer.accounts), writer.rejected.total(), work, str(error))
+    finally:
+        writer.close()
+    return Outcome(len(writer.accounts), writer.rejected.total(), work)
+
+
+def encode_here(
+    job: Job, units: Iterable[Unit], encoders: Encoders, progress: Progress
+) -> Iterator[Outcome]:
+    """The local engine: one unit after the other in this process."""
+
+    def tick(rows: int, rejected: int) -> None:
+        progress.update(rows, f"{rejected} rejected in this unit")
+
+    for unit in units:
+        yield encode_unit(job, unit, encoders, tick)
+
+
+def add_up(outcomes: Iterable[Outcome], units: int, progress: Progress) -> Work:
+    """See the units to their end; a damaged source costs its unit, the others are done first.
+
+    Raises UserError at the end where sources were damaged.
+    """
+    work = Work()
+    damages = []
+    for outcome in outcomes:
+        work += outcome.work
+        if outcome.damage:
+            damages.append(outcome.damage)
+            progress.write(f"skipped: {outcome.damage}")
+    if damages:
+        more = f" (and {len(damages) - 1} more, listed above)" if len(damages) > 1 else ""
+        raise UserError(f"{damages[0]}{more}; the other {units - len(damages)} units are committed")
     return work
-
-
-def known_sources(cache: CachePaths, records: Sequence[UnitRecord]) -> dict[str, Known]:
-    """What the cache has of each source."""
-    by_source = defaultdict(list)
-    for record in records:
-        by_source[record.source].append(record)
-    return {source: Known(cache, mine) for source, mine in by_source.items()}
 
 
 def finish(cache: CachePaths) -> str:
@@ -162,41 +122,3 @@ def finish(cache: CachePaths) -> str:
         f"{len(manifest.shards)} shards; {totals['truncated_captions']} captions were longer "
         "than the encoder reads"
     )
-
-
-def probe(
-    cache: CachePaths, units: Sequence[Unit], settings: Settings, encoders: Encoders
-) -> tuple[list[str], NDArray[np.float32], float]:
-    """Captions, VAE moments and seconds per picture of the first batch that can be had.
-
-    Raises UserError where no unit holds a usable picture.
-    """
-    size = encoders.vae.batch_size
-    problem: UserError | None = None
-    nothing = Known(cache, ())
-    for unit in units:
-        try:
-            all_rows = decoded(unit.rows(), settings, 2, size, nothing)
-            rows = list(itertools.islice(all_rows, PROBED_ROWS))
-            found = [sample for sample in rows if sample.picture is not None][:size]
-            reasons = Counter(sample.reason for sample in rows if sample.reason)
-            why = reasons.most_common(1)[0][0] if reasons else "no rows"
-            problem = problem or UserError(
-                f"{unit.source}: not one usable picture with a caption in it (mostly: {why})"
-            )
-        except SourceError as error:  # `run` will report it, if there are others to run
-            problem = error
-            continue
-        if found:
-            break
-    else:
-        assert problem is not None
-        raise problem
-    pixels = [sample.picture.pixels for sample in found if sample.picture is not None]
-    captions = [sample.captions[0] for sample in found]
-    moments = encoders.vae.encode(pixels)
-    encoders.text.encode(captions)
-    start = time.perf_counter()
-    encoders.vae.encode(pixels)
-    encoders.text.encode(captions)
-    return captions, moments, (time.perf_counter() - start) / len(found)

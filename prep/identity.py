@@ -37,7 +37,7 @@ def choose_shapes(config: EncodeConfig, cache: CachePaths) -> Shapes:
     return Shapes(
         config.vae_batch_size or stored.get("vae_batch_size", default),
         config.text_batch_size or stored.get("text_batch_size", 32),
-        config.threads or stored.get("threads", os.cpu_count() or 1),
+        config.threads or stored.get("threads") or config.cpus_per_worker or os.cpu_count() or 1,
         device.type,
     )
 

@@ -62,6 +62,9 @@ class Work:
     pictures: int = 0
     captions: int = 0
 
+    def __add__(self, other: Work) -> Work:
+        return Work(self.pictures + other.pictures, self.captions + other.captions)
+
 
 def samples(
     unit: Unit, encoders: Encoders, settings: Settings, workers: int, known: Known, work: Work

@@ -19,7 +19,7 @@ from prep.sources import Row, Unit
 from shared.cache import CachePaths, ChannelSums, Shard, UnitRecord, commit_unit
 from shared.errors import UserError
 from shared.layout import TRAILER, Layout, cache_layout
-from shared.storage import guard, move, stage, write_all
+from shared.storage import guard, move, stage, temporary, write_all
 
 LONGEST_KEY = 256  # characters; a longer one stands in samples/ alone
 
@@ -168,7 +168,7 @@ class Spool:
         self.layout = layout
         self.keys: list[str] = []
         tmp.mkdir(parents=True, exist_ok=True)
-        self.path = tmp / f"{os.getpid()}-spool-{os.urandom(6).hex()}"
+        self.path = temporary(tmp, "-spool")
         with guard(tmp):
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 
@@ -10,22 +12,32 @@ class UserError(Exception):
     """A mistake or bad data that the user can mend: one line with cause and remedy."""
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`; a UserError or Ctrl-C ends it in one line, without a traceback.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends it: like Ctrl-C, with the exit status that says so."""
 
-    Exits 0 on success, 1 on a UserError, 130 on Ctrl-C.
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command's `main`; a UserError, Ctrl-C or SIGTERM ends it in one line.
+
+    Exits 0 on success, 1 on a UserError, 130 on Ctrl-C, 143 on SIGTERM.
     """
+    if threading.current_thread() is threading.main_thread():  # only there may signals be set
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(
             "interrupted: what was committed is safe; the same command goes on from there",
             file=sys.stderr,
         )
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
     except BrokenPipeError:  # `python -m prep stats | head`
         sys.stderr.close()
         sys.exit(141)

@@ -6,11 +6,14 @@ file or the new one and at worst a stray in `tmp/`, which the next run sweeps.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 from shared.errors import UserError
 
 COPY_BYTES = 1 << 20
+FOREIGN_SECONDS = 24 * 3600.0
 
 
 def publish(chunks: Iterable[bytes], path: Path, tmp: Path) -> str:
@@ -39,7 +43,7 @@ def stage(chunks: Iterable[bytes], tmp: Path) -> tuple[Path, str]:
     """
     with guard(tmp):
         tmp.mkdir(parents=True, exist_ok=True)
-    staged = tmp / f"{os.getpid()}-{os.urandom(6).hex()}"
+    staged = temporary(tmp)
     digest = hashlib.sha256()
     with guard(tmp):
         fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -105,12 +109,32 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def temporary(tmp: Path, label: str = "") -> Path:
+    """A fresh name in `tmp` that tells which process of which machine it belongs to."""
+    return tmp / f"{_host()}-{os.getpid()}-{os.urandom(6).hex()}{label}"
+
+
 def sweep(tmp: Path) -> None:
-    """Remove what dead processes left in `tmp`; a living process's files stay."""
+    """Remove what dead processes left in `tmp`; a living process's files stay.
+
+    Of another machine's processes nothing is known (several may share a cache), so their files
+    go after a day without a change.
+    """
     for stray in tmp.iterdir() if tmp.is_dir() else ():
-        owner = stray.name.partition("-")[0]
-        if not (owner.isdigit() and _alive(int(owner))):
-            shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its owner was faster
+            if _abandoned(stray):
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+
+
+def _abandoned(stray: Path) -> bool:
+    host, pid, *_ = [*stray.name.split("-"), ""]
+    if host == _host() and pid.isdigit():
+        return not _alive(int(pid))
+    return time.time() - stray.stat().st_mtime > FOREIGN_SECONDS
+
+
+def _host() -> str:
+    return socket.gethostname().replace("-", "_")
 
 
 def _alive(pid: int) -> bool:

@@ -24,6 +24,7 @@ from support_prep import (
 import prep.engine
 import prep.sources
 from shared.errors import UserError
+from shared.storage import temporary
 
 
 @pytest.fixture
@@ -228,9 +229,12 @@ def test_the_same_weights_under_another_path_go_on(tars, tmp_path):
 
 def test_what_dead_processes_left_is_swept_and_what_living_ones_write_is_not(tars, tmp_path):
     cache = encode(tars[0], tmp_path / "cache")
-    dead, alive, odd = (cache / "tmp" / n for n in ("4194305-spool-0", "1-abc", "stray"))
+    host = temporary(cache).name.split("-")[0]
+    names = (f"{host}-4194305-spool-0", f"{host}-1-abc", "stray")
+    dead, alive, odd = (cache / "tmp" / name for name in names)
     for path in (dead, alive, odd):
         path.write_bytes(b"x")
+    os.utime(odd, (0, 0))
     encode(tars[0], cache)
     assert not dead.exists()
     assert not odd.exists()

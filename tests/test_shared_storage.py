@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -191,14 +192,18 @@ def test_sweep_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path):
     child = subprocess.Popen(["sleep", "60"])
     dead = subprocess.Popen(["true"])
     dead.wait()
+    here = storage.temporary(tmp_path).name.split("-")[0]
     try:
-        names = [f"{child.pid}-a", f"{dead.pid}-b", "what-is-this", f"{os.getpid()}-mine"]
-        for name in names:
+        living, foreign = f"{here}-{child.pid}-a", f"elsewhere-{dead.pid}-a"
+        old = (f"elsewhere-{child.pid}-b", "what-is-this")
+        for name in (living, foreign, f"{here}-{dead.pid}-b", f"{here}-{os.getpid()}-mine", *old):
             (tmp_path / name).write_text("")
-        (tmp_path / f"{dead.pid}-folder").mkdir()
-        (tmp_path / f"{dead.pid}-folder" / "file").write_text("")
+        for name in old:  # untouched for two days
+            os.utime(tmp_path / name, (time.time() - 2 * 86400,) * 2)
+        (tmp_path / f"{here}-{dead.pid}-folder").mkdir()
+        (tmp_path / f"{here}-{dead.pid}-folder" / "file").write_text("")
         storage.sweep(tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == [f"{child.pid}-a"]
+        assert {p.name for p in tmp_path.iterdir()} == {living, foreign}
     finally:
         child.kill()
         child.wait()

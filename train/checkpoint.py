@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from shared.cache import differences
 from shared.errors import UserError
-from shared.storage import dump_json, guard, load_json, move, publish, sync_folder
+from shared.storage import dump_json, guard, load_json, move, publish, sync_folder, temporary
 
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
 
@@ -44,7 +43,7 @@ def save_checkpoint(
     """Write a whole checkpoint, then prune the oldest beyond `total_limit`."""
     final = checkpoint_folder(run, progressed.step)
     tmp = run / "tmp"
-    building = tmp / f"{os.getpid()}-{final.name}"
+    building = temporary(tmp, f"-{final.name}")
     with guard(run):
         building.mkdir(parents=True, exist_ok=True)
     for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):

@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 
 from shared.config import coerce
 from shared.errors import UserError
-from shared.storage import copy_durably, load_json, move, sync_folder
+from shared.storage import copy_durably, load_json, move, sync_folder, temporary
 from train.checkpoint import find_checkpoint, load_networks
 from train.config import DistillConfig, ExportConfig
 from train.student import build_student
@@ -28,7 +28,7 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     The former export is replaced only when the new one is whole. Returns what was written.
     """
     tmp = folder / "tmp"
-    building = tmp / f"{os.getpid()}-export"
+    building = temporary(tmp, "-export")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     if getattr(unet, "peft_config", None):
@@ -38,7 +38,7 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
         return folder / LORA_FILE
     unet.save_pretrained(building)
     sync_folder(building)
-    final, old = folder / UNET_FOLDER, tmp / f"{os.getpid()}-old"
+    final, old = folder / UNET_FOLDER, temporary(tmp, "-old")
     if final.exists():
         os.replace(final, old)
     move(building, final)

@@ -1,0 +1,129 @@
+"""What there is to do, how large it will be and how long it may take, before it is done."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.pipeline import Encoders, Settings, decoded
+from prep.reuse import Known
+from prep.sources import SourceError, Unit, count_rows
+from shared.cache import CachePaths, read_unit
+from shared.errors import UserError
+from shared.layout import Layout
+
+COUNTED_TARS = 16
+PROBED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is left to do, before it is done."""
+
+    units: int
+    rows: int
+    bytes: int
+    peak_bytes: int
+    seconds: float | None  # unknown where parts of the cache may be copied
+    free: int
+
+    def __str__(self) -> str:
+        hours = ""
+        if self.seconds is not None:
+            seconds = self.seconds
+            hours = f", {seconds:.0f} s" if seconds < 600 else f", {seconds / 3600:.1f} h"
+        return (
+            f"{self.units} units to encode, about {self.rows} pictures: "
+            f"{self.bytes / 1e9:.2f} GB{hours}; {self.free / 1e9:.1f} GB free"
+        )
+
+
+def pending(cache: CachePaths, units: Sequence[Unit]) -> list[Unit]:
+    """The units that are not committed for their present source."""
+    return [unit for unit in units if not _done(cache, unit)]
+
+
+def _done(cache: CachePaths, unit: Unit) -> bool:
+    """Is the unit committed for its present source, with all its files in place?"""
+    record = read_unit(cache, unit.name)
+    if record is None or record.source_state != dict(unit.state):
+        return False
+    sizes = {cache.root / shard.file: shard.size for shard in record.shards}
+    whole = all(path.exists() and path.stat().st_size == size for path, size in sizes.items())
+    return whole and (cache.root / record.samples).exists()
+
+
+def estimate(
+    units: Sequence[Unit], layout: Layout, seconds_per_row: float | None, folder: Path
+) -> Estimate:
+    """Rows are counted in the first few tars and scaled by size in the others."""
+    tars = [unit for unit in units if not unit.members]
+    rows = {unit.name: unit.rows_estimate for unit in units}
+    for unit in tars[:COUNTED_TARS]:
+        rows[unit.name] = count_rows(Path(unit.source))
+    counted = sum(rows[unit.name] for unit in tars[:COUNTED_TARS])
+    size = sum(unit.state["size"] for unit in tars[:COUNTED_TARS])
+    for unit in tars[COUNTED_TARS:]:
+        rows[unit.name] = round(counted / size * unit.state["size"])
+    total = sum(rows.values())
+    # A unit is spooled before it is published, so the largest one is on the disk twice.
+    peak = (total + max(rows.values(), default=0)) * layout.stride
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    seconds = None if seconds_per_row is None else total * seconds_per_row
+    return Estimate(len(units), total, total * layout.stride, peak, seconds, free)
+
+
+def refuse_full_disk(work: Estimate, folder: Path) -> None:
+    """Raise UserError where the cache would not fit."""
+    if work.peak_bytes > work.free:
+        raise UserError(
+            f"{folder}: the cache needs about {work.peak_bytes / 1e9:.2f} GB while it is written, "
+            f"and {work.free / 1e9:.2f} GB are free; free some space or choose another --cache"
+        )
+
+
+def probe(
+    cache: CachePaths, units: Sequence[Unit], settings: Settings, encoders: Encoders
+) -> tuple[list[str], NDArray[np.float32], float]:
+    """Captions, VAE moments and seconds per picture of the first batch that can be had.
+
+    Raises UserError where no unit holds a usable picture.
+    """
+    size = encoders.vae.batch_size
+    problem: UserError | None = None
+    nothing = Known(cache, ())
+    for unit in units:
+        try:
+            all_rows = decoded(unit.rows(), settings, 2, size, nothing)
+            rows = list(itertools.islice(all_rows, PROBED_ROWS))
+            found = [sample for sample in rows if sample.picture is not None][:size]
+            reasons = Counter(sample.reason for sample in rows if sample.reason)
+            why = reasons.most_common(1)[0][0] if reasons else "no rows"
+            problem = problem or UserError(
+                f"{unit.source}: not one usable picture with a caption in it (mostly: {why})"
+            )
+        except SourceError as error:  # `run` will report it, if there are others to run
+            problem = error
+            continue
+        if found:
+            break
+    else:
+        assert problem is not None
+        raise problem
+    pixels = [sample.picture.pixels for sample in found if sample.picture is not None]
+    captions = [sample.captions[0] for sample in found]
+    moments = encoders.vae.encode(pixels)
+    encoders.text.encode(captions)
+    start = time.perf_counter()
+    encoders.vae.encode(pixels)
+    encoders.text.encode(captions)
+    return captions, moments, (time.perf_counter() - start) / len(found)
