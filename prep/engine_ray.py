@@ -1,11 +1,12 @@
 """Units of work on a Ray cluster: a worker per GPU, or per so many CPU cores.
 
 The loop is thin because a unit is idempotent and shares nothing: when a worker or its node dies,
-Ray starts it elsewhere and its unit is done again, with the same bytes.
+another worker does its unit again, with the same bytes.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.job, self.encoders = job, load_encoders(job.model, job.shapes)
 
+    def ready(self) -> None:
+        """Answers when the encoders are loaded, or loaded again elsewhere."""
+
     def encode(self, unit: Unit) -> Outcome:
         """Encode and commit a unit."""
         return encode_unit(self.job, unit, self.encoders, lambda *_: None)
@@ -41,29 +45,45 @@ def encode_with_ray(
         ray.init(address, log_to_driver=False, ignore_reinit_error=True)
     except ConnectionError as error:
         raise UserError(f"--ray-address {address}: {error}") from None
-    resources = {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
-    remote = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(Worker)
-    shared_job = ray.put(job)
-    workers = [remote.remote(shared_job) for _ in range(min(slots(ray, resources), len(units)))]
-    waiting = iter(units)
-    running = {
-        worker.encode.remote(unit): worker for worker, unit in zip(workers, waiting, strict=False)
-    }
     try:
-        while running:
-            (ref,), _ = ray.wait(list(running))
-            worker = running.pop(ref)
-            if (unit := next(waiting, None)) is not None:
-                running[worker.encode.remote(unit)] = worker
-            outcome = ray.get(ref)
+        needs = {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
+        remote = ray.remote(max_restarts=-1, **needs)(Worker)
+        sent = ray.put(job)
+        workers = [remote.remote(sent) for _ in range(min(slots(ray, needs), len(units)))]
+        for outcome in dispatched(ray, workers, units):
             progress.update(outcome.rows, f"{len(workers)} workers")
             yield outcome
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
-        raise
     finally:
         ray.shutdown()
+
+
+def dispatched(ray: Any, workers: Sequence[Any], units: Sequence[Unit]) -> Iterator[Outcome]:
+    """Hand each worker a unit at a time; the unit of one that dies goes to the next free one.
+
+    A dead worker comes back when Ray has found a place for it, which may be never.
+    """
+    waiting, idle = deque(units), list[Any]()
+    busy: dict[Any, tuple[Any, Unit | None]] = {w.ready.remote(): (w, None) for w in workers}
+    while waiting or any(unit for _, unit in busy.values()):
+        (call,), _ = ray.wait(list(busy))
+        worker, unit = busy.pop(call)
+        try:
+            outcome = ray.get(call)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            raise
+        except ray.exceptions.RayActorError:
+            if unit is not None:
+                waiting.append(unit)
+            busy[worker.ready.options(max_task_retries=-1).remote()] = (worker, None)
+        else:
+            idle.append(worker)
+            if outcome is not None:
+                yield outcome
+        while waiting and idle:
+            worker, unit = idle.pop(), waiting.popleft()
+            busy[worker.encode.remote(unit)] = (worker, unit)
 
 
 def slots(ray: Any, resources: dict[str, int]) -> int:

@@ -38,7 +38,6 @@ def test_a_node_killed_while_encoding_changes_nothing(quiet, tars, tmp_path):
         while not list((cache / "units").glob("*.json")):
             time.sleep(0.02)
         cluster.remove_node(nodes[0], allow_graceful=False)
-        cluster.add_node(num_cpus=1)
 
     killer = threading.Thread(target=kill_one_after_its_first_unit)
     killer.start()
