@@ -28,13 +28,15 @@ def encode(config: config.EncodeConfig) -> None:
     cache = CachePaths(config.cache)
     stale = stale_units(cache, units, config.prune)
     shapes = identity.choose_shapes(config, cache)
-    encoders = identity.load_encoders(model, shapes)
+    encoders = identity.load_encoders(
+        model, shapes, identity.choose_vae(config, cache, model, shapes.device)
+    )
     settings = identity.choose_settings(config, model, keep_logvar(config, cache))
     todo = engine.pending(cache, units)
     captions: list[str] = []
     seconds = 0.0
-    if todo:
-        captions, moments, seconds = engine.probe(todo, settings, encoders)
+    if todo or not cache.identity.exists():
+        captions, moments, seconds = engine.probe(todo or units, settings, encoders)
         if config.latents == "auto" and not cache.identity.exists():
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = identity.expected_layout(encoders, settings)

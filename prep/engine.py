@@ -109,11 +109,12 @@ def run(
     with Progress("encode", rows, "img") as progress:
         for unit in units:
             writer = UnitWriter(cache, unit, settings, encoders.vae.channels)
+            retried = encoders.vae.retried
             try:
                 for sample in samples(unit, encoders, settings, workers):
                     writer.add(sample)
                     progress.update(1, f"{sum(writer.rejected.values())} rejected in this unit")
-                writer.commit(max_reject_fraction)
+                writer.commit(max_reject_fraction, encoders.vae.retried - retried)
             except SourceError as error:
                 damaged.append(error)
                 progress.write(f"skipped: {error}")
@@ -136,11 +137,13 @@ def finish(cache: CachePaths) -> str:
     write_manifest(cache, manifest)
     totals = manifest.totals
     rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())
+    retries = sum(unit.notes.get("fp32_retries", 0) for unit in units)
     return (
         f"{cache.root}: {totals['written']} samples of {totals['read']} rows"
         f"{f' ({rejected})' if rejected else ''}, {totals['bytes'] / 1e6:.1f} MB in "
         f"{len(manifest.shards)} shards; {totals['truncated_captions']} captions were longer "
         "than the encoder reads"
+        f"{f'; {retries} pictures were encoded again in float32' if retries else ''}"
     )
 
 
@@ -149,6 +152,7 @@ def probe(
 ) -> tuple[list[str], NDArray[np.float32], float]:
     """Captions, VAE moments and seconds per picture of the first batch that can be had.
 
+    The VAE is calibrated on that batch if no cache has recorded a scale for it.
     Raises UserError where no unit holds a usable picture.
     """
     size = encoders.vae.batch_size
@@ -172,6 +176,7 @@ def probe(
         raise problem
     pixels = [sample.picture.pixels for sample in found if sample.picture is not None]
     captions = [sample.captions[0] for sample in found]
+    encoders.vae.calibrate(pixels)
     moments = encoders.vae.encode(pixels)
     encoders.text.encode(captions)
     start = time.perf_counter()
