@@ -21,9 +21,9 @@ from shared.cache import CachePaths, Shard, UnitRecord, open_manifest, read_unit
 from shared.device import pick_device
 from shared.errors import UserError
 from shared.family import resolve_model
-from shared.fingerprint import fingerprint
 from shared.layout import Layout
 from shared.progress import Progress
+from shared.rescale import vae_fingerprint
 from shared.storage import file_sha256
 from shared.vae import decode_latents, load_vae
 
@@ -94,10 +94,12 @@ def decode(config: DecodeConfig) -> None:
     manifest = open_manifest(config.cache)
     identity = manifest.identity
     model = resolve_model(config.model or identity["model"])
-    vae = load_vae(model.source).to(pick_device(config.device))
-    if fingerprint(vae) != identity["vae"]["fingerprint"]:
+    source = config.vae or identity["vae"].get("source", model.source)
+    vae = load_vae(source).to(pick_device(config.device))
+    if vae_fingerprint(vae) != identity["vae"]["fingerprint"]:
         raise UserError(
-            f"{config.cache} was made with another VAE than {model.source}'s; pass --model"
+            f"{config.cache} was made with another VAE than {source}'s; "
+            "pass --model or --vae with the one it was made with"
         )
     if config.count < 1:
         raise UserError("--count must be at least 1")

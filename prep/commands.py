@@ -33,13 +33,14 @@ def encode(config: config.EncodeConfig) -> None:
     cache = CachePaths(config.cache)
     stale = share(stale_units(cache, units, config.prune), config.part)
     shapes = identity.choose_shapes(config, cache)
-    encoders = identity.load_encoders(model, shapes)
+    vae = identity.choose_vae(config, cache, model, shapes.device)
+    encoders = identity.load_encoders(model, shapes, vae)
     settings = identity.choose_settings(config, model, keep_logvar(config, cache))
     todo = plan.pending(cache, share(units, config.part))
     captions: list[str] = []
     seconds = None
-    if todo and not (cache.identity.exists() and cache.conditioning.exists()):
-        captions, moments, seconds = plan.probe(cache, todo, settings, encoders)
+    if not cache.identity.exists() or (todo and not cache.conditioning.exists()):
+        captions, moments, seconds = plan.probe(cache, todo or units, settings, encoders)
         if config.latents == "auto" and not cache.identity.exists():
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = identity.expected_layout(encoders, settings)
@@ -59,7 +60,7 @@ def encode(config: config.EncodeConfig) -> None:
         prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
     add_prompts(cache, model, encoders.text, prompts)
     job = engine.Job(
-        cache, model, shapes, settings, config.decode_workers, config.max_reject_fraction,
+        cache, model, shapes, replace(vae, rescale=encoders.vae.rescale), settings, config.decode_workers, config.max_reject_fraction,
         tuple(read_units(cache)),
     )  # fmt: skip
     done = encode_units(config, job, todo, encoders, work.rows)

@@ -21,6 +21,11 @@ class EncodeConfig:
     """Pixels of a side; the model's own unless given."""
     center_crop: bool = True
     """Crop the centre of a picture; otherwise its top left corner."""
+    vae: str | None = None
+    """Another VAE than the model's own: a VAE's or a model's folder, or a hub id."""
+    vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """What the VAE computes in; a property of the cache once it is begun. auto: float16 on a GPU
+    (its activations scaled so that they fit, see docs/fp16-vae.md), float32 on a CPU."""
     latents: str = "auto"
     """mean, posterior (mean and logvar, twice the bytes), or auto: posterior where it matters."""
     max_captions: int = 1
@@ -91,4 +96,6 @@ class DecodeConfig:
     seed: int = 0
     model: str | None = None
     """Where the VAE is; the cache's own model unless given."""
+    vae: str | None = None
+    """Where it is if the cache was made with another VAE than the model's."""
     device: str = "auto"

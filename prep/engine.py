@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 
-from prep.identity import Shapes
+from prep.identity import Shapes, VaeChoice
 from prep.pipeline import Encoders, Settings, Work, samples
 from prep.reuse import Known
 from prep.sources import SourceError, Unit
@@ -29,6 +29,7 @@ class Job:
     cache: CachePaths
     model: Model
     shapes: Shapes
+    vae: VaeChoice
     settings: Settings
     decode_workers: int
     max_reject_fraction: float
@@ -64,11 +65,12 @@ def encode_unit(
     work = Work()
     known = job.known.get(unit.source) or Known(job.cache, ())
     writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels)
+    retried = encoders.vae.retried
     try:
         for sample in samples(unit, encoders, job.settings, job.decode_workers, known, work):
             writer.add(sample)
             tick(1, writer.rejected.total())
-        writer.commit(job.max_reject_fraction)
+        writer.commit(job.max_reject_fraction, encoders.vae.retried - retried)
     except SourceError as error:
         return Outcome(len(writer.accounts), writer.rejected.total(), work, str(error))
     finally:
@@ -116,9 +118,11 @@ def finish(cache: CachePaths) -> str:
     write_manifest(cache, manifest)
     totals = manifest.totals
     rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())
+    retries = sum(unit.notes.get("fp32_retries", 0) for unit in units)
     return (
         f"{cache.root}: {totals['written']} samples of {totals['read']} rows"
         f"{f' ({rejected})' if rejected else ''}, {totals['bytes'] / 1e6:.1f} MB in "
         f"{len(manifest.shards)} shards; {totals['truncated_captions']} captions were longer "
         "than the encoder reads"
+        f"{f'; {retries} pictures were encoded again in float32' if retries else ''}"
     )

@@ -23,7 +23,7 @@ class Worker:
     """One set of encoders on one GPU or on a few cores."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.encoders = job, load_encoders(job.model, job.shapes)
+        self.job, self.encoders = job, load_encoders(job.model, job.shapes, job.vae)
 
     def ready(self) -> None:
         """Answers when the encoders are loaded, or loaded again elsewhere."""

@@ -42,14 +42,42 @@ def choose_shapes(config: EncodeConfig, cache: CachePaths) -> Shapes:
     )
 
 
-def load_encoders(model: Model, shapes: Shapes) -> Encoders:
-    """Both encoders on the recorded device, with the recorded number of threads."""
+@dataclass(frozen=True)
+class VaeChoice:
+    """Which VAE encodes, in what, and its stream's scale (None until it is calibrated)."""
+
+    source: str
+    dtype: str
+    rescale: float | None
+
+
+def choose_vae(config: EncodeConfig, cache: CachePaths, model: Model, device: str) -> VaeChoice:
+    """The flags, else what the cache was begun with, else the model's VAE."""
+    stored = load_json(cache.identity)["vae"] if cache.identity.exists() else {}
+    default = "float16" if device == "cuda" else "float32"
+    dtype = stored.get("dtype", default) if config.vae_dtype == "auto" else config.vae_dtype
+    return VaeChoice(
+        config.vae or stored.get("source", model.source),
+        dtype,
+        stored.get("rescale") if dtype == stored.get("dtype") else None,
+    )
+
+
+def load_encoders(model: Model, shapes: Shapes, vae: VaeChoice) -> Encoders:
+    """Both encoders on the recorded device, with the recorded number of threads.
+
+    Raises UserError for a VAE whose latents the model does not take.
+    """
     set_threads(shapes.threads)
     device = pick_device(shapes.device)
-    return Encoders(
-        VaeEncoder(model.source, device, shapes.vae_batch_size),
-        TextEncoder(model, device, shapes.text_batch_size),
-    )
+    encoder = VaeEncoder(vae.source, device, shapes.vae_batch_size, vae.dtype, vae.rescale)
+    wanted = load_config(model.source, "unet/config.json")["in_channels"]
+    if vae.source != model.source and encoder.channels != wanted:
+        raise UserError(
+            f"--vae {vae.source}: its latents have {encoder.channels} channels, "
+            f"{model.source} takes {wanted}; pass a VAE made for this model"
+        )
+    return Encoders(encoder, TextEncoder(model, device, shapes.text_batch_size))
 
 
 def choose_settings(config: EncodeConfig, model: Model, keep_logvar: bool) -> Settings:
@@ -66,11 +94,14 @@ def build_identity(
     model: Model, encoders: Encoders, settings: Settings, shapes: Shapes
 ) -> dict[str, Any]:
     """The content of identity.json."""
+    vae = encoders.vae.identity()
+    if encoders.vae.source != model.source:
+        vae["source"] = encoders.vae.source
     return {
         "format": FORMAT,
         "family": model.family.name,
         "model": model.source,
-        "vae": encoders.vae.identity(),
+        "vae": vae,
         "text": {**encoders.text.identity(), "force_zeros": force_zeros(model)},
         "latents": "posterior" if settings.keep_logvar else "mean",
         "preprocessing": {

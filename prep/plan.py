@@ -96,7 +96,8 @@ def probe(
 ) -> tuple[list[str], NDArray[np.float32], float]:
     """Captions, VAE moments and seconds per picture of the first batch that can be had.
 
-    Raises UserError where no unit holds a usable picture.
+    The VAE is calibrated on that batch if no cache has recorded a scale for it. Raises UserError
+    where no unit holds a usable picture.
     """
     size = encoders.vae.batch_size
     problem: UserError | None = None
@@ -121,6 +122,7 @@ def probe(
         raise problem
     pixels = [sample.picture.pixels for sample in found if sample.picture is not None]
     captions = [sample.captions[0] for sample in found]
+    encoders.vae.calibrate(pixels)
     moments = encoders.vae.encode(pixels)
     encoders.text.encode(captions)
     start = time.perf_counter()

@@ -109,9 +109,10 @@ class UnitWriter:
             "url": _printable(str(sample.row.metadata.get("url", ""))),
         }
 
-    def commit(self, max_reject_fraction: float) -> UnitRecord:
+    def commit(self, max_reject_fraction: float, fp32_retries: int = 0) -> UnitRecord:
         """Publish shards and accounts, then the record that makes them count.
 
+        `fp32_retries` is how many of the unit's pictures the VAE had to encode a second time.
         Raises TooManyRejected before anything is published.
         """
         self._check_rejections(max_reject_fraction)
@@ -131,6 +132,7 @@ class UnitWriter:
             rejected=dict(sorted(self.rejected.items())),
             truncated_captions=self.truncated_captions,
             sums=self.sums,
+            notes={"fp32_retries": fp32_retries} if fp32_retries else {},
         )
         commit_unit(self.cache, record)
         return record

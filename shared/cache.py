@@ -166,14 +166,19 @@ class Manifest:
 def claim_identity(cache: CachePaths, identity: Mapping[str, Any], remedy: str) -> None:
     """Create `identity.json`, or check that the one there says the same.
 
-    The model's name may differ where its weights do not. Raises UserError that names what differs;
-    `remedy` ends the sentence.
+    Model and VAE may lie elsewhere where their weights are the same. Raises UserError that names
+    what differs; `remedy` ends the sentence.
     """
     if create_exclusively(dump_json(identity), cache.identity, cache.tmp):
         return
     stored = load_json(cache.identity)
-    if differing := differences({**stored, "model": identity["model"]}, identity):
+    if differing := differences(_without_places(stored), _without_places(identity)):
         raise UserError(f"{cache.root} was made with other settings: {differing}; {remedy}")
+
+
+def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+    vae = {name: value for name, value in identity.get("vae", {}).items() if name != "source"}
+    return {**identity, "model": None, "vae": vae}
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:

@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
 from shared.errors import UserError
+from shared.rescale import RESCALE_FILE, restore
+from shared.storage import load_json
 
 
 def load_vae(source: str) -> AutoencoderKL:
-    """A model's VAE, fp32, frozen, channels last. Raises UserError where there is none."""
+    """A VAE, fp32, frozen, channels last: a model's own, or a folder or hub id that is a VAE.
+
+    One that `save_rescaled` wrote comes back as it was. Raises UserError where there is none.
+    """
     try:
+        folder = _subfolder(source)
         vae = AutoencoderKL.from_pretrained(
-            source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+            source, subfolder=folder, torch_dtype=torch.float32, use_safetensors=True
         )
+        rescale = _find(source, folder, RESCALE_FILE)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"no VAE can be read from {source!r} ({first})") from None
+    if rescale is not None:
+        restore(vae, rescale)
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _subfolder(source: str) -> str:
+    """`vae` in a whole model, nothing where `source` itself is a VAE."""
+    config = _find(source, "", "config.json")
+    if config is None or _find(source, "vae", "config.json") is not None:
+        return "vae"
+    kind = load_json(config).get("_class_name")
+    if kind != "AutoencoderKL":
+        raise UserError(f"{source!r} holds a {kind}, not an AutoencoderKL; pass a VAE or a model")
+    return ""
+
+
+def _find(source: str, folder: str, name: str) -> Path | None:
+    """A file of a model, here or on the hub; None where it has none of that name."""
+    if Path(source).is_dir():
+        local = Path(source, folder, name)
+        return local if local.is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, subfolder=folder or None))
+    except EntryNotFoundError:
+        return None
 
 
 @torch.inference_mode()

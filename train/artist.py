@@ -39,6 +39,7 @@ class Artist:
     scheduler_config: dict[str, Any]
     student: UNet2DConditionModel
     vae: AutoencoderKL
+    vae_source: str
     device: torch.device
     guidance_scale: float
     teacher: UNet2DConditionModel | None = None
@@ -82,7 +83,7 @@ class Artist:
     def check_cache(self, manifest: Manifest, cache: Path) -> None:
         """Raise UserError where a cache was made for another model or by another VAE."""
         check_fit(manifest, self.model, cache)
-        check_vae(manifest, self.vae, cache, self.model.source)
+        check_vae(manifest, self.vae, cache, self.vae_source)
 
     def teacher_fingerprint(self) -> str:
         """Of the teacher's UNet and the VAE."""
@@ -91,20 +92,29 @@ class Artist:
 
 
 def open_artist(
-    run: Path, threads: int | None, device_name: str, guidance_scale: float | None
+    run: Path,
+    threads: int | None,
+    device_name: str,
+    guidance_scale: float | None,
+    vae: str | None = None,
 ) -> Artist:
-    """The exported student of a run. Raises UserError where there is none."""
+    """The exported student of a run, with the VAE that is given, else the run's, else the model's.
+
+    Raises UserError where there is none.
+    """
     set_threads(threads)
     device = pick_device(device_name)
     student, config = load_student(run, device)
     model = resolve_model(str(config["model"]))
+    vae_source = str(vae or config.get("vae") or model.source)
     scale = model.family.guidance_scale if guidance_scale is None else guidance_scale
     return Artist(
         model=model,
         config=config,
         scheduler_config=load_config(model.source, "scheduler/scheduler_config.json"),
         student=student,
-        vae=load_vae(model.source).to(device),
+        vae=load_vae(vae_source).to(device),
+        vae_source=vae_source,
         device=device,
         guidance_scale=scale,
     )

@@ -17,6 +17,8 @@ class DistillConfig:
     """A cache made by `python -m prep encode` for this model."""
     run: Path
     """Folder for checkpoints, metrics, previews and the exported student."""
+    vae: str | None = None
+    """The VAE that decodes pictures, where the cache was made with another than the model's."""
     student: Literal["lora", "full"] = "lora"
     """lora: adapters on the teacher. full: a UNet of its own with guidance embedding and EMA."""
     train_batch_size: int = 8
@@ -85,6 +87,8 @@ class EvaluateConfig:
     """Cache of held-out pictures: their captions are the prompts, their latents the real ones."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
+    vae: str | None = None
+    """The VAE that decodes; the run's unless given."""
     num_samples: int = 1000
     guidance_scale: float | None = None
     """diffusers' meaning (w + 1), for teacher and student alike; the family's unless given."""
@@ -104,6 +108,8 @@ class SampleConfig:
     prompt: tuple[str, ...]
     cache: Path | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
+    vae: str | None = None
+    """The VAE that decodes; the run's unless given."""
     steps: int = 4
     guidance_scale: float | None = None
     """diffusers' meaning (w + 1), for a full student; the family's unless given."""

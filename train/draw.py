@@ -17,7 +17,9 @@ from train.pictures import write_grid, write_picture
 
 def draw_prompts(config: SampleConfig) -> None:
     """Write one picture, or a grid where there are several. Raises UserError for a new prompt."""
-    artist = open_artist(config.run, config.threads, config.device, config.guidance_scale)
+    artist = open_artist(
+        config.run, config.threads, config.device, config.guidance_scale, config.vae
+    )
     most = int(artist.config["num_ddim_timesteps"])
     if not 1 <= config.steps <= most:
         raise UserError(f"--steps {config.steps} must be 1 to {most}, the student's solver steps")

@@ -30,7 +30,9 @@ SHOWN = 6  # captions in the picture
 def evaluate(config: EvaluateConfig) -> None:
     """Write evaluation.json, evaluation.md and evaluation.png, and print the table."""
     scorer = load_scorer(config.scorer)
-    artist = open_artist(config.run, config.threads, config.device, config.guidance_scale)
+    artist = open_artist(
+        config.run, config.threads, config.device, config.guidance_scale, config.vae
+    )
     manifest = open_manifest(config.eval_cache)
     artist.check_cache(manifest, config.eval_cache)
     heldout = load_heldout(config.eval_cache, manifest, config.num_samples)

@@ -74,8 +74,9 @@ def open_previews(
     prompts = config.validation_prompts or conditioning.prompts[:MAX_PROMPTS]
     if not config.validation_steps or not prompts:
         return None
-    vae = load_vae(model.source).to(device)
-    check_vae(manifest, vae, config.cache, model.source)
+    source = config.vae or model.source
+    vae = load_vae(source).to(device)
+    check_vae(manifest, vae, config.cache, source)
     layout = max(
         zip(manifest.shards, manifest.shard_layouts, strict=True), key=lambda pair: pair[0].count
     )[1]

@@ -15,7 +15,7 @@ from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
 from shared.errors import UserError
 from shared.family import Model, load_config
-from shared.fingerprint import fingerprint
+from shared.rescale import vae_fingerprint
 
 
 def load_unet(source: str) -> UNet2DConditionModel:
@@ -56,12 +56,14 @@ def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
 
 
 def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) -> None:
-    """Raise UserError where the latents come from another VAE than the model's."""
-    stored, present = manifest.identity["vae"]["fingerprint"], fingerprint(vae)
+    """Raise UserError where the latents come from another VAE than the one at `source`."""
+    identity = manifest.identity["vae"]
+    stored, present = identity["fingerprint"], vae_fingerprint(vae)
     if stored != present:
+        other = f"--vae {identity['source']}" if "source" in identity else "the model"
         raise UserError(
             f"{cache} was encoded by another VAE ({stored}) than {source}'s ({present}); "
-            "pass the model it was made with, or encode anew"
+            f"pass {other} it was made with, or encode anew"
         )
 
 
