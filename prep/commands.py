@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from prep import config, engine, identity
+from prep import config, engine, identity, report
 from prep.sources import Unit, find_units
 from prep.text import TextEncoder
 from prep.vae import posterior_matters
-from shared.cache import CachePaths, claim_identity, open_manifest, read_units
+from shared.cache import CachePaths, claim_identity, open_manifest, read_unit, read_units
 from shared.conditioning import Conditioning, load_conditioning, save_conditioning
 from shared.device import pick_device
 from shared.errors import UserError
@@ -55,11 +56,17 @@ def encode(config: config.EncodeConfig) -> None:
     if not prompts and not cache.conditioning.exists():
         prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
     add_prompts(cache, model, encoders.text, prompts)
+    started = time.monotonic()
     engine.run(
         todo, encoders, settings, cache, work.rows, config.decode_workers,
         config.max_reject_fraction,
     )  # fmt: skip
+    seconds = time.monotonic() - started
     print(engine.finish(cache))
+    if config.report:
+        records = [read_unit(cache, unit.name) for unit in todo]
+        images = sum(record.read for record in records if record is not None)
+        report.write_after_encode(cache, encoders.vae.vae, images, seconds)
 
 
 def check_flags(config: config.EncodeConfig) -> None:
@@ -131,4 +138,7 @@ def embed(config: config.EmbedConfig) -> None:
 
 def finish(config: config.FinishConfig) -> None:
     """Fold the committed units into the manifest."""
-    print(engine.finish(CachePaths(config.cache)))
+    cache = CachePaths(config.cache)
+    print(engine.finish(cache))
+    if config.report:
+        print(report.write_report(cache, report.load_vae_for(cache)))

@@ -25,10 +25,7 @@ def decode(config: DecodeConfig) -> None:
         raise UserError("--count must be at least 1")
     cache, manifest = CachePaths(config.cache), open_manifest(config.cache)
     vae = vae_of(manifest.identity, config.model, pick_device(config.device))
-    try:
-        stored = draw(cache, manifest.shards, config.count, config.seed)
-    except ValueError as error:
-        raise UserError(f"{config.cache} is damaged ({error}); `prep verify` lists where") from None
+    stored = draw(cache, manifest.shards, config.count, config.seed)
     tiles = [tile(pair) for pair in pairs(cache, manifest.identity, vae, stored)]
     sheet = grid(tiles, columns=max(1, round(len(tiles) ** 0.5 / 1.4)))
     try:

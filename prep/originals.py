@@ -8,18 +8,17 @@ import hashlib
 import itertools
 import time
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
+from prep.accounts import accounts
 from prep.pipeline import Sample, Settings, decode_row
 from prep.sources import Row, find_units
 from prep.writer import sample_key
@@ -29,8 +28,6 @@ from shared.family import resolve_model
 from shared.fingerprint import fingerprint
 from shared.layout import Layout
 from shared.vae import decode_latents, load_vae
-
-ACCOUNT_COLUMNS = ("key", "source_key", "captions", "image_sha256", "status", "reason")
 
 
 @dataclass(frozen=True)
@@ -87,19 +84,25 @@ def vae_of(identity: Mapping[str, Any], model: str | None, device: torch.device)
     return vae
 
 
+def places(shards: Sequence[Shard], count: int, seed: int) -> list[tuple[Shard, int]]:
+    """Shard and index of `count` samples drawn at random, in the cache's order; or of all."""
+    ends = list(itertools.accumulate(shard.count for shard in shards))
+    total = ends[-1] if ends else 0
+    rng = np.random.default_rng(seed)
+    numbers = sorted(map(int, rng.choice(total, min(count, total), replace=False)))
+    at = [bisect_right(ends, number) for number in numbers]
+    return [(shards[i], n - ends[i] + shards[i].count) for i, n in zip(at, numbers, strict=True)]
+
+
 def draw(cache: CachePaths, shards: Sequence[Shard], count: int, seed: int) -> list[Stored]:
     """`count` samples drawn at random, in the order of the cache; all, where it has fewer.
 
-    Raises ValueError where the bytes drawn are not a sample.
+    Raises UserError where a shard is missing or the bytes drawn are not a sample.
     """
-    ends = list(itertools.accumulate(shard.count for shard in shards))
-    rng = np.random.default_rng(seed)
-    numbers = sorted(rng.choice(ends[-1], min(count, ends[-1]), replace=False)) if ends else []
-    found = []
-    for number in map(int, numbers):
-        at = bisect_right(ends, number)
-        found.append(read_sample(cache, shards[at], number - ends[at] + shards[at].count))
-    return found
+    try:
+        return [read_sample(cache, shard, i) for shard, i in places(shards, count, seed)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{cache.root} is damaged ({error}); `prep verify` lists where") from None
 
 
 def read_sample(cache: CachePaths, shard: Shard, index: int) -> Stored:
@@ -158,26 +161,6 @@ def rows_of(
         hashes |= {s.key: s.record["sha256"] for s in group if "sha256" in s.record}
         found |= _search(unit, hashes, deadline)
     return found
-
-
-def accounts(cache: CachePaths, unit: UnitRecord, keys: Collection[str]) -> list[dict[str, Any]]:
-    """The rows of the unit's accounting table with these keys; none where it is gone."""
-    wanted = pa.array(sorted(keys), pa.string())
-    return [
-        row
-        for batch in account_batches(cache.root / unit.samples)
-        for row in batch.filter(pa.compute.is_in(batch["key"], wanted)).to_pylist()
-    ]
-
-
-def account_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """An accounting table piece by piece, with those of `ACCOUNT_COLUMNS` that it has."""
-    try:
-        with pq.ParquetFile(path) as table:
-            columns = [name for name in ACCOUNT_COLUMNS if name in table.schema_arrow.names]
-            yield from table.iter_batches(batch_size=4096, columns=columns)
-    except (OSError, pa.ArrowInvalid):
-        return  # missing or damaged, which is for `prep verify` to say
 
 
 def _search(unit: UnitRecord, hashes: Mapping[str, str], deadline: float) -> dict[str, Row]:
