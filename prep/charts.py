@@ -51,12 +51,12 @@ def histograms(
     mean = first / total
     std = np.sqrt(np.maximum(second / total - mean**2, 0))
     density = counts / total / (edges[1] - edges[0])
-    top = max(float(density.max()), 1 / math.sqrt(2 * math.pi)) * 1.05
+    tops = np.maximum(density.max(1), 1 / math.sqrt(2 * math.pi)) * 1.05
     return [
         Histogram(
             number, float(mean[number]), float(std[number]),
             max(0.0, 1 - float(counts[number].sum()) / total),
-            area_path(density[number] / top), normal_path(top),
+            area_path(density[number] / tops[number]), normal_path(tops[number]),
         )
         for number in range(channels)
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
@@ -126,10 +127,16 @@ def page(summary: Summary, contents: Contents) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
-    environment.filters |= {"size": size_of, "speed": speed, "picture": data_uri}
+    environment.filters |= {
+        "size": size_of,
+        "speed": speed,
+        "picture": data_uri,
+        "number": number,
+        "code": code,
+    }
     checks = checks_of(summary, contents)
     level, sentence = verdict(checks)
-    psnrs = sorted(pair.psnr for pair in contents.pairs if pair.psnr is not None)
+    psnrs = [pair.psnr for pair in contents.pairs if pair.psnr is not None]
     return environment.from_string((folder / "report.html.jinja").read_text("utf-8")).render(
         style=Markup(style),
         # The one style sheet that the page may use, by its hash; scripts and network: none.
@@ -137,7 +144,7 @@ def page(summary: Summary, contents: Contents) -> str:
         s=summary, c=contents, checks=checks, level=level, sentence=sentence,
         name=Path(summary.cache).resolve().name, groups=identity_groups(summary.identity),
         missing=missing_pictures(summary, contents),
-        psnr=psnrs[len(psnrs) // 2] if psnrs else None,
+        psnr=median(psnrs) if psnrs else None,
         most=max((bucket.samples for bucket in summary.buckets), default=1),
         share=share_of, infinity=math.inf, plot={"width": WIDTH, "height": HEIGHT, "limit": LIMIT},
     )  # fmt: skip
@@ -167,6 +174,19 @@ def identity_groups(identity: Mapping[str, Any]) -> list[tuple[str, list[tuple[s
         (title, [(name.replace("_", " "), value) for name, value in flat(item)])
         for title, item in groups
     ]
+
+
+def number(value: float) -> str:
+    """Two decimals, with a real minus sign."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def code(text: str) -> Markup:
+    """Escaped text whose `backticks` mark code."""
+    parts = visible(text).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts)
+    )
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> Markup:

@@ -193,7 +193,7 @@ def table(summary: Summary) -> str:
     lines += [f"  note        {count:,} {visible(name)}" for name, count in s.notes.items()]
     if s.throughput:
         lines.append(f"  last run    {speed(s.throughput)}")
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (f"{b.height}x{b.width}", f"{b.latent_height}x{b.latent_width}", f"{b.samples:,}",
          share_of(b.samples, s.written), f"{b.shards:,}", size_of(b.bytes))
         for b in s.buckets

@@ -12,6 +12,7 @@ import numpy as np
 
 from prep.config import VerifyConfig
 from prep.reencode import disagreements
+from prep.words import counted
 from shared.cache import CachePaths, Manifest, Shard, UnitRecord, open_manifest
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
@@ -55,15 +56,11 @@ def verify(config: VerifyConfig) -> int:
     if stale and not damaged:
         print("damaged: manifest.json is older than the units; run `prep finish`", file=sys.stderr)
     count = sum(damaged.values()) + stale
-    print(f"{config.cache}: {manifest.totals['written']} samples checked, {verdict(count)}")
+    verdict = counted(count, "damage") if count else "no damage"
+    print(f"{config.cache}: {manifest.totals['written']} samples checked, {verdict}")
     if damaged:
         print(repair(cache, list(damaged)) if config.repair else remedy(config, manifest))
     return 1 if count else 0
-
-
-def verdict(damages: int) -> str:
-    """`no damage`, `1 damage`, `2 damages`."""
-    return f"{damages or 'no'} damage{'s' if damages > 1 else ''}"
 
 
 def remedy(config: VerifyConfig, manifest: Manifest) -> str:
@@ -86,7 +83,7 @@ def repair(cache: CachePaths, damaged: list[Path]) -> str:
             path.unlink(missing_ok=True)
     units = sum(path.parent == cache.units for path in damaged)
     return (
-        f"{units} unit records removed; run the same `prep encode` to make these units again, "
+        f"{counted(units, 'unit record')} removed; run the same `prep encode` to make these units again, "
         "or `prep finish` to go on without them"
     )
 

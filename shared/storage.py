@@ -105,12 +105,18 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def strays(tmp: Path) -> Iterator[Path]:
+    """What dead processes left in `tmp`."""
+    for path in tmp.iterdir() if tmp.is_dir() else ():
+        owner = path.name.partition("-")[0]
+        if not (owner.isdigit() and _alive(int(owner))):
+            yield path
+
+
 def sweep(tmp: Path) -> None:
     """Remove what dead processes left in `tmp`; a living process's files stay."""
-    for stray in tmp.iterdir() if tmp.is_dir() else ():
-        owner = stray.name.partition("-")[0]
-        if not (owner.isdigit() and _alive(int(owner))):
-            shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
+    for stray in list(strays(tmp)):
+        shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
