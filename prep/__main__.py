@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import os
 
-from prep.config import DecodeConfig, EmbedConfig, EncodeConfig, FinishConfig, VerifyConfig
+from prep.config import (
+    DecodeConfig,
+    EmbedConfig,
+    EncodeConfig,
+    FinishConfig,
+    GcConfig,
+    PackConfig,
+    ReportConfig,
+    StatsConfig,
+    UnpackConfig,
+    VerifyConfig,
+)
 from shared.config import dispatch
 from shared.errors import run_main
 
@@ -37,16 +48,51 @@ def embed(config: EmbedConfig) -> None:
 
 def verify(config: VerifyConfig) -> int:
     """Check a cache."""
-    from prep import audit
+    from prep.verify import verify
 
-    return audit.verify(config)
+    return verify(config)
 
 
 def decode(config: DecodeConfig) -> None:
     """Draw a contact sheet."""
-    from prep import audit
+    from prep.decode import decode
 
-    audit.decode(config)
+    decode(config)
+
+
+def stats(config: StatsConfig) -> None:
+    """Print what is in a cache."""
+    from prep.stats import stats
+
+    stats(config)
+
+
+def report(config: ReportConfig) -> None:
+    """Write the page about a cache."""
+    from prep.report import report
+
+    report(config)
+
+
+def gc(config: GcConfig) -> None:
+    """Remove what no record names."""
+    from prep.gc import gc
+
+    gc(config)
+
+
+def pack(config: PackConfig) -> None:
+    """Cache to archive."""
+    from prep.pack import pack
+
+    pack(config)
+
+
+def unpack(config: UnpackConfig) -> None:
+    """Archive to cache."""
+    from prep.unpack import unpack
+
+    unpack(config)
 
 
 COMMANDS = {
@@ -55,6 +101,11 @@ COMMANDS = {
     "embed": (EmbedConfig, embed),
     "verify": (VerifyConfig, verify),
     "decode": (DecodeConfig, decode),
+    "stats": (StatsConfig, stats),
+    "report": (ReportConfig, report),
+    "gc": (GcConfig, gc),
+    "pack": (PackConfig, pack),
+    "unpack": (UnpackConfig, unpack),
 }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from prep import config, engine, identity, plan
+from prep import config, engine, identity, plan, report
 from prep.pipeline import Encoders, Work
 from prep.sources import Unit, find_units
 from prep.text import TextEncoder
@@ -40,7 +41,7 @@ def encode(config: config.EncodeConfig) -> None:
     captions: list[str] = []
     seconds = None
     if not cache.identity.exists() or (todo and not cache.conditioning.exists()):
-        captions, moments, seconds = plan.probe(cache, todo or units, settings, encoders)
+        captions, moments, seconds = plan.probe(todo or units, settings, encoders)
         if config.latents == "auto" and not cache.identity.exists():
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = identity.expected_layout(encoders, settings)
@@ -60,17 +61,21 @@ def encode(config: config.EncodeConfig) -> None:
         prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
     add_prompts(cache, model, encoders.text, prompts)
     job = engine.Job(
-        cache, model, shapes, replace(vae, rescale=encoders.vae.rescale), settings, config.decode_workers, config.max_reject_fraction,
-        tuple(read_units(cache)),
+        cache, model, shapes, replace(vae, rescale=encoders.vae.rescale), settings,
+        config.decode_workers, config.max_reject_fraction, tuple(read_units(cache)),
     )  # fmt: skip
+    started = time.monotonic()
     done = encode_units(config, job, todo, encoders, work.rows)
     for name in stale:  # last, because what they hold may have been copied
         (cache.units / f"{name}.json").unlink()
     print(f"{done.pictures} pictures and {done.captions} captions encoded, the rest copied")
-    if config.part is None:
-        print(engine.finish(cache))
-    else:
+    if config.part is not None:
         print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
+        return
+    print(engine.finish(cache))
+    if config.report:
+        seconds = time.monotonic() - started
+        report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds)
 
 
 def encode_units(
@@ -178,4 +183,7 @@ def embed(config: config.EmbedConfig) -> None:
 
 def finish(config: config.FinishConfig) -> None:
     """Fold the committed units into the manifest."""
-    print(engine.finish(CachePaths(config.cache)))
+    cache = CachePaths(config.cache)
+    print(engine.finish(cache))
+    if config.report:
+        print(report.write_report(cache, report.load_vae_for(cache, config)))

@@ -56,6 +56,8 @@ class EncodeConfig:
     """I/N: only the I-th of N shares of the units (0/N .. N-1/N); `prep finish` after the last."""
     prune: bool = False
     """Drop the cache's units whose source is no longer listed in --shards."""
+    report: bool = True
+    """Write report.html, a page that shows whether the cache is good, at the end."""
     dry_run: bool = False
     """Say what would be done, how large and how long, and stop."""
 
@@ -65,6 +67,13 @@ class FinishConfig:
     """Fold all committed units into the manifest (`encode` does it by itself)."""
 
     cache: Path
+    report: bool = True
+    """Write report.html, too."""
+    model: str | None = None
+    """Where the report's VAE is; the cache's own model unless given."""
+    vae: str | None = None
+    """Where it is if the cache was made with another VAE than the model's."""
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,17 @@ class VerifyConfig:
     """Check a cache: records, sizes, hashes, checksums, finite values."""
 
     cache: Path
+    reencode: int = 0
+    """Samples, drawn at random, that are encoded again from their source and compared."""
+    repair: bool = False
+    """Remove the records of damaged units, so that `prep encode` makes these units again."""
+    seed: int = 0
+    """Draws the samples of --reencode."""
+    model: str | None = None
+    """Where the encoders of --reencode are; the cache's own model unless given."""
+    vae: str | None = None
+    """Where it is if the cache was made with another VAE than the model's."""
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -99,3 +119,58 @@ class DecodeConfig:
     vae: str | None = None
     """Where it is if the cache was made with another VAE than the model's."""
     device: str = "auto"
+
+
+@dataclass(frozen=True)
+class StatsConfig:
+    """Say what is in a cache: totals, sizes, rejections, sources, statistics."""
+
+    cache: Path
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write CACHE/report.html: pictures, charts and what was rejected, on one page."""
+
+    cache: Path
+    model: str | None = None
+    """Where the VAE is; the cache's own model unless given."""
+    vae: str | None = None
+    """Where it is if the cache was made with another VAE than the model's."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class GcConfig:
+    """Remove shards and tables that no record of the cache names."""
+
+    cache: Path
+    dry_run: bool = False
+    """Say what would be removed, and stop."""
+    all: bool = False
+    """Also what is younger than an hour; only while nothing encodes into the cache."""
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Make an archive of a cache, compressed with zstd, for shipping."""
+
+    cache: Path
+    output: Path
+    """Folder of the archive; what is already there and right is kept."""
+    level: int = 3
+    """zstd's level, 1 to 19: fp16 tensors hardly get smaller above 3."""
+    threads: int | None = None
+    """Threads that compress; all cores unless given."""
+
+
+@dataclass(frozen=True)
+class UnpackConfig:
+    """Restore a cache from an archive, bit for bit."""
+
+    input: Path
+    """Folder that `prep pack` wrote."""
+    cache: Path
+    """Folder of the cache; what is already there and right is kept."""

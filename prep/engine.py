@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from prep.identity import Shapes, VaeChoice
 from prep.pipeline import Encoders, Settings, Work, samples
-from prep.reuse import Known
+from prep.reuse import NOTHING, Known
 from prep.sources import SourceError, Unit
 from prep.writer import UnitWriter
 from shared.cache import CachePaths, UnitRecord, fold, read_units, write_manifest
@@ -63,7 +63,7 @@ def encode_unit(
     where the disk is full or too many rows are rejected.
     """
     work = Work()
-    known = job.known.get(unit.source) or Known(job.cache, ())
+    known = job.known.get(unit.source, NOTHING)
     writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels)
     retried = encoders.vae.retried
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.images import BadImage, Picture, prepare
-from prep.reuse import Known
+from prep.reuse import NOTHING, Known
 from prep.sources import Row, Unit
 from prep.text import CaptionMemo, TextEncoder
 from prep.vae import VaeEncoder
@@ -88,7 +88,7 @@ def samples(
 
 
 def decoded(
-    rows: Iterable[Row], settings: Settings, workers: int, ahead: int, known: Known
+    rows: Iterable[Row], settings: Settings, workers: int, ahead: int, known: Known = NOTHING
 ) -> Iterator[Sample]:
     """Prepare pictures in `workers` threads, at most `ahead` of them waiting; keeps the order."""
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
@@ -104,7 +104,7 @@ def decoded(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def decode_row(row: Row, settings: Settings, known: Known) -> Sample:
+def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
     """A sample with its picture, with what the cache has of it, or with the reason for neither."""
     sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=row.problem)
     if sample.reason or row.image is None:

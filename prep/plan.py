@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.pipeline import Encoders, Settings, decoded
-from prep.reuse import Known
 from prep.sources import SourceError, Unit, count_rows
 from shared.cache import CachePaths, read_unit
 from shared.errors import UserError
@@ -92,7 +91,7 @@ def refuse_full_disk(work: Estimate, folder: Path) -> None:
 
 
 def probe(
-    cache: CachePaths, units: Sequence[Unit], settings: Settings, encoders: Encoders
+    units: Sequence[Unit], settings: Settings, encoders: Encoders
 ) -> tuple[list[str], NDArray[np.float32], float]:
     """Captions, VAE moments and seconds per picture of the first batch that can be had.
 
@@ -101,10 +100,9 @@ def probe(
     """
     size = encoders.vae.batch_size
     problem: UserError | None = None
-    nothing = Known(cache, ())
     for unit in units:
         try:
-            all_rows = decoded(unit.rows(), settings, 2, size, nothing)
+            all_rows = decoded(unit.rows(), settings, 2, size)
             rows = list(itertools.islice(all_rows, PROBED_ROWS))
             found = [sample for sample in rows if sample.picture is not None][:size]
             reasons = Counter(sample.reason for sample in rows if sample.reason)

@@ -121,6 +121,9 @@ class Known:
         return Index.of(pictures), Index.of(captions)
 
 
+NOTHING = Known(CachePaths(Path()), ())
+
+
 def written_rows(samples: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
     """The written rows of a unit's table by latent size, each list in the order of its shard."""
     rows = defaultdict(list)

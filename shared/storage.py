@@ -114,23 +114,29 @@ def temporary(tmp: Path, label: str = "") -> Path:
     return tmp / f"{_host()}-{os.getpid()}-{os.urandom(6).hex()}{label}"
 
 
-def sweep(tmp: Path) -> None:
-    """Remove what dead processes left in `tmp`; a living process's files stay.
+def strays(tmp: Path) -> Iterator[Path]:
+    """What dead processes left in `tmp`.
 
     Of another machine's processes nothing is known (several may share a cache), so their files
-    go after a day without a change.
+    count as left after a day without a change.
     """
-    for stray in tmp.iterdir() if tmp.is_dir() else ():
+    for path in tmp.iterdir() if tmp.is_dir() else ():
         with contextlib.suppress(FileNotFoundError):  # its owner was faster
-            if _abandoned(stray):
-                shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+            if _abandoned(path):
+                yield path
 
 
-def _abandoned(stray: Path) -> bool:
-    host, pid, *_ = [*stray.name.split("-"), ""]
+def sweep(tmp: Path) -> None:
+    """Remove what dead processes left in `tmp`; a living process's files stay."""
+    for stray in list(strays(tmp)):
+        shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
+
+
+def _abandoned(path: Path) -> bool:
+    host, pid, *_ = [*path.name.split("-"), ""]
     if host == _host() and pid.isdigit():
         return not _alive(int(pid))
-    return time.time() - stray.stat().st_mtime > FOREIGN_SECONDS
+    return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
 
 
 def _host() -> str:

@@ -1,0 +1,95 @@
+"""Tidying a cache: what was written and is no part of it any more."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from prep.config import GcConfig
+from prep.stats import iterate_units
+from prep.words import counted, size_of
+from shared.cache import CachePaths
+from shared.errors import UserError
+from shared.storage import guard, load_json, strays, sweep
+
+KEPT_SECONDS = 3600.0
+# How `prep encode` names what it writes; nothing else is ever touched.
+OURS = {
+    "shards": re.compile(r".+-\d+x\d+-[0-9a-f]{12}\.tar"),
+    "samples": re.compile(r".+-[0-9a-f]{12}\.parquet"),
+}
+
+
+def gc(config: GcConfig) -> None:
+    """Remove shards and tables that no record names, and strays in tmp/; say what was freed.
+
+    Safe while an encode runs. An encode writes a unit's files first and its record seconds later,
+    so a young file that no record names may be about to be named: below an hour it stays, unless
+    `all` says that nothing is running. Files are listed before records are read, so one that is
+    committed in between counts as named. What the manifest names stays too, even if its record is
+    gone, because somebody may be training on it. Raises UserError, before anything is removed,
+    where the folder is no cache or a record cannot be read.
+    """
+    cache = CachePaths(config.cache)
+    if not cache.identity.exists():
+        raise UserError(f"{cache.root} is not a cache (no identity.json); nothing was removed")
+    candidates = list(written_files(cache))
+    named = names_in_use(cache)
+    unnamed = [path for path in candidates if str(path.relative_to(cache.root)) not in named]
+    removed, young, freed = 0, 0, 0
+    for path in unnamed:
+        try:
+            stat = path.stat()  # again: an encode may just have written it anew
+        except FileNotFoundError:
+            continue
+        if time.time() - stat.st_mtime < KEPT_SECONDS and not config.all:
+            young += 1
+            continue
+        if config.dry_run:
+            print(f"{path}  {size_of(stat.st_size)}")
+        else:
+            with guard(path.parent):
+                path.unlink(missing_ok=True)
+        removed, freed = removed + 1, freed + stat.st_size
+    left = list(strays(cache.tmp))
+    freed += sum(bytes_of(path) for path in left)
+    if not config.dry_run:
+        with guard(cache.tmp):
+            sweep(cache.tmp)
+    kept = f"; {young} younger than an hour kept, which --all removes" if young else ""
+    print(
+        f"{cache.root}: {counted(removed, 'file')} and {counted(len(left), 'stray')} in tmp/ "
+        f"{'would be ' if config.dry_run else ''}removed, {freed:,} bytes "
+        f"({size_of(freed)}){' freed' if not config.dry_run else ''}{kept}"
+    )
+
+
+def written_files(cache: CachePaths) -> Iterator[Path]:
+    """Shards and tables of any age that an encode may have written."""
+    for folder, name in ((cache.shards, OURS["shards"]), (cache.samples, OURS["samples"])):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if name.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                yield path
+
+
+def names_in_use(cache: CachePaths) -> set[str]:
+    """Files that a unit's record or the manifest names, relative to the cache."""
+    named = set()
+    for unit in iterate_units(cache):
+        named.add(unit.samples)
+        named.update(shard.file for shard in unit.shards)
+    if cache.manifest.exists():
+        named.update(row["file"] for row in load_json(cache.manifest)["shards"])
+    return named
+
+
+def bytes_of(path: Path) -> int:
+    """Size of a file, or of all files in a folder; nothing where it is gone."""
+    try:
+        if path.is_dir():
+            return sum(bytes_of(inner) for inner in path.iterdir())
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,134 @@
+"""Cache to archive: for shipping, since fp16 tensors lose only a tenth or so of their bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import zstandard
+
+from prep.archive import SUFFIX, SUMS, refuse_strangers, write_sums
+from prep.config import PackConfig
+from prep.words import share_of, size_of
+from shared.cache import CachePaths, Shard, open_manifest, read_units
+from shared.errors import UserError
+from shared.progress import Progress
+from shared.storage import copy_durably, file_sha256, guard, publish, sweep
+
+BLOCK = 1 << 20
+
+
+def pack(config: PackConfig) -> None:
+    """Write the archive; what is already there and right is kept, so it can be run again.
+
+    Raises UserError for a cache that is unfinished or damaged, or a full disk.
+    """
+    if not 1 <= config.level <= 19:
+        raise UserError(f"--level {config.level} is not between 1 and 19")
+    if config.threads is not None and config.threads < 1:
+        raise UserError(f"--threads {config.threads} must be at least 1")
+    cache, output = CachePaths(config.cache), config.output
+    manifest = open_manifest(config.cache)
+    units = read_units(cache)
+    if [shard.file for unit in units for shard in unit.shards] != [s.file for s in manifest.shards]:
+        raise UserError(f"{cache.root}: manifest.json is older than the units; run `prep finish`")
+    if output.resolve() == cache.root.resolve():
+        raise UserError("--output must be another folder than --cache")
+    refuse_strangers(output, {f"{unit.name}.json" for unit in units}, cache.root, "--output")
+    small = [cache.identity, cache.conditioning, cache.manifest]
+    small += [cache.units / f"{unit.name}.json" for unit in units]
+    small += [cache.root / unit.samples for unit in units]
+    if missing := [path for path in small if not path.is_file()]:
+        raise UserError(f"{missing[0]} is missing; `prep verify --repair` tells how to mend it")
+    with guard(output):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / SUMS).unlink(missing_ok=True)  # unfinished, from now until the end
+        sweep(output / "tmp")
+    total = sum(shard.size for shard in manifest.shards)
+    if (free := shutil.disk_usage(output).free) < total:
+        print(f"{size_of(free)} free for up to {size_of(total)} of shards", file=sys.stderr)
+    threads = config.threads or os.cpu_count() or 1
+    sums: dict[str, str] = {}
+    with Progress("pack", len(manifest.shards), "shards") as progress:
+        for shard in manifest.shards:
+            name = shard.file + SUFFIX
+            sums[name] = pack_shard(cache, shard, output, config.level, threads)
+            progress.update(1)
+    for path in small:
+        name = str(path.relative_to(cache.root))
+        sums[name] = copy_small(path, output / name, output / "tmp")
+    for unit in units:
+        if sums[unit.samples] != unit.samples_sha256:
+            raise UserError(f"{cache.root}/{unit.samples} is damaged; see `prep verify --repair`")
+    packed = sum((output / name).stat().st_size for name in sums)
+    publish([write_sums(sums)], output / SUMS, output / "tmp")
+    with contextlib.suppress(OSError):  # another pack is still at it
+        (output / "tmp").rmdir()
+    original = total + sum(path.stat().st_size for path in small)
+    print(
+        f"{output}: {len(sums)} files, {size_of(packed)}, {share_of(packed, original)} of the cache"
+    )
+
+
+def pack_shard(cache: CachePaths, shard: Shard, output: Path, level: int, threads: int) -> str:
+    """Compress a shard unless that is done; returns the sha256 of the compressed file.
+
+    Raises UserError where the shard's bytes are not those that were committed.
+    """
+    target = output / (shard.file + SUFFIX)
+    if target.is_file() and is_packed(target, shard):
+        return file_sha256(target)
+    compressor = zstandard.ZstdCompressor(level, threads=threads, write_checksum=True)
+    return publish(compressed(cache.root / shard.file, shard, compressor), target, output / "tmp")
+
+
+def compressed(path: Path, shard: Shard, compressor: zstandard.ZstdCompressor) -> Iterator[bytes]:
+    """The compressed bytes, after whose last the shard is known to be whole."""
+    digest = hashlib.sha256()
+    stream = compressor.compressobj(size=shard.size)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                yield stream.compress(block)
+        if digest.hexdigest() == shard.sha256:
+            yield stream.flush()
+            return
+    except (FileNotFoundError, zstandard.ZstdError):  # gone, or of another size by now
+        pass
+    raise UserError(f"{path} is damaged; `prep verify --repair` tells how to mend it")
+
+
+def is_packed(target: Path, shard: Shard) -> bool:
+    """Does the compressed file hold just this shard?"""
+    digest = hashlib.sha256()
+    try:
+        for block in decompressed(target):
+            digest.update(block)
+    except zstandard.ZstdError:
+        return False
+    return digest.hexdigest() == shard.sha256
+
+
+def decompressed(path: Path) -> Iterator[bytes]:
+    """The content of a zstd file, as far as it goes; ZstdError where it is damaged.
+
+    A cut is no error to zstd, so whoever reads compares size or hash. A block is never longer than
+    `BLOCK`, whatever the file claims to hold.
+    """
+    with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+        while block := stream.read(BLOCK):
+            yield block
+
+
+def copy_small(source: Path, target: Path, tmp: Path) -> str:
+    """Copy a file unless that is done; returns its sha256."""
+    digest = file_sha256(source)
+    if target.is_file() and file_sha256(target) == digest:
+        return digest
+    return copy_durably(source, target, tmp)

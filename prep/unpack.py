@@ -1,0 +1,122 @@
+"""Archive to cache, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import zstandard
+
+from prep.archive import SUFFIX, read_sums, refuse_strangers
+from prep.config import UnpackConfig
+from prep.pack import copy_small, decompressed
+from prep.words import size_of
+from shared.cache import CachePaths, Manifest, Shard, UnitRecord, claim_identity, open_manifest
+from shared.errors import UserError
+from shared.progress import Progress
+from shared.storage import file_sha256, guard, load_json, publish, sweep
+
+
+def unpack(config: UnpackConfig) -> None:
+    """Restore the cache; what is already there and right is kept, so it can be run again.
+
+    The manifest comes last: until then nobody takes the cache for complete. Raises UserError for a
+    damaged archive, a full disk, or a cache in the way that is not this one.
+    """
+    archive, cache = config.input, CachePaths(config.cache)
+    sums = read_sums(archive)
+    check_small_files(archive, sums)
+    manifest = open_manifest(archive, check_sizes=False)
+    check_shards(archive, manifest, sums)
+    records = {name.removeprefix("units/") for name in sums if name.startswith("units/")}
+    refuse_strangers(cache.root, records, archive, "--cache")
+    sweep(cache.tmp)
+    wanted = [shard for shard in manifest.shards if not in_place(cache, shard)]
+    refuse_full_disk(cache.root, sum(shard.size for shard in wanted))
+    claim_identity(cache, load_json(archive / "identity.json"), "choose another --cache")
+    with Progress("unpack", len(wanted), "shards") as progress:
+        for shard in wanted:
+            packed = archive / (shard.file + SUFFIX)
+            publish(checked(packed, shard), cache.root / shard.file, cache.tmp)
+            progress.update(1)
+    for name in small_files(sums):
+        copy_small(archive / name, cache.root / name, cache.tmp)
+    kept = len(manifest.shards) - len(wanted)
+    print(
+        f"{cache.root}: {manifest.totals['written']} samples in {len(manifest.shards)} shards, "
+        f"every sha256 right{f' ({kept} shards were there already)' if kept else ''}"
+    )
+
+
+def small_files(sums: dict[str, str]) -> list[str]:
+    """All but the shards, units after what they name, the manifest last."""
+    order = {"units": 1, "manifest.json": 2}
+    names = [name for name in sums if not name.endswith(SUFFIX)]
+    return sorted(names, key=lambda name: (order.get(name.partition("/")[0], 0), name))
+
+
+def check_small_files(archive: Path, sums: dict[str, str]) -> None:
+    """Raise UserError where a file is missing or one other than a shard has changed."""
+    for name, digest in sums.items():
+        if not (archive / name).is_file():
+            raise UserError(f"{archive / name} is missing; copy the archive again")
+        if not name.endswith(SUFFIX) and file_sha256(archive / name) != digest:
+            raise damaged(archive / name)
+
+
+def check_shards(archive: Path, manifest: Manifest, sums: dict[str, str]) -> None:
+    """Raise UserError where manifest, records and archive do not name the same shards."""
+    named = {
+        shard.file: shard.sha256
+        for name in sums
+        if name.startswith("units/")
+        for shard in UnitRecord.from_json(load_json(archive / name)).shards
+    }
+    packed = {name.removesuffix(SUFFIX) for name in sums if name.endswith(SUFFIX)}
+    if named != {s.file: s.sha256 for s in manifest.shards} or named.keys() != packed:
+        raise UserError(f"{archive}: manifest, units and shards do not agree; pack it again")
+
+
+def refuse_full_disk(folder: Path, needed: int) -> None:
+    """Raise UserError where the shards would not fit."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {size_of(needed)} are needed and {size_of(free)} are free; "
+            "free some space or choose another --cache"
+        )
+
+
+def in_place(cache: CachePaths, shard: Shard) -> bool:
+    """Is the shard there, byte for byte?"""
+    path = cache.root / shard.file
+    with guard(path.parent):
+        return (
+            path.is_file()
+            and path.stat().st_size == shard.size
+            and file_sha256(path) == shard.sha256
+        )
+
+
+def checked(packed: Path, shard: Shard) -> Iterator[bytes]:
+    """The shard's bytes; UserError before the end where they are not those recorded."""
+    digest, count = hashlib.sha256(), 0
+    try:
+        for block in decompressed(packed):
+            digest.update(block)
+            count += len(block)
+            if count > shard.size:  # never more than was promised, whatever it unpacks to
+                break
+            yield block
+    except zstandard.ZstdError:
+        raise damaged(packed) from None
+    if count != shard.size or digest.hexdigest() != shard.sha256:
+        raise damaged(packed)
+
+
+def damaged(path: Path) -> UserError:
+    """The error for a file that is not what was packed."""
+    return UserError(f"{path} is damaged; copy it again, then run the same command")
