@@ -140,7 +140,7 @@ def find_original(
 ) -> NDArray[np.uint8] | None:
     """The prepared source picture, or None where the source is gone or has changed."""
     with contextlib.suppress(UserError):  # a source that cannot be read any more
-        for unit in find_units([record.get("source", "")], None):
+        for unit in find_units([record.get("source", "")]):
             for row in unit.rows():
                 data = row.image or b""
                 same = hashlib.sha256(data).hexdigest() == record.get("sha256")

@@ -6,7 +6,7 @@ import itertools
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.pipeline import Encoders, Settings, decoded, samples
-from prep.sources import SourceError, Unit, count_rows
+from prep.filters import is_filter
+from prep.pipeline import Encoders, Sample, Settings, decoded, samples
+from prep.sources import SourceError, Unit, estimate_rows
 from prep.writer import UnitWriter
 from shared.cache import CachePaths, fold, read_unit, read_units, write_manifest
 from shared.errors import UserError
@@ -23,7 +24,6 @@ from shared.layout import Layout
 from shared.progress import Progress
 from shared.storage import load_json
 
-COUNTED_TARS = 16
 PROBED_ROWS = 256
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
 
@@ -65,15 +65,8 @@ def _done(cache: CachePaths, unit: Unit) -> bool:
 def estimate(
     units: Sequence[Unit], layout: Layout, seconds_per_row: float, folder: Path
 ) -> Estimate:
-    """Rows are counted in the first few tars and scaled by size in the others."""
-    tars = [unit for unit in units if not unit.members]
-    rows = {unit.name: unit.rows_estimate for unit in units}
-    for unit in tars[:COUNTED_TARS]:
-        rows[unit.name] = count_rows(Path(unit.source))
-    counted = sum(rows[unit.name] for unit in tars[:COUNTED_TARS])
-    size = sum(unit.state["size"] for unit in tars[:COUNTED_TARS])
-    for unit in tars[COUNTED_TARS:]:
-        rows[unit.name] = round(counted / size * unit.state["size"])
+    """Rows are counted in the first few sources and scaled by size in the others."""
+    rows = estimate_rows(units)
     total = sum(rows.values())
     # A unit is spooled before it is published, so the largest one is on the disk twice.
     peak = (total + max(rows.values(), default=0)) * layout.stride
@@ -144,6 +137,11 @@ def finish(cache: CachePaths) -> str:
     )
 
 
+def unfiltered(rows: Iterable[Sample]) -> Iterator[Sample]:
+    """Those that the user's filters leave."""
+    return (sample for sample in rows if not is_filter(sample.reason))
+
+
 def probe(
     units: Sequence[Unit], settings: Settings, encoders: Encoders
 ) -> tuple[list[str], NDArray[np.float32], float]:
@@ -155,10 +153,11 @@ def probe(
     problem: UserError | None = None
     for unit in units:
         try:
-            rows = list(itertools.islice(decoded(unit.rows(), settings, 2, size), PROBED_ROWS))
+            wanted = unfiltered(decoded(unit.rows(), settings, 2, size))
+            rows = list(itertools.islice(wanted, PROBED_ROWS))
             found = [sample for sample in rows if sample.picture is not None][:size]
             reasons = Counter(sample.reason for sample in rows if sample.reason)
-            why = reasons.most_common(1)[0][0] if reasons else "no rows"
+            why = reasons.most_common(1)[0][0] if reasons else "the filters leave no row"
             problem = problem or UserError(
                 f"{unit.source}: not one usable picture with a caption in it (mostly: {why})"
             )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.filters import Filters
 from prep.images import BadImage, Picture, prepare
 from prep.sources import Row, Unit
 from prep.text import CaptionMemo, TextEncoder
@@ -27,6 +28,7 @@ class Settings:
     center_crop: bool
     keep_logvar: bool
     max_captions: int
+    filters: Filters = field(default_factory=Filters)
 
 
 @dataclass
@@ -86,7 +88,8 @@ def decoded(rows: Iterable[Row], settings: Settings, workers: int, ahead: int) -
 
 def decode_row(row: Row, settings: Settings) -> Sample:
     """A sample with its picture, or with the reason why there is none."""
-    sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=row.problem)
+    reason = row.problem or settings.filters.reason(row.metadata)
+    sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=reason)
     if not sample.reason and row.image is not None:
         try:
             sample.picture = prepare(row.image, settings.resolution, settings.center_crop)
