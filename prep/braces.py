@@ -11,10 +11,14 @@ from shared.errors import UserError
 MANY = 1_000_000
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """All names that `pattern` stands for. Raises UserError for unbalanced braces."""
+def expand_braces(pattern: str, escapes: bool = True) -> list[str]:
+    """All names that `pattern` stands for; `escapes`: may a backslash protect a brace?
+
+    Raises UserError for unbalanced braces.
+    """
     try:
-        names = list(itertools.islice(braceexpand.braceexpand(pattern), MANY + 1))
+        expanded = braceexpand.braceexpand(pattern, escape=escapes)
+        names = list(itertools.islice(expanded, MANY + 1))
     except braceexpand.UnbalancedBracesError:
         raise UserError(f"--shards: the braces of {pattern!r} do not match") from None
     if len(names) > MANY:

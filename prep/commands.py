@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from prep import config, engine, identity, plan, report
+from prep.filters import Filters
 from prep.pipeline import Encoders, Work
-from prep.sources import Unit, find_units
+from prep.sources import SourceOptions, Unit, find_units
 from prep.text import TextEncoder
 from prep.vae import posterior_matters
 from shared.cache import CachePaths, claim_identity, open_manifest, read_units
@@ -29,7 +30,7 @@ PREVIEWS = 4  # prompts taken from the data where none are named
 def encode(config: config.EncodeConfig) -> None:
     """Sources to cache: claim the identity, encode what is pending, fold the manifest."""
     check_flags(config)
-    units = find_units(config.shards, config.folder_units)
+    units = find_units(config.shards, source_options(config))
     model = resolve_model(config.model)
     cache = CachePaths(config.cache)
     stale = share(stale_units(cache, units, config.prune), config.part)
@@ -109,17 +110,22 @@ def share(items: Sequence[T], part: str | None) -> list[T]:
 
 def check_flags(config: config.EncodeConfig) -> None:
     """Raise UserError for numbers that cannot work."""
+    Filters(config.where, config.max_pwatermark)
     for name in (
-        "vae_batch_size",
-        "text_batch_size",
-        "threads",
-        "decode_workers",
-        "max_captions",
-        "cpus_per_worker",
-    ):
+        "vae_batch_size", "text_batch_size", "threads", "decode_workers", "max_captions",
+        "cpus_per_worker", "max_image_bytes",
+    ):  # fmt: skip
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def source_options(config: config.EncodeConfig) -> SourceOptions:
+    """The flags about sources. A `pipe:` may run: `parse` takes one from the command line only."""
+    return SourceOptions(
+        config.folder_units, config.image_column, config.caption_column, config.key_column,
+        config.streaming, config.max_image_bytes, pipes=True,
+    )  # fmt: skip
 
 
 def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:

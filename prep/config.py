@@ -12,7 +12,7 @@ class EncodeConfig:
     """Encode images and captions into a cache; run it again and it goes on where it stopped."""
 
     shards: tuple[str, ...]
-    """WebDataset tars (braces and globs, quoted) or a folder of pictures with metadata.jsonl."""
+    """Tars, Parquet files, folders, datasets: paths and URLs (braces and globs, quoted)."""
     model: str
     """sd15, sd21, sdxl, tiny-sd, tiny-xl, a local diffusers folder or a hub id."""
     cache: Path
@@ -42,6 +42,20 @@ class EncodeConfig:
     """Threads that read, decode and resize pictures ahead of the encoder."""
     folder_units: int | None = None
     """Units of work of a folder, a power of two; about 1,000 pictures each unless given."""
+    image_column: str | None = None
+    """Column of a table that holds the pictures; guessed by its name and type unless given."""
+    caption_column: str | None = None
+    """Column of a table that holds the captions; caption, text, TEXT, prompt unless given."""
+    key_column: str | None = None
+    """Column of a table that names its rows; the picture's path, id or url unless given."""
+    streaming: bool = False
+    """Read a dataset of the hub (hf://owner/name) shard by shard, without downloading it first."""
+    max_image_bytes: int = 256_000_000
+    """Reject a picture whose file is larger, without reading it."""
+    where: str | None = None
+    """Keep rows of which this holds or is unknown: "similarity > 0.3 and license != 'nc'"."""
+    max_pwatermark: float | None = None
+    """Reject rows whose pwatermark (LAION's) is above; rows without it are kept."""
     max_reject_fraction: float = 0.5
     """Stop when more than this share of a unit is rejected."""
     device: str = "auto"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prep.config import EncodeConfig
+from prep.filters import Filters
 from prep.pipeline import Encoders, Settings
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
@@ -87,7 +88,8 @@ def choose_settings(config: EncodeConfig, model: Model, keep_logvar: bool) -> Se
         raise UserError(f"--resolution {resolution} is not a multiple of 8")
     if config.max_captions < 1:
         raise UserError("--max-captions must be at least 1")
-    return Settings(resolution, config.center_crop, keep_logvar, config.max_captions)
+    filters = Filters(config.where, config.max_pwatermark)
+    return Settings(resolution, config.center_crop, keep_logvar, config.max_captions, filters)
 
 
 def build_identity(
@@ -109,6 +111,8 @@ def build_identity(
             "center_crop": settings.center_crop,
             "max_captions": settings.max_captions,
             "views": 1,
+            "where": settings.filters.where,
+            "max_pwatermark": settings.filters.max_pwatermark,
         },
         "shapes": vars(shapes),
     }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.filters import Filters
 from prep.images import BadImage, Picture, prepare
 from prep.reuse import NOTHING, Known
 from prep.sources import Row, Unit
@@ -28,6 +29,7 @@ class Settings:
     center_crop: bool
     keep_logvar: bool
     max_captions: int
+    filters: Filters = field(default_factory=Filters)
 
 
 @dataclass
@@ -106,7 +108,8 @@ def decoded(
 
 def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
     """A sample with its picture, with what the cache has of it, or with the reason for neither."""
-    sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=row.problem)
+    reason = row.problem or settings.filters.reason(row.metadata)
+    sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=reason)
     if sample.reason or row.image is None:
         return sample
     if arrays := known.picture(sample.image_sha256):

@@ -6,20 +6,20 @@ import itertools
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.pipeline import Encoders, Settings, decoded
-from prep.sources import SourceError, Unit, count_rows
+from prep.filters import is_filter
+from prep.pipeline import Encoders, Sample, Settings, decoded
+from prep.sources import SourceError, Unit, estimate_rows
 from shared.cache import CachePaths, read_unit
 from shared.errors import UserError
 from shared.layout import Layout
 
-COUNTED_TARS = 16
 PROBED_ROWS = 256
 
 
@@ -63,15 +63,8 @@ def _done(cache: CachePaths, unit: Unit) -> bool:
 def estimate(
     units: Sequence[Unit], layout: Layout, seconds_per_row: float | None, folder: Path
 ) -> Estimate:
-    """Rows are counted in the first few tars and scaled by size in the others."""
-    tars = [unit for unit in units if not unit.members]
-    rows = {unit.name: unit.rows_estimate for unit in units}
-    for unit in tars[:COUNTED_TARS]:
-        rows[unit.name] = count_rows(Path(unit.source))
-    counted = sum(rows[unit.name] for unit in tars[:COUNTED_TARS])
-    size = sum(unit.state["size"] for unit in tars[:COUNTED_TARS])
-    for unit in tars[COUNTED_TARS:]:
-        rows[unit.name] = round(counted / size * unit.state["size"])
+    """Rows are counted in the first few sources and scaled by size in the others."""
+    rows = estimate_rows(units)
     total = sum(rows.values())
     # A unit is spooled before it is published, so the largest one is on the disk twice.
     peak = (total + max(rows.values(), default=0)) * layout.stride
@@ -90,6 +83,11 @@ def refuse_full_disk(work: Estimate, folder: Path) -> None:
         )
 
 
+def unfiltered(rows: Iterable[Sample]) -> Iterator[Sample]:
+    """Those that the user's filters leave."""
+    return (sample for sample in rows if not is_filter(sample.reason))
+
+
 def probe(
     units: Sequence[Unit], settings: Settings, encoders: Encoders
 ) -> tuple[list[str], NDArray[np.float32], float]:
@@ -102,11 +100,11 @@ def probe(
     problem: UserError | None = None
     for unit in units:
         try:
-            all_rows = decoded(unit.rows(), settings, 2, size)
-            rows = list(itertools.islice(all_rows, PROBED_ROWS))
+            wanted = unfiltered(decoded(unit.rows(), settings, 2, size))
+            rows = list(itertools.islice(wanted, PROBED_ROWS))
             found = [sample for sample in rows if sample.picture is not None][:size]
             reasons = Counter(sample.reason for sample in rows if sample.reason)
-            why = reasons.most_common(1)[0][0] if reasons else "no rows"
+            why = reasons.most_common(1)[0][0] if reasons else "the filters leave no row"
             problem = problem or UserError(
                 f"{unit.source}: not one usable picture with a caption in it (mostly: {why})"
             )

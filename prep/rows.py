@@ -3,43 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
-CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "captions")
-
-# Key, picture, captions, metadata, and why the row cannot be used, if so.
-RawRow = tuple[str, bytes | None, tuple[str, ...], Mapping[str, Any], str]
+CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "captions", "CAPTION")
+TOO_LARGE = "larger than --max-image-bytes"
 
 
 class SourceError(UserError):
     """A damaged source: its unit cannot be encoded, the others can."""
 
 
-def checked_row(
-    key: str, image: bytes | None, captions: tuple[str, ...], metadata: Mapping[str, Any]
-) -> RawRow:
+@dataclass(frozen=True)
+class Row:
+    """One input row: a picture's bytes and what is said about it."""
+
+    key: str
+    occurrence: int  # 0 for the first row of this key in its unit, then 1, ...
+    image: bytes | None  # None where the row has no picture
+    captions: tuple[str, ...]
+    metadata: Mapping[str, Any]
+    problem: str = ""  # why the row cannot be used, found while reading
+
+
+def make_row(
+    key: str,
+    image: bytes | None,
+    captions: tuple[str, ...],
+    metadata: Mapping[str, Any],
+    problem: str = "",
+) -> Row:
     """The row, with its problem if it lacks a picture or a caption."""
-    problem = ""
-    if image is None:
+    if not problem and image is None:
         problem = "no picture"
-    elif not captions:
+    elif not problem and not captions:
         problem = "no caption"
-    return key, image, captions, metadata, problem
+    return Row(key, 0, image, captions, metadata, problem)
 
 
 def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """The captions under the first key that has any."""
-    for name in CAPTION_KEYS:  # lone surrogates, which JSON allows, are no text
-        value = metadata.get(name)
-        if isinstance(value, str) and value.strip():
-            return (_text(value),)
-        if isinstance(value, list):
-            return tuple(_text(text) for text in value if isinstance(text, str) and text.strip())
+    for name in CAPTION_KEYS:
+        if found := as_captions(metadata.get(name)):
+            return found
     return ()
 
 
+def as_captions(value: Any) -> tuple[str, ...]:
+    """A string, or the strings of a list, without blanks around them and without empty ones."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(_text(text) for text in values if isinstance(text, str) and text.strip())
+
+
 def _text(value: str) -> str:
+    """Lone surrogates, which JSON allows, are no text."""
     return value.strip().encode("utf-8", "replace").decode()

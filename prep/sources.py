@@ -1,200 +1,165 @@
 """Where pictures come from: the one place that turns `--shards` into units of rows.
 
-A tar is a unit. A folder's rows go to `U` units by hash of the file name, so that adding or
-removing pictures touches only their units. A unit can be read again and gives the same rows.
+A tar or a Parquet file is a unit, a folder or a dataset is cut into several. A unit can be read
+again and gives the same rows. docs/sources.md has the table of what `--shards` takes.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import glob
-import hashlib
-import io
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from prep.braces import expand_braces
-from prep.rows import IMAGE_EXTENSIONS, RawRow, SourceError, captions_of, checked_row
-from prep.tars import count_rows, tar_rows
+from prep.folders import folder_units
+from prep.hub import HUB, dataset_units, is_saved_dataset
+from prep.remote import Found, RemoteFile, find_remote
+from prep.rows import Row, SourceError
+from prep.streams import Command, LocalFile
+from prep.tables import ParquetReader
+from prep.tars import TarReader
+from prep.units import UNIT_ROWS, SourceOptions, Unit, printable, stem, unit_name
 from shared.errors import UserError
 
-FOLDER_UNIT_ROWS = 1024
+PIPE = "pipe:"
+COUNTED = 16  # units whose rows are counted; the others' are estimated by size
 
-__all__ = ["Row", "SourceError", "Unit", "count_rows", "find_units", "unit_name"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One input row: a picture's bytes and what is said about it."""
-
-    key: str
-    occurrence: int  # 0 for the first row of this key in its unit, then 1, ...
-    image: bytes | None  # None where the row has no picture
-    captions: tuple[str, ...]
-    metadata: Mapping[str, Any]
-    problem: str = ""  # why the row cannot be used, found while reading
+__all__ = ["Row", "SourceError", "SourceOptions", "Unit", "estimate_rows", "find_units"]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A piece of work that commits as a whole."""
-
-    name: str  # of its commit record
-    source: str  # the tar's or folder's path, as typed
-    state: Mapping[str, Any]  # changes when the source does
-    rows_estimate: int
-    members: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # a folder's metadata rows
-
-    def rows(self) -> Iterator[Row]:
-        """The rows in source order. Raises UserError where the source is damaged."""
-        raw = _folder_rows(self) if self.members else tar_rows(Path(self.source))
-        seen: dict[str, int] = {}
-        for key, image, captions, metadata, problem in raw:
-            seen[key] = occurrence = seen.get(key, -1) + 1
-            yield Row(key, occurrence, image, captions, metadata, problem)
-
-
-def find_units(shards: Sequence[str], folder_units: int | None) -> list[Unit]:
+def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> list[Unit]:
     """The units that `--shards` names, sorted by name.
 
-    Raises UserError where a pattern matches nothing, naming the nearest thing that exists.
+    Raises UserError where a pattern matches nothing, naming the nearest thing that exists. Without
+    `options.pipes` a `pipe:` is refused, so that what a file says runs no shell.
     """
+    options = options or SourceOptions()
     units: dict[str, Unit] = {}
-    for pattern in shards:
-        for path in _match(pattern):
-            found = _folder(path, folder_units) if path.is_dir() else [_tar(path)]
-            units.update({unit.name: unit for unit in found})
+    urls: list[str] = []
+    for shard in shards:
+        if shard.startswith(PIPE):
+            found = _pipes(shard, options)
+        else:
+            names = expand_braces(shard)
+            urls += [name for name in names if _is_url(name)]
+            found = [u for name in names if not _is_url(name) for u in _find(name, options)]
+        units.update({unit.name: unit for unit in found})
+    for one in find_remote(urls):
+        unit = _remote(one, options)
+        units[unit.name] = unit
+    _check_columns(list(units.values()))
     return [units[name] for name in sorted(units)]
 
 
-def _match(pattern: str) -> list[Path]:
-    paths: list[Path] = []
-    for one in expand_braces(pattern):
-        found = sorted(glob.glob(one)) if glob.has_magic(one) else [one]
-        if not found or not os.path.exists(found[0]):
-            parent = Path(one).parent
-            hint = f"{parent} has no such file" if parent.is_dir() else f"{parent} does not exist"
-            raise UserError(f"--shards: nothing matches {one!r} ({hint})")
-        paths += [Path(os.path.normpath(path)) for path in found]
-    return paths
+def estimate_rows(units: Sequence[Unit]) -> dict[str, int]:
+    """Rows of each unit by name: counted in the first few of unknown size, else scaled by bytes."""
+    rows = {unit.name: unit.rows_known for unit in units if unit.rows_known is not None}
+    unknown = [unit for unit in units if unit.rows_known is None]
+    counted = size = 0
+    for unit in [unit for unit in unknown if unit.size][:COUNTED]:
+        found, measured = unit.reader.sample()
+        counted, size = counted + found, size + measured
+        if measured:
+            rows[unit.name] = round(found / measured * (unit.size or measured))
+    for unit in unknown:
+        typical = counted / size * unit.size if size and unit.size else UNIT_ROWS
+        rows.setdefault(unit.name, round(typical))
+    return rows
 
 
-def unit_name(basename: str, source: str) -> str:
-    """A file name that is readable and unique: basename and 8 hex digits of the full source."""
-    return f"{basename}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+def _is_url(name: str) -> bool:
+    return "://" in name and HUB.fullmatch(name) is None and not name.startswith("file://")
 
 
-def _tar(path: Path) -> Unit:
+def _pipes(shard: str, options: SourceOptions) -> list[Unit]:
+    if not options.pipes:
+        raise UserError(f"{shard!r} would run a shell; type it on the command line, in --shards")
+    units = []
+    for name in expand_braces(shard, escapes=False):  # backslashes are the shell's
+        stream = Command(name.removeprefix(PIPE))
+        units.append(_tar(stream, "pipe", None, {"command": stream.source}, options))
+    return units
+
+
+def _find(name: str, options: SourceOptions) -> list[Unit]:
+    """Units of a hub dataset, a path or a glob of paths."""
+    if HUB.fullmatch(name):
+        return dataset_units(name, options)
+    name = name.removeprefix("file://")
+    found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+    if not found or not os.path.exists(found[0]):
+        parent = Path(name).parent
+        hint = f"{parent} has no such file" if parent.is_dir() else f"{parent} does not exist"
+        raise UserError(f"--shards: nothing matches {printable(name)!r} ({printable(hint)})")
+    paths = (Path(os.path.normpath(path)) for path in found)
+    return [unit for path in paths for unit in _local(path, options)]
+
+
+def _local(path: Path, options: SourceOptions) -> list[Unit]:
+    if path.is_dir():
+        if is_saved_dataset(path):
+            return dataset_units(str(path), options)
+        return folder_units(path, options)
+    file = LocalFile(str(path))
     if not path.is_file() or path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; download it again or leave it out of --shards")
+        raise UserError(f"{file.source} is empty; download it again or leave it out of --shards")
+    if path.suffix == ".arrow":
+        return dataset_units(str(path), options)
     stat = path.stat()
+    state = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if path.suffix == ".parquet":
+        return [_parquet(file, path.name, stat.st_size, state, options)]
+    return [_tar(file, path.name, stat.st_size, state, options)]
+
+
+def _remote(found: Found, options: SourceOptions) -> Unit:
+    file = RemoteFile(found.url)
+    path = urlsplit(found.url).path
+    if path.endswith(".parquet"):
+        if found.size is None:
+            raise UserError(f"{file.source}: the server does not say its size; download it first")
+        return _parquet(file, path, found.size, found.state, options)
+    return _tar(file, path, found.size, found.state, options)
+
+
+def _tar(
+    stream: LocalFile | RemoteFile | Command,
+    path: str,
+    size: int | None,
+    state: Any,
+    options: SourceOptions,
+) -> Unit:
+    name = unit_name(stem(path), _identity(stream))
+    reader = TarReader(stream, size, options.max_image_bytes)
+    return Unit(name, stream.source, state, reader, size=size)
+
+
+def _parquet(
+    file: LocalFile | RemoteFile, path: str, size: int, state: Any, options: SourceOptions
+) -> Unit:
+    flags = {
+        name: value
+        for name in ("image_column", "caption_column", "key_column")
+        if (value := getattr(options, name)) is not None
+    }
+    name = unit_name(stem(path), _identity(file))
     return Unit(
-        name=unit_name(path.name.removesuffix(".tar"), str(path)),
-        source=str(path),
-        state={"size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
-        rows_estimate=0,
+        name, file.source, {**state, **flags}, ParquetReader(file, size, options), size=size
     )
 
 
-def _folder(path: Path, folder_units: int | None) -> list[Unit]:
-    rows = _folder_metadata(path)
-    if not rows:
-        raise UserError(f"{path}: its metadata lists no pictures")
-    wanted = folder_units or _power_of_two(len(rows) / FOLDER_UNIT_ROWS)
-    if wanted < 1 or wanted & (wanted - 1):
-        raise UserError(f"--folder-units {wanted} is not a power of two")
-    parts: list[list[dict[str, Any]]] = [[] for _ in range(wanted)]
-    for row in rows:
-        digest = hashlib.sha256(row["file_name"].encode("utf-8", "surrogatepass")).digest()
-        parts[int.from_bytes(digest[:4], "big") % wanted].append(row)
-    return [
-        Unit(
-            name=unit_name(f"{path.name}-{number}of{wanted}", str(path)),
-            source=str(path),
-            state=_folder_state(path, part),
-            rows_estimate=len(part),
-            members=tuple(part),
-        )
-        for number, part in enumerate(parts)
-        if part
-    ]
+def _identity(stream: LocalFile | RemoteFile | Command) -> str:
+    """What the unit's name is a hash of."""
+    return stream.path if isinstance(stream, LocalFile) else stream.source
 
 
-def _folder_metadata(path: Path) -> list[dict[str, Any]]:
-    """`file_name` and captions per picture: metadata.jsonl, metadata.csv, or NAME.txt beside it."""
-    if (path / "metadata.jsonl").is_file():
-        rows = []
-        for number, line in enumerate(_utf8(path / "metadata.jsonl").split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise UserError(f"{path}/metadata.jsonl line {number}: {error}") from None
-    elif (path / "metadata.csv").is_file():
-        rows = list(csv.DictReader(io.StringIO(_utf8(path / "metadata.csv"))))
-    else:
-        rows = [
-            {"file_name": str(text.with_suffix(image.suffix).relative_to(path)),
-             "text": text.read_text("utf-8", "replace").strip()}
-            for image in sorted(path.rglob("*"))
-            if image.suffix[1:].lower() in IMAGE_EXTENSIONS
-            and (text := image.with_suffix(".txt")).is_file()
-        ]  # fmt: skip
-        if not rows:
-            raise UserError(
-                f"{path} has neither metadata.jsonl nor metadata.csv nor captions in NAME.txt; "
-                'a line of metadata.jsonl is {"file_name": "a.jpg", "text": "a caption"}'
-            )
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise UserError(f"{path}: row {number} of the metadata has no file_name")
-        if None in row:  # more cells than headings: a comma outside quotes
-            raise UserError(f"{path}/metadata.csv: row {number} has more cells than the heading")
-    return sorted(rows, key=lambda row: row["file_name"])
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-
-
-def _folder_state(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A hash over the rows and each picture's size and modification time."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode())
-        try:
-            stat = (path / row["file_name"]).stat()
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-        except (OSError, ValueError):
-            digest.update(b"missing")
-    return {"sha256": digest.hexdigest()}
-
-
-def _folder_rows(unit: Unit) -> Iterator[RawRow]:
-    folder = Path(unit.source).resolve()
-    for row in unit.members:
-        captions = captions_of(row)
-        try:
-            path = (folder / row["file_name"]).resolve()
-            if not path.is_relative_to(folder):
-                yield row["file_name"], None, captions, row, "outside the folder"
-                continue
-            image = path.read_bytes()
-        except (OSError, ValueError, RuntimeError):  # the last is a loop of links
-            yield row["file_name"], None, captions, row, "file missing"
-            continue
-        yield checked_row(row["file_name"], image, captions, row)
-
-
-def _power_of_two(at_least: float) -> int:
-    power = 1
-    while power < at_least:
-        power *= 2
-    return power
+def _check_columns(units: Sequence[Unit]) -> None:
+    """A wrong --image-column is told at once, by the first table."""
+    reader = next((unit.reader for unit in units if isinstance(unit.reader, ParquetReader)), None)
+    if reader is not None:
+        with contextlib.suppress(SourceError):  # damage costs its unit only
+            reader.columns()

@@ -1,79 +1,179 @@
-"""Rows of a WebDataset tar, read strictly: a cut is an error, never the end."""
+"""Rows of a WebDataset tar, read strictly and in order: a cut is an error, never the end."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from prep.rows import IMAGE_EXTENSIONS, RawRow, SourceError, captions_of, checked_row
+import zstandard
+
+from prep.rows import (
+    IMAGE_EXTENSIONS,
+    TOO_LARGE,
+    Row,
+    SourceError,
+    as_captions,
+    captions_of,
+    make_row,
+)
+from prep.streams import LocalFile, Stream, decompressed
+
+CAPTION, METADATA = "txt", "json"
+READ_EXTENSIONS = (*IMAGE_EXTENSIONS, CAPTION, METADATA)
+HEADER_BYTES = 1 << 20  # of a long name or of PAX keywords; more is damage or an attack
+SAMPLE_BYTES = 4 << 20  # read of a tar to estimate its rows
+BUFFER_BYTES = 1 << 16
+EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 
 
-def count_rows(path: Path) -> int:
-    """Pictures in a tar, from its headers, as far as it can be read."""
-    found = 0
-    with contextlib.suppress(SourceError):
-        for name, _ in _tar_members(path, contents=False):
-            found += _extension(name) in IMAGE_EXTENSIONS
-    return found
+class StrictInfo(tarfile.TarInfo):
+    """Takes only a block of zeros for the end; tarfile also takes a cut or garbage for it."""
 
-
-def _tar_members(path: Path, contents: bool = True) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each regular file. Raises UserError where the tar is cut or not a tar."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            end = 0
-            for info in tar:
-                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if end > path.stat().st_size:
-                    raise tarfile.ReadError(f"{info.name} is cut short")
-                if info.isfile():
-                    file = tar.extractfile(info) if contents else None
-                    yield info.name, file.read() if file else b""
-    except (tarfile.TarError, EOFError) as error:
-        raise SourceError(f"{path} is not a whole tar ({error}); download it again") from None
-    # tarfile takes a cut inside a header for the end of the archive; the end mark tells.
-    with path.open("rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise SourceError(f"{path} is cut short after its last whole file; download it again")
-
-
-def tar_rows(path: Path) -> Iterator[RawRow]:
-    """Consecutive files that share the name before the first dot make a row, as in webdataset."""
-    key, files = "", dict[str, bytes]()
-    empty = True
-    for name, content in _tar_members(path):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        full = f"{folder}/{stem}" if folder else stem
-        if files and (full != key or extension.lower() in files):
-            yield _row_from_files(key, files)
-            files = {}
-        key, empty = full, False
-        files[extension.lower()] = content
-    if files:
-        yield _row_from_files(key, files)
-    if empty:
-        raise SourceError(f"{path} holds no files; download it again or leave it out of --shards")
-
-
-def _row_from_files(key: str, files: Mapping[str, bytes]) -> RawRow:
-    image = next((files[ext] for ext in IMAGE_EXTENSIONS if ext in files), None)
-    metadata: Mapping[str, Any] = {}
-    if "json" in files:
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> StrictInfo:
+        """The next header. Raises ReadError unless it is one, or the end mark."""
         try:
-            loaded = json.loads(files["json"])
+            info = super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"cut short or damaged at byte {tar.offset}: {error}") from None
+        if info.size < 0:
+            raise tarfile.ReadError(f"{info.name!a} has a negative size")
+        return info
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> StrictInfo:
+        """One header's fields."""
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0 or (info.type in EXTENDED and info.size > HEADER_BYTES):
+            raise tarfile.ReadError(f"a header claims {info.size} bytes")
+        return info
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file of a tar; `problem` says why its content was not read."""
+
+    name: str
+    content: bytes
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class TarReader:
+    """Reads a tar from wherever it lies."""
+
+    stream: Stream
+    size: int | None
+    max_image_bytes: int
+
+    def rows(self) -> Iterator[Row]:
+        """Consecutive files that share the name before the first dot, as in webdataset."""
+        key, files = "", dict[str, Member]()
+        empty = True
+        for member in self._members():
+            stem, extension = split_name(member.name)
+            if not extension:
+                continue
+            if files and (stem != key or extension in files):
+                yield _row(key, files)
+                files = {}
+            key, empty = stem, False
+            files[extension] = member
+        if files:
+            yield _row(key, files)
+        if empty:
+            raise SourceError(
+                f"{self.stream.source} holds no files of samples; download it again or leave it "
+                "out of --shards"
+            )
+
+    def sample(self) -> tuple[int, int]:
+        """Pictures by the headers: of a whole plain file, of the first bytes of anything else."""
+        found = 0
+        with contextlib.suppress(SourceError), self._open(seek=True) as tar:
+            while (info := tar.next()) is not None:
+                tar.members = []
+                found += info.isfile() and split_name(info.name)[1] in IMAGE_EXTENSIONS
+                if tar.offset > SAMPLE_BYTES and not self._seekable:
+                    return found, tar.offset
+        return found, self.size or 0
+
+    @property
+    def _seekable(self) -> bool:
+        return isinstance(self.stream, LocalFile) and self.stream.path.endswith(".tar")
+
+    def _members(self) -> Iterator[Member]:
+        """Every regular file. Raises SourceError where the tar is cut or is none."""
+        with self._open() as tar:
+            while (info := tar.next()) is not None:
+                tar.members = []  # tarfile would remember them all
+                if info.isfile():
+                    yield self._read(tar, info)
+            # The rest is read too: a command's exit status comes at its end.
+            assert tar.fileobj is not None
+            while rest := tar.fileobj.read(BUFFER_BYTES):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("it goes on after its end mark: several tars in one?")
+
+    def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
+        if split_name(info.name)[1] not in READ_EXTENSIONS:
+            return Member(info.name, b"")
+        if info.issparse():
+            return Member(info.name, b"", "sparse file")
+        if info.size > self.max_image_bytes:
+            return Member(info.name, b"", TOO_LARGE)
+        file = tar.extractfile(info)
+        assert file is not None
+        return Member(info.name, file.read())
+
+    @contextlib.contextmanager
+    def _open(self, seek: bool = False) -> Iterator[tarfile.TarFile]:
+        try:
+            with self.stream.open() as raw, decompressed(raw) as file:
+                mode = "r:" if seek and self._seekable and file is raw else "r|"
+                with tarfile.open(  # type: ignore[call-overload]
+                    fileobj=file, mode=mode, tarinfo=StrictInfo, bufsize=BUFFER_BYTES
+                ) as tar:
+                    yield tar
+        except (tarfile.TarError, EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
+            words = " ".join(str(error).split()) or type(error).__name__
+            raise SourceError(
+                f"{self.stream.source} is not a whole tar ({words}); download it again"
+            ) from None
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension: the extension begins at the first dot of the last part of the name.
+
+    As in webdataset a file without either is no part of a sample: its extension is empty here.
+    """
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    if not stem:
+        return "", ""
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def _row(key: str, files: Mapping[str, Member]) -> Row:
+    problem = next((member.problem for member in files.values() if member.problem), "")
+    image = next((files[ext].content for ext in IMAGE_EXTENSIONS if ext in files), None)
+    metadata: Mapping[str, Any] = {}
+    if METADATA in files:
+        try:
+            loaded = json.loads(files[METADATA].content)
             metadata = loaded if isinstance(loaded, dict) else {}
         except (ValueError, RecursionError):
             metadata = {}  # the picture and its txt may still be good
-    text = files.get("txt", b"").decode("utf-8", "replace").strip()
-    captions = (text,) if text else captions_of(metadata)
-    return checked_row(key, image, captions, metadata)
-
-
-def _extension(name: str) -> str:
-    return name.rpartition("/")[2].partition(".")[2].lower()
+    text = files[CAPTION].content.decode("utf-8-sig", "replace") if CAPTION in files else ""
+    captions = as_captions(text) or captions_of(metadata)
+    return make_row(key, None if problem else image, captions, metadata, problem)

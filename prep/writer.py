@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from prep.filters import is_filter
 from prep.pipeline import Sample, Settings, captions_kept
 from prep.sources import Row, Unit
 from shared.cache import CachePaths, ChannelSums, Shard, UnitRecord, commit_unit
@@ -143,9 +144,11 @@ class UnitWriter:
             spool.close()
 
     def _check_rejections(self, max_reject_fraction: float) -> None:
-        count, read = sum(self.rejected.values()), len(self.accounts)
+        unusable = Counter({r: n for r, n in self.rejected.items() if not is_filter(r)})
+        filtered = self.rejected.total() - unusable.total()
+        count, read = unusable.total(), len(self.accounts) - filtered
         if count and (count == read or count > max_reject_fraction * read):
-            reason, times = self.rejected.most_common(1)[0]
+            reason, times = unusable.most_common(1)[0]
             example = next(row for row in self.accounts if row["reason"] == reason)
             raise TooManyRejected(
                 f"{self.unit.source}: {count} of {read} rows rejected, {times} of them for "

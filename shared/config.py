@@ -60,6 +60,12 @@ def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: no such setting: {', '.join(unknown)}")
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and text.startswith("pipe:"):
+                raise UserError(
+                    f"--config {path}: {name} = {text!r} would run a shell; type it on the "
+                    "command line"
+                )
         if not _fits(value, hints[name]):
             wanted = str(getattr(hints[name], "__name__", hints[name])).replace("typing.", "")
             raise UserError(f"--config {path}: {name} = {value!r} is not of type {wanted}")

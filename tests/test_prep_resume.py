@@ -22,7 +22,7 @@ from support_prep import (
 )
 
 import prep.engine
-import prep.sources
+import prep.folders
 from shared.errors import UserError
 from shared.storage import temporary
 
@@ -133,7 +133,7 @@ def owner(cache, key):
 
 def test_a_folder_may_grow_past_the_size_that_decided_its_units(tmp_path):
     folder = write_folder(tmp_path / "folder", range(4))
-    with mock.patch.object(prep.sources, "FOLDER_UNIT_ROWS", 4):
+    with mock.patch.object(prep.folders, "UNIT_ROWS", 4):
         cache = encode(folder, tmp_path / "cache")
         write_folder(folder, range(5))
         encode(folder, cache)
