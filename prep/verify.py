@@ -83,8 +83,8 @@ def repair(cache: CachePaths, damaged: list[Path]) -> str:
             path.unlink(missing_ok=True)
     units = sum(path.parent == cache.units for path in damaged)
     return (
-        f"{counted(units, 'unit record')} removed; run the same `prep encode` to make these units again, "
-        "or `prep finish` to go on without them"
+        f"{counted(units, 'unit record')} removed; run the same `prep encode` to make these "
+        "units again, or `prep finish` to go on without them"
     )
 
 
