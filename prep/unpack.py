@@ -12,7 +12,7 @@ import zstandard
 from prep.archive import SUFFIX, read_sums, refuse_strangers
 from prep.config import UnpackConfig
 from prep.pack import copy_small, decompressed
-from prep.words import size_of
+from prep.words import counted, size_of
 from shared.cache import CachePaths, Manifest, Shard, UnitRecord, claim_identity, open_manifest
 from shared.errors import UserError
 from shared.progress import Progress
@@ -44,9 +44,10 @@ def unpack(config: UnpackConfig) -> None:
     for name in small_files(sums):
         copy_small(archive / name, cache.root / name, cache.tmp)
     kept = len(manifest.shards) - len(wanted)
+    were = f" ({counted(kept, 'shard')} {'was' if kept == 1 else 'were'} there already)"
     print(
-        f"{cache.root}: {manifest.totals['written']} samples in {len(manifest.shards)} shards, "
-        f"every sha256 right{f' ({kept} shards were there already)' if kept else ''}"
+        f"{cache.root}: {manifest.totals['written']:,} samples in "
+        f"{counted(len(manifest.shards), 'shard')}, every sha256 right{were if kept else ''}"
     )
 
 

@@ -101,6 +101,7 @@ def job(shards: tuple[str, ...], cache: Path) -> None:
             vae_batch_size=2,
             text_batch_size=2,
             decode_workers=1,
+            report=False,
         )
     )
 

@@ -104,7 +104,7 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
 def encode(shards: Any, cache: Path, **flags: Any) -> Path:
     """`prep encode` in this process, on one thread, without its words; returns the cache."""
     shards = (shards,) if isinstance(shards, str | Path) else shards
-    settings = {"model": "tiny-sd", "threads": 1, "latents": "mean", **flags}
+    settings = {"model": "tiny-sd", "threads": 1, "latents": "mean", "report": False, **flags}
     threads = torch.get_num_threads()
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -158,12 +158,16 @@ def refusal(*words: Any) -> str:
 # --- reading ------------------------------------------------------------------------------------
 
 
+# Written for people, with times in them: no part of the bytes that a cache promises.
+DERIVED = ("report.html", "throughput.json")
+
+
 def tree(folder: Path, *without: str) -> dict[str, str]:
-    """Every file below `folder` with the hash of its content."""
+    """Every file below `folder` with the hash of its content, but for what is derived."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in without
+        if path.is_file() and path.name not in (*DERIVED, *without)
     }
 
 
