@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -35,6 +35,7 @@ class RemoteFile:
     """A file by its URL."""
 
     url: str
+    remedy: ClassVar[str] = "upload it again"
 
     @property
     def source(self) -> str:

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, ClassVar, Protocol, cast
 
 import zstandard
 
@@ -22,6 +22,8 @@ ZSTD, GZIP = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"
 
 class Stream(Protocol):
     """Something whose bytes can be read in order, as often as one likes."""
+
+    remedy: ClassVar[str]  # where the bytes are not what they should be
 
     @property
     def source(self) -> str:
@@ -36,6 +38,7 @@ class LocalFile:
     """A file by its path."""
 
     path: str
+    remedy: ClassVar[str] = "download it again"
 
     @property
     def source(self) -> str:
@@ -54,6 +57,7 @@ class Command:
     """A shell command that writes a tar to its standard output."""
 
     command: str
+    remedy: ClassVar[str] = "try the command by hand"
 
     @property
     def source(self) -> str:
@@ -94,7 +98,9 @@ class _Output(io.RawIOBase):
         count = cast(io.BufferedReader, self.process.stdout).readinto1(buffer)  # type: ignore[arg-type]
         if count == 0 and (status := self.process.wait()) != 0:
             how = f"exit status {status}" if status > 0 else f"signal {-status}"
-            raise SourceError(f"{self.command.source}: the command failed ({how}); try it by hand")
+            raise SourceError(
+                f"{self.command.source}: the command failed ({how}); {self.command.remedy}"
+            )
         return count
 
 

@@ -93,8 +93,8 @@ class TarReader:
             yield _row(key, files)
         if empty:
             raise SourceError(
-                f"{self.stream.source} holds no files of samples; download it again or leave it "
-                "out of --shards"
+                f"{self.stream.source} holds no files of samples; {self.stream.remedy} or leave "
+                "it out of --shards"
             )
 
     def sample(self) -> tuple[int, int]:
@@ -148,7 +148,7 @@ class TarReader:
         except (tarfile.TarError, EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
             words = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(
-                f"{self.stream.source} is not a whole tar ({words}); download it again"
+                f"{self.stream.source} is not a whole tar ({words}); {self.stream.remedy}"
             ) from None
 
 
