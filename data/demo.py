@@ -36,7 +36,7 @@ class Plan:
 DEMO = Plan(
     Path("demo"),
     (
-        ("full", "--max-train-steps 350"),
+        ("full", "--max-train-steps 300"),
         ("lora", "--max-train-steps 150 --w-min 0.5 --w-max 1.0"),
     ),
 )

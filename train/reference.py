@@ -25,7 +25,7 @@ REFERENCE = ("ddim", 50)
 SOLVER_ROWS = tuple((solver, steps) for solver in ("ddim", "dpmsolver++") for steps in STEPS)
 TEACHER_ROWS = (REFERENCE, *SOLVER_ROWS)
 SPACINGS = ("trailing", "leading", "linspace")
-TRIED = 200  # captions that a spacing is chosen on; the differences are large
+TRIED = 100  # captions that a spacing is chosen on; the differences are large
 
 
 def unet_calls(rows: Sequence[tuple[str, int]], count: int) -> int:
