@@ -43,7 +43,7 @@ DEMO = Plan(
 REPRODUCE = Plan(
     Path("demo-long"),
     (
-        ("full", "--max-train-steps 1200 --ema-decay 0.99"),
+        ("full", "--max-train-steps 2000 --ema-decay 0.99"),
         ("lora", "--max-train-steps 1000 --w-min 0.5 --w-max 1.0"),
     ),
 )
