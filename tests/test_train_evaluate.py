@@ -149,6 +149,7 @@ def test_each_solver_has_its_best_spacing(run, held, tmp_path, few_rows, monkeyp
                 images = decode_all(artist, drawn)
                 distances[spacing] = frechet_distance(real, Gaussian.of(features(images)))
             assert row["fd"] == pytest.approx(min(distances.values()), rel=1e-3), what
+            assert row["timestep_spacing"] == min(distances, key=distances.get)
             assert len(set(distances.values())) > 1
 
 

@@ -60,11 +60,12 @@ class Judge:
 
 
 def draw_all(
-    artist: Artist, row: tuple[str, int], heldout: HeldOut, config: EvaluateConfig, bar: Progress
-) -> Tensor:
-    """Latents for every held-out caption; sample i starts from the noise of seed + i."""
-    parts = []
-    for start in range(0, len(heldout), config.batch_size):
+    artist: Artist, row: tuple[str, int], heldout: HeldOut, config: EvaluateConfig, bar: Progress,
+    first: int = 0,
+) -> Tensor:  # fmt: skip
+    """Latents for held-out captions from `first` on; sample i starts from the noise of seed + i."""
+    parts = [torch.empty(0, *artist.shape)]
+    for start in range(first, len(heldout), config.batch_size):
         texts = heldout.texts[slice(start, start + config.batch_size)]
         seeds = range(config.seed + start, config.seed + start + len(texts))
         parts.append(artist.draw(*row, texts, seeds))
