@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from prep.config import DecodeConfig, VerifyConfig
-from prep.images import prepare
+from prep.images import Framing, prepare
 from prep.sources import find_units
 from shared.cache import CachePaths, Shard, UnitRecord, open_manifest, read_units
 from shared.device import pick_device
@@ -94,7 +94,7 @@ def read_samples(path: Path, layout: Layout, count: int) -> Iterator[bytes]:
 
 
 def decode(config: DecodeConfig) -> None:
-    """Original and decoded latents side by side, with the PSNR between them."""
+    """The first view of originals and decoded latents side by side, with the PSNR between them."""
     manifest = open_manifest(config.cache)
     identity = manifest.identity
     model = resolve_model(config.model or identity["model"])
@@ -107,13 +107,15 @@ def decode(config: DecodeConfig) -> None:
         raise UserError("--count must be at least 1")
     rng = np.random.default_rng(config.seed)
     total = manifest.totals["written"]
+    framing = Framing.from_json(identity["preprocessing"])
+    zoom = max(1, 192 // framing.resolution)
     tiles = []
     for number in sorted(rng.choice(total, min(config.count, total), replace=False)):
         record, latents = load_sample(config.cache, manifest.shards, int(number))
-        raw = torch.from_numpy(latents[:, : identity["vae"]["channels"]].astype(np.float32))
+        raw = torch.from_numpy(latents[:1, : identity["vae"]["channels"]].astype(np.float32))
         decoded = decode_latents(vae, raw)[0]
-        original = find_original(record, identity["preprocessing"])
-        tiles.append(tile(original, decoded, record["captions"][0]))
+        original = find_original(record, framing)
+        tiles.append(tile(original, decoded, record["captions"][0], zoom))
     sheet = grid(tiles, columns=max(1, round(len(tiles) ** 0.5 / 1.4)))
     config.output.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(config.output)
@@ -135,18 +137,15 @@ def load_sample(
     return record, arrays["latents"]
 
 
-def find_original(
-    record: dict[str, Any], preprocessing: dict[str, Any]
-) -> NDArray[np.uint8] | None:
-    """The prepared source picture, or None where the source is gone or has changed."""
+def find_original(record: dict[str, Any], framing: Framing) -> NDArray[np.uint8] | None:
+    """The source picture's first view, or None where the source is gone or has changed."""
     with contextlib.suppress(UserError):  # a source that cannot be read any more
         for unit in find_units([record.get("source", "")], None):
             for row in unit.rows():
                 data = row.image or b""
                 same = hashlib.sha256(data).hexdigest() == record.get("sha256")
                 if same and row.key == record.get("source_key"):
-                    size, center = preprocessing["resolution"], preprocessing["center_crop"]
-                    return prepare(data, size, center).pixels
+                    return prepare(data, framing)[0].pixels
     return None
 
 
@@ -157,10 +156,9 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 
 def tile(
-    original: NDArray[np.uint8] | None, decoded: NDArray[np.uint8], caption: str
+    original: NDArray[np.uint8] | None, decoded: NDArray[np.uint8], caption: str, zoom: int
 ) -> NDArray[np.uint8]:
-    """The pair with a line of text below it."""
-    zoom = max(1, 192 // decoded.shape[0])
+    """The pair, enlarged `zoom` times, with a line of text below it."""
     decoded_big = decoded.repeat(zoom, 0).repeat(zoom, 1)
     left = np.full_like(decoded_big, 128)
     label = "source gone"
@@ -175,11 +173,11 @@ def tile(
 
 
 def grid(tiles: list[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
-    """Tiles of one size in rows, white between them."""
-    height, width, _ = tiles[0].shape
+    """Tiles in rows, white between them and beside the smaller ones."""
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
     rows = -(-len(tiles) // columns)
     sheet = np.full((rows * (height + GAP), columns * (width + GAP), 3), 255, np.uint8)
     for index, picture in enumerate(tiles):
         top, left = index // columns * (height + GAP), index % columns * (width + GAP)
-        sheet[top : top + height, left : left + width] = picture
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return sheet

@@ -28,8 +28,8 @@ def encode(config: config.EncodeConfig) -> None:
     cache = CachePaths(config.cache)
     stale = stale_units(cache, units, config.prune)
     shapes = identity.choose_shapes(config, cache)
-    encoders = identity.load_encoders(model, shapes)
     settings = identity.choose_settings(config, model, keep_logvar(config, cache))
+    encoders = identity.load_encoders(model, shapes, config.clip_skip)
     todo = engine.pending(cache, units)
     captions: list[str] = []
     seconds = 0.0
@@ -64,10 +64,14 @@ def encode(config: config.EncodeConfig) -> None:
 
 def check_flags(config: config.EncodeConfig) -> None:
     """Raise UserError for numbers that cannot work."""
-    for name in ("vae_batch_size", "text_batch_size", "threads", "decode_workers", "max_captions"):
+    for name in ("vae_batch_size", "text_batch_size", "threads", "decode_workers", "max_captions",
+                 "views"):  # fmt: skip
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    for name in ("seed", "min_size", "clip_skip"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is negative")
 
 
 def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:
@@ -119,7 +123,10 @@ def embed(config: config.EmbedConfig) -> None:
     cache = CachePaths(config.cache)
     stored = open_manifest(config.cache).identity
     model = resolve_model(config.model or stored["model"])
-    encoder = TextEncoder(model, pick_device(config.device), stored["shapes"]["text_batch_size"])
+    encoder = TextEncoder(
+        model, pick_device(config.device), stored["shapes"]["text_batch_size"],
+        stored["text"].get("clip_skip", 0),
+    )  # fmt: skip
     if encoder.identity()["fingerprints"] != stored["text"]["fingerprints"]:
         raise UserError(
             f"{config.cache} was made with other text encoders than {model.source}'s; "
