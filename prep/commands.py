@@ -36,8 +36,8 @@ def encode(config: config.EncodeConfig) -> None:
     stale = share(stale_units(cache, units, config.prune), config.part)
     shapes = identity.choose_shapes(config, cache)
     vae = identity.choose_vae(config, cache, model, shapes.device)
-    encoders = identity.load_encoders(model, shapes, vae)
     settings = identity.choose_settings(config, model, keep_logvar(config, cache))
+    encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip)
     todo = plan.pending(cache, share(units, config.part))
     captions: list[str] = []
     seconds = None
@@ -113,11 +113,14 @@ def check_flags(config: config.EncodeConfig) -> None:
     Filters(config.where, config.max_pwatermark)
     for name in (
         "vae_batch_size", "text_batch_size", "threads", "decode_workers", "max_captions",
-        "cpus_per_worker", "max_image_bytes",
+        "cpus_per_worker", "max_image_bytes", "views",
     ):  # fmt: skip
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    for name in ("seed", "min_size", "clip_skip"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is negative")
 
 
 def source_options(config: config.EncodeConfig) -> SourceOptions:
@@ -177,7 +180,10 @@ def embed(config: config.EmbedConfig) -> None:
     cache = CachePaths(config.cache)
     stored = open_manifest(config.cache).identity
     model = resolve_model(config.model or stored["model"])
-    encoder = TextEncoder(model, pick_device(config.device), stored["shapes"]["text_batch_size"])
+    encoder = TextEncoder(
+        model, pick_device(config.device), stored["shapes"]["text_batch_size"],
+        stored["text"].get("clip_skip", 0),
+    )  # fmt: skip
     if encoder.identity()["fingerprints"] != stored["text"]["fingerprints"]:
         raise UserError(
             f"{config.cache} was made with other text encoders than {model.source}'s; "

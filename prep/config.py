@@ -26,10 +26,32 @@ class EncodeConfig:
     vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """What the VAE computes in; a property of the cache once it is begun. auto: float16 on a GPU
     (its activations scaled so that they fit, see docs/fp16-vae.md), float32 on a CPU."""
+    random_crop: bool = False
+    """Crop a place drawn from the picture's content instead."""
+    random_flip: bool = False
+    """Mirror half of the views, drawn likewise."""
+    views: int = 1
+    """Crops and flips kept per picture, of which training draws one each time."""
+    seed: int = 0
+    """Of the random crops and flips; another one gives others."""
+    buckets: bool = False
+    """Keep aspect ratios: crop to the nearest of many sizes, all of about resolution² pixels."""
+    bucket_reso_steps: int | None = None
+    """Sides of buckets are multiples of it; 64, less for a resolution below 512."""
+    min_bucket_reso: int | None = None
+    """Shortest side of a bucket; half the resolution unless given."""
+    max_bucket_reso: int | None = None
+    """Longest side of a bucket; twice the resolution unless given."""
+    bucket_no_upscale: bool = False
+    """Never enlarge: a picture smaller than its bucket is cropped to multiples of the steps."""
+    min_size: int = 0
+    """Reject a picture whose shorter side has fewer pixels."""
     latents: str = "auto"
     """mean, posterior (mean and logvar, twice the bytes), or auto: posterior where it matters."""
     max_captions: int = 1
     """Captions kept per picture, where its json lists several."""
+    clip_skip: int = 0
+    """Layers of the text encoders left out at the end, as in diffusers: 1 where kohya says 2."""
     preview_prompts: tuple[str, ...] = ()
     """Prompts embedded for previews; the first captions of the data unless given."""
     vae_batch_size: int | None = None

@@ -23,7 +23,8 @@ class Worker:
     """One set of encoders on one GPU or on a few cores."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.encoders = job, load_encoders(job.model, job.shapes, job.vae)
+        self.job = job
+        self.encoders = load_encoders(job.model, job.shapes, job.vae, job.settings.clip_skip)
 
     def ready(self) -> None:
         """Answers when the encoders are loaded, or loaded again elsewhere."""

@@ -6,8 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from prep.buckets import choose_buckets
 from prep.config import EncodeConfig
 from prep.filters import Filters
+from prep.images import Framing
 from prep.pipeline import Encoders, Settings
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
@@ -64,7 +66,7 @@ def choose_vae(config: EncodeConfig, cache: CachePaths, model: Model, device: st
     )
 
 
-def load_encoders(model: Model, shapes: Shapes, vae: VaeChoice) -> Encoders:
+def load_encoders(model: Model, shapes: Shapes, vae: VaeChoice, clip_skip: int) -> Encoders:
     """Both encoders on the recorded device, with the recorded number of threads.
 
     Raises UserError for a VAE whose latents the model does not take.
@@ -78,18 +80,42 @@ def load_encoders(model: Model, shapes: Shapes, vae: VaeChoice) -> Encoders:
             f"--vae {vae.source}: its latents have {encoder.channels} channels, "
             f"{model.source} takes {wanted}; pass a VAE made for this model"
         )
-    return Encoders(encoder, TextEncoder(model, device, shapes.text_batch_size))
+    return Encoders(encoder, TextEncoder(model, device, shapes.text_batch_size, clip_skip))
 
 
 def choose_settings(config: EncodeConfig, model: Model, keep_logvar: bool) -> Settings:
-    """Flags and the family's defaults. Raises UserError for a resolution the VAE cannot take."""
-    resolution = config.resolution or model.family.resolution
+    """Flags and the family's defaults. Raises UserError for those that do not go together."""
+    resolution = model.family.resolution if config.resolution is None else config.resolution
+    framing = choose_framing(config, resolution)
+    filters = Filters(config.where, config.max_pwatermark)
+    return Settings(framing, keep_logvar, config.max_captions, filters, config.clip_skip)
+
+
+def choose_framing(config: EncodeConfig, resolution: int) -> Framing:
+    """What the flags make of a picture. Raises UserError for a resolution the VAE cannot take."""
     if resolution % 8 or resolution <= 0:
         raise UserError(f"--resolution {resolution} is not a multiple of 8")
-    if config.max_captions < 1:
-        raise UserError("--max-captions must be at least 1")
-    filters = Filters(config.where, config.max_pwatermark)
-    return Settings(resolution, config.center_crop, keep_logvar, config.max_captions, filters)
+    random = config.random_crop or config.random_flip
+    if config.views > 1 and not random:
+        raise UserError(
+            f"--views {config.views}: all would be equal; add --random-crop or --random-flip"
+        )
+    buckets = None
+    table = (config.bucket_reso_steps, config.min_bucket_reso, config.max_bucket_reso)
+    if config.buckets:
+        buckets = choose_buckets(resolution, *table, config.bucket_no_upscale)
+    elif config.bucket_no_upscale or any(value is not None for value in table):
+        raise UserError("the flags about bucket sizes need --buckets")
+    crop = "center" if config.center_crop else "corner"
+    return Framing(
+        resolution,
+        "random" if config.random_crop else crop,
+        config.random_flip,
+        config.views,
+        config.seed if random else 0,  # which decides nothing otherwise
+        config.min_size,
+        buckets,
+    )
 
 
 def build_identity(
@@ -107,10 +133,8 @@ def build_identity(
         "text": {**encoders.text.identity(), "force_zeros": force_zeros(model)},
         "latents": "posterior" if settings.keep_logvar else "mean",
         "preprocessing": {
-            "resolution": settings.resolution,
-            "center_crop": settings.center_crop,
+            **settings.framing.to_json(),
             "max_captions": settings.max_captions,
-            "views": 1,
             "where": settings.filters.where,
             "max_pwatermark": settings.filters.max_pwatermark,
         },
@@ -119,12 +143,12 @@ def build_identity(
 
 
 def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
-    """What samples of these settings will look like."""
+    """What samples of these settings will look like; with buckets, those that are square."""
     channels = encoders.vae.channels * (2 if settings.keep_logvar else 1)
-    side = settings.resolution // encoders.vae.downscale
+    side = settings.framing.resolution // encoders.vae.downscale
     pooled = encoders.text.pooled_width
     return cache_layout(
-        (1, channels, side, side),
+        (settings.framing.views, channels, side, side),
         (settings.max_captions, encoders.text.length, encoders.text.width),
         None if pooled is None else (settings.max_captions, pooled),
         micro_conditioning=pooled is not None,

@@ -1,33 +1,93 @@
-"""Picture bytes to a square of pixels, with the numbers SDXL wants to know about it."""
+"""A picture to the crops of it that are encoded, with the numbers SDXL wants to know about them.
+
+docs/images.md tells what is done, in order.
+"""
 
 from __future__ import annotations
 
-import io
-import struct
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
-# Named, because Pillow would hand some others (EPS) to programs of their own.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+from prep.buckets import Buckets, Size
+from prep.pixels import BadImage, opened, shown_size, upright_rgb
+
+__all__ = ["BadImage", "Framing", "Picture", "prepare"]
+
 # A longer picture is cropped before it is enlarged: a line would fill the memory.
 MAX_ASPECT = 16
-MAX_PIXELS = 200_000_000  # a larger picture is rejected before it is decoded
 
 
-class BadImage(Exception):
-    """Why a picture cannot be used, in two or three words."""
+@dataclass(frozen=True)
+class Framing:
+    """Which part of a picture is seen, at what size."""
+
+    resolution: int
+    crop: str = "center"  # or corner, random
+    random_flip: bool = False
+    views: int = 1
+    seed: int = 0
+    min_size: int = 0
+    buckets: Buckets | None = None  # None: squares
+
+    @property
+    def is_random(self) -> bool:
+        """Does a draw decide what is seen?"""
+        return self.crop == "random" or self.random_flip
+
+    def size(self, height: int, width: int) -> Size:
+        """What a picture of this size is cropped to. Raises BadImage for one that is too small."""
+        if min(height, width) < self.min_size:
+            raise BadImage("smaller than --min-size")
+        if self.buckets is None:
+            return self.resolution, self.resolution
+        size = self.buckets.choose(height, width)
+        if size is None:
+            raise BadImage("smaller than --min-bucket-reso")
+        return size
+
+    def to_json(self) -> dict[str, Any]:
+        """For the cache's identity, under the names of the flags."""
+        return {
+            "resolution": self.resolution,
+            "center_crop": self.crop == "center",
+            "random_crop": self.crop == "random",
+            "random_flip": self.random_flip,
+            "views": self.views,
+            "seed": self.seed,
+            "min_size": self.min_size,
+            "buckets": None if self.buckets is None else self.buckets.to_json(),
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Framing:
+        """The inverse of `to_json`; what an older cache does not name has its default."""
+        value = {**Framing(0).to_json(), **value}
+        crop = "center" if value["center_crop"] else "corner"
+        buckets = value["buckets"]
+        return Framing(
+            value["resolution"],
+            "random" if value["random_crop"] else crop,
+            value["random_flip"],
+            value["views"],
+            value["seed"],
+            value["min_size"],
+            None if buckets is None else Buckets.from_json(value["resolution"], buckets),
+        )
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A prepared picture: `pixels` `[H, W, 3]` uint8 and its micro-conditioning."""
+    """A view of a picture: `pixels` `[H, W, 3]` uint8 and its micro-conditioning."""
 
     pixels: NDArray[np.uint8]
-    original_size: tuple[int, int]  # (height, width) as shown, before any resize
-    crop: tuple[int, int]  # (top, left) in the resized picture
+    original_size: Size  # as shown, before any resize
+    crop: tuple[int, int]  # (top, left) in the resized picture, after the flip if it is flipped
 
     @property
     def time_ids(self) -> tuple[int, ...]:
@@ -35,51 +95,68 @@ class Picture:
         return (*self.original_size, *self.crop, *self.pixels.shape[:2])
 
 
-def prepare(data: bytes, resolution: int, center_crop: bool) -> Picture:
-    """Decode, orient, flatten to RGB, resize the short side to `resolution`, crop a square.
+def prepare(data: bytes, framing: Framing) -> tuple[Picture, ...]:
+    """Decode, orient, convert to RGB, resize to cover the wanted size, and cut out each view.
 
-    Raises BadImage.
+    A pure function of the picture's bytes and the framing. Raises BadImage.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            original = _shown_size(opened)
-            image = _upright_rgb(opened, resolution)
-    except (Image.DecompressionBombError, MemoryError):
-        raise BadImage("too many pixels") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error):
-        raise BadImage("cannot be decoded") from None
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    top, left = ((height - resolution) // 2, (width - resolution) // 2) if center_crop else (0, 0)
-    box = (left, top, left + resolution, top + resolution)
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        sides = zip(box, 2 * image.size, strict=True)
-        part = tuple(min(edge / scale, side) for edge, side in sides)
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=part)
-    else:
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        image = image.crop(box)
-    return Picture(np.asarray(image, dtype=np.uint8), original, (top, left))
+    with opened(data) as file:
+        original = shown_size(file)
+        target = framing.size(*original)
+        image = upright_rgb(file, min(_covering(original, target)))
+        stretched = max(image.size) > MAX_ASPECT * min(image.size)
+        covering = _covering((image.height, image.width), target)
+        if not stretched and (image.height, image.width) != covering:
+            image = image.resize(covering[::-1], Image.Resampling.LANCZOS)
+    digest = hashlib.sha256(data).hexdigest() if framing.is_random else ""
+    pictures = []
+    for view in range(framing.views):
+        flip, top, left = _place(framing, covering, target, digest, view)
+        # `left` counts in the flipped picture; the part that is mirrored lies on the other side.
+        start = covering[1] - target[1] - left if flip else left
+        box = (start, top, start + target[1], top + target[0])
+        part = _cut_and_enlarge(image, covering, box) if stretched else image.crop(box)
+        if flip:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pictures.append(Picture(np.asarray(part, dtype=np.uint8), original, (top, left)))
+    return tuple(pictures)
 
 
-def _shown_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width as a viewer shows the picture, which EXIF may have turned."""
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage("too many pixels")
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return (image.width, image.height) if turned else (image.height, image.width)
+def _covering(size: Size, target: Size) -> Size:
+    """The smallest size of the same shape that `target` fits into."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 
 
-def _upright_rgb(image: Image.Image, resolution: int) -> Image.Image:
-    """First frame, upright, alpha laid on white, 8-bit RGB."""
-    # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the cost; keep twice the pixels we need.
-    image.draft(None, (2 * resolution, 2 * resolution))
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16") or upright.mode == "I":
-        levels = np.asarray(upright, dtype=np.float64) / 65535
-        upright = Image.fromarray(np.uint8(np.rint(levels.clip(0, 1) * 255)))
-    if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return upright.convert("RGB")
+def _cut_and_enlarge(
+    image: Image.Image, covering: Size, box: tuple[int, int, int, int]
+) -> Image.Image:
+    """`box` of the picture as if it had been resized to `covering`."""
+    scale = max(covering[0] / image.height, covering[1] / image.width)
+    sides = zip(box, 2 * image.size, strict=True)
+    part = tuple(min(edge / scale, side) for edge, side in sides)
+    size = (box[2] - box[0], box[3] - box[1])
+    return image.resize(size, Image.Resampling.LANCZOS, box=part)
+
+
+def _place(
+    framing: Framing, covering: Size, target: Size, digest: str, view: int
+) -> tuple[bool, int, int]:
+    """Flip, top and left of a view, drawn from the picture's content alone.
+
+    Of a picture's views every other one is flipped, beginning with a drawn one.
+    """
+    room = covering[0] - target[0], covering[1] - target[1]
+    flip = framing.random_flip and bool((_draws(framing, digest, "flip")[0] + view) % 2)
+    if framing.crop == "random":
+        draws = _draws(framing, digest, f"crop {view}")
+        return flip, draws[0] % (room[0] + 1), draws[1] % (room[1] + 1)
+    if framing.crop == "center":
+        return flip, room[0] // 2, room[1] // 2
+    return flip, 0, 0
+
+
+def _draws(framing: Framing, digest: str, purpose: str) -> tuple[int, int]:
+    """Two uniform 64-bit numbers; not from NumPy, whose streams change between versions."""
+    drawn = hashlib.sha256(f"{framing.seed} {purpose} {digest}".encode()).digest()
+    return int.from_bytes(drawn[:8], "big"), int.from_bytes(drawn[8:16], "big")

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from prep.accounts import accounts
+from prep.images import Framing
 from prep.pipeline import Sample, Settings, decode_row
 from prep.sources import Row, find_units
 from prep.writer import sample_key
@@ -77,10 +78,10 @@ def settings_of(identity: Mapping[str, Any]) -> Settings:
     """The settings a cache was encoded with."""
     made = identity["preprocessing"]
     return Settings(
-        resolution=made["resolution"],
-        center_crop=made["center_crop"],
+        framing=Framing.from_json(made),
         keep_logvar=identity["latents"] == "posterior",
         max_captions=made["max_captions"],
+        clip_skip=identity["text"].get("clip_skip", 0),
     )
 
 
@@ -158,8 +159,8 @@ def pairs(
 
 
 def pixels_of(sample: Sample) -> NDArray[np.uint8] | None:
-    """The prepared picture, or None where the row was rejected."""
-    return None if sample.picture is None else sample.picture.pixels
+    """The first view of the prepared picture, or None where the row was rejected."""
+    return sample.pictures[0].pixels if sample.pictures else None
 
 
 def rows_of(

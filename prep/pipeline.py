@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prep.filters import Filters
-from prep.images import BadImage, Picture, prepare
+from prep.images import BadImage, Framing, Picture, prepare
 from prep.reuse import NOTHING, Known
 from prep.sources import Row, Unit
 from prep.text import CaptionMemo, TextEncoder
 from prep.vae import VaeEncoder
+
+T = TypeVar("T")
+
+WAITING_BATCHES = 8  # so many pictures wait, over all sizes, for others of their size
 
 
 @dataclass(frozen=True)
 class Settings:
     """What of the flags decides a sample's bytes."""
 
-    resolution: int
-    center_crop: bool
+    framing: Framing
     keep_logvar: bool
     max_captions: int
     filters: Filters = field(default_factory=Filters)
+    clip_skip: int = 0
 
 
 @dataclass
@@ -38,7 +43,7 @@ class Sample:
 
     row: Row
     image_sha256: str
-    picture: Picture | None = None
+    pictures: tuple[Picture, ...] = ()  # one per view, all of one size
     reason: str = ""
     truncated_captions: int = 0
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -71,22 +76,58 @@ class Work:
 def samples(
     unit: Unit, encoders: Encoders, settings: Settings, workers: int, known: Known, work: Work
 ) -> Iterator[Sample]:
-    """Every row of `unit` as a finished or rejected sample, in source order within a chunk.
+    """Every row of `unit` as a finished or rejected sample, those of one size in source order.
 
     Pictures and captions that `known` has are copied. Chunks and the sharing of captions never
     leave a unit, so that its bytes depend on nothing else.
     """
-    chunk_size = max(encoders.vae.batch_size, encoders.text.batch_size)
-    memo = CaptionMemo(encoders.text, known)
+    largest = max(encoders.vae.batch_size, encoders.text.batch_size)
+    chunk_size = max(1, largest // settings.framing.views)
+    memo, waiting = CaptionMemo(encoders.text, known), Waiting(encoders.vae, settings)
     for chunk in chunks(decoded(unit.rows(), settings, workers, 2 * chunk_size, known), chunk_size):
-        good = [sample for sample in chunk if not sample.reason]
-        embed(good, memo, settings)
-        fresh = [sample for sample in good if sample.picture is not None]
-        for batch in chunks(fresh, encoders.vae.batch_size):
-            encode(batch, encoders.vae, settings)
-        work.pictures += len(fresh)
-        yield from chunk
+        embed([sample for sample in chunk if not sample.reason], memo, settings)
+        for sample in chunk:
+            if sample.reason or not sample.pictures:
+                yield sample
+            else:
+                work.pictures += 1
+                yield from waiting.add(sample)
+    yield from waiting.rest()
     work.captions += memo.encoded
+
+
+class Waiting:
+    """Prepared samples by picture size, until there are enough of one size for the VAE.
+
+    Which of them share a call does not show in the latents: the batch's shape is always the same.
+    """
+
+    def __init__(self, vae: VaeEncoder, settings: Settings) -> None:
+        self.vae, self.settings = vae, settings
+        self.limit = WAITING_BATCHES * vae.batch_size  # pictures
+        # As few samples as fill whole batches with all their views.
+        self.enough = vae.batch_size // math.gcd(vae.batch_size, settings.framing.views)
+        self.sizes: dict[tuple[int, ...], list[Sample]] = {}
+
+    def add(self, sample: Sample) -> list[Sample]:
+        """Take a sample; returns those that are finished thereby."""
+        size = sample.pictures[0].pixels.shape
+        self.sizes.setdefault(size, []).append(sample)
+        if len(self.sizes[size]) == self.enough:
+            return self._encode(size)
+        if sum(map(len, self.sizes.values())) * len(sample.pictures) >= self.limit:
+            return self._encode(max(self.sizes, key=lambda size: len(self.sizes[size])))
+        return []
+
+    def rest(self) -> Iterator[Sample]:
+        """Finish whatever is left."""
+        for size in list(self.sizes):
+            yield from self._encode(size)
+
+    def _encode(self, size: tuple[int, ...]) -> list[Sample]:
+        batch = self.sizes.pop(size)
+        encode(batch, self.vae, self.settings)
+        return batch
 
 
 def decoded(
@@ -107,7 +148,7 @@ def decoded(
 
 
 def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
-    """A sample with its picture, with what the cache has of it, or with the reason for neither."""
+    """A sample with its pictures, with what the cache has of them, or with why there are none."""
     reason = row.problem or settings.filters.reason(row.metadata)
     sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=reason)
     if sample.reason or row.image is None:
@@ -116,7 +157,7 @@ def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
         sample.arrays.update(arrays)
         return sample
     try:
-        sample.picture = prepare(row.image, settings.resolution, settings.center_crop)
+        sample.pictures = prepare(row.image, settings.framing)
     except BadImage as error:
         sample.reason = str(error)
     return sample
@@ -145,21 +186,23 @@ def captions_kept(sample: Sample, settings: Settings) -> list[str]:
 
 
 def encode(batch: list[Sample], vae: VaeEncoder, settings: Settings) -> None:
-    """Add `latents` `[1, C or 2C, h, w]` and `time_ids` `[1, 6]`."""
-    pictures = [sample.picture for sample in batch]
-    moments = vae.encode([picture.pixels for picture in pictures if picture is not None])
-    for sample, picture, moment in zip(batch, pictures, moments, strict=True):
-        assert picture is not None
-        kept = moment if settings.keep_logvar else moment[: vae.channels]
+    """Add `latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` to samples of one size."""
+    pixels = [picture.pixels for sample in batch for picture in sample.pictures]
+    moments = np.concatenate([vae.encode(some) for some in chunks(pixels, vae.batch_size)])
+    kept = moments if settings.keep_logvar else moments[:, : vae.channels]
+    views = settings.framing.views
+    for number, sample in enumerate(batch):
         with np.errstate(over="ignore"):
-            sample.arrays["latents"] = kept[None].astype(np.float16)
-        sample.arrays["time_ids"] = np.asarray([picture.time_ids], dtype=np.int32)
-        sample.picture = None  # the pixels have done their work
-        if not np.isfinite(sample.arrays["latents"]).all():
+            latents = kept[number * views : (number + 1) * views].astype(np.float16)
+        sample.arrays["latents"] = latents
+        time_ids = [picture.time_ids for picture in sample.pictures]
+        sample.arrays["time_ids"] = np.asarray(time_ids, dtype=np.int32)
+        sample.pictures = ()  # the pixels have done their work
+        if not np.isfinite(latents).all():
             sample.reason = "non-finite latents"
 
 
-def chunks(items: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of `size` items; the last may be shorter."""
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):

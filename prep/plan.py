@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +97,14 @@ def probe(
     where no unit holds a usable picture.
     """
     size = encoders.vae.batch_size
+    views = settings.framing.views
+    square = replace(settings, framing=replace(settings.framing, views=1, buckets=None))
     problem: UserError | None = None
     for unit in units:
         try:
-            wanted = unfiltered(decoded(unit.rows(), settings, 2, size))
+            wanted = unfiltered(decoded(unit.rows(), square, 2, size))
             rows = list(itertools.islice(wanted, PROBED_ROWS))
-            found = [sample for sample in rows if sample.picture is not None][:size]
+            found = [sample for sample in rows if sample.pictures][:size]
             reasons = Counter(sample.reason for sample in rows if sample.reason)
             why = reasons.most_common(1)[0][0] if reasons else "the filters leave no row"
             problem = problem or UserError(
@@ -116,7 +118,7 @@ def probe(
     else:
         assert problem is not None
         raise problem
-    pixels = [sample.picture.pixels for sample in found if sample.picture is not None]
+    pixels = [sample.pictures[0].pixels for sample in found]
     captions = [sample.captions[0] for sample in found]
     encoders.vae.calibrate(pixels)
     moments = encoders.vae.encode(pixels)
@@ -124,4 +126,4 @@ def probe(
     start = time.perf_counter()
     encoders.vae.encode(pixels)
     encoders.text.encode(captions)
-    return captions, moments, (time.perf_counter() - start) / len(found)
+    return captions, moments, views * (time.perf_counter() - start) / len(found)

@@ -70,7 +70,7 @@ def encoders_of(config: VerifyConfig, identity: Mapping[str, object]) -> Encoder
     assert isinstance(made, Mapping)
     vae = VaeChoice(vae_source(identity, config), made["dtype"], made["rescale"])
     shapes["device"] = str(pick_device(config.device))
-    encoders = load_encoders(model, Shapes(**shapes), vae)
+    encoders = load_encoders(model, Shapes(**shapes), vae, settings_of(identity).clip_skip)
     for part, wanted in (("vae", encoders.vae.identity()), ("text", encoders.text.identity())):
         made = identity[part]
         assert isinstance(made, Mapping)

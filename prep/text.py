@@ -22,10 +22,17 @@ SMALLEST_VOCABULARY = 256  # bytes
 
 
 class TextEncoder:
-    """The one or two CLIP text encoders of a family, in fp32."""
+    """The one or two CLIP text encoders of a family, in fp32.
 
-    def __init__(self, model: Model, device: torch.device, batch_size: int) -> None:
+    `clip_skip` counts the layers left out as diffusers' pipelines do: in the prompts, not in the
+    unconditional embedding.
+    """
+
+    def __init__(
+        self, model: Model, device: torch.device, batch_size: int, clip_skip: int = 0
+    ) -> None:
         self.family, self.device, self.batch_size = model.family, device, batch_size
+        self.clip_skip = clip_skip
         self.tokenizers = []
         self.encoders = []
         for part in model.family.text_encoders:
@@ -44,6 +51,10 @@ class TextEncoder:
                 raise UserError(f"{model.source}: the tokenizer of its {part} has no vocabulary")
             self.tokenizers.append(tokenizer)
             self.encoders.append(encoder.to(device).eval().requires_grad_(False))
+        layers = min(int(encoder.config.num_hidden_layers) for encoder in self.encoders)
+        most = layers + model.family.hidden_state
+        if clip_skip > most:
+            raise UserError(f"--clip-skip {clip_skip} is above {most}, all that {model.source} has")
 
     @property
     def length(self) -> int:
@@ -67,6 +78,7 @@ class TextEncoder:
         return {
             "fingerprints": [fingerprint(encoder) for encoder in self.encoders],
             "hidden_state": self.family.hidden_state,
+            "clip_skip": self.clip_skip,
             "length": self.length,
             "width": self.width,
             "pooled_width": self.pooled_width,
@@ -81,14 +93,18 @@ class TextEncoder:
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextEmbeds:
         """fp16 embeddings of any number of captions, `[N, L, D]` and `[N, P]`."""
+        return self._encode(captions, self.clip_skip)
+
+    @torch.inference_mode()
+    def _encode(self, captions: Sequence[str], clip_skip: int) -> TextEmbeds:
         parts = []
         for start in range(0, len(captions), self.batch_size):
             chunk = list(captions[start : start + self.batch_size])
             padded = chunk + [""] * (self.batch_size - len(chunk))
-            parts.append(self._encode_batch(padded)[: len(chunk)])
+            parts.append(self._encode_batch(padded, clip_skip)[: len(chunk)])
         return TextEmbeds.cat(parts)
 
-    def _encode_batch(self, captions: list[str]) -> TextEmbeds:
+    def _encode_batch(self, captions: list[str], clip_skip: int) -> TextEmbeds:
         states, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             ids = tokenizer(
@@ -96,10 +112,8 @@ class TextEncoder:
                 return_tensors="pt",
             ).input_ids.to(self.device)  # fmt: skip
             output = encoder(ids, output_hidden_states=True)
-            if self.family.hidden_state == -1:
-                states.append(output.last_hidden_state)
-            else:
-                states.append(output.hidden_states[self.family.hidden_state])
+            state = output.hidden_states[self.family.hidden_state - clip_skip]
+            states.append(_final_norm(encoder)(state) if self.family.hidden_state == -1 else state)
             pooled = getattr(output, "text_embeds", None)
         return TextEmbeds(
             torch.cat(states, dim=-1).half().cpu(), None if pooled is None else pooled.half().cpu()
@@ -107,7 +121,7 @@ class TextEncoder:
 
     def unconditional(self, force_zeros: bool) -> TextEmbeds:
         """The empty prompt's embedding, or zeros where the model's config says so."""
-        empty = self.encode([""])
+        empty = self._encode([""], clip_skip=0)
         if not force_zeros:
             return empty
         pooled = empty.pooled_prompt_embeds
@@ -142,6 +156,12 @@ class CaptionMemo:
         while len(self.memory) > MEMO_CAPTIONS:
             del self.memory[next(iter(self.memory))]  # the oldest
         return arrays
+
+
+def _final_norm(encoder: CLIPTextModel) -> torch.nn.Module:
+    """The norm behind the last layer; before transformers 5 it lay one level deeper."""
+    norm: torch.nn.Module = getattr(encoder, "text_model", encoder).final_layer_norm
+    return norm
 
 
 def _arrays(embeds: TextEmbeds) -> Arrays:

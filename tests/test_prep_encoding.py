@@ -22,7 +22,7 @@ from support_prep import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from prep.images import prepare
+from prep.images import Framing, prepare
 
 HALF = 2.0**-11  # the relative rounding error of fp16
 
@@ -211,14 +211,14 @@ def test_captions_beyond_the_first_and_how_many_are_real(tmp_path):
 def test_exif_orientation(orientation):
     shown = photo(5, 90, 70)
     content = file_of(stored(shown, orientation), exif=exif(orientation))
-    picture = prepare(content, SIDE, True)
+    (picture,) = prepare(content, Framing(SIDE))
     assert picture.original_size == (70, 90)
     assert (picture.pixels == squared(shown)).all()
 
 
 def test_a_large_jpeg_may_be_decoded_smaller_but_looks_the_same():
     content = file_of(photo(6, 1000, 700), "JPEG", quality=95)
-    picture = prepare(content, SIDE, True)
+    (picture,) = prepare(content, Framing(SIDE))
     assert picture.original_size == (700, 1000)
     whole = squared(Image.open(io.BytesIO(content)).convert("RGB"))
     difference = np.abs(picture.pixels.astype(int) - whole.astype(int))
@@ -270,7 +270,7 @@ def two_halves(left, right):
     ],
 )
 def test_every_kind_of_picture_becomes_8_bit_rgb(content, shown):
-    picture = prepare(content, SIDE, True)
+    (picture,) = prepare(content, Framing(SIDE))
     if np.ndim(shown) == 2:
         shown = np.repeat(np.asarray(shown)[..., None], 3, axis=2)
     expected = np.broadcast_to(np.asarray(shown, dtype=float), (SIDE, SIDE, 3))
@@ -281,4 +281,4 @@ def test_every_kind_of_picture_becomes_8_bit_rgb(content, shown):
 def test_the_first_frame_of_an_animation():
     first, second = photo(8), photo(9)
     content = file_of(first, "WEBP", save_all=True, append_images=[second], lossless=True)
-    assert (prepare(content, SIDE, True).pixels == squared(first)).all()
+    assert (prepare(content, Framing(SIDE))[0].pixels == squared(first)).all()

@@ -212,9 +212,9 @@ def test_a_line_of_pixels_does_not_eat_the_memory(tmp_path):
     (tmp_path / "line.png").write_bytes(png(1, 1, 4000))
     script = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from prep.images import BadImage, prepare\n"
+        "from prep.images import BadImage, Framing, prepare\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: prepare(Path(sys.argv[1]).read_bytes(), 512, True)\n"
+        "try: prepare(Path(sys.argv[1]).read_bytes(), Framing(512))\n"
         "except BadImage: pass\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
@@ -234,8 +234,8 @@ def test_mistakes_in_file_kinds_do_not_run_other_programs(tmp_path):
     program.chmod(0o755)
     (tmp_path / "a.jpg").write_bytes(postscript)
     script = (
-        "import sys; from pathlib import Path; from prep.images import BadImage, prepare\n"
-        "try: prepare(Path(sys.argv[1]).read_bytes(), 64, True)\n"
+        "import sys; from pathlib import Path; from prep.images import BadImage, Framing, prepare\n"
+        "try: prepare(Path(sys.argv[1]).read_bytes(), Framing(64))\n"
         "except BadImage as error: print(error)\n"
     )
     answer = subprocess.run(

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from support_prep import (
-    TINY_XL,
     accounts,
     captioned,
     encode,

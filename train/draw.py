@@ -12,6 +12,7 @@ from shared.errors import UserError
 from shared.vae import decode_latents
 from train.artist import open_artist
 from train.config import SampleConfig
+from train.loader import open_buckets
 from train.pictures import write_grid, write_picture
 
 
@@ -30,7 +31,8 @@ def draw_prompts(config: SampleConfig) -> None:
     artist.check_cache(manifest, cache)
     conditioning = load_conditioning(CachePaths(cache).conditioning)
     texts = conditioning.find(config.prompt)
-    shape = (artist.vae.config.latent_channels, *manifest.layouts[0].latent_size)
+    bucket = max(open_buckets(cache, manifest), key=len)
+    shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)
     rows = []
     for number in range(len(config.prompt)):
         same = texts[[number] * config.num_images]
