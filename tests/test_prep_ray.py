@@ -76,13 +76,13 @@ def kill_workers() -> int:
 
 @pytest.mark.slow
 def test_a_node_killed_while_encoding_changes_nothing(cluster, tars, tmp_path, monkeypatch):
-    wanted = encode(tars, tmp_path / "local")
+    monkeypatch.chdir(tmp_path)  # relative paths hold in workers, whose nodes started elsewhere
+    names = [path.name for path in tars]
+    wanted = encode(names, tmp_path / "local")
     cache = tmp_path / "cache"
     killer = after_first_unit(
         cache, lambda: cluster.remove_node(cluster.nodes[0], allow_graceful=False)
     )
-    monkeypatch.chdir(tmp_path)  # relative paths hold in workers, which were started elsewhere
-    names = [path.name for path in tars]
     answer = prep(
         "encode", "--cache", "cache", *words(names, *RAY_FLAGS, "--ray-address", cluster.address)
     )
