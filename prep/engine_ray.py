@@ -6,28 +6,54 @@ another worker does its unit again, with the same bytes.
 
 from __future__ import annotations
 
-from collections import deque
+import logging
+import os
+import signal
+import socket
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from prep.engine import Job, Outcome, encode_unit
 from prep.identity import load_encoders
+from prep.pipeline import Encoders
 from prep.sources import Unit
 from shared.errors import UserError
 from shared.progress import Progress
 
 EXTRA = "ray is not installed; pip install 'latent-distillery[ray]', or use --engine local"
+STORE_BYTES = 1 << 27  # Ray's shared memory holds the job alone; its default is a third of all
+CONNECT_SECONDS = 10.0
+MOST_LOSSES = 5  # a unit that so many workers died of will not fare better with the next
 
 
 class Worker:
     """One set of encoders on one GPU or on a few cores."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.encoders = load_encoders(job.model, job.shapes, job.vae, job.settings.clip_skip)
+    def __init__(self, job: Job, folder: str) -> None:
+        self.job, self.folder = job, folder
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """Loaded at the first use, not by __init__, whose errors Ray takes for a death.
+
+        Raises UserError where this machine does not see what the others see.
+        """
+        try:
+            os.chdir(self.folder)  # relative paths mean what they mean to the command
+            self.job.cache.identity.stat()
+        except OSError as error:
+            raise UserError(
+                f"{socket.gethostname()} does not see {error.filename}; the folder the command "
+                "starts in, the cache and the sources must be on a file system that all workers see"
+            ) from None
+        job = self.job
+        return load_encoders(job.model, job.shapes, job.vae, job.settings.clip_skip)
 
     def ready(self) -> None:
-        """Answers when the encoders are loaded, or loaded again elsewhere."""
+        """Answers when the encoders are loaded."""
+        assert self.encoders
 
     def encode(self, unit: Unit) -> Outcome:
         """Encode and commit a unit."""
@@ -43,41 +69,73 @@ def encode_with_ray(
     except ImportError:
         raise UserError(EXTRA) from None
     try:
-        ray.init(address, log_to_driver=False, ignore_reinit_error=True)
-    except ConnectionError as error:
-        raise UserError(f"--ray-address {address}: {error}") from None
-    try:
+        connect(ray, address)
         needs = {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
         remote = ray.remote(max_restarts=-1, **needs)(Worker)
-        sent = ray.put(job)
-        workers = [remote.remote(sent) for _ in range(min(slots(ray, needs), len(units)))]
-        for outcome in dispatched(ray, workers, units):
-            progress.update(outcome.rows, f"{len(workers)} workers")
+        sent, folder = ray.put(job), os.getcwd()
+        count = min(slots(ray, **needs), len(units))
+        workers = [remote.remote(sent, folder) for _ in range(count)]
+        for outcome in dispatched(ray, workers, units, progress):
+            progress.update(outcome.rows, f"{count} workers")
             yield outcome
     finally:
         ray.shutdown()
 
 
-def dispatched(ray: Any, workers: Sequence[Any], units: Sequence[Unit]) -> Iterator[Outcome]:
+def connect(ray: Any, address: str | None) -> None:
+    """Join the cluster at `address`, or start one on this machine. Raises UserError."""
+    own = {} if address else {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        if address and address != "auto":  # where nobody listens, Ray would try for a minute
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if address is None:
+            raise UserError(f"Ray does not start here ({reason}); use --engine local") from None
+        raise UserError(
+            f"--ray-address {address}: no cluster to join there ({reason}); give the HOST:PORT "
+            "that `ray start --head` printed, or auto on a machine of the cluster"
+        ) from None
+    if signal.getsignal(signal.SIGTERM) is not terminate:  # Ray's own ends without a word
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def dispatched(
+    ray: Any, workers: Sequence[Any], units: Sequence[Unit], progress: Progress
+) -> Iterator[Outcome]:
     """Hand each worker a unit at a time; the unit of one that dies goes to the next free one.
 
-    A dead worker comes back when Ray has found a place for it, which may be never.
+    A worker takes part once it is ready: a dead one again when Ray has found a place for it,
+    which may be never.
     """
-    waiting, idle = deque(units), list[Any]()
-    busy: dict[Any, tuple[Any, Unit | None]] = {w.ready.remote(): (w, None) for w in workers}
+
+    def join(worker: Any) -> Any:
+        return worker.ready.options(max_task_retries=-1).remote()  # waits as long as it takes
+
+    waiting, idle, losses = deque(units), list[Any](), Counter[str]()
+    busy: dict[Any, tuple[Any, Unit | None]] = {join(worker): (worker, None) for worker in workers}
     while waiting or any(unit for _, unit in busy.values()):
         (call,), _ = ray.wait(list(busy))
         worker, unit = busy.pop(call)
         try:
             outcome = ray.get(call)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from None
-            raise
-        except ray.exceptions.RayActorError:
+        except UserError as error:  # with a traceback in front
+            raise UserError(str(error.cause)) from None
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            busy[join(worker)] = (worker, None)
             if unit is not None:
                 waiting.append(unit)
-            busy[worker.ready.options(max_task_retries=-1).remote()] = (worker, None)
+                losses[unit.name] += 1
+                progress.write(f"lost a worker in {unit.source}; another one takes it")
+                if losses[unit.name] == MOST_LOSSES:
+                    reason = str(error).splitlines()[0]
+                    raise UserError(
+                        f"{unit.source}: {MOST_LOSSES} workers died of it (the last: {reason}); "
+                        "give a worker more memory, or see what --engine local says of it"
+                    ) from None
         else:
             idle.append(worker)
             if outcome is not None:
@@ -87,14 +145,14 @@ def dispatched(ray: Any, workers: Sequence[Any], units: Sequence[Unit]) -> Itera
             busy[worker.encode.remote(unit)] = (worker, unit)
 
 
-def slots(ray: Any, resources: dict[str, int]) -> int:
-    """How many workers the cluster has room for. Raises UserError where there is none."""
-    have = ray.cluster_resources()
-    ((name, each),) = (({"num_gpus": "GPU", "num_cpus": "CPU"}[k], v) for k, v in resources.items())
-    count = int(have.get(name, 0) // each)
+def slots(ray: Any, num_gpus: int = 0, num_cpus: int = 0) -> int:
+    """How many workers the cluster's nodes have room for. Raises UserError where there is none."""
+    name, each = ("GPU", num_gpus) if num_gpus else ("CPU", num_cpus)
+    have = [node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]]
+    count = sum(int(amount // each) for amount in have)
     if count == 0:
         raise UserError(
-            f"a worker wants {each} {name}, and the Ray cluster has {have.get(name, 0):g} in all; "
-            "lower --cpus-per-worker or choose another --device"
+            f"a worker wants {each} {name}, and the largest node of the Ray cluster has "
+            f"{max(have, default=0):g}; lower --cpus-per-worker or choose another --device"
         )
     return count

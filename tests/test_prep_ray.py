@@ -1,25 +1,47 @@
-"""The Ray engine writes what the local one writes, even when a node dies under it."""
+"""The Ray engine writes what the local one writes, even when a node dies under it; so do parts."""
 
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
+from pathlib import Path
 
+import psutil
 import pytest
-from support_prep import captioned, encode, prep, refusal, shards, tree, units, write_tar
+from support_prep import ROOT, captioned, encode, prep, refusal, tree, units, write_tar
 
-ray = pytest.importorskip("ray")
-cluster_utils = pytest.importorskip("ray.cluster_utils")
+RAY_FLAGS = ["--engine", "ray", "--cpus-per-worker", 1]
 
 
 @pytest.fixture
-def quiet(monkeypatch, tmp_path):
-    """Ray without its tokens and usage reports, at home in the test's folder."""
+def ray(monkeypatch, tmp_path):
+    """Ray with its files in a folder of its own, without tokens, usage reports or a dashboard."""
+    ray = pytest.importorskip("ray")
+    short = tempfile.mkdtemp(dir="/tmp")  # Ray's sockets are in it: 107 characters at most
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    yield
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # workers import what is tested
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield ray
     ray.shutdown()
+    shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(ray):
+    """A head without CPUs and two nodes with one each."""
+    node = {"include_dashboard": False, "object_store_memory": 1 << 27}
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **node})
+    cluster.nodes = [cluster.add_node(num_cpus=1, **node) for _ in range(2)]
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture
@@ -27,47 +49,86 @@ def tars(tmp_path):
     return [write_tar(tmp_path / f"{n}.tar", captioned(range(8 * n, 8 * n + 8))) for n in range(6)]
 
 
-@pytest.mark.slow
-def test_a_node_killed_while_encoding_changes_nothing(quiet, tars, tmp_path):
-    wanted = encode(tars, tmp_path / "local")
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    cache = tmp_path / "cache"
+def words(tars, *more):
+    return ["--shards", *tars, "--model", "tiny-sd", "--latents", "mean", "--threads", 1, *more]
 
-    def kill_one_after_its_first_unit():
+
+def after_first_unit(cache: Path, act) -> threading.Thread:
+    """Call `act` as soon as the cache has a unit, while others are being encoded."""
+
+    def wait() -> None:
         while not list((cache / "units").glob("*.json")):
-            time.sleep(0.02)
-        cluster.remove_node(nodes[0], allow_graceful=False)
+            time.sleep(0.01)
+        act()
 
-    killer = threading.Thread(target=kill_one_after_its_first_unit)
-    killer.start()
-    try:
-        encode(tars, cache, engine="ray", ray_address=cluster.address, cpus_per_worker=1)
-    finally:
-        killer.join()
-        ray.shutdown()
-        cluster.shutdown()
-    assert tree(cache / "shards") == tree(wanted / "shards")
-    assert units(cache) == units(wanted)
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def kill_workers() -> int:
+    """SIGKILL to all Ray workers below this process; returns how many there were."""
+    workers = [p for p in psutil.Process().children(recursive=True) if "ray::" in p.name()]
+    for worker in workers:
+        worker.kill()
+    return len(workers)
 
 
 @pytest.mark.slow
-def test_ray_on_one_machine(quiet, tars, tmp_path):
-    wanted = encode(tars[:2], tmp_path / "local")
-    words = ["--shards", *tars[:2], "--model", "tiny-sd", "--latents", "mean", "--engine", "ray"]
-    answer = prep("encode", "--cache", tmp_path / "c", *words, "--cpus-per-worker", 1)
-    assert answer.status == 0, answer.err
-    assert [p.name for p in shards(tmp_path / "c")] == [p.name for p in shards(wanted)]
-    assert "16 pictures and 16 captions encoded" in answer.out
-    # What a worker refuses is said in one line, as by the local engine.
-    bad = write_tar(
-        tmp_path / "bad.tar", [("a.png", b"no picture"), ("a.txt", b"a"), *captioned([1])]
+def test_a_node_killed_while_encoding_changes_nothing(cluster, tars, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # relative paths hold in workers, whose nodes started elsewhere
+    names = [path.name for path in tars]
+    wanted = encode(names, tmp_path / "local")
+    cache = tmp_path / "cache"
+    killer = after_first_unit(
+        cache, lambda: cluster.remove_node(cluster.nodes[0], allow_graceful=False)
     )
-    words[1:3] = [bad]
-    line = refusal("encode", "--cache", tmp_path / "d", *words, "--max-reject-fraction", 0.1)
-    assert "1 of 2 rows rejected" in line
-    words += ["--ray-address", "127.0.0.1:1"]
-    assert "--ray-address 127.0.0.1:1" in refusal("encode", "--cache", tmp_path / "e", *words)
+    answer = prep(
+        "encode", "--cache", "cache", *words(names, *RAY_FLAGS, "--ray-address", cluster.address)
+    )
+    assert answer.status == 0, answer.err
+    killer.join(60)
+    assert not killer.is_alive()
+    assert "lost a worker in" in answer.err
+    assert tree(cache / "shards") == tree(wanted / "shards")
+    assert len(units(cache)) == 6
+
+
+@pytest.mark.slow
+def test_killed_workers_come_back(ray, tars, tmp_path):
+    """Of all workers of one machine, so that nobody else could take their units."""
+    wanted = encode(tars, tmp_path / "local")
+    killed = []
+    killer = after_first_unit(tmp_path / "c", lambda: killed.append(kill_workers()))
+    answer = prep("encode", "--cache", tmp_path / "c", *words(tars, *RAY_FLAGS))
+    killer.join(60)
+    assert answer.status == 0, answer.err
+    assert killed[0] > 0
+    assert "lost a worker in" in answer.err
+    assert "48 pictures and 48 captions encoded" in answer.out
+    assert tree(tmp_path / "c" / "shards") == tree(wanted / "shards")
+    assert (tmp_path / "c/manifest.json").read_bytes() == (wanted / "manifest.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_what_a_worker_refuses_ends_the_command(ray, tmp_path):
+    files = [("a.png", b"no picture"), ("a.txt", b"a"), *captioned([1])]
+    bad = write_tar(tmp_path / "bad.tar", files)
+    line = refusal(
+        "encode", "--cache", tmp_path / "c",
+        *words([bad], *RAY_FLAGS, "--max-reject-fraction", 0.1),
+    )  # fmt: skip
+    assert line.startswith(f"{bad}: 1 of 2 rows rejected")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "auto"])
+def test_a_wrong_address_is_refused_at_once(ray, address, tars, tmp_path):
+    start = time.monotonic()
+    line = refusal(
+        "encode", "--cache", tmp_path / "c", *words(tars, *RAY_FLAGS, "--ray-address", address)
+    )
+    assert f"--ray-address {address}: no cluster to join there" in line
+    assert time.monotonic() - start < 30  # Ray alone would try for a minute
 
 
 def test_parts_add_up_to_the_whole(tars, tmp_path):
