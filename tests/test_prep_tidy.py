@@ -29,6 +29,7 @@ from support_prep import (
 
 from prep import accounts as accounts_module
 from shared.layout import Layout
+from shared.storage import temporary
 
 
 @pytest.fixture(scope="module")
@@ -231,15 +232,16 @@ def test_gc_removes_what_no_record_names_and_says_how_much(cache):
     wanted = tree(cache)
     litter(cache, 2 * 3600)
     (cache / "tmp").mkdir(exist_ok=True)
-    (cache / "tmp" / "999999999-stray").write_bytes(bytes(500))
-    (cache / "tmp" / f"{os.getppid()}-alive").write_bytes(bytes(500))
+    host = temporary(cache).name.split("-")[0]
+    (cache / "tmp" / f"{host}-999999999-stray").write_bytes(bytes(500))
+    (cache / "tmp" / f"{host}-{os.getppid()}-alive").write_bytes(bytes(500))
     littered = tree(cache)
     answer = prep("gc", "--cache", cache, "--dry-run")
     assert "2 files and 1 stray in tmp/ would be removed, 2,500 bytes" in answer.out
     assert "gone-8x8-0123456789ab.tar" in answer.out
     assert tree(cache) == littered
     assert "2,500 bytes (2.5 kB) freed" in prep("gc", "--cache", cache).out
-    (cache / "tmp" / f"{os.getppid()}-alive").unlink()
+    (cache / "tmp" / f"{host}-{os.getppid()}-alive").unlink()
     assert tree(cache) == wanted
     assert "0 files and 0 strays" in prep("gc", "--cache", cache).out
 
