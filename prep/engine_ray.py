@@ -91,7 +91,7 @@ def connect(ray: Any, address: str | None) -> None:
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, ValueError, OverflowError, RuntimeError) as error:
+    except Exception as error:  # Ray raises bare ones too, such as for a node too slow to start
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if address is None:
             raise UserError(f"Ray does not start here ({reason}); use --engine local") from None

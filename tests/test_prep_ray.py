@@ -67,8 +67,9 @@ def after_first_unit(cache: Path, act) -> threading.Thread:
 
 
 def kill_workers() -> int:
-    """SIGKILL to all Ray workers below this process; returns how many there were."""
-    workers = [p for p in psutil.Process().children(recursive=True) if "ray::" in p.name()]
+    """SIGKILL to all our workers below this process, not Ray's own; returns how many there were."""
+    below = psutil.Process().children(recursive=True)
+    workers = [process for process in below if process.name().startswith("ray::Worker")]
     for worker in workers:
         worker.kill()
     return len(workers)
