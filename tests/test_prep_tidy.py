@@ -207,9 +207,7 @@ def test_sources_that_are_gone_are_no_damage(tmp_path):
 
 
 def test_encoding_again_wants_the_same_model(cache, tmp_path):
-    line = refusal(
-        "verify", "--cache", cache, "--reencode", 1, "--model", TINY_SD.parent / "tiny-xl"
-    )
+    line = refusal("verify", "--cache", cache, "--reencode", 1, "--model", TINY_XL)
     assert "another text encoder" in line
     assert "--reencode" in refusal("verify", "--cache", cache, "--reencode", -1)
 
