@@ -148,14 +148,16 @@ def page(summary: Summary, contents: Contents) -> str:
 
 
 def missing_pictures(summary: Summary, contents: Contents) -> str:
-    """Why there are fewer pictures than there could be, or nothing."""
+    """A sentence on why there are fewer pictures than there could be, or nothing."""
     wanted = min(PICTURES, summary.written)
-    if contents.no_pictures or len(contents.pairs) == wanted:
-        return contents.no_pictures
-    return (
-        f"{len(contents.pairs)} of {wanted}, to keep the encode short; "
-        "`python -m prep report` shows all"
-    )
+    if contents.no_pictures:
+        return f"Not shown: {contents.no_pictures}."
+    if len(contents.pairs) < wanted:
+        return (
+            f"{len(contents.pairs)} of {wanted} are shown, because the encode was not to wait "
+            "for more; `python -m prep report` shows all."
+        )
+    return ""
 
 
 def identity_groups(identity: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

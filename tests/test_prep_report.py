@@ -209,6 +209,18 @@ def test_a_damaged_cache_is_called_so(cache):
     assert "is missing" in page.text
 
 
+def test_an_encode_waits_only_so_long_for_pictures(cache, monkeypatch):
+    from prep import report
+    from shared.cache import CachePaths
+
+    monkeypatch.setattr(report, "ENCODE_SECONDS", 0.0)
+    paths = CachePaths(cache)
+    report.write_after_encode(paths, report.load_vae_for(paths), 5, 2.0)
+    page = page_of(cache)
+    assert "1 of 9 are shown" in page.text
+    assert "2.5 images/s (5 in 2 s" in page.text
+
+
 def test_no_cache_no_page(tmp_path):
     assert "is not a cache" in refusal("report", "--cache", tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -245,7 +257,6 @@ f.srcdoc = __PAGE__;
 </script>"""
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_in_a_browser_on_a_phone(reported, tmp_path):
     """No script ran, the hostile caption is text, and 360 pixels are wide enough."""
