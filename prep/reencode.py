@@ -87,7 +87,11 @@ def encode_batch(batch: list[Sample], encoders: Encoders, settings: Settings) ->
     """Fill in the samples' arrays as `prep encode` would."""
     with torch.inference_mode():
         pipeline.embed(batch, CaptionMemo(encoders.text, NOTHING), settings)
-        pipeline.encode(batch, encoders.vae, settings)
+        waiting = pipeline.Waiting(encoders.vae, settings)  # by size
+        for sample in batch:
+            waiting.add(sample)
+        for _ in waiting.rest():
+            pass
 
 
 def errors(old: Stored, new: Sample, channels: int) -> dict[str, float]:

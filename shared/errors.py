@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -16,19 +18,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as a scheduler sends it: like Ctrl-C, with the exit status that says so."""
 
 
-def _terminate(*_: object) -> None:
-    raise Terminated
-
-
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main`; a UserError, Ctrl-C or SIGTERM ends it in one line.
 
     Exits 0 on success, 1 on a UserError, 130 on Ctrl-C, 143 on SIGTERM.
     """
-    if threading.current_thread() is threading.main_thread():  # only there may signals be set
-        signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(main() or 0)
+        with _terminable():
+            sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -41,3 +38,24 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `python -m prep stats | head`
         sys.stderr.close()
         sys.exit(141)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated in this process; one forked from it dies of it as usual."""
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be set
+        yield
+        return
+    owner = os.getpid()
+
+    def terminate(*_: object) -> None:
+        if os.getpid() == owner:
+            raise Terminated
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

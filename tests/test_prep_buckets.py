@@ -173,9 +173,9 @@ def test_a_fixed_number_of_pictures_waits(tmp_path, monkeypatch):
     on_hand, most = 0, 0
     prepare_row, encode_batch = pipeline.decode_row, pipeline.encode
 
-    def decode_row(row, settings):
+    def decode_row(row, settings, known):
         nonlocal on_hand, most
-        sample = prepare_row(row, settings)
+        sample = prepare_row(row, settings, known)
         if settings.framing.buckets:  # not the probe, which takes squares
             on_hand += len(sample.pictures)
         most = max(most, on_hand)

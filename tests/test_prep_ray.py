@@ -157,19 +157,17 @@ def test_sigterm_ends_it_in_one_line_and_the_next_run_goes_on(tars, tmp_path, mo
 
     commit = UnitWriter.commit
 
-    def then_terminate(self, fraction):
-        record = commit(self, fraction)
+    def then_terminate(self, *args):
+        record = commit(self, *args)
         os.kill(os.getpid(), signal.SIGTERM)
         return record
 
     before = signal.getsignal(signal.SIGTERM)
     words = ["--shards", *tars[:2], "--model", "tiny-sd", "--latents", "mean", "--threads", 1]
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(UnitWriter, "commit", then_terminate)
-            answer = prep("encode", "--cache", tmp_path / "c", *words)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(UnitWriter, "commit", then_terminate)
+        answer = prep("encode", "--cache", tmp_path / "c", *words)
+    assert signal.getsignal(signal.SIGTERM) == before
     assert answer.status == 143
     assert "what was committed is safe" in answer.err
     assert len(units(tmp_path / "c")) == 1
