@@ -281,6 +281,6 @@ def test_a_folder_with_another_network_is_no_vae(tmp_path):
     ids=["sd15", "sdxl"],
 )
 def test_full_width(config, factor):
-    scales, _ = tamed_in_fp16(make_loud(full_width(**config), factor), pictures(side=32))
+    scales, _ = tamed_in_fp16(make_loud(full_width(**config), factor), pictures(side=16))
     assert scales.encoder < 1
     assert scales.decoder < 1
