@@ -122,8 +122,10 @@ numbers = st.one_of(
 )  # fmt: skip
 sums = st.recursive(
     numbers,
-    lambda inner: st.builds("({} {} {})".format, inner, st.sampled_from("+ - *".split()), inner)
-    | inner.map("(-{})".format),
+    lambda inner: (
+        st.builds("({} {} {})".format, inner, st.sampled_from(["+", "-", "*"]), inner)
+        | inner.map("(-{})".format)
+    ),
     max_leaves=4,
 )
 strings = st.sampled_from(["name", "lower(name)", "'x'", "'nc'", "'X'", "'Nc x'", "''"])
@@ -139,8 +141,10 @@ comparisons = st.one_of(
 )
 predicates = st.recursive(
     comparisons,
-    lambda inner: st.builds("({} {} {})".format, inner, st.sampled_from(["and", "or"]), inner)
-    | inner.map("(not {})".format),
+    lambda inner: (
+        st.builds("({} {} {})".format, inner, st.sampled_from(["and", "or"]), inner)
+        | inner.map("(not {})".format)
+    ),
     max_leaves=6,
 )
 rows = st.fixed_dictionaries(
