@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.remote import RemoteFile
 from prep.rows import Row, SourceError
 from prep.tables import OTHER, PICTURE, TEXT, Columns, arrow_kind, choose_columns
 from prep.units import UNIT_ROWS, SourceOptions, Unit, power_of_two, printable, unit_name
@@ -273,14 +274,17 @@ def _columns(source: DatasetSource, features: Any, options: SourceOptions) -> Co
 
 
 def _read_picture(record: dict[str, Any], column: str) -> None:
-    """Pictures of a local `imagefolder` stand beside their dataset, which has only their paths."""
+    """Pictures of an `imagefolder` are files of their own; the dataset has only their paths."""
     picture = record[column]
-    if isinstance(picture, dict) and picture.get("bytes") is None and picture.get("path"):
-        path = Path(picture["path"])
-        try:
-            record[column] = {**picture, "bytes": path.read_bytes()}
-        except (OSError, ValueError):
-            return  # "no picture"
+    if not isinstance(picture, dict) or picture.get("bytes") is not None:
+        return
+    path = picture.get("path") or ""
+    if "://" in path:
+        with RemoteFile(path).open() as file:
+            record[column] = {**picture, "bytes": file.read()}
+    elif path:
+        with suppress(OSError, ValueError):  # "no picture"
+            record[column] = {**picture, "bytes": Path(path).read_bytes()}
 
 
 @contextmanager

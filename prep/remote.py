@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, BinaryIO, ClassVar
 from urllib.parse import urlsplit
 
@@ -74,8 +75,10 @@ def _found(url: str, info: Mapping[str, Any]) -> Found:
     size = info.get("size")
     if size == 0:
         raise UserError(f"{url} is empty; upload it again or leave it out of --shards")
-    version = next((str(info[name]) for name in VERSIONS if info.get(name)), None)
-    return Found(url, size, {"size": size, "version": version})
+    version = next((info[name] for name in VERSIONS if info.get(name)), None)
+    if isinstance(version, datetime):  # which a listing may give as a number
+        version = version.timestamp()
+    return Found(url, size, {"size": size, "version": version and str(version)})
 
 
 def _has_magic(url: str) -> bool:

@@ -119,6 +119,7 @@ class TarReader:
                 tar.members = []  # tarfile would remember them all
                 if info.isfile():
                     yield self._read(tar, info)
+                _skip_to(tar, tar.offset)
             # The rest is read too: a command's exit status comes at its end.
             assert tar.fileobj is not None
             while rest := tar.fileobj.read(BUFFER_BYTES):
@@ -152,16 +153,24 @@ class TarReader:
             ) from None
 
 
+def _skip_to(tar: tarfile.TarFile, offset: int) -> None:
+    """Read on to the next header. tarfile would go on long past the end of a stream."""
+    assert tar.fileobj is not None
+    while (left := offset - tar.fileobj.tell()) > 0:
+        if not tar.fileobj.read(min(left, BUFFER_BYTES)):
+            raise tarfile.ReadError("unexpected end of data")
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Key and extension: the extension begins at the first dot of the last part of the name.
 
     As in webdataset a file without either is no part of a sample: its extension is empty here.
     """
-    folder, _, base = name.rpartition("/")
+    folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     if not stem:
         return "", ""
-    return f"{folder}/{stem}" if folder else stem, extension.lower()
+    return folder + slash + stem, extension.lower()
 
 
 def _row(key: str, files: Mapping[str, Member]) -> Row:
