@@ -170,7 +170,7 @@ def test_totals_rejections_identity_and_speed(reported):
     row = json.loads((reported / "throughput.json").read_text())
     assert row["images"] == 9  # the rejected one was not encoded
     assert row["seconds"] > 0
-    assert f"{row['images'] / row['seconds']:.1f} images/s (10 in" in page.text
+    assert f"{row['images'] / row['seconds']:.1f} images/s (9 in" in page.text
 
 
 def test_the_latents_histogram_is_theirs(reported):
@@ -211,11 +211,12 @@ def test_a_damaged_cache_is_called_so(cache):
 
 def test_an_encode_waits_only_so_long_for_pictures(cache, monkeypatch):
     from prep import report
+    from prep.config import ReportConfig
     from shared.cache import CachePaths
 
     monkeypatch.setattr(report, "ENCODE_SECONDS", 0.0)
     paths = CachePaths(cache)
-    report.write_after_encode(paths, report.load_vae_for(paths), 5, 2.0)
+    report.write_after_encode(paths, report.load_vae_for(paths, ReportConfig(cache)), 5, 2.0)
     page = page_of(cache)
     assert "1 of 9 are shown" in page.text
     assert "2.5 images/s (5 in 2 s" in page.text
