@@ -41,9 +41,11 @@ def encode(config: config.EncodeConfig) -> None:
     todo = plan.pending(cache, share(units, config.part))
     captions: list[str] = []
     seconds = None
-    if not cache.identity.exists() or (todo and not cache.conditioning.exists()):
-        captions, moments, seconds = plan.probe(todo or units, settings, encoders)
-        if config.latents == "auto" and not cache.identity.exists():
+    begun = cache.identity.exists()
+    if not begun or (todo and not cache.conditioning.exists()):
+        # All parts of a new cache probe the same pictures and so come to the same settings.
+        captions, moments, seconds = plan.probe(todo if begun else units, settings, encoders)
+        if config.latents == "auto" and not begun:
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = identity.expected_layout(encoders, settings)
     work = plan.estimate(todo, layout, seconds, cache.root)

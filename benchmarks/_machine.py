@@ -1,0 +1,49 @@
+"""Results with what they were measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def record(name: str, figures: dict[str, Any]) -> Path:
+    """Write `results/NAME-HARDWARE.json`: figures, hardware, versions and commit."""
+    import torch
+
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    result = {
+        "hardware": f"{hardware}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        **figures,
+    }
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    path = RESULTS / f"{name}-{kind}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(path)
+    return path
+
+
+def cpu_name() -> str:
+    """The processor's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit measured, marked where files were changed since."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    answer = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent)
+    return answer.stdout.strip() or "unknown"
