@@ -57,7 +57,7 @@ class UnitWriter:
         self.accounts: list[dict[str, Any]] = []
         self.rejected: Counter[str] = Counter()
         self.truncated_captions = 0
-        self.sums: ChannelSums | None = None
+        self.sums: dict[str, ChannelSums] = {}  # by key
 
     def add(self, sample: Sample) -> None:
         """Take a finished or rejected sample."""
@@ -80,8 +80,7 @@ class UnitWriter:
             return
         assert latents is not None
         self.truncated_captions += sample.truncated_captions
-        sums = ChannelSums.of(latents[:, : self.channels])
-        self.sums = sums if self.sums is None else self.sums + sums
+        self.sums[key] = ChannelSums.of(latents[:, : self.channels])
         self._spool(sample).add(key, self._record(sample), sample.arrays)
 
     def _spool(self, sample: Sample) -> Spool:
@@ -132,7 +131,7 @@ class UnitWriter:
             written=sum(shard.count for shard in shards),
             rejected=dict(sorted(self.rejected.items())),
             truncated_captions=self.truncated_captions,
-            sums=self.sums,
+            sums=self._added_sums(),
             notes={"fp32_retries": fp32_retries} if fp32_retries else {},
         )
         commit_unit(self.cache, record)
@@ -142,6 +141,13 @@ class UnitWriter:
         """Remove the spools, whether or not they were published."""
         for spool in self.spools.values():
             spool.close()
+
+    def _added_sums(self) -> ChannelSums | None:
+        """In the order of the keys: rounding must not tell in which order samples came."""
+        total = None
+        for key in sorted(self.sums):
+            total = self.sums[key] if total is None else total + self.sums[key]
+        return total
 
     def _check_rejections(self, max_reject_fraction: float) -> None:
         unusable = Counter({r: n for r, n in self.rejected.items() if not is_filter(r)})
