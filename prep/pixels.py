@@ -55,6 +55,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
 def shown_size(image: Image.Image) -> tuple[int, int]:
     """Height and width as a viewer shows the picture, which EXIF may have turned."""
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    turned = turned and image.format != "TIFF"  # whose size Pillow has turned already
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -65,13 +66,13 @@ def upright_rgb(image: Image.Image, short: int) -> Image.Image:
     `short`: at 1/2, 1/4 or 1/8 for a fraction of the cost.
     """
     image.draft(None, (2 * short, 2 * short))
-    upright = ImageOps.exif_transpose(image)
-    profile = upright.info.get("icc_profile")
-    upright = _eight_bits(upright)
+    ImageOps.exif_transpose(image, in_place=True)
+    profile = image.info.get("icc_profile")
+    upright = _eight_bits(image)
     if profile:
         upright = _in_srgb(upright, profile)
     if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
+        layer = upright if upright.mode == "RGBA" else upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return upright.convert("RGB")
 

@@ -288,3 +288,25 @@ def test_min_size_rejects_by_the_shorter_side(tmp_path):
     words = ["encode", "--shards", tar, "--model", "tiny-sd", "--cache", cache, "--threads", 1]
     assert "min_size is 100 there, 0 here" in refusal(*words)
     assert "--min-size -1 is negative" in refusal(*words, "--min-size", -1)
+
+
+TURNS = {  # how a viewer turns what is stored
+    1: [], 2: ["FLIP_LEFT_RIGHT"], 3: ["ROTATE_180"], 4: ["FLIP_TOP_BOTTOM"], 5: ["TRANSPOSE"],
+    6: ["ROTATE_270"], 7: ["TRANSVERSE"], 8: ["ROTATE_90"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_a_large_turned_picture_is_shown_upright(orientation, kind):
+    """A JPEG is decoded at half its size here, so the turn and the short cut must agree."""
+    stored = photo(4, 400, 300)
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    (picture,) = prepare(file_of(stored, kind, exif=tags), Framing(SIDE))
+    shown = stored
+    for turn in TURNS[orientation]:
+        shown = shown.transpose(Image.Transpose[turn])
+    assert picture.original_size == (shown.height, shown.width)
+    wanted = prepared(file_of(shown)).astype(int)
+    assert np.abs(picture.pixels - wanted).mean() < 2.5
