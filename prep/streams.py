@@ -17,6 +17,7 @@ import zstandard
 from prep.rows import SourceError
 from prep.units import printable
 
+PATIENCE = 5.0  # seconds that a command has to end when it is asked to
 ZSTD, GZIP = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"
 
 
@@ -78,9 +79,15 @@ class Command:
             assert process.stdout is not None
             process.stdout.close()
             if process.poll() is None:  # nobody wants the rest
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the command and its children to end; make them if they do not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(timeout=PATIENCE)
 
 
 class _Output(io.RawIOBase):
