@@ -72,7 +72,7 @@ def encode_with_ray(
         connect(ray, address)
         needs = {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
         remote = ray.remote(max_restarts=-1, **needs)(Worker)
-        sent, folder = ray.put(job), os.getcwd()
+        sent, folder = ray.put(job), os.getcwd()  # held to the end: restarts read the job again
         count = min(slots(ray, **needs), len(units))
         workers = [remote.remote(sent, folder) for _ in range(count)]
         for outcome in dispatched(ray, workers, units, progress):
@@ -84,6 +84,9 @@ def encode_with_ray(
 
 def connect(ray: Any, address: str | None) -> None:
     """Join the cluster at `address`, or start one on this machine. Raises UserError."""
+    # Ray's C++ half would warn of restarts that lose their arguments (ours are held) and of every
+    # failed attempt to connect; `info` in this variable brings its logs back.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     own = {} if address else {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     terminate = signal.getsignal(signal.SIGTERM)
     try:

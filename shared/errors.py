@@ -14,35 +14,35 @@ class UserError(Exception):
     """A mistake or bad data that the user can mend: one line with cause and remedy."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a scheduler sends it: like Ctrl-C, with the exit status that says so."""
-
-
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main`; a UserError, Ctrl-C or SIGTERM ends it in one line.
 
     Exits 0 on success, 1 on a UserError, 130 on Ctrl-C, 143 on SIGTERM.
     """
+    terminated: list[bool] = []
     try:
-        with _terminable():
+        with _terminable(terminated):
             sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         print(
             "interrupted: what was committed is safe; the same command goes on from there",
             file=sys.stderr,
         )
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
+        sys.exit(143 if terminated else 130)
     except BrokenPipeError:  # `python -m prep stats | head`
         sys.stderr.close()
         sys.exit(141)
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated in this process; one forked from it dies of it as usual."""
+def _terminable(terminated: list[bool]) -> Iterator[None]:
+    """SIGTERM is noted and raises KeyboardInterrupt (Ray swallows exceptions it does not know).
+
+    A process that is forked from this one dies of it as usual.
+    """
     if threading.current_thread() is not threading.main_thread():  # only there may signals be set
         yield
         return
@@ -50,7 +50,8 @@ def _terminable() -> Iterator[None]:
 
     def terminate(*_: object) -> None:
         if os.getpid() == owner:
-            raise Terminated
+            terminated.append(True)
+            raise KeyboardInterrupt
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
