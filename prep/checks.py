@@ -41,6 +41,15 @@ def verdict(checks: Sequence[Check]) -> tuple[str, str]:
     return worst, VERDICTS[worst]
 
 
+def told(checks: Sequence[Check]) -> str:
+    """The verdict in a line, with what it rests on unless all is good."""
+    worst, _ = verdict(checks)
+    why = " ".join(f"{check.title}: {check.detail}" for check in checks if check.level == worst)
+    return {GOOD: VERDICTS[GOOD], LOOK: f"worth a look. {why}", BAD: f"something is wrong. {why}"}[
+        worst
+    ]
+
+
 def check_all(
     summary: Summary, damage: str, psnrs: Sequence[float], no_pictures: str
 ) -> list[Check]:

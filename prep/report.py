@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prep.charts import HEIGHT, LIMIT, WIDTH, Histogram, histograms
-from prep.checks import Check, check_all, verdict
+from prep.checks import Check, check_all, told, verdict
 from prep.config import ReportConfig
 from prep.originals import EncoderFlags, Pair, draw, pairs, vae_of
 from prep.stats import Summary, flat, speed, summarize
@@ -88,7 +88,7 @@ def write_report(cache: CachePaths, vae: AutoencoderKL | str, seconds: float = f
     contents = gather(cache, manifest, vae, seconds)
     path = cache.root / "report.html"
     publish([page(summary, contents).encode()], path, cache.tmp)
-    return f"{path}: {verdict(checks_of(summary, contents))[1]}"
+    return f"{path}: {told(checks_of(summary, contents))}"
 
 
 def gather(

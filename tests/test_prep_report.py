@@ -203,7 +203,7 @@ def test_without_the_vae_the_page_says_so(cache):
 
 def test_a_damaged_cache_is_called_so(cache):
     shards(cache)[0].unlink()
-    assert "Something is wrong" in prep("report", "--cache", cache).out
+    assert "something is wrong. Files:" in prep("report", "--cache", cache).out
     page = page_of(cache)
     assert shards(cache)[0].name in page.text
     assert "is missing" in page.text
