@@ -90,12 +90,12 @@ def cache(reported, tmp_path):
 
 
 def test_it_is_derived_from_the_cache_and_changes_nothing(cache):
-    before, page = tree(cache), (cache / "report.html").read_bytes()
+    before = tree(cache)
     (cache / "report.html").unlink()
     assert prep("finish", "--cache", cache, "--no-report").status == 0
     assert not (cache / "report.html").exists()
     assert prep("finish", "--cache", cache).status == 0
-    assert (cache / "report.html").read_bytes() == page
+    page = (cache / "report.html").read_bytes()
     (cache / "report.html").write_text("old")
     assert prep("report", "--cache", cache).status == 0
     assert (cache / "report.html").read_bytes() == page
