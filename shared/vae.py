@@ -23,6 +23,10 @@ def load_vae(source: str) -> AutoencoderKL:
 
     One that `save_rescaled` wrote comes back as it was. Raises UserError where there is none.
     """
+    if not Path(source).is_dir() and source.count("/") != 1:
+        raise UserError(
+            f"no VAE can be read from {source!r} (neither a folder here nor a hub id, owner/name)"
+        )
     try:
         folder = _subfolder(source)
         vae = AutoencoderKL.from_pretrained(
@@ -39,9 +43,11 @@ def load_vae(source: str) -> AutoencoderKL:
 
 def _subfolder(source: str) -> str:
     """`vae` in a whole model, nothing where `source` itself is a VAE."""
-    config = _find(source, "", "config.json")
-    if config is None or _find(source, "vae", "config.json") is not None:
+    if _find(source, "vae", "config.json") is not None:
         return "vae"
+    config = _find(source, "", "config.json")
+    if config is None:
+        return "vae"  # which is what the error will name
     kind = load_json(config).get("_class_name")
     if kind != "AutoencoderKL":
         raise UserError(f"{source!r} holds a {kind}, not an AutoencoderKL; pass a VAE or a model")

@@ -106,7 +106,7 @@ def test_killed_workers_come_back(ray, tars, tmp_path, capfd):
     assert answer.status == 0, answer.err
     assert killed[0] > 0
     assert "lost a worker in" in answer.err
-    assert capfd.readouterr().err == ""  # Ray has its own ways to stderr
+    assert "core_worker" not in capfd.readouterr().err  # Ray has its own ways to stderr
     assert "48 pictures and 48 captions encoded" in answer.out
     assert tree(tmp_path / "c" / "shards") == tree(wanted / "shards")
     assert (tmp_path / "c/manifest.json").read_bytes() == (wanted / "manifest.json").read_bytes()
