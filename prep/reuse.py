@@ -46,7 +46,7 @@ class Index:
 
     def find(self, digest: bytes) -> Place | None:
         """Where it lies, if it is known."""
-        wanted = np.bytes_(digest)
+        wanted = np.asarray([digest], dtype=self.digests.dtype)[0]  # NumPy drops final zero bytes
         at = int(np.searchsorted(self.digests, wanted))
         if at == len(self.digests) or self.digests[at] != wanted:
             return None

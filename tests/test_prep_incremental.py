@@ -17,6 +17,7 @@ from support_prep import (
 )
 
 from prep import folders
+from prep.reuse import Index, caption_digest
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
 
@@ -151,6 +152,19 @@ def test_a_thousand_pictures_and_a_boundary_of_units(tmp_path, encoded):
     encode(grown, cache)
     assert (len(units(cache)), encoded()) == (2, (30, 30))
     same_as_from_scratch(grown, cache, tmp_path / "fresh")
+
+
+def test_every_digest_is_found_again():
+    """Also those that end in zero bytes, which NumPy's strings drop."""
+    digests = [bytes([n, 7]) + bytes(14) for n in range(50)] + [bytes(15) + b"x", bytes(16)]
+    digests += [caption_digest(str(n)) for n in range(2000)]
+    index = Index.of([(digest, (n, 2 * n, 3)) for n, digest in enumerate(digests)])
+    assert [index.find(digest) for digest in digests] == [
+        (n, 2 * n, 3) for n in range(len(digests))
+    ]
+    assert index.find(b"nowhere to be fnd") is None
+    assert index.find(bytes([0, 7]) + bytes(13) + b"y") is None
+    assert Index.of([]).find(bytes(16)) is None
 
 
 def test_a_changed_tar_encodes_its_changes(tmp_path, encoded):
