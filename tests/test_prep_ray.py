@@ -76,9 +76,11 @@ def kill_workers() -> int:
 
 
 @pytest.mark.slow
-def test_a_node_killed_while_encoding_changes_nothing(cluster, tars, tmp_path, monkeypatch):
+def test_a_node_killed_while_encoding_changes_nothing(cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # relative paths hold in workers, whose nodes started elsewhere
-    names = [path.name for path in tars]
+    names = [f"{n}.tar" for n in range(8)]  # enough work to be in the middle of when a node dies
+    for n, name in enumerate(names):
+        write_tar(tmp_path / name, captioned(range(200 * n, 200 * n + 200)))
     wanted = encode(names, tmp_path / "local")
     cache = tmp_path / "cache"
     killer = after_first_unit(
@@ -92,7 +94,7 @@ def test_a_node_killed_while_encoding_changes_nothing(cluster, tars, tmp_path, m
     assert not killer.is_alive()
     assert "lost a worker in" in answer.err
     assert tree(cache / "shards") == tree(wanted / "shards")
-    assert len(units(cache)) == 6
+    assert len(units(cache)) == 8
 
 
 @pytest.mark.slow
