@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from shared.cache import CachePaths, UnitRecord
 from shared.layout import Layout
+from shared.storage import file_sha256
 
 DIGEST = 16  # bytes of a hash that stand for it: a collision is out of reach
 COLUMNS = ["key", "status", "image_sha256", "captions", "latent_size", "time_ids"]
@@ -31,7 +32,7 @@ Place = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the
 
 @dataclass(frozen=True)
 class Index:
-    """Sorted digests and the place of each: 40 bytes an entry, so millions fit in memory."""
+    """Sorted digests and the place of each."""
 
     digests: NDArray[np.bytes_]  # [N] S16
     places: NDArray[np.int64]  # [N, 3]
@@ -105,7 +106,7 @@ class Known:
         captions: list[tuple[bytes, Place]] = []
         shard = 0
         for record in self.records:
-            written = written_rows(self.cache.root / record.samples)
+            written = written_rows(self.cache, record)
             for _ in record.shards:
                 layout = self.layouts[shard]
                 for sample, row in enumerate(written[layout.latent_size]):
@@ -124,10 +125,16 @@ class Known:
 NOTHING = Known(CachePaths(Path()), ())
 
 
-def written_rows(samples: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """The written rows of a unit's table by latent size, each list in the order of its shard."""
+def written_rows(
+    cache: CachePaths, record: UnitRecord
+) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """The written rows of a unit's table by latent size, each list in the order of its shard.
+
+    None where the table is not the one that was committed: then everything is encoded.
+    """
     rows = defaultdict(list)
-    if samples.exists():
+    samples = cache.root / record.samples
+    if samples.exists() and file_sha256(samples) == record.samples_sha256:
         for row in pq.read_table(samples, columns=COLUMNS).to_pylist():
             if row["status"] == "written":
                 height, width = row["latent_size"]

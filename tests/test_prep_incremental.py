@@ -192,6 +192,19 @@ def test_a_damaged_payload_is_encoded_not_copied(tmp_path, encoded):
     same_as_from_scratch(folder, cache, tmp_path / "fresh")
 
 
+def test_a_damaged_table_is_not_believed(tmp_path, encoded):
+    """Which picture lies where is said by the table alone."""
+    folder = write_folder(tmp_path / "pictures", range(4))
+    cache = encode(folder, tmp_path / "cache")
+    (table,) = (cache / "samples").glob("*.parquet")
+    table.write_bytes(table.read_bytes()[:-100])
+    write_folder(folder, range(5))
+    encoded()
+    encode(folder, cache)
+    assert encoded() == (5, 5)
+    same_as_from_scratch(folder, cache, tmp_path / "fresh")
+
+
 def test_several_captions_are_each_known(tmp_path, encoded):
     folder = write_folder(tmp_path / "pictures", range(3))
     rows = [{**row, "text": [f"{row['text']}, {n}" for n in range(2)]} for row in rows_of(folder)]
