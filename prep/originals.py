@@ -130,9 +130,7 @@ def draw(cache: CachePaths, shards: Sequence[Shard], count: int, seed: int) -> l
 def read_sample(cache: CachePaths, shard: Shard, index: int) -> Stored:
     """Sample `index` of a shard. Raises ValueError where the bytes there are none."""
     layout = Layout.from_json(shard.layout)
-    with (cache.root / shard.file).open("rb") as file:
-        file.seek(index * layout.stride)
-        key, record, arrays = layout.unpack(file.read(layout.stride))
+    key, record, arrays = layout.read(cache.root / shard.file, index)
     # A shard is named after its unit: NAME-HxW-SHA12.tar.
     unit = read_unit(cache, Path(shard.file).name.rsplit("-", 2)[0])
     return Stored(shard, index, key, record, arrays, unit)

@@ -145,9 +145,7 @@ def written_rows(
 def read_sample(path: Path, layout: Layout, number: int) -> Arrays | None:
     """A sample's arrays, or None where the shard is missing or damaged: then it is encoded."""
     try:
-        with path.open("rb") as file:
-            file.seek(number * layout.stride)
-            _, record, arrays = layout.unpack(file.read(layout.stride))
+        _, record, arrays = layout.read(path, number)
     except (OSError, ValueError):
         return None
     return arrays if layout.crc32(arrays) == record.get("crc32") else None

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,12 @@ class Layout:
             data = np.frombuffer(view[offset : offset + field.nbytes], dtype=field.dtype)
             arrays[field.name] = data.reshape(field.shape)
         return key, record, arrays
+
+    def read(self, shard: Path, index: int) -> tuple[str, dict[str, Any], dict[str, NDArray[Any]]]:
+        """Sample `index` of a shard, as `unpack` gives it. Raises OSError and ValueError."""
+        with shard.open("rb") as file:
+            file.seek(index * self.stride)
+            return self.unpack(file.read(self.stride))
 
     def crc32(self, arrays: Mapping[str, NDArray[Any]]) -> int:
         """Checksum of a sample's arrays as they are stored, one field after the other."""
