@@ -19,9 +19,10 @@ from shared.cache import open_manifest
 from shared.errors import UserError
 from train import checkpoint
 from train.config import DistillConfig
-from train.loop import distill, learning_rate_factor
+from train.loop import distill
+from train.optim import LEARNING_RATES, learning_rate_factor
 from train.record import keep_until
-from train.setup import LEARNING_RATES, Distillation, prepare
+from train.setup import Distillation, prepare
 
 KINDS = ["lora", "full"]
 

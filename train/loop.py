@@ -11,6 +11,7 @@ from torch import Tensor
 
 from train.config import DistillConfig
 from train.loader import Batch
+from train.optim import set_learning_rate
 from train.setup import Distillation
 
 
@@ -56,27 +57,6 @@ def split(value: Tensor | None, count: int) -> list[Tensor | None]:
     if value is None:
         return list(itertools.repeat(None, count))
     return list(value.chunk(count))
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, base: float, step: int, config: DistillConfig
-) -> None:
-    """Set the rate of optimizer step `step` (1, 2, ...)."""
-    for group in optimizer.param_groups:
-        group["lr"] = base * learning_rate_factor(step, config)
-
-
-def learning_rate_factor(step: int, config: DistillConfig) -> float:
-    """A pure function of the step: linear warm-up, then constant, linear or cosine to zero."""
-    warmup, total = config.lr_warmup_steps, config.max_train_steps
-    if step <= warmup:
-        return step / warmup
-    done = (step - warmup) / max(total - warmup, 1)
-    if config.lr_scheduler == "linear":
-        return 1 - done + 1 / max(total - warmup, 1)
-    if config.lr_scheduler == "cosine":
-        return float(0.5 * (1 + torch.cos(torch.tensor(done * torch.pi))))
-    return 1.0
 
 
 def seed_dropout(seed: int, step: int) -> None:

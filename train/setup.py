@@ -6,7 +6,6 @@ import hashlib
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +24,14 @@ from train.draws import DrawSpec
 from train.export import export_student
 from train.loader import LatentSpec, Loader, open_buckets
 from train.objectives.lcd import LCD
+from train.optim import LEARNING_RATES, build_optimizer
 from train.order import Order
+from train.plan import plan, warn_of_small_buckets
 from train.preview import Previews, open_previews
 from train.record import Recorder
 from train.student import Student, build_student
 from train.teacher import check_fit, load_schedule
 
-LEARNING_RATES = {"lora": 1e-4, "full": 8e-6}
 # What makes a run another run; everything else may change when it is resumed.
 TERMS = (
     "student", "seed", "train_batch_size", "gradient_accumulation_steps", "num_ddim_timesteps",
@@ -157,18 +157,6 @@ def run_terms(config: DistillConfig, manifest: Manifest, model: Model) -> dict[s
     }
 
 
-def build_optimizer(
-    config: DistillConfig, parameters: dict[str, nn.Parameter]
-) -> torch.optim.Optimizer:
-    """AdamW over fp32 trainables."""
-    return torch.optim.AdamW(
-        parameters.values(),
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-
-
 def build_objective(config: DistillConfig, model: Model, device: torch.device) -> LCD:
     """Latent consistency distillation with the teacher's schedule."""
     return LCD(
@@ -216,37 +204,6 @@ def guidance_range(config: DistillConfig, w_min: float, w_max: float) -> tuple[f
     if low > high:
         raise UserError(f"--w-min {low:g} is above --w-max {high:g}")
     return low, high
-
-
-def warn_of_small_buckets(loader: Loader) -> None:
-    """A bucket smaller than a batch repeats its samples within one."""
-    for bucket, size in zip(loader.buckets, loader.order.sizes, strict=True):
-        if size < loader.order.batch_size:
-            height, width = bucket.layout.latent_size
-            print(
-                f"note: only {size} samples of {height}x{width} latents, fewer than a batch of "
-                f"{loader.order.batch_size}: some repeat within a batch",
-                file=sys.stderr,
-            )
-
-
-def plan(
-    config: DistillConfig,
-    manifest: Manifest,
-    parameters: dict[str, nn.Parameter],
-    loader: Loader,
-    resumed: Path | None,
-) -> str:
-    """What is about to happen, in two lines."""
-    samples, batch = manifest.totals["written"], loader.order.batch_size
-    weights = sum(parameter.numel() for parameter in parameters.values())
-    passes = config.max_train_steps * batch / samples
-    origin = f"from {resumed}" if resumed else "from the teacher"
-    return (
-        f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
-        f"{origin}\n{config.max_train_steps} steps of {batch} samples, {passes:.1f} passes over "
-        f"{samples} samples, w in [{loader.spec.w_min:g}, {loader.spec.w_max:g}]"
-    )
 
 
 def begin_run_folder(config: DistillConfig, model: Model) -> None:

@@ -1,0 +1,43 @@
+"""What a run is about to do, said before its first step."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from shared.cache import Manifest
+from train.config import DistillConfig
+from train.loader import Loader
+
+
+def plan(
+    config: DistillConfig,
+    manifest: Manifest,
+    parameters: dict[str, nn.Parameter],
+    loader: Loader,
+    resumed: Path | None,
+) -> str:
+    """What is about to happen, in two lines."""
+    samples, batch = manifest.totals["written"], loader.order.batch_size
+    weights = sum(parameter.numel() for parameter in parameters.values())
+    passes = config.max_train_steps * batch / samples
+    origin = f"from {resumed}" if resumed else "from the teacher"
+    return (
+        f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
+        f"{origin}\n{config.max_train_steps} steps of {batch} samples, {passes:.1f} passes over "
+        f"{samples} samples, w in [{loader.spec.w_min:g}, {loader.spec.w_max:g}]"
+    )
+
+
+def warn_of_small_buckets(loader: Loader) -> None:
+    """A bucket smaller than a batch repeats its samples within one."""
+    for bucket, size in zip(loader.buckets, loader.order.sizes, strict=True):
+        if size < loader.order.batch_size:
+            height, width = bucket.layout.latent_size
+            print(
+                f"note: only {size} samples of {height}x{width} latents, fewer than a batch of "
+                f"{loader.order.batch_size}: some repeat within a batch",
+                file=sys.stderr,
+            )
