@@ -65,12 +65,11 @@ def encode_unit(
     work = Work()
     known = job.known.get(unit.source, NOTHING)
     writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels)
-    retried = encoders.vae.retried
     try:
         for sample in samples(unit, encoders, job.settings, job.decode_workers, known, work):
             writer.add(sample)
             tick(1, writer.rejected.total())
-        writer.commit(job.max_reject_fraction, encoders.vae.retried - retried)
+        writer.commit(job.max_reject_fraction)
     except SourceError as error:
         return Outcome(len(writer.accounts), writer.rejected.total(), work, str(error))
     finally:

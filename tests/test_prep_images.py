@@ -10,7 +10,6 @@ from PIL import Image, ImageCms
 from support_pictures import ADOBE, BOMBS, LINEAR_GREY
 from support_prep import SIDE, accounts, encode, file_of, photo, refusal, samples, write_tar
 
-from prep import pixels
 from prep.images import BadImage, Framing, prepare
 
 SRGB = ImageCms.createProfile("sRGB")
@@ -119,11 +118,6 @@ def test_a_bomb_is_a_rejected_picture(name):
     start = time.process_time()
     assert reason(content) == why
     assert time.process_time() - start < 2
-
-
-def test_too_many_bytes(monkeypatch):
-    monkeypatch.setattr(pixels, "MAX_BYTES", 1000)
-    assert reason(file_of(PHOTO)) == "too many bytes"
 
 
 def test_any_damage_is_a_rejected_picture():
