@@ -136,7 +136,7 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
             reader=RangeReader(source, columns, options.max_image_bytes, start, stop),
             rows_known=stop - start,
             first_occurrence=start,
-        )  # fmt: skip
+        )
         for number, (start, stop) in enumerate(ranges)
     ]
 
