@@ -14,7 +14,7 @@ from prep.pipeline import Encoders, Work
 from prep.sources import SourceOptions, Unit, find_units
 from prep.text import TextEncoder
 from prep.vae import posterior_matters
-from shared.cache import CachePaths, claim_identity, open_manifest, read_units
+from shared.cache import CachePaths, open_manifest, read_units
 from shared.conditioning import Conditioning, load_conditioning, save_conditioning
 from shared.device import pick_device
 from shared.errors import UserError
@@ -54,11 +54,7 @@ def encode(config: config.EncodeConfig) -> None:
     if config.dry_run:
         return
     sweep(cache.tmp)
-    claim_identity(
-        cache,
-        identity.build_identity(model, encoders, settings, shapes),
-        "give the same flags and model, or another --cache",
-    )
+    identity.claim(cache, model, encoders, settings, shapes, begun)
     prompts = config.preview_prompts
     if not prompts and not cache.conditioning.exists():
         prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
@@ -129,7 +125,7 @@ def source_options(config: config.EncodeConfig) -> SourceOptions:
     """The flags about sources. A `pipe:` may run: `parse` takes one from the command line only."""
     return SourceOptions(
         config.folder_units, config.image_column, config.caption_column, config.key_column,
-        config.streaming, config.max_image_bytes, pipes=True,
+        config.streaming, config.dataset_config_name, config.max_image_bytes, pipes=True,
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from prep.rows import MAX_IMAGE_BYTES
+
 
 @dataclass(frozen=True)
 class EncodeConfig:
@@ -70,10 +72,13 @@ class EncodeConfig:
     """Column of a table that holds the captions; caption, text, TEXT, prompt unless given."""
     key_column: str | None = None
     """Column of a table that names its rows; the picture's path, id or url unless given."""
+    dataset_config_name: str | None = None
+    """Configuration of datasets of the hub that have several; hf://owner/name:CONFIG:SPLIT too."""
     streaming: bool = False
     """Read a dataset of the hub (hf://owner/name) shard by shard, without downloading it first."""
-    max_image_bytes: int = 256_000_000
-    """Reject a picture whose file is larger, without reading it."""
+    max_image_bytes: int = MAX_IMAGE_BYTES
+    """Reject a picture whose file is larger, without reading it; another limit than the former
+    one reads all units again, and encodes what it lets in."""
     where: str | None = None
     """Keep rows of which this holds or is unknown: "similarity > 0.3 and license != 'nc'"."""
     max_pwatermark: float | None = None

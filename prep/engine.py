@@ -14,7 +14,7 @@ from prep.reuse import NOTHING, Known
 from prep.sources import SourceError, Unit
 from prep.writer import UnitWriter
 from shared.cache import CachePaths, UnitRecord, fold, read_units, write_manifest
-from shared.errors import UserError
+from shared.errors import UserError, on_one_line
 from shared.family import Model
 from shared.progress import Progress
 from shared.storage import load_json
@@ -65,12 +65,11 @@ def encode_unit(
     work = Work()
     known = job.known.get(unit.source, NOTHING)
     writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels)
-    retried = encoders.vae.retried
     try:
         for sample in samples(unit, encoders, job.settings, job.decode_workers, known, work):
             writer.add(sample)
             tick(1, writer.rejected.total())
-        writer.commit(job.max_reject_fraction, encoders.vae.retried - retried)
+        writer.commit(job.max_reject_fraction)
     except SourceError as error:
         return Outcome(len(writer.accounts), writer.rejected.total(), work, str(error))
     finally:
@@ -101,7 +100,7 @@ def add_up(outcomes: Iterable[Outcome], units: int, progress: Progress) -> Work:
         work += outcome.work
         if outcome.damage:
             damages.append(outcome.damage)
-            progress.write(f"skipped: {outcome.damage}")
+            progress.write(f"skipped: {on_one_line(outcome.damage)}")
     if damages:
         more = f" (and {len(damages) - 1} more, listed above)" if len(damages) > 1 else ""
         raise UserError(f"{damages[0]}{more}; the other {units - len(damages)} units are committed")

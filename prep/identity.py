@@ -13,7 +13,7 @@ from prep.images import Framing
 from prep.pipeline import Encoders, Settings
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
-from shared.cache import FORMAT, CachePaths
+from shared.cache import FORMAT, CachePaths, claim_identity
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
@@ -140,6 +140,27 @@ def build_identity(
         },
         "shapes": vars(shapes),
     }
+
+
+def claim(
+    cache: CachePaths, model: Model, encoders: Encoders, settings: Settings, shapes: Shapes,
+    begun: bool,
+) -> None:  # fmt: skip
+    """Begin the cache, or check that it was begun with the same settings (UserError).
+
+    Of several processes that begin a cache at once the first one's calibration counts: where
+    another's gave another scale, it takes over the recorded one. `begun` says that this one found
+    a cache, and so its scale, from the first.
+    """
+    remedy = "give the same flags and model, or another --cache"
+    try:
+        claim_identity(cache, build_identity(model, encoders, settings, shapes), remedy)
+    except UserError:
+        recorded = load_json(cache.identity)["vae"]
+        if begun or recorded["dtype"] != encoders.vae.dtype:
+            raise
+        encoders.vae.rescale_by(recorded["rescale"])
+        claim_identity(cache, build_identity(model, encoders, settings, shapes), remedy)
 
 
 def expected_layout(encoders: Encoders, settings: Settings) -> Layout:

@@ -46,6 +46,7 @@ class Sample:
     pictures: tuple[Picture, ...] = ()  # one per view, all of one size
     reason: str = ""
     truncated_captions: int = 0
+    fp32_retries: int = 0  # views that the VAE had to encode a second time
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
@@ -153,8 +154,8 @@ def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
     sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=reason)
     if sample.reason or row.image is None:
         return sample
-    if arrays := known.picture(sample.image_sha256):
-        sample.arrays.update(arrays)
+    if found := known.picture(sample.image_sha256):
+        sample.arrays, sample.fp32_retries = found
         return sample
     try:
         sample.pictures = prepare(row.image, settings.framing)
@@ -188,12 +189,18 @@ def captions_kept(sample: Sample, settings: Settings) -> list[str]:
 def encode(batch: list[Sample], vae: VaeEncoder, settings: Settings) -> None:
     """Add `latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` to samples of one size."""
     pixels = [picture.pixels for sample in batch for picture in sample.pictures]
-    moments = np.concatenate([vae.encode(some) for some in chunks(pixels, vae.batch_size)])
+    parts, retried = list[NDArray[np.float32]](), list[bool]()
+    for some in chunks(pixels, vae.batch_size):
+        parts.append(vae.encode(some))
+        retried += vae.retried
+    moments = np.concatenate(parts)
     kept = moments if settings.keep_logvar else moments[:, : vae.channels]
     views = settings.framing.views
     for number, sample in enumerate(batch):
+        mine = slice(number * views, (number + 1) * views)
+        sample.fp32_retries = sum(retried[mine])
         with np.errstate(over="ignore"):
-            latents = kept[number * views : (number + 1) * views].astype(np.float16)
+            latents = kept[mine].astype(np.float16)
         sample.arrays["latents"] = latents
         time_ids = [picture.time_ids for picture in sample.pictures]
         sample.arrays["time_ids"] = np.asarray(time_ids, dtype=np.int32)

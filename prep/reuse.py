@@ -25,6 +25,7 @@ from shared.storage import file_sha256
 
 DIGEST = 16  # bytes of a hash that stand for it: a collision is out of reach
 COLUMNS = ["key", "status", "image_sha256", "captions", "latent_size", "time_ids"]
+RETRIES = "fp32_retries"  # which tables of older caches lack
 
 Arrays = dict[str, NDArray[Any]]
 Place = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
@@ -68,16 +69,21 @@ class Known:
         self.layouts = [Layout.from_json(shard.layout) for shard in self.shards]
         self._indexes: tuple[Index, Index] | None = None
         self._time_ids: list[list[int]] = []
+        self._retries: list[int] = []
         self._lock = threading.Lock()
 
-    def picture(self, sha256: str) -> Arrays | None:
-        """`latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` of a picture, or None."""
+    def picture(self, sha256: str) -> tuple[Arrays, int] | None:
+        """`latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` of a picture, or None.
+
+        With them the number of its views that were encoded a second time, in fp32.
+        """
         found = self._find(0, bytes.fromhex(sha256)[:DIGEST])
         if found is None:
             return None
         row, arrays = found
         time_ids = np.asarray(self._time_ids[row], np.int32)
-        return {"latents": arrays["latents"], "time_ids": time_ids.reshape(-1, 6)}
+        copied = {"latents": arrays["latents"], "time_ids": time_ids.reshape(-1, 6)}
+        return copied, self._retries[row]
 
     def caption(self, text: str) -> Arrays | None:
         """`prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` of a caption, or None."""
@@ -113,6 +119,7 @@ class Known:
                     digest = bytes.fromhex(row["image_sha256"])[:DIGEST]
                     pictures.append((digest, (shard, sample, len(self._time_ids))))
                     self._time_ids.append(row["time_ids"])
+                    self._retries.append(row.get(RETRIES, 0))
                     kept = row["captions"][: layout.captions]
                     captions += [
                         (caption_digest(text), (shard, sample, slot))
@@ -135,7 +142,8 @@ def written_rows(
     rows = defaultdict(list)
     samples = cache.root / record.samples
     if samples.exists() and file_sha256(samples) == record.samples_sha256:
-        for row in pq.read_table(samples, columns=COLUMNS).to_pylist():
+        there = [name for name in (RETRIES,) if name in pq.read_schema(samples).names]
+        for row in pq.read_table(samples, columns=[*COLUMNS, *there]).to_pylist():
             if row["status"] == "written":
                 height, width = row["latent_size"]
                 rows[height, width].append(row)

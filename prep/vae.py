@@ -30,7 +30,7 @@ class VaeEncoder:
 
     In float16 its stream is scaled (see `shared.rescale`): by the `rescale` that a cache has
     recorded, else by what `calibrate` finds. What is not finite even so is encoded again in fp32;
-    `retried` counts those pictures.
+    `retried` tells which pictures of the last batch those were.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class VaeEncoder:
         # Unscaled whatever the source is, so that the scale that a cache records is the whole one.
         self.vae = plain_vae(load_vae(source)).to(device)
         self.source, self.device, self.batch_size, self.dtype = source, device, batch_size, dtype
-        self.retried = 0
+        self.retried: list[bool] = []
         self.rescale: float | None = None
         self.working: AutoencoderKL | None = None
         if dtype != "float16":  # bfloat16 reaches as far as float32
@@ -118,11 +118,12 @@ class VaeEncoder:
         batch[: len(pixels)] = np.stack(pixels)
         images = self._images(batch)
         parameters = self._parameters(self.working, images)[: len(pixels)]
+        self.retried = [False] * len(pixels)
         if self.working is not self.vae:
             # One by one: a picture's second chance has the same shape whoever its neighbours are.
             for index in (~parameters.isfinite().all(dim=(1, 2, 3))).nonzero().flatten().tolist():
                 parameters[index] = self._parameters(self.vae, images[index : index + 1])[0]
-                self.retried += 1
+                self.retried[index] = True
         mean, logvar = parameters.chunk(2, dim=1)
         return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], 1).cpu().numpy()
 

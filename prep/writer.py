@@ -34,6 +34,7 @@ ACCOUNT = pa.schema(
         ("image_sha256", pa.string()),
         ("latent_size", pa.list_(pa.int32())),  # height, width
         ("time_ids", pa.list_(pa.int32())),
+        ("fp32_retries", pa.int32()),  # views that were encoded a second time
     ]
 )
 
@@ -73,6 +74,7 @@ class UnitWriter:
                 "image_sha256": sample.image_sha256,
                 "latent_size": [] if latents is None else list(latents.shape[-2:]),
                 "time_ids": [] if time_ids is None else time_ids.ravel().tolist(),
+                "fp32_retries": sample.fp32_retries,
             }
         )
         if sample.reason:
@@ -109,10 +111,9 @@ class UnitWriter:
             "url": _printable(str(sample.row.metadata.get("url", ""))),
         }
 
-    def commit(self, max_reject_fraction: float, fp32_retries: int = 0) -> UnitRecord:
+    def commit(self, max_reject_fraction: float) -> UnitRecord:
         """Publish shards and accounts, then the record that makes them count.
 
-        `fp32_retries` is how many of the unit's pictures the VAE had to encode a second time.
         Raises TooManyRejected before anything is published.
         """
         self._check_rejections(max_reject_fraction)
@@ -120,6 +121,7 @@ class UnitWriter:
             spool.publish(self.cache, self.unit.name) for _, spool in sorted(self.spools.items())
         )
         samples, digest = self._publish_accounts()
+        fp32_retries = sum(row["fp32_retries"] for row in self.accounts)
         record = UnitRecord(
             name=self.unit.name,
             source=self.unit.source,
