@@ -140,8 +140,9 @@ def test_what_a_worker_refuses_ends_the_command(ray, tmp_path):
 
 
 DEADLY = """
-read -r name < /proc/$PPID/comm
-case $name in ray::*) kill -9 $PPID ;; esac
+for pid in $PPID $(cut -d' ' -f4 /proc/$PPID/stat); do
+    case $(cat /proc/$pid/comm) in ray::*) kill -9 $pid ;; esac
+done
 cat "$(dirname "$0")/0.tar"
 """
 
