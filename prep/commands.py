@@ -20,7 +20,7 @@ from shared.device import pick_device
 from shared.errors import UserError
 from shared.family import Model, resolve_model
 from shared.progress import Progress
-from shared.storage import load_json, sweep
+from shared.storage import load_json, sweep, sync_folder
 
 T = TypeVar("T")
 
@@ -66,7 +66,9 @@ def encode(config: config.EncodeConfig) -> None:
     started = time.monotonic()
     done = encode_units(config, job, todo, encoders, work.rows)
     for name in stale:  # last, because what they hold may have been copied
-        (cache.units / f"{name}.json").unlink()
+        (cache.units / f"{name}.json").unlink(missing_ok=True)  # another part was faster
+    if stale:
+        sync_folder(cache.units)
     print(f"{done.pictures} pictures and {done.captions} captions encoded, the rest copied")
     if config.part is not None:
         print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
@@ -177,6 +179,7 @@ def embed(config: config.EmbedConfig) -> None:
     """Add prompts to a cache, with the text encoders it was made with."""
     cache = CachePaths(config.cache)
     stored = open_manifest(config.cache).identity
+    sweep(cache.tmp)
     model = resolve_model(config.model or stored["model"])
     encoder = TextEncoder(
         model, pick_device(config.device), stored["shapes"]["text_batch_size"],
@@ -194,6 +197,7 @@ def embed(config: config.EmbedConfig) -> None:
 def finish(config: config.FinishConfig) -> None:
     """Fold the committed units into the manifest."""
     cache = CachePaths(config.cache)
+    sweep(cache.tmp)
     print(engine.finish(cache))
     if config.report:
         print(report.write_report(cache, report.load_vae_for(cache, config)))

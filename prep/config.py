@@ -191,7 +191,7 @@ class GcConfig:
     dry_run: bool = False
     """Say what would be removed, and stop."""
     all: bool = False
-    """Also what is younger than an hour; only while nothing encodes into the cache."""
+    """Also what was in use less than a day ago; only while nothing encodes or trains on it."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 
+from prep.gc import retire
 from prep.identity import Shapes, VaeChoice
 from prep.pipeline import Encoders, Settings, Work, samples
 from prep.reuse import NOTHING, Known
@@ -114,6 +115,7 @@ def finish(cache: CachePaths) -> str:
         raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
     versions = {name: version(name) for name in LIBRARIES}
     manifest = fold(load_json(cache.identity), units, versions)
+    retire(cache, {shard.file for shard in manifest.shards})
     write_manifest(cache, manifest)
     totals = manifest.totals
     rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from prep.config import GcConfig
@@ -14,7 +16,7 @@ from shared.cache import CachePaths
 from shared.errors import UserError
 from shared.storage import guard, load_json, strays, sweep
 
-KEPT_SECONDS = 3600.0
+KEPT_SECONDS = 24 * 3600.0
 # How `prep encode` names what it writes; nothing else is ever touched.
 OURS = {
     "shards": re.compile(r".+-\d+x\d+-[0-9a-f]{12}\.tar"),
@@ -25,12 +27,13 @@ OURS = {
 def gc(config: GcConfig) -> None:
     """Remove shards and tables that no record names, and strays in tmp/; say what was freed.
 
-    Safe while an encode runs. An encode writes a unit's files first and its record seconds later,
-    so a young file that no record names may be about to be named: below an hour it stays, unless
-    `all` says that nothing is running. Files are listed before records are read, so one that is
-    committed in between counts as named. What the manifest names stays too, even if its record is
-    gone, because somebody may be training on it. Raises UserError, before anything is removed,
-    where the folder is no cache or a record cannot be read.
+    Safe while an encode or a training runs. An encode writes a unit's files first and its record
+    seconds later, and a trainer that read the former manifest opens a shard when it first needs
+    it: so a file that no record names stays for a day after it was written or was last named
+    (`retire`), unless `all` says that nothing is running. Files are listed before records are
+    read, so one that is committed in between counts as named. What the manifest names stays too,
+    even if its record is gone. Raises UserError, before anything is removed, where the folder is
+    no cache or a record cannot be read.
     """
     cache = CachePaths(config.cache)
     if not cache.identity.exists():
@@ -58,12 +61,27 @@ def gc(config: GcConfig) -> None:
     if not config.dry_run:
         with guard(cache.tmp):
             sweep(cache.tmp)
-    kept = f"; {young} younger than an hour kept, which --all removes" if young else ""
+    kept = f"; {young} in use less than a day ago kept, which --all removes" if young else ""
     print(
         f"{cache.root}: {counted(removed, 'file')} and {counted(len(left), 'stray')} in tmp/ "
         f"{'would be ' if config.dry_run else ''}removed, {freed:,} bytes "
         f"({size_of(freed)}){' freed' if not config.dry_run else ''}{kept}"
     )
+
+
+def retire(cache: CachePaths, kept: Collection[str]) -> None:
+    """Date the shards that the manifest names and the next one, which names `kept`, will not.
+
+    To be called before the manifest is replaced: `gc` counts their age from now on.
+    """
+    try:
+        former = load_json(cache.manifest)["shards"]
+    except UserError:  # none, or a damaged one: nobody reads what it names
+        return
+    for row in former:
+        if row["file"] not in kept:
+            with guard(cache.shards), contextlib.suppress(FileNotFoundError):
+                os.utime(cache.root / row["file"])
 
 
 def written_files(cache: CachePaths) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from prep.words import share_of, size_of
 from shared.cache import CachePaths, Shard, open_manifest, read_units
 from shared.errors import UserError
 from shared.progress import Progress
-from shared.storage import copy_durably, file_sha256, guard, publish, sweep
+from shared.storage import copy_durably, file_sha256, guard, publish, sweep, sync_folder
 
 BLOCK = 1 << 20
 
@@ -48,6 +48,7 @@ def pack(config: PackConfig) -> None:
     with guard(output):
         output.mkdir(parents=True, exist_ok=True)
         (output / SUMS).unlink(missing_ok=True)  # unfinished, from now until the end
+        sync_folder(output)
         sweep(output / "tmp")
     total = sum(shard.size for shard in manifest.shards)
     if (free := shutil.disk_usage(output).free) < total:

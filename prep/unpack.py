@@ -11,6 +11,7 @@ import zstandard
 
 from prep.archive import SUFFIX, read_sums, refuse_strangers
 from prep.config import UnpackConfig
+from prep.gc import retire
 from prep.pack import copy_small, decompressed
 from prep.words import counted, size_of
 from shared.cache import CachePaths, Manifest, Shard, UnitRecord, claim_identity, open_manifest
@@ -41,6 +42,7 @@ def unpack(config: UnpackConfig) -> None:
             packed = archive / (shard.file + SUFFIX)
             publish(checked(packed, shard), cache.root / shard.file, cache.tmp)
             progress.update(1)
+    retire(cache, {shard.file for shard in manifest.shards})
     for name in small_files(sums):
         copy_small(archive / name, cache.root / name, cache.tmp)
     kept = len(manifest.shards) - len(wanted)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from prep.config import VerifyConfig
+from prep.gc import retire
 from prep.reencode import disagreements
 from prep.words import counted
 from shared.cache import CachePaths, Manifest, Shard, UnitRecord, open_manifest
@@ -17,7 +18,7 @@ from shared.conditioning import load_conditioning
 from shared.errors import UserError
 from shared.layout import Layout
 from shared.progress import Progress
-from shared.storage import file_sha256, guard, load_json
+from shared.storage import file_sha256, guard, load_json, sync_folder
 
 
 def verify(config: VerifyConfig) -> int:
@@ -53,7 +54,11 @@ def verify(config: VerifyConfig) -> int:
                 note(cache.units / f"{name}.json", damage)
     stale = listed != [shard.file for shard in manifest.shards]
     if stale and not damaged:
-        print("damaged: manifest.json is older than the units; run `prep finish`", file=sys.stderr)
+        print(
+            "damaged: manifest.json and the units do not name the same shards; run the same "
+            "`prep encode`, or `prep finish` to take the units as they are",
+            file=sys.stderr,
+        )
     count = sum(damaged.values()) + stale
     verdict = counted(count, "damage") if count else "no damage"
     print(f"{config.cache}: {manifest.totals['written']} samples checked, {verdict}")
@@ -71,15 +76,20 @@ def remedy(config: VerifyConfig, manifest: Manifest) -> str:
 
 
 def repair(cache: CachePaths, damaged: list[Path]) -> str:
-    """Remove the manifest and these files, mostly units' records; returns what to do next.
+    """Remove these files, mostly units' records, and the manifest; returns what to do next.
 
-    Without its manifest nobody trains on the cache, and without its record a unit is encoded
-    anew; its damaged files are replaced then, or left to `prep gc`.
+    Without its record a unit is encoded anew, its damaged files are replaced then or left to
+    `prep gc`; and without its manifest nobody trains on the cache. The manifest goes last: were it
+    first, a crash would leave the damaged units to be folded into a new one.
     """
     with guard(cache.root):
-        cache.manifest.unlink(missing_ok=True)
         for path in damaged:
             path.unlink(missing_ok=True)
+        if cache.units.is_dir():
+            sync_folder(cache.units)
+        retire(cache, ())
+        cache.manifest.unlink(missing_ok=True)
+        sync_folder(cache.root)
     units = sum(path.parent == cache.units for path in damaged)
     return (
         f"{counted(units, 'unit record')} removed; run the same `prep encode` to make these units "

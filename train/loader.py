@@ -103,7 +103,13 @@ class Bucket:
     def _fill(self, shard: int, offset: int, view: memoryview, number: int) -> None:
         with self._opening:
             if shard not in self._files:
-                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+                try:
+                    self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+                except FileNotFoundError:
+                    raise UserError(
+                        f"{self.paths[shard]} was removed after the cache was opened; run the "
+                        "same command again, which opens the cache as it is now"
+                    ) from None
         if os.preadv(self._files[shard], [view], offset) != len(view):
             raise UserError(f"{self.name(number)} is cut short; `prep verify` lists the damage")
 
