@@ -1,14 +1,17 @@
-"""From rows to samples: reading and decoding run ahead in threads while the encoders work."""
+"""From rows to samples: reading, decoding and captions run ahead in threads of their own.
+
+The VAE has the caller's thread, which Ctrl-C interrupts and where most of the work is done.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,14 +19,16 @@ from numpy.typing import NDArray
 
 from prep.filters import Filters
 from prep.images import BadImage, Framing, Picture, prepare
+from prep.overlap import mapped, read_ahead
 from prep.reuse import NOTHING, Known
 from prep.sources import Row, Unit
 from prep.text import CaptionMemo, TextEncoder
-from prep.vae import VaeEncoder
+from prep.vae import Started, VaeEncoder
 
 T = TypeVar("T")
 
 WAITING_BATCHES = 8  # so many pictures wait, over all sizes, for others of their size
+CHUNKS_AHEAD = 2  # of the VAE: one whose captions are encoded, one whose pictures are decoded
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Work:
 
 def samples(
     unit: Unit, encoders: Encoders, settings: Settings, workers: int, known: Known, work: Work
-) -> Iterator[Sample]:
+) -> Generator[list[Sample], None, None]:
     """Every row of `unit` as a finished or rejected sample, those of one size in source order.
 
     Pictures and captions that `known` has are copied. Chunks and the sharing of captions never
@@ -84,22 +89,35 @@ def samples(
     largest = max(encoders.vae.batch_size, encoders.text.batch_size)
     chunk_size = max(1, largest // settings.framing.views)
     memo, waiting = CaptionMemo(encoders.text, known), Waiting(encoders.vae, settings)
-    for chunk in chunks(decoded(unit.rows(), settings, workers, 2 * chunk_size, known), chunk_size):
-        embed([sample for sample in chunk if not sample.reason], memo, settings)
-        for sample in chunk:
-            if sample.reason or not sample.pictures:
-                yield sample
-            else:
-                work.pictures += 1
-                yield from waiting.add(sample)
-    yield from waiting.rest()
+    with (
+        closing(decoded(unit.rows(), settings, workers, 2 * chunk_size, known)) as rows,
+        closing(mapped(partial(embed, memo=memo, settings=settings), chunks(rows, chunk_size),
+                       1, CHUNKS_AHEAD, "captions")) as embedded,
+    ):  # fmt: skip
+        for chunk in embedded:
+            done = [sample for sample in chunk if sample.reason or not sample.pictures]
+            for sample in chunk:
+                if sample.pictures and not sample.reason:
+                    work.pictures += 1
+                    done += waiting.add(sample)
+            yield done
+    yield list(waiting.rest())
     work.captions += memo.encoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size on their way through the VAE."""
+
+    samples: list[Sample]
+    started: list[Started]
 
 
 class Waiting:
     """Prepared samples by picture size, until there are enough of one size for the VAE.
 
     Which of them share a call does not show in the latents: the batch's shape is always the same.
+    A batch is finished when the next one has started, so that a GPU never waits for this thread.
     """
 
     def __init__(self, vae: VaeEncoder, settings: Settings) -> None:
@@ -108,43 +126,49 @@ class Waiting:
         # As few samples as fill whole batches with all their views.
         self.enough = vae.batch_size // math.gcd(vae.batch_size, settings.framing.views)
         self.sizes: dict[tuple[int, ...], list[Sample]] = {}
+        self.running: Batch | None = None
 
     def add(self, sample: Sample) -> list[Sample]:
         """Take a sample; returns those that are finished thereby."""
         size = sample.pictures[0].pixels.shape
         self.sizes.setdefault(size, []).append(sample)
         if len(self.sizes[size]) == self.enough:
-            return self._encode(size)
+            return self._start(size)
         if sum(map(len, self.sizes.values())) * len(sample.pictures) >= self.limit:
-            return self._encode(max(self.sizes, key=lambda size: len(self.sizes[size])))
+            return self._start(max(self.sizes, key=lambda size: len(self.sizes[size])))
         return []
 
     def rest(self) -> Iterator[Sample]:
         """Finish whatever is left."""
         for size in list(self.sizes):
-            yield from self._encode(size)
+            yield from self._start(size)
+        yield from self._finish()
 
-    def _encode(self, size: tuple[int, ...]) -> list[Sample]:
-        batch = self.sizes.pop(size)
-        encode(batch, self.vae, self.settings)
-        return batch
+    def _start(self, size: tuple[int, ...]) -> list[Sample]:
+        batch = start(self.sizes.pop(size), self.vae)
+        finished = self._finish()
+        self.running = batch
+        return finished
+
+    def _finish(self) -> list[Sample]:
+        batch, self.running = self.running, None
+        return [] if batch is None else finish(batch, self.vae, self.settings)
 
 
 def decoded(
-    rows: Iterable[Row], settings: Settings, workers: int, ahead: int, known: Known = NOTHING
-) -> Iterator[Sample]:
-    """Prepare pictures in `workers` threads, at most `ahead` of them waiting; keeps the order."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        waiting: deque[Future[Sample]] = deque()
-        try:
-            for row in rows:
-                waiting.append(pool.submit(decode_row, row, settings, known))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    rows: Generator[Row, None, None],
+    settings: Settings,
+    workers: int,
+    ahead: int,
+    known: Known = NOTHING,
+) -> Generator[Sample, None, None]:
+    """Prepare pictures in `workers` threads, at most `ahead` of them waiting; keeps the order.
+
+    Reading has a thread of its own: a source that hesitates must not hold up the encoders.
+    """
+    with closing(read_ahead(rows, workers)) as read:
+        prepared = partial(decode_row, settings=settings, known=known)
+        yield from mapped(prepared, read, workers, ahead, "decode")
 
 
 def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
@@ -163,21 +187,27 @@ def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
     return sample
 
 
-def embed(batch: list[Sample], memo: CaptionMemo, settings: Settings) -> None:
+def embed(chunk: list[Sample], memo: CaptionMemo, settings: Settings) -> list[Sample]:
     """Add `prompt_embeds` `[captions, L, D]` and `pooled_prompt_embeds` `[captions, P]`.
 
-    A row with fewer captions than the cache keeps repeats them; `num_captions` tells.
+    A row with fewer captions than the cache keeps repeats them; `num_captions` tells. Samples that
+    are rejected pass through.
     """
+    batch = [sample for sample in chunk if not sample.reason]
     texts = [captions_kept(sample, settings) for sample in batch]
     distinct = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
-    arrays = dict(zip(distinct, memo.encode(distinct), strict=True)) if distinct else {}
+    if not distinct:
+        return chunk
+    arrays = dict(zip(distinct, memo.encode(distinct), strict=True))
+    truncated = dict(zip(distinct, memo.encoder.truncated(distinct), strict=True))
     for sample, kept in zip(batch, texts, strict=True):
-        sample.truncated_captions = memo.encoder.truncated(kept)
+        sample.truncated_captions = sum(truncated[text] for text in kept)
         rows = [arrays[kept[i % len(kept)]] for i in range(settings.max_captions)]
         for name in rows[0]:
             sample.arrays[name] = np.stack([row[name] for row in rows])
         if not all(np.isfinite(sample.arrays[name]).all() for name in rows[0]):
             sample.reason = "non-finite prompt_embeds"
+    return chunk
 
 
 def captions_kept(sample: Sample, settings: Settings) -> list[str]:
@@ -185,21 +215,29 @@ def captions_kept(sample: Sample, settings: Settings) -> list[str]:
     return list(sample.captions[: settings.max_captions])
 
 
-def encode(batch: list[Sample], vae: VaeEncoder, settings: Settings) -> None:
-    """Add `latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` to samples of one size."""
+def start(batch: list[Sample], vae: VaeEncoder) -> Batch:
+    """Hand the pixels of samples of one size to the VAE, and add `time_ids` `[views, 6]`."""
     pixels = [picture.pixels for sample in batch for picture in sample.pictures]
-    moments = np.concatenate([vae.encode(some) for some in chunks(pixels, vae.batch_size)])
-    kept = moments if settings.keep_logvar else moments[:, : vae.channels]
-    views = settings.framing.views
-    for number, sample in enumerate(batch):
-        with np.errstate(over="ignore"):
-            latents = kept[number * views : (number + 1) * views].astype(np.float16)
-        sample.arrays["latents"] = latents
+    for sample in batch:
         time_ids = [picture.time_ids for picture in sample.pictures]
         sample.arrays["time_ids"] = np.asarray(time_ids, dtype=np.int32)
         sample.pictures = ()  # the pixels have done their work
-        if not np.isfinite(latents).all():
+    return Batch(batch, [vae.start(some) for some in chunks(pixels, vae.batch_size)])
+
+
+def finish(batch: Batch, vae: VaeEncoder, settings: Settings) -> list[Sample]:
+    """Add `latents` `[views, C or 2C, h, w]` to the batch's samples."""
+    moments = np.concatenate([vae.finish(started) for started in batch.started])
+    kept = moments if settings.keep_logvar else moments[:, : vae.channels]
+    with np.errstate(over="ignore"):
+        latents = kept.astype(np.float16)
+    views = settings.framing.views
+    for number, sample in enumerate(batch.samples):
+        # A copy: a view would hold the whole batch.
+        sample.arrays["latents"] = latents[number * views : (number + 1) * views].copy()
+        if not np.isfinite(sample.arrays["latents"]).all():
             sample.reason = "non-finite latents"
+    return batch.samples
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
