@@ -28,7 +28,7 @@ from prep.vae import Started, VaeEncoder
 T = TypeVar("T")
 
 WAITING_BATCHES = 8  # so many pictures wait, over all sizes, for others of their size
-CHUNKS_AHEAD = 2  # of the VAE: one whose captions are encoded, one whose pictures are decoded
+CHUNKS_AHEAD = 2  # whose captions a GPU encodes before the VAE gets their pictures
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ def samples(
     largest = max(encoders.vae.batch_size, encoders.text.batch_size)
     chunk_size = max(1, largest // settings.framing.views)
     memo, waiting = CaptionMemo(encoders.text, known), Waiting(encoders.vae, settings)
+    rows = decoded(unit.rows(), settings, workers, chunk_size, known)
     with (
-        closing(decoded(unit.rows(), settings, workers, 2 * chunk_size, known)) as rows,
-        closing(mapped(partial(embed, memo=memo, settings=settings), chunks(rows, chunk_size),
-                       1, CHUNKS_AHEAD, "captions")) as embedded,
-    ):  # fmt: skip
-        for chunk in embedded:
+        closing(read_ahead(chunks(rows, chunk_size), 1)) as prepared,
+        closing(embedded(prepared, memo, settings)) as chunked,
+    ):
+        for chunk in chunked:
             done = [sample for sample in chunk if sample.reason or not sample.pictures]
             for sample in chunk:
                 if sample.pictures and not sample.reason:
@@ -156,19 +156,11 @@ class Waiting:
 
 
 def decoded(
-    rows: Generator[Row, None, None],
-    settings: Settings,
-    workers: int,
-    ahead: int,
-    known: Known = NOTHING,
+    rows: Iterable[Row], settings: Settings, workers: int, ahead: int, known: Known = NOTHING
 ) -> Generator[Sample, None, None]:
-    """Prepare pictures in `workers` threads, at most `ahead` of them waiting; keeps the order.
-
-    Reading has a thread of its own: a source that hesitates must not hold up the encoders.
-    """
-    with closing(read_ahead(rows, workers)) as read:
-        prepared = partial(decode_row, settings=settings, known=known)
-        yield from mapped(prepared, read, workers, ahead, "decode")
+    """Prepare pictures in `workers` threads, at most `ahead` of them waiting; keeps the order."""
+    prepared = partial(decode_row, settings=settings, known=known)
+    return mapped(prepared, rows, workers, ahead, "decode")
 
 
 def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
@@ -185,6 +177,21 @@ def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
     except BadImage as error:
         sample.reason = str(error)
     return sample
+
+
+def embedded(
+    chunked: Iterable[list[Sample]], memo: CaptionMemo, settings: Settings
+) -> Generator[list[Sample], None, None]:
+    """Add the captions' embeddings to the samples of each chunk.
+
+    On a GPU in a thread, so that the VAE is not kept waiting. On a CPU two threads with a team of
+    OpenMP's each would only take the same cores in turns.
+    """
+    work = partial(embed, memo=memo, settings=settings)
+    if memo.encoder.device.type == "cuda":
+        yield from mapped(work, chunked, 1, CHUNKS_AHEAD, "captions")
+    else:
+        yield from map(work, chunked)
 
 
 def embed(chunk: list[Sample], memo: CaptionMemo, settings: Settings) -> list[Sample]:
@@ -240,7 +247,7 @@ def finish(batch: Batch, vae: VaeEncoder, settings: Settings) -> list[Sample]:
     return batch.samples
 
 
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def chunks(items: Iterable[T], size: int) -> Generator[list[T], None, None]:
     """Lists of `size` items; the last may be shorter."""
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):
