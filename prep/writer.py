@@ -170,8 +170,9 @@ class UnitWriter:
             )
 
     def _publish_accounts(self) -> tuple[str, str]:
-        table = pa.Table.from_batches(self.accounts, ACCOUNT)
-        rows = table.take(pc.sort_indices(table["key"])).combine_chunks()
+        rows = pa.Table.from_batches(self.accounts, ACCOUNT)
+        self.accounts.clear()  # so that only one copy is held
+        rows = rows.take(pc.sort_indices(rows["key"])).combine_chunks()
         buffer = io.BytesIO()
         pq.write_table(rows, buffer, compression="zstd")
         staged, digest = stage([buffer.getvalue()], self.cache.tmp)
