@@ -54,7 +54,7 @@ def sample_key(source: str, row: Row) -> str:
 class UnitWriter:
     """Spools samples as they come, then publishes them sorted by key.
 
-    What it remembers of a row until then is some 300 bytes, in Arrow's and NumPy's memory.
+    What it remembers of a row until then is some hundred bytes, in Arrow's and NumPy's memory.
     """
 
     def __init__(self, cache: CachePaths, unit: Unit, settings: Settings, channels: int) -> None:
