@@ -14,7 +14,7 @@ from prep.pipeline import Encoders, Work
 from prep.sources import SourceOptions, Unit, find_units
 from prep.text import TextEncoder
 from prep.vae import posterior_matters
-from shared.cache import CachePaths, open_manifest, read_units
+from shared.cache import CachePaths, UnitRecord, open_manifest, read_units
 from shared.conditioning import Conditioning, load_conditioning, save_conditioning
 from shared.device import pick_device
 from shared.errors import UserError
@@ -33,12 +33,13 @@ def encode(config: config.EncodeConfig) -> None:
     units = find_units(config.shards, source_options(config))
     model = resolve_model(config.model)
     cache = CachePaths(config.cache)
-    stale = share(stale_units(cache, units, config.prune), config.part)
+    records = read_units(cache)
+    stale = share(stale_units(cache, records, units, config.prune), config.part)
     shapes = identity.choose_shapes(config, cache)
     vae = identity.choose_vae(config, cache, model, shapes.device)
     settings = identity.choose_settings(config, model, keep_logvar(config, cache))
     encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip)
-    todo = plan.pending(cache, share(units, config.part))
+    todo = plan.pending(cache, share(units, config.part), records)
     captions: list[str] = []
     seconds = None
     begun = cache.identity.exists()
@@ -61,7 +62,7 @@ def encode(config: config.EncodeConfig) -> None:
     add_prompts(cache, model, encoders.text, prompts)
     job = engine.Job(
         cache, model, shapes, replace(vae, rescale=encoders.vae.rescale), settings,
-        config.decode_workers, config.max_reject_fraction, tuple(read_units(cache)),
+        config.decode_workers, config.max_reject_fraction, tuple(records),
     )  # fmt: skip
     started = time.monotonic()
     done = encode_units(config, job, todo, encoders, work.rows)
@@ -140,14 +141,16 @@ def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:
     return config.latents == "posterior"
 
 
-def stale_units(cache: CachePaths, units: Sequence[Unit], prune: bool) -> list[str]:
+def stale_units(
+    cache: CachePaths, records: Sequence[UnitRecord], units: Sequence[Unit], prune: bool
+) -> list[str]:
     """Units of the cache whose source is not listed any more, if they are to be dropped.
 
     Raises UserError if they are not: silently kept they would be trained on, silently dropped
     they would have to be encoded again.
     """
     names, sources = {unit.name for unit in units}, {unit.source for unit in units}
-    stale = [record for record in read_units(cache) if record.name not in names]
+    stale = [record for record in records if record.name not in names]
     # A folder that grew or shrank has other units now; the former ones are simply replaced.
     unlisted = [record for record in stale if record.source not in sources]
     if unlisted and not prune:

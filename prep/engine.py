@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 
 from prep.gc import retire
 from prep.identity import Shapes, VaeChoice
+from prep.overlap import mapped
 from prep.pipeline import Encoders, Settings, Work, samples
 from prep.reuse import NOTHING, Known
 from prep.sources import SourceError, Unit
@@ -21,6 +23,7 @@ from shared.progress import Progress
 from shared.storage import load_json
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
+WRITES_AHEAD = 4  # chunks of samples that wait to be written
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,18 @@ def encode_unit(
     known = job.known.get(unit.source, NOTHING)
     writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels)
     try:
-        for sample in samples(unit, encoders, job.settings, job.decode_workers, known, work):
-            writer.add(sample)
-            tick(1, writer.rejected.total())
+        with (
+            closing(samples(unit, encoders, job.settings, job.decode_workers, known, work)) as done,
+            closing(mapped(writer.add, done, 1, WRITES_AHEAD, "write")) as written,
+        ):
+            for rows in written:
+                tick(rows, writer.rejected.total())
         writer.commit(job.max_reject_fraction)
     except SourceError as error:
-        return Outcome(len(writer.accounts), writer.rejected.total(), work, str(error))
+        return Outcome(writer.read, writer.rejected.total(), work, str(error))
     finally:
         writer.close()
-    return Outcome(len(writer.accounts), writer.rejected.total(), work)
+    return Outcome(writer.read, writer.rejected.total(), work)
 
 
 def encode_here(

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from prep.filters import is_filter
 from prep.pipeline import Encoders, Sample, Settings, decoded
 from prep.sources import SourceError, Unit, estimate_rows
-from shared.cache import CachePaths, read_unit
+from shared.cache import CachePaths, UnitRecord
 from shared.errors import UserError
 from shared.layout import Layout
 
@@ -45,14 +46,14 @@ class Estimate:
         )
 
 
-def pending(cache: CachePaths, units: Sequence[Unit]) -> list[Unit]:
+def pending(cache: CachePaths, units: Sequence[Unit], records: Sequence[UnitRecord]) -> list[Unit]:
     """The units that are not committed for their present source."""
-    return [unit for unit in units if not _done(cache, unit)]
+    by_name = {record.name: record for record in records}
+    return [unit for unit in units if not _done(cache, unit, by_name.get(unit.name))]
 
 
-def _done(cache: CachePaths, unit: Unit) -> bool:
+def _done(cache: CachePaths, unit: Unit, record: UnitRecord | None) -> bool:
     """Is the unit committed for its present source, with all its files in place?"""
-    record = read_unit(cache, unit.name)
     if record is None or record.source_state != dict(unit.state):
         return False
     sizes = {cache.root / shard.file: shard.size for shard in record.shards}
@@ -102,8 +103,8 @@ def probe(
     problem: UserError | None = None
     for unit in units:
         try:
-            wanted = unfiltered(decoded(unit.rows(), square, 2, size))
-            rows = list(itertools.islice(wanted, PROBED_ROWS))
+            with closing(decoded(unit.rows(), square, 2, size)) as first:
+                rows = list(itertools.islice(unfiltered(first), PROBED_ROWS))
             found = [sample for sample in rows if sample.pictures][:size]
             reasons = Counter(sample.reason for sample in rows if sample.reason)
             why = reasons.most_common(1)[0][0] if reasons else "the filters leave no row"

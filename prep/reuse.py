@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,19 @@ Arrays = dict[str, NDArray[Any]]
 Place = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
 
 
+class Entries:
+    """Digests and the place of each, 40 bytes an entry: a source may have millions."""
+
+    def __init__(self) -> None:
+        self.digests = bytearray()
+        self.places = array("q")
+
+    def add(self, digest: bytes, place: Place) -> None:
+        """Append an entry."""
+        self.digests += digest
+        self.places.extend(place)
+
+
 @dataclass(frozen=True)
 class Index:
     """Sorted digests and the place of each."""
@@ -39,10 +53,10 @@ class Index:
     places: NDArray[np.int64]  # [N, 3]
 
     @staticmethod
-    def of(entries: Sequence[tuple[bytes, Place]]) -> Index:
-        """An index over (digest, place); of equal digests the first place counts."""
-        digests = np.asarray([digest for digest, _ in entries], dtype=f"S{DIGEST}")
-        places = np.asarray([place for _, place in entries], np.int64).reshape(-1, 3)
+    def of(entries: Entries) -> Index:
+        """An index over entries; of equal digests the first place counts."""
+        digests = np.frombuffer(entries.digests, dtype=f"S{DIGEST}")
+        places = np.asarray(entries.places, np.int64).reshape(-1, 3)
         order = np.argsort(digests, kind="stable")
         return Index(digests[order], places[order])
 
@@ -68,8 +82,8 @@ class Known:
         self.shards = [shard for record in records for shard in record.shards]
         self.layouts = [Layout.from_json(shard.layout) for shard in self.shards]
         self._indexes: tuple[Index, Index] | None = None
-        self._time_ids: list[list[int]] = []
-        self._retries: list[int] = []
+        self._time_ids = np.empty((0, 1, 6), np.int32)  # [pictures, views, 6]
+        self._retries = array("i")
         self._lock = threading.Lock()
 
     def picture(self, sha256: str) -> tuple[Arrays, int] | None:
@@ -81,9 +95,7 @@ class Known:
         if found is None:
             return None
         row, arrays = found
-        time_ids = np.asarray(self._time_ids[row], np.int32)
-        copied = {"latents": arrays["latents"], "time_ids": time_ids.reshape(-1, 6)}
-        return copied, self._retries[row]
+        return {"latents": arrays["latents"], "time_ids": self._time_ids[row]}, self._retries[row]
 
     def caption(self, text: str) -> Arrays | None:
         """`prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` of a caption, or None."""
@@ -108,8 +120,8 @@ class Known:
         return None if arrays is None else (third, arrays)
 
     def _build(self) -> tuple[Index, Index]:
-        pictures: list[tuple[bytes, Place]] = []
-        captions: list[tuple[bytes, Place]] = []
+        pictures, captions = Entries(), Entries()
+        time_ids = array("i")
         shard = 0
         for record in self.records:
             written = written_rows(self.cache, record)
@@ -117,15 +129,14 @@ class Known:
                 layout = self.layouts[shard]
                 for sample, row in enumerate(written[layout.latent_size]):
                     digest = bytes.fromhex(row["image_sha256"])[:DIGEST]
-                    pictures.append((digest, (shard, sample, len(self._time_ids))))
-                    self._time_ids.append(row["time_ids"])
+                    pictures.add(digest, (shard, sample, len(pictures.places) // 3))
+                    time_ids.extend(row["time_ids"])
                     self._retries.append(row.get(RETRIES, 0))
-                    kept = row["captions"][: layout.captions]
-                    captions += [
-                        (caption_digest(text), (shard, sample, slot))
-                        for slot, text in enumerate(kept)
-                    ]
+                    for slot, text in enumerate(row["captions"][: layout.captions]):
+                        captions.add(caption_digest(text), (shard, sample, slot))
                 shard += 1
+        views = self.layouts[0].fields[0].shape[0]  # the same in the whole cache
+        self._time_ids = np.asarray(time_ids, np.int32).reshape(-1, views, 6)
         return Index.of(pictures), Index.of(captions)
 
 

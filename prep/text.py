@@ -85,10 +85,10 @@ class TextEncoder:
             "dtype": "float32",
         }
 
-    def truncated(self, captions: Sequence[str]) -> int:
-        """How many captions have more tokens than the encoder reads."""
+    def truncated(self, captions: Sequence[str]) -> list[bool]:
+        """Of each caption: has it more tokens than the encoder reads?"""
         ids = self.tokenizers[0](list(captions)).input_ids
-        return sum(len(row) > self.length for row in ids)
+        return [len(row) > self.length for row in ids]
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextEmbeds:
