@@ -22,7 +22,8 @@ from train.config import DistillConfig
 from train.loop import distill
 from train.optim import LEARNING_RATES, learning_rate_factor
 from train.record import keep_until
-from train.setup import Distillation, prepare
+from train.run import Distillation
+from train.setup import prepare
 
 KINDS = ["lora", "full"]
 
@@ -198,7 +199,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(settings, repo, ki
 
 
 def fake_checkpoint(run: Path, step: int, limit: int | None = None) -> Path:
-    progressed = checkpoint.Progressed(step, 4 * step, {"seed": 0})
+    progressed = checkpoint.Progressed(step, 4 * step, 4, {"seed": 0})
     weights = {"w": torch.full((3,), float(step))}
     return checkpoint.save_checkpoint(run, progressed, weights, {"w/step": torch.ones(1)}, limit)
 

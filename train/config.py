@@ -24,6 +24,8 @@ class DistillConfig:
     train_batch_size: int = 8
     """Samples per device and micro-step."""
     gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
+    """Samples per optimizer step over all processes; a resumed run keeps its own unless given."""
     max_train_steps: int = 1000
     """Optimizer steps."""
     seed: int = 0
@@ -57,7 +59,7 @@ class DistillConfig:
     proportion_empty_prompts: float = 0.0
     """Share of captions replaced by the unconditional embedding."""
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast dtype of student, teacher and target alike; trainables and losses stay fp32."""
     checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = None
@@ -69,6 +71,11 @@ class DistillConfig:
     validation_prompts: tuple[str, ...] = ()
     """Prompts of the previews, of those embedded in the cache; its first four unless given."""
     logging_steps: int = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """tensorboard, wandb and the other trackers that accelerate knows; none for no tracker."""
+    logging_dir: Path | None = None
+    """Of the trackers; RUN/logs unless given."""
+    tracker_project_name: str = "latent-distillery"
     dataloader_num_workers: int = 2
     """Reader threads."""
     threads: int | None = None

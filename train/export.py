@@ -70,7 +70,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
     if folder is None:
         raise UserError(f"{config.run} has no checkpoint yet")
     distilled = DistillConfig(**coerce(DistillConfig, stored))
-    student = build_student(distilled.model, distilled, torch.device("cpu"))
+    student = build_student(distilled.model, distilled)
     student.load_state(load_networks(folder))
     return export_student(student.exported(), config.output or config.run)
 

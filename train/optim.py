@@ -24,10 +24,12 @@ def build_optimizer(
 
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, base: float, step: int, config: DistillConfig
-) -> None:
-    """Set the rate of optimizer step `step` (1, 2, ...)."""
+) -> float:
+    """Set and return the rate of optimizer step `step` (1, 2, ...)."""
+    rate = base * learning_rate_factor(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = base * learning_rate_factor(step, config)
+        group["lr"] = rate
+    return rate
 
 
 def learning_rate_factor(step: int, config: DistillConfig) -> float:

@@ -18,16 +18,19 @@ def plan(
     parameters: dict[str, nn.Parameter],
     loader: Loader,
     resumed: Path | None,
+    world: int,
 ) -> str:
     """What is about to happen, in two lines."""
     samples, batch = manifest.totals["written"], loader.order.batch_size
     weights = sum(parameter.numel() for parameter in parameters.values())
     passes = config.max_train_steps * batch / samples
+    over = f" over {world} processes" if world > 1 else ""
     origin = f"from {resumed}" if resumed else "from the teacher"
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
-        f"{origin}\n{config.max_train_steps} steps of {batch} samples, {passes:.1f} passes over "
-        f"{samples} samples, w in [{loader.spec.w_min:g}, {loader.spec.w_max:g}]"
+        f"{origin}\n{config.max_train_steps} steps of {batch} samples{over}, "
+        f"{passes:.1f} passes over {samples} samples, "
+        f"w in [{loader.spec.w_min:g}, {loader.spec.w_max:g}]"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,13 @@ class Previews:
     guidance_scale: float
     device: torch.device
 
-    def draw(self, unet: UNet2DConditionModel, step: int) -> tuple[Path, NDArray[np.uint8]]:
-        """Write `previews/step-N.png`; returns its path and pixels."""
+    @property
+    def steps(self) -> list[int]:
+        """As many of 1, 2, 4 and 8 as the solver has."""
+        return [steps for steps in STEPS if steps <= self.config["num_ddim_timesteps"]]
+
+    def draw(self, unet: UNet2DConditionModel) -> list[NDArray[np.uint8]]:
+        """Pictures `[prompts, H, W, 3]` for each number of steps."""
         downscale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         size = (self.shape[1] * downscale, self.shape[2] * downscale)
         predict = student_predictor(unet, self.texts, self.guidance_scale, size)
@@ -48,15 +54,20 @@ class Previews:
         training = unet.training
         unet.eval()
         columns = []
-        shown = [steps for steps in STEPS if steps <= self.config["num_ddim_timesteps"]]
-        for steps in shown:
+        for steps in self.steps:
             seeds = range(len(self.texts))
             latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
             columns.append(decode_latents(self.vae, latents / self.vae.config.scaling_factor))
         unet.train(training)
+        return columns
+
+    def write(
+        self, columns: Sequence[NDArray[np.uint8]], step: int
+    ) -> tuple[Path, NDArray[np.uint8]]:
+        """Put them into `previews/step-N.png`; returns its path and pixels."""
         path = self.folder / f"step-{step:08d}.png"
         rows = [list(row) for row in zip(*columns, strict=True)]
-        titles = ["1 step", *[f"{steps} steps" for steps in shown[1:]]]
+        titles = ["1 step", *[f"{steps} steps" for steps in self.steps[1:]]]
         return path, write_grid(path, rows, titles, self.prompts)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.cache import Manifest
 from shared.conditioning import TextEmbeds
@@ -68,14 +68,14 @@ def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) 
 
 
 def call_unet(
-    unet: UNet2DConditionModel,
+    unet: nn.Module,
     z: Tensor,
     t: Tensor,
     text: TextEmbeds,
     time_ids: Tensor | None,
     guidance: Tensor | None = None,
 ) -> Tensor:
-    """The UNet's output `[B, C, h, w]` in fp32.
+    """The UNet's output `[B, C, h, w]` in the dtype of z (fp32 in training).
 
     `guidance` is the embedding `[B, time_cond_proj_dim]`, for students that take one. time_ids
     stay fp32: bf16 would turn 1023 into 1024.
@@ -83,11 +83,11 @@ def call_unet(
     added: dict[str, Any] | None = None
     if text.pooled_prompt_embeds is not None:
         assert time_ids is not None
-        added = {"text_embeds": text.pooled_prompt_embeds.float(), "time_ids": time_ids.float()}
+        added = {"text_embeds": text.pooled_prompt_embeds.to(z.dtype), "time_ids": time_ids.float()}
     output = unet(
-        z, t, text.prompt_embeds.float(), timestep_cond=guidance, added_cond_kwargs=added
+        z, t, text.prompt_embeds.to(z.dtype), timestep_cond=guidance, added_cond_kwargs=added
     ).sample
-    return output.float()
+    return output.to(z.dtype)
 
 
 def twice(
