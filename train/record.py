@@ -122,7 +122,7 @@ class Recorder:
         losses, norms = window.values.tolist()
         for (step, batch), loss in zip(window.steps, losses, strict=True):
             if not math.isfinite(loss) or loss > EXPLODED:
-                raise UserError(self.diverged(step, batch, loss))
+                raise UserError(self.diverged(f"the loss is {loss:g}", step, batch))
         if not self.team.main:
             return ""
         step = window.steps[-1][0]
@@ -149,13 +149,16 @@ class Recorder:
         if self.team.main:
             self.progress.write(line)
 
-    def diverged(self, step: int, batch: int, loss: float) -> str:
-        """What to say when the numbers are no longer finite, or the loss has exploded."""
+    def diverged(self, what: str, step: int, batch: int) -> str:
+        """What to say when the numbers are no longer finite, or the loss has exploded.
+
+        All samples of the step's global batch are in `diverged.json`.
+        """
         names = self.names(batch)
         run = self.config.run
         if self.team.main:
             publish(
-                [dump_json({"step": step, "batch": batch, "loss": str(loss), "samples": names})],
+                [dump_json({"what": what, "step": step, "batch": batch, "samples": names})],
                 run / "diverged.json",
                 run / "tmp",
             )
@@ -163,7 +166,7 @@ class Recorder:
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return (
-            f"loss {loss:g} at step {step} (samples {', '.join(names[:NAMED])}{more}: "
+            f"{what} at step {step} (samples {', '.join(names[:NAMED])}{more}: "
             f"{run / 'diverged.json'}); {last}; lower --learning-rate, add --lr-warmup-steps, "
             "or use --mixed-precision no"
         )

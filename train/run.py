@@ -76,7 +76,8 @@ class Distillation:
         finite = self.team.mean(torch.stack(parts).all().float())
         if finite.item() < 1:
             batch = self.position // self.loader.order.batch_size - 1
-            raise UserError(self.recorder.diverged(self.step, batch, float("nan")))
+            what = "the weights are no longer finite"
+            raise UserError(self.recorder.diverged(what, self.step, batch))
 
     def preview(self) -> None:
         """Draw the preview prompts with the student as it stands. All processes enter it."""

@@ -42,6 +42,11 @@ def divide(config: DistillConfig, world: int, before: Progressed | None) -> tupl
             f"a global batch of {batch_size} does not divide by {config.train_batch_size} samples "
             f"on each of {world} processes; use {way}"
         )
+    if before is not None and before.position % batch_size:
+        raise UserError(
+            f"--global-batch-size {batch_size}: the run stands at sample {before.position}, which "
+            "is no whole number of such batches; choose one that divides it"
+        )
     return batch_size, batch_size // share
 
 
