@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -173,8 +174,7 @@ def test_all_enter_saving_and_previews_and_one_signal_ends_all(
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """The worker processes of a launcher, in the order of their start."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    return sorted(map(int, children.split()))
+    return sorted(child.pid for child in psutil.Process(process.pid).children())
 
 
 @pytest.mark.parametrize(
