@@ -23,8 +23,9 @@ from train.config import DistillConfig
 from train.draws import DrawSpec
 from train.export import export_student
 from train.loader import LatentSpec, Loader, open_buckets
-from train.objectives.lcd import LCD
-from train.optim import LEARNING_RATES, build_optimizer
+from train.objectives import OBJECTIVES
+from train.objectives.objective import Loss
+from train.optim import base_learning_rate, build_optimizer
 from train.order import Order
 from train.plan import plan, warn_of_small_buckets
 from train.preview import Previews, open_previews
@@ -47,7 +48,7 @@ class Distillation:
     config: DistillConfig
     device: torch.device
     student: Student
-    objective: LCD
+    objective: Loss
     loader: Loader
     empty: TextEmbeds
     optimizer: torch.optim.Optimizer
@@ -102,6 +103,7 @@ def prepare(config: DistillConfig) -> Distillation:
         checkpoint.check_terms(resumed, checkpoint.read_progress(resumed).terms, terms)
     set_threads(config.threads)
     device = pick_device(config.device)
+    objective = build_objective(config, model, device)
     student = build_student(model.source, config, device)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
@@ -111,7 +113,8 @@ def prepare(config: DistillConfig) -> Distillation:
         checkpoint.restore_optimizer(optimizer, parameters, checkpoint.load_optimizer(resumed))
         done = checkpoint.read_progress(resumed).step
     conditioning = load_conditioning(CachePaths(config.cache).conditioning)
-    loader = build_loader(config, manifest, model, conditioning.unconditional, done)
+    intervals = objective.intervals
+    loader = build_loader(config, manifest, model, conditioning.unconditional, done, intervals)
     warn_of_small_buckets(loader)
     print(plan(config, manifest, parameters, loader, resumed), file=sys.stderr)
     if not config.dry_run:
@@ -120,12 +123,12 @@ def prepare(config: DistillConfig) -> Distillation:
         config=config,
         device=device,
         student=student,
-        objective=build_objective(config, model, device),
+        objective=objective,
         loader=loader,
         empty=conditioning.unconditional.to(device),
         optimizer=optimizer,
         parameters=parameters,
-        learning_rate=config.learning_rate or LEARNING_RATES[config.student],
+        learning_rate=base_learning_rate(config),
         first_step=done + 1,
         terms=terms,
         recorder=Recorder(config, done),
@@ -143,6 +146,14 @@ def check_flags(config: DistillConfig) -> None:
         raise UserError(f"--seed {config.seed} must not be negative")
     if config.num_ddim_timesteps < 1 or 1000 % config.num_ddim_timesteps:
         raise UserError(f"--num-ddim-timesteps {config.num_ddim_timesteps} must divide 1000")
+    for name, other in OBJECTIVES.items():
+        foreign = other.flags if name != config.objective else ()
+        for flag in foreign:
+            if getattr(config, flag) != getattr(DistillConfig, flag):
+                raise UserError(
+                    f"--{flag.replace('_', '-')} is for --objective {name} and means nothing to "
+                    f"--objective {config.objective}; leave it out"
+                )
 
 
 def run_terms(config: DistillConfig, manifest: Manifest, model: Model) -> dict[str, Any]:
@@ -150,27 +161,25 @@ def run_terms(config: DistillConfig, manifest: Manifest, model: Model) -> dict[s
     shards = [[shard.file, shard.count] for shard in manifest.shards]
     content = dump_json([manifest.identity["family"], shards])
     flags = to_dict(config)
+    names = TERMS
+    if config.objective != "lcd":  # of which there are runs older than this flag
+        names += ("objective", *OBJECTIVES[config.objective].flags)
     return {
-        **{name: flags[name] for name in TERMS},
+        **{name: flags[name] for name in names},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
     }
 
 
-def build_objective(config: DistillConfig, model: Model, device: torch.device) -> LCD:
-    """Latent consistency distillation with the teacher's schedule."""
-    return LCD(
-        schedule=load_schedule(model.source).to(device),
-        num_ddim_timesteps=config.num_ddim_timesteps,
-        timestep_scaling=config.timestep_scaling_factor,
-        loss_type=config.loss_type,
-        huber_c=config.huber_c,
-    )
+def build_objective(config: DistillConfig, model: Model, device: torch.device) -> Loss:
+    """The loss that the flags ask for, with the teacher's schedule."""
+    return OBJECTIVES[config.objective].build(config, load_schedule(model.source).to(device))
 
 
 def build_loader(
-    config: DistillConfig, manifest: Manifest, model: Model, empty: TextEmbeds, done: int
-) -> Loader:
+    config: DistillConfig, manifest: Manifest, model: Model, empty: TextEmbeds, done: int,
+    intervals: int,
+) -> Loader:  # fmt: skip
     """Batches from optimizer step `done` on."""
     buckets = open_buckets(config.cache, manifest)
     if not buckets:
@@ -184,11 +193,12 @@ def build_loader(
         DrawSpec(
             seed=config.seed,
             views=identity["preprocessing"]["views"],
-            num_ddim_timesteps=config.num_ddim_timesteps,
+            num_ddim_timesteps=intervals,
             w_min=w_min,
             w_max=w_max,
             proportion_empty_prompts=config.proportion_empty_prompts,
             latent_noise=identity["latents"] == "posterior",
+            noise_offset=config.noise_offset,
         ),
         LatentSpec(identity["vae"]["channels"], identity["vae"]["scaling_factor"]),
         empty,
@@ -210,5 +220,5 @@ def begin_run_folder(config: DistillConfig, model: Model) -> None:
     """Make the folder and save the resolved configuration, the model's source in it."""
     sweep(config.run / "tmp")
     resolved = {**to_dict(config), "model": model.source}
-    resolved["learning_rate"] = config.learning_rate or LEARNING_RATES[config.student]
+    resolved["learning_rate"] = base_learning_rate(config)
     publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")

@@ -1,4 +1,4 @@
-"""The networks of a distillation: a full student with EMA target, or adapters on the teacher."""
+"""The networks of a run: a full student with EMA target or without, or adapters on the teacher."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from shared.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
 from train.config import DistillConfig
 from train.loader import Batch
+from train.objectives import OBJECTIVES
 from train.teacher import call_unet, load_unet, twice
 
 LORA_TARGETS = (
@@ -25,20 +26,15 @@ LORA_TARGETS = (
 
 
 class Student(Protocol):
-    """What the loop, the checkpoints and the exports need of either kind."""
+    """What the loop, the checkpoints and the exports need of any kind.
+
+    An objective's own file says which further forwards it needs (see its `Networks`).
+    """
 
     unet: UNet2DConditionModel
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """See `train.objectives.lcd.Networks`."""
-
-    def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """See `train.objectives.lcd.Networks`."""
-
-    def teacher(
-        self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
-    ) -> tuple[Tensor, Tensor]:
-        """See `train.objectives.lcd.Networks`."""
+        """With gradients."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name, fp32."""
@@ -106,6 +102,31 @@ class FullStudent:
         return self.target_unet
 
 
+class FineTuned:
+    """The teacher's own UNet, trained as it is: the only network in memory."""
+
+    def __init__(self, source: str, config: DistillConfig, device: torch.device) -> None:
+        self.unet = load_unet(source).to(device).train().requires_grad_(True)
+
+    def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
+        return call_unet(self.unet, z, t, batch.text, batch.time_ids)
+
+    def trainable(self) -> dict[str, nn.Parameter]:  # noqa: D102
+        return dict(self.unet.named_parameters())
+
+    def after_step(self) -> None:
+        """There is no target."""
+
+    def state(self) -> dict[str, Tensor]:  # noqa: D102
+        return dict(self.unet.state_dict())
+
+    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: D102
+        self.unet.load_state_dict(state)
+
+    def exported(self) -> UNet2DConditionModel:  # noqa: D102
+        return self.unet
+
+
 class LoraStudent:
     """One UNet in memory: the student is it with adapters, the teacher without."""
 
@@ -169,7 +190,8 @@ class LoraStudent:
 
 def build_student(source: str, config: DistillConfig, device: torch.device) -> Student:
     """The student that the flags ask for."""
-    kind = LoraStudent if config.student == "lora" else FullStudent
+    full = FullStudent if OBJECTIVES[config.objective].teacher else FineTuned
+    kind = LoraStudent if config.student == "lora" else full
     student: Student = kind(source, config, device)
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
