@@ -86,6 +86,11 @@ def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
     return expand(alpha, x0) * x0 + expand(sigma, x0) * noise
 
 
+def velocity(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = alpha_t eps - sigma_t x0 (arXiv 2202.00512, appendix D)."""
+    return expand(alpha, x0) * noise - expand(sigma, x0) * x0
+
+
 def predicted_x0(
     output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:

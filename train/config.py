@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Distil a student from a teacher and a cache."""
+    """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 
     model: str
     """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a local diffusers folder or a hub id."""
@@ -20,7 +20,9 @@ class DistillConfig:
     vae: str | None = None
     """The VAE that decodes pictures, where the cache was made with another than the model's."""
     student: Literal["lora", "full"] = "lora"
-    """lora: adapters on the teacher. full: a UNet of its own with guidance embedding and EMA."""
+    """lora: adapters on the teacher. full: a UNet of its own, for lcd with guidance and EMA."""
+    objective: Literal["lcd", "denoise"] = "lcd"
+    """lcd: latent consistency distillation. denoise: the ordinary diffusion loss, to fine-tune."""
     train_batch_size: int = 8
     """Samples per device and micro-step."""
     gradient_accumulation_steps: int = 1
@@ -30,7 +32,7 @@ class DistillConfig:
     """Optimizer steps."""
     seed: int = 0
     learning_rate: float | None = None
-    """1e-4 for lora, 8e-6 for full unless given."""
+    """1e-4 for lora, 8e-6 (lcd) or 1e-5 (denoise) for full unless given."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0
     adam_beta1: float = 0.9
@@ -52,6 +54,10 @@ class DistillConfig:
     """Of the guidance embedding's projection; with zero the student starts as the teacher."""
     unet_time_cond_proj_dim: int = 256
     """Width of the guidance embedding."""
+    noise_offset: float = 0.0
+    """denoise: share of one normal number per channel added to the noise; 0.05 to 0.1 is usual."""
+    snr_gamma: float | None = None
+    """denoise: gamma of the min-SNR loss weights, usually 5; unweighted unless given."""
     lora_rank: int = 64
     lora_alpha: float | None = None
     """The rank unless given."""
@@ -117,9 +123,10 @@ class SampleConfig:
     """Cache that holds the prompts' embeddings; the run's own unless given."""
     vae: str | None = None
     """The VAE that decodes; the run's unless given."""
-    steps: int = 4
+    steps: int | None = None
+    """4 for a distilled student, 50 for a fine-tuned one (--objective denoise) unless given."""
     guidance_scale: float | None = None
-    """diffusers' meaning (w + 1), for a full student; the family's unless given."""
+    """diffusers' meaning (w + 1), not for a distilled LoRA; the family's unless given."""
     seed: int = 0
     num_images: int = 1
     """Pictures per prompt."""

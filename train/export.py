@@ -79,7 +79,7 @@ def run_config(run: Path) -> dict[str, object]:
     """A run's resolved configuration. Raises UserError where the folder is no run."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run (no config.json); `train distill --run {run}` makes one")
-    return dict(load_json(run / "config.json"))
+    return {"objective": "lcd", **load_json(run / "config.json")}  # older runs name no objective
 
 
 def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, object]]:

@@ -15,7 +15,7 @@ from train import checkpoint
 from train.config import DistillConfig, ExportConfig
 from train.export import export_checkpoint, export_student
 from train.loader import Loader
-from train.objectives.lcd import LCD
+from train.objectives.objective import Loss
 from train.preview import Previews
 from train.record import Recorder
 from train.shards import local
@@ -32,7 +32,7 @@ class Distillation:
     config: DistillConfig
     team: Team
     student: Student
-    objective: LCD
+    objective: Loss
     loader: Loader
     empty: TextEmbeds
     optimizer: torch.optim.Optimizer

@@ -1,4 +1,4 @@
-"""The networks of a distillation: a full student with EMA target, or adapters on the teacher."""
+"""The networks of a run: a full student with EMA target or without, or adapters on the teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from shared.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
 from train.config import DistillConfig
+from train.fine_tuned import FineTuned
 from train.loader import Batch
+from train.objectives import OBJECTIVES
 from train.shards import local, restore
 from train.teacher import call_unet, load_unet, twice
 
@@ -26,7 +28,10 @@ LORA_TARGETS = (
 
 
 class Student(Protocol):
-    """What the loop, the checkpoints and the exports need of either kind."""
+    """What the loop, the checkpoints and the exports need of any kind.
+
+    An objective's own file says which further forwards it needs (see its `Networks`).
+    """
 
     unet: UNet2DConditionModel
     live: nn.Module  # what the student's own forward goes through: `unet`, or DDP around it
@@ -35,15 +40,7 @@ class Student(Protocol):
         """Every UNet in memory."""
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """See `train.objectives.lcd.Networks`."""
-
-    def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """See `train.objectives.lcd.Networks`."""
-
-    def teacher(
-        self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
-    ) -> tuple[Tensor, Tensor]:
-        """See `train.objectives.lcd.Networks`."""
+        """With gradients."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name, fp32."""
@@ -182,7 +179,8 @@ class LoraStudent:
 
 def build_student(source: str, config: DistillConfig) -> Student:
     """The student that the flags ask for, on the CPU."""
-    kind = LoraStudent if config.student == "lora" else FullStudent
+    full = FullStudent if OBJECTIVES[config.objective].teacher else FineTuned
+    kind = LoraStudent if config.student == "lora" else full
     student: Student = kind(source, config)
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
