@@ -15,6 +15,7 @@ from shared.errors import UserError
 from shared.storage import copy_durably, load_json, move, sync_folder, temporary
 from train.checkpoint import find_checkpoint, load_networks
 from train.config import DistillConfig, ExportConfig
+from train.kohya import KOHYA_FILE, save_kohya
 from train.student import build_student
 from train.teacher import load_unet
 
@@ -25,7 +26,7 @@ UNET_FOLDER = "unet"
 def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     """Write a UNet folder, or `pytorch_lora_weights.safetensors` with rank and alpha.
 
-    The former export is replaced only when the new one is whole. Returns what was written.
+    Beside the latter lies `kohya_lora_weights.safetensors` for ComfyUI and its like. The former export is replaced only when the new one is whole. Returns what was written.
     """
     tmp = folder / "tmp"
     building = temporary(tmp, "-export")
@@ -33,7 +34,9 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     building.mkdir(parents=True)
     if getattr(unet, "peft_config", None):
         save_lora(unet, building)
-        copy_durably(building / LORA_FILE, folder / LORA_FILE, tmp)
+        save_kohya(unet, building / KOHYA_FILE)
+        for name in (KOHYA_FILE, LORA_FILE):
+            copy_durably(building / name, folder / name, tmp)
         shutil.rmtree(building)
         return folder / LORA_FILE
     unet.save_pretrained(building)
