@@ -26,7 +26,8 @@ UNET_FOLDER = "unet"
 def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     """Write a UNet folder, or `pytorch_lora_weights.safetensors` with rank and alpha.
 
-    Beside the latter lies `kohya_lora_weights.safetensors` for ComfyUI and its like. The former export is replaced only when the new one is whole. Returns what was written.
+    Beside the latter lies `kohya_lora_weights.safetensors` for ComfyUI and its like. The former
+    export is replaced only when the new one is whole. Returns what was written.
     """
     tmp = folder / "tmp"
     building = temporary(tmp, "-export")
