@@ -105,7 +105,7 @@ def load_config(source: str, file: str) -> dict[str, Any]:
         return dict(load_json(local / file))
     if local.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise UserError(
-            f"model {source!r} is neither a folder nor a .safetensors file here, nor a preset "
+            f"model {source!r} is neither a folder here, nor a .safetensors file, nor a preset "
             f"({', '.join(FAMILIES)}), nor a hub id (owner/name)"
         )
     from huggingface_hub import hf_hub_download  # slow to import, so only now

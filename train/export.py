@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from peft.utils import get_peft_model_state_dict
 from shared.config import coerce
 from shared.errors import UserError
 from shared.storage import copy_durably, load_json, move, sync_folder, temporary
+from train.card import write_card
 from train.checkpoint import find_checkpoint, load_networks
 from train.config import DistillConfig, ExportConfig
+from train.hub import check_push, push
 from train.kohya import KOHYA_FILE, save_kohya
 from train.student import build_student
 from train.teacher import load_unet
@@ -68,7 +71,11 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def export_checkpoint(config: ExportConfig) -> Path:
-    """Export a checkpoint of a run. Raises UserError where there is none."""
+    """Export a checkpoint of a run, with its card; publish it if asked to.
+
+    Raises UserError where there is none, or where the hub refuses.
+    """
+    check_push(config)
     stored = run_config(config.run)
     folder = find_checkpoint(config.run, config.checkpoint)
     if folder is None:
@@ -76,7 +83,18 @@ def export_checkpoint(config: ExportConfig) -> Path:
     distilled = DistillConfig(**coerce(DistillConfig, stored))
     student = build_student(distilled.model, distilled, torch.device("cpu"))
     student.load_state(load_networks(folder))
-    return export_student(student.exported(), config.output or config.run)
+    folder = config.output or config.run
+    path = export_student(student.exported(), folder)
+    publish_export(config, folder)
+    return path
+
+
+def publish_export(config: DistillConfig | ExportConfig, folder: Path) -> None:
+    """Write the model card of an export; with --push-to-hub, upload both and print the address."""
+    write = partial(write_card, config.run, folder, run_config(config.run))
+    write(str(folder))
+    if config.push_to_hub:
+        print(f"published: {push(config, folder, write)}")
 
 
 def run_config(run: Path) -> dict[str, object]:

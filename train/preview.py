@@ -51,13 +51,21 @@ class Previews:
         shown = [steps for steps in STEPS if steps <= self.config["num_ddim_timesteps"]]
         for steps in shown:
             seeds = range(len(self.texts))
-            latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
+            with half_autocast(unet, self.device):
+                latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
             columns.append(decode_latents(self.vae, latents / self.vae.config.scaling_factor))
         unet.train(training)
         path = self.folder / f"step-{step:08d}.png"
         rows = [list(row) for row in zip(*columns, strict=True)]
         titles = ["1 step", *[f"{steps} steps" for steps in shown[1:]]]
         return path, write_grid(path, rows, titles, self.prompts)
+
+
+def half_autocast(unet: UNet2DConditionModel, device: torch.device) -> torch.autocast:
+    """Autocast in the dtype of frozen weights that are held in half precision."""
+    dtype = unet.conv_in.weight.dtype
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 
 
 def open_previews(

@@ -22,7 +22,8 @@ from shared.storage import dump_json, publish, sweep
 from train import checkpoint
 from train.config import DistillConfig
 from train.draws import DrawSpec
-from train.export import export_student
+from train.export import export_student, publish_export
+from train.hub import check_push
 from train.loader import LatentSpec, Loader, open_buckets
 from train.objectives.lcd import LCD
 from train.order import Order
@@ -86,8 +87,10 @@ class Distillation:
             self.recorder.say(f"drew {path}")
 
     def export(self) -> None:
-        """Write the student in diffusers' format."""
-        print(f"student: {export_student(self.student.exported(), self.config.run)}")
+        """Write the student in diffusers' format, with its card; publish it if asked to."""
+        path = export_student(self.student.exported(), self.config.run)
+        print(f"student: {path}")
+        publish_export(self.config, self.config.run)
 
 
 def prepare(config: DistillConfig) -> Distillation:
@@ -135,6 +138,7 @@ def prepare(config: DistillConfig) -> Distillation:
 
 def check_flags(config: DistillConfig) -> None:
     """Raise UserError for numbers that cannot work."""
+    check_push(config)
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps",
                  "logging_steps", "dataloader_num_workers", "lora_rank"):  # fmt: skip
         if getattr(config, name) < 1:

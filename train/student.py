@@ -110,7 +110,8 @@ class LoraStudent:
     """One UNet in memory: the student is it with adapters, the teacher without."""
 
     def __init__(self, source: str, config: DistillConfig, device: torch.device) -> None:
-        self.unet = load_unet(source)
+        half = config.mixed_precision == "bf16"  # then the frozen weights need no more than it has
+        self.unet = load_unet(source, torch.bfloat16 if half else torch.float32)
         alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
         torch.manual_seed(config.seed)  # peft initialises lora_A at random, lora_B at zero
         self.unet.add_adapter(
@@ -122,6 +123,8 @@ class LoraStudent:
             )
         )
         self.unet.to(device).train()
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()  # peft makes them like their layer
         self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
