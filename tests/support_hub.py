@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.server.files[line["value"]["path"]] = content
-            self.answer({"commitUrl": f"{self.server.address}/x/commit/1", "commitOid": "1" * 40})
+            self.answer({"commitUrl": f"{self.server.address}/a/b/commit/1", "commitOid": "1" * 40})
 
     def do_GET(self) -> None:
         self.answer({"error": "no such thing"}, 404)

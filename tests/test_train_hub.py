@@ -82,7 +82,8 @@ def test_the_cards_lines_draw_with_stock_diffusers(run, tmp_path, tiny_cache):
     """Run as they stand, in a process that knows nothing of this project."""
     folder, _ = run
     (code,) = re.findall(r"```python\n(.*?)```", card_of(folder)[1], re.DOTALL)
-    assert repr(load_conditioning(CachePaths(tiny_cache).conditioning).prompts[0]) in code
+    prompt = load_conditioning(CachePaths(tiny_cache).conditioning).prompts[0]
+    assert f'"{prompt}"' in code
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -113,7 +114,7 @@ def test_export_publishes_card_and_weights(run, cli, hub, tmp_path):
         assert content == (out / name).read_bytes()
     card = hub.files["README.md"].decode()
     assert "| student | 12.5 |" in card
-    assert "'somebody/lightning'" in card  # what the snippet loads
+    assert '"somebody/lightning"' in card  # what the snippet loads
     assert str(tmp_path) not in card.partition("from_pretrained")[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,12 @@ def snippet(config: Mapping[str, Any], name: str, family: Family) -> str:
     if not lora:
         lines += (
             "unet = UNet2DConditionModel.from_pretrained(\n"
-            f'    {name!r}, subfolder="unet", torch_dtype=dtype\n)\n'
+            f'    {quoted(name)}, subfolder="unet", torch_dtype=dtype\n)\n'
         )
     unet = "" if lora else "unet=unet, "
-    lines += f"pipe = {kind}.{load}({source!r}, {unet}torch_dtype=dtype).to(device)\n"
+    lines += f"pipe = {kind}.{load}({quoted(source)}, {unet}torch_dtype=dtype).to(device)\n"
     if lora:
-        lines += f"pipe.load_lora_weights({name!r})\n"
+        lines += f"pipe.load_lora_weights({quoted(name)})\n"
     side = resolution(config, family)
     scale = 1.0 if lora else family.guidance_scale
     return lines + (
@@ -92,11 +93,16 @@ def snippet(config: Mapping[str, Any], name: str, family: Family) -> str:
         "    pipe.scheduler.config,\n"
         f"    original_inference_steps={config['num_ddim_timesteps']},\n"
         f"    timestep_scaling={config['timestep_scaling_factor']},\n)\n"
-        f"image = pipe(\n    {prompt(config)!r},\n"
+        f"image = pipe(\n    {quoted(prompt(config))},\n"
         f"    num_inference_steps=4,\n    guidance_scale={scale},\n"
         f"    height={side},\n    width={side},\n).images[0]\n"
         'image.save("picture.png")\n'
     )
+
+
+def quoted(text: str) -> str:
+    """A Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def guidance(config: Mapping[str, Any], family: Family) -> str:
@@ -116,7 +122,12 @@ def guidance(config: Mapping[str, Any], family: Family) -> str:
 
 def settings(config: Mapping[str, Any]) -> str:
     """The settings that matter, as a table."""
-    rows = [f"| {name} | {config[name]} |" for name in SHOWN if config.get(name) is not None]
+    other = "lora_" if config["student"] == "full" else "ema_"  # settings of the other kind
+    rows = [
+        f"| {name} | {config[name]} |"
+        for name in SHOWN
+        if config[name] is not None and not name.startswith(other)
+    ]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 

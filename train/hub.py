@@ -66,10 +66,11 @@ def push(
             allow_patterns=FILES,
             commit_message="Publish a distilled student",
         )
-    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"--push-to-hub: {cause(error)}; the student is safe in {folder}, and "
-            f"`python -m train export --run {config.run} --push-to-hub` publishes it"
+            f"`python -m train export --run {config.run} --push-to-hub --hub-model-id "
+            f"{model_id(config)}` publishes it"
         ) from None
     return str(repo)
 
@@ -79,5 +80,6 @@ def cause(error: Exception) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in REMEDIES:
         return REMEDIES[status]
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return first if status else f"the hub cannot be reached ({first}); check the connection"
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    unreached = status is None and isinstance(error, HTTPError | OSError)
+    return f"the hub cannot be reached ({first}); check the connection" if unreached else first
