@@ -14,8 +14,10 @@ from shared.conditioning import TextEmbeds, load_conditioning
 from shared.diffusion import add_noise, predicted_eps, predicted_x0, schedule_from_config
 from shared.errors import UserError
 from shared.family import resolve_model
+from train.config import DistillConfig
 from train.objectives.lcd import LCD
 from train.sample import draw_latents, student_scheduler, teacher_scheduler
+from train.student import build_student
 from train.teacher import call_unet, check_fit, load_schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -160,3 +162,23 @@ def test_micro_conditioning_reaches_the_teacher(tiny_xl):
     ]
     assert (answers[0] - answers[1]).abs().max() > 1e-3
     assert not torch.equal(answers[1], answers[2])
+
+
+def test_a_bf16_lora_run_holds_its_teacher_in_bf16(tiny_sd, tiny_cache, tmp_path, cli):
+    """Half the memory for what is frozen; what is trained and stored stays fp32."""
+    config = DistillConfig(
+        model=str(tiny_sd), cache=tiny_cache, run=tmp_path, mixed_precision="bf16", lora_rank=4
+    )
+    student = build_student(str(tiny_sd), config, torch.device("cpu"))
+    trained = student.trainable()
+    frozen = [p for name, p in student.unet.named_parameters() if name not in trained]
+    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    run = tmp_path / "run"
+    answer = cli("train", "distill", "--model", tiny_sd, "--cache", tiny_cache, "--run", run,
+                 "--max-train-steps", 2, "--train-batch-size", 4, "--lora-rank", 4, "--threads", 1,
+                 "--validation-steps", 2, "--mixed-precision", "bf16")  # fmt: skip
+    assert answer.status == 0, answer.err
+    assert (run / "previews/step-00000002.png").is_file()  # drawn with it, too
+    weights = load_file(run / "pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
