@@ -12,7 +12,7 @@ class DistillConfig:
     """Distil a student from a teacher and a cache."""
 
     model: str
-    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a local diffusers folder or a hub id."""
+    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file."""
     cache: Path
     """A cache made by `python -m prep encode` for this model."""
     run: Path
