@@ -266,8 +266,8 @@ def test_the_export_replaces_the_former_one(run, cli, tmp_path):
     assert (first.status, second.status) == (0, 0)
     assert first.out == second.out
     assert sorted(path.name for path in again.iterdir()) in (
-        ["tmp", "unet"],
-        ["kohya_lora_weights.safetensors", "pytorch_lora_weights.safetensors", "tmp"],
+        ["README.md", "tmp", "unet"],
+        ["README.md", "kohya_lora_weights.safetensors", "pytorch_lora_weights.safetensors", "tmp"],
     )
 
 
