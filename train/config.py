@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ class DistillConfig:
     """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 
     model: str
-    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a local diffusers folder or a hub id."""
+    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file."""
     cache: Path
     """A cache made by `python -m prep encode` for this model."""
     run: Path
@@ -87,6 +87,12 @@ class DistillConfig:
     threads: int | None = None
     """CPU threads of the networks; all cores unless given."""
     device: str = "auto"
+    push_to_hub: bool = False
+    """Publish the finished student on the Hugging Face hub, with a model card."""
+    hub_model_id: str | None = None
+    """Repository to publish in; the run's name under your account unless given."""
+    hub_token: str | None = field(default=None, repr=False)
+    """A token with write access, never stored; the one of `hf auth login` unless given."""
     dry_run: bool = False
     """Check everything, print the plan, and stop."""
 
@@ -144,3 +150,9 @@ class ExportConfig:
     """latest, or the folder of a checkpoint."""
     output: Path | None = None
     """The run's folder unless given."""
+    push_to_hub: bool = False
+    """Publish the student on the Hugging Face hub, with a model card."""
+    hub_model_id: str | None = None
+    """Repository to publish in; the run's name under your account unless given."""
+    hub_token: str | None = field(default=None, repr=False)
+    """A token with write access, never stored; the one of `hf auth login` unless given."""

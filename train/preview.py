@@ -61,7 +61,8 @@ class Previews:
         columns = []
         for steps in self.steps:
             seeds = range(len(self.texts))
-            latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
+            with half_autocast(unet, self.device):
+                latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
             columns.append(decode_latents(self.vae, latents / self.vae.config.scaling_factor))
         unet.train(training)
         return columns
@@ -74,6 +75,13 @@ class Previews:
         rows = [list(row) for row in zip(*columns, strict=True)]
         titles = [f"{steps} step{'s'[: steps > 1]}" for steps in self.steps]
         return path, write_grid(path, rows, titles, self.prompts)
+
+
+def half_autocast(unet: UNet2DConditionModel, device: torch.device) -> torch.autocast:
+    """Autocast in the dtype of frozen weights that are held in half precision."""
+    dtype = unet.conv_in.weight.dtype
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 
 
 def open_previews(

@@ -16,6 +16,7 @@ from shared.storage import dump_json, publish, sweep
 from train import checkpoint
 from train.config import DistillConfig
 from train.draws import DrawSpec
+from train.hub import check_push
 from train.loader import LatentSpec, Loader, open_buckets
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Loss
@@ -90,6 +91,7 @@ def prepare(config: DistillConfig) -> Distillation:
 
 def check_flags(config: DistillConfig) -> None:
     """Raise UserError for numbers that cannot work."""
+    check_push(config)
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps",
                  "logging_steps", "dataloader_num_workers", "lora_rank"):  # fmt: skip
         if getattr(config, name) < 1:

@@ -21,6 +21,7 @@ from train.objectives import OBJECTIVES
 from train.shards import local, restore
 from train.teacher import call_unet, load_unet, twice
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -117,7 +118,8 @@ class LoraStudent:
     """One UNet in memory: the student is it with adapters, the teacher without."""
 
     def __init__(self, source: str, config: DistillConfig) -> None:
-        self.unet = load_unet(source)
+        # The frozen weights need no more than the dtype they compute in.
+        self.unet = load_unet(source, AUTOCAST.get(config.mixed_precision, torch.float32))
         alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
         torch.manual_seed(config.seed)  # peft initialises lora_A at random, lora_B at zero
         self.unet.add_adapter(
@@ -128,6 +130,8 @@ class LoraStudent:
                 target_modules=lora_targets(self.unet),
             )
         )
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()  # peft makes them like their layer
         self.unet.train()
         self.live: nn.Module = self.unet
         self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]

@@ -14,19 +14,23 @@ from shared.cache import Manifest
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
 from shared.errors import UserError
-from shared.family import Model, load_config
+from shared.family import Model, force_zeros, load_config
 from shared.rescale import vae_fingerprint
+from shared.single_file import is_single_file, load_part
 
 
-def load_unet(source: str) -> UNet2DConditionModel:
-    """A model's UNet, fp32, frozen, channels last. Raises UserError where there is none."""
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            source, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"no UNet can be read from {source!r} ({first})") from None
+def load_unet(source: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A model's UNet, frozen, channels last. Raises UserError where there is none."""
+    if is_single_file(source):
+        unet = load_part(UNet2DConditionModel, source, "unet", dtype)
+    else:
+        try:
+            unet = UNet2DConditionModel.from_pretrained(
+                source, subfolder="unet", torch_dtype=dtype, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"no UNet can be read from {source!r} ({first})") from None
     return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -53,6 +57,14 @@ def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
                 f"{cache} was made for another model: its {what} is {here}, "
                 f"{model.source} wants {wanted}; pass the model it was made for, or encode anew"
             )
+    here, wanted = identity["text"]["force_zeros"], force_zeros(model)
+    if here != wanted:
+        kinds = {True: "zeros", False: "the encoded empty prompt"}
+        raise UserError(
+            f"{cache} holds {kinds[here]} as unconditional embedding, {model.source} wants "
+            f"{kinds[wanted]} (force_zeros_for_empty_prompt in its model_index.json); "
+            "encode anew with this model"
+        )
 
 
 def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) -> None:
