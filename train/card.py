@@ -14,12 +14,13 @@ from shared.conditioning import load_conditioning
 from shared.family import Family, resolve_model
 from shared.single_file import is_single_file
 from shared.storage import copy_durably, publish
+from train.objectives import OBJECTIVES
 
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
 SHOWN = (
-    "student", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+    "objective", "student", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler", "w_min", "w_max", "num_ddim_timesteps", "loss_type",
-    "lora_rank", "lora_alpha", "ema_decay", "seed",
+    "lora_rank", "lora_alpha", "ema_decay", "noise_offset", "snr_gamma", "seed",
 )  # fmt: skip
 DEVICE = """device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.float32
@@ -37,7 +38,7 @@ def write_card(run: Path, folder: Path, config: Mapping[str, Any], name: str) ->
     parts = [header(config), introduction(config, name)]
     if previews:
         copy_durably(previews[-1], folder / PREVIEW_FILE, folder / "tmp")
-        parts.append(f"![Prompts at 1, 2, 4 and 8 steps]({PREVIEW_FILE})")
+        parts.append(f"![Prompts as the run drew them]({PREVIEW_FILE})")
     parts += ["## Use", f"```python\n{snippet(config, name, family)}```", guidance(config, family)]
     if (run / "evaluation.json").is_file():
         parts += ["## Evaluation", (run / "evaluation.md").read_text().strip()]
@@ -53,8 +54,13 @@ def header(config: Mapping[str, Any]) -> str:
         base_model=hub_id(config),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "latent-consistency", *(["lora"] if lora else [])],
-        inference=False,  # a widget would draw with the teacher's sampler
+        tags=[
+            "text-to-image",
+            "diffusers",
+            *(["latent-consistency"] if few_steps(config) else []),
+            *(["lora"] if lora else []),
+        ],
+        inference=False,  # a widget would draw with a sampler of its own
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -62,6 +68,11 @@ def header(config: Mapping[str, Any]) -> str:
 def introduction(config: Mapping[str, Any], name: str) -> str:
     """Title and a sentence."""
     kind = "LoRA" if config["student"] == "lora" else "UNet"
+    if not few_steps(config):
+        return (
+            f"# {Path(name).name}\n\nA {kind} that fine-tunes {base_name(config)} with the ordinary "
+            "diffusion loss, trained with Latent Distillery."
+        )
     return (
         f"# {Path(name).name}\n\nA {kind} that lets {base_name(config)} draw in 1 to 8 steps: "
         "[latent consistency distillation](https://arxiv.org/abs/2310.04378), trained with Latent "
@@ -75,7 +86,8 @@ def snippet(config: Mapping[str, Any], name: str, family: Family) -> str:
     kind = "StableDiffusionXLPipeline" if family.micro_conditioning else "StableDiffusionPipeline"
     load = "from_single_file" if is_single_file(source) else "from_pretrained"
     lora = config["student"] == "lora"
-    classes = [kind, "LCMScheduler", *([] if lora else ["UNet2DConditionModel"])]
+    scheduler = "LCMScheduler" if few_steps(config) else "DDIMScheduler"
+    classes = [kind, scheduler, *([] if lora else ["UNet2DConditionModel"])]
     lines = f"import torch\nfrom diffusers import {', '.join(sorted(classes))}\n\n{DEVICE}"
     if not lora:
         lines += (
@@ -87,17 +99,26 @@ def snippet(config: Mapping[str, Any], name: str, family: Family) -> str:
     if lora:
         lines += f"pipe.load_lora_weights({quoted(name)})\n"
     side = resolution(config, family)
-    scale = 1.0 if lora else family.guidance_scale
+    built_in = lora and few_steps(config)
+    options = 'timestep_spacing="trailing",\n'
+    if few_steps(config):
+        options = (
+            f"original_inference_steps={config['num_ddim_timesteps']},\n"
+            f"    timestep_scaling={config['timestep_scaling_factor']},\n"
+        )
     return lines + (
-        "pipe.scheduler = LCMScheduler.from_config(\n"
-        "    pipe.scheduler.config,\n"
-        f"    original_inference_steps={config['num_ddim_timesteps']},\n"
-        f"    timestep_scaling={config['timestep_scaling_factor']},\n)\n"
+        f"pipe.scheduler = {scheduler}.from_config(\n    pipe.scheduler.config,\n    {options})\n"
         f"image = pipe(\n    {quoted(prompt(config))},\n"
-        f"    num_inference_steps=4,\n    guidance_scale={scale},\n"
+        f"    num_inference_steps={OBJECTIVES[config['objective']].sample_steps},\n"
+        f"    guidance_scale={1.0 if built_in else family.guidance_scale},\n"
         f"    height={side},\n    width={side},\n).images[0]\n"
         'image.save("picture.png")\n'
     )
+
+
+def few_steps(config: Mapping[str, Any]) -> bool:
+    """Is it drawn by LCMScheduler in a few steps, or as its teacher is?"""
+    return OBJECTIVES[config["objective"]].few_steps
 
 
 def quoted(text: str) -> str:
@@ -107,6 +128,8 @@ def quoted(text: str) -> str:
 
 def guidance(config: Mapping[str, Any], family: Family) -> str:
     """What guidance_scale means for this student."""
+    if not few_steps(config):
+        return "`guidance_scale` means what it means for the model it was fine-tuned from."
     low, high = w_range(config, family)
     if config["student"] == "lora":
         return (
@@ -123,10 +146,16 @@ def guidance(config: Mapping[str, Any], family: Family) -> str:
 def settings(config: Mapping[str, Any]) -> str:
     """The settings that matter, as a table."""
     other = "lora_" if config["student"] == "full" else "ema_"  # settings of the other kind
+    foreign = {
+        flag
+        for name, objective in OBJECTIVES.items()
+        for flag in objective.flags
+        if name != config["objective"]
+    }
     rows = [
         f"| {name} | {config[name]} |"
         for name in SHOWN
-        if config[name] is not None and not name.startswith(other)
+        if config[name] is not None and not name.startswith(other) and name not in foreign
     ]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 
