@@ -70,8 +70,8 @@ def introduction(config: Mapping[str, Any], name: str) -> str:
     kind = "LoRA" if config["student"] == "lora" else "UNet"
     if not few_steps(config):
         return (
-            f"# {Path(name).name}\n\nA {kind} that fine-tunes {base_name(config)} with the ordinary "
-            "diffusion loss, trained with Latent Distillery."
+            f"# {Path(name).name}\n\nA {kind} that fine-tunes {base_name(config)} with the "
+            "ordinary diffusion loss, trained with Latent Distillery."
         )
     return (
         f"# {Path(name).name}\n\nA {kind} that lets {base_name(config)} draw in 1 to 8 steps: "
