@@ -16,7 +16,7 @@ class EncodeConfig:
     shards: tuple[str, ...]
     """Tars, Parquet files, folders, datasets: paths and URLs (braces and globs, quoted)."""
     model: str
-    """sd15, sd21, sdxl, tiny-sd, tiny-xl, a local diffusers folder or a hub id."""
+    """sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or one .safetensors file."""
     cache: Path
     """Folder of the cache; made if it does not exist."""
     resolution: int | None = None

@@ -17,7 +17,7 @@ from shared.cache import FORMAT, CachePaths, claim_identity
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
-from shared.family import Model, load_config
+from shared.family import Model, force_zeros, load_config
 from shared.layout import Layout, cache_layout
 from shared.storage import load_json
 
@@ -174,12 +174,6 @@ def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
         None if pooled is None else (settings.max_captions, pooled),
         micro_conditioning=pooled is not None,
     )
-
-
-def force_zeros(model: Model) -> bool:
-    """Is the unconditional embedding zeros? The model's own `force_zeros_for_empty_prompt`."""
-    index = load_config(model.source, "model_index.json")
-    return bool(index.get("force_zeros_for_empty_prompt", False))
 
 
 def unconditional(model: Model, encoder: TextEncoder) -> TextEmbeds:

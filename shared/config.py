@@ -101,10 +101,15 @@ def _coerce(value: Any, hint: Any) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as JSON values; paths become strings."""
+    """The configuration as JSON values; paths become strings.
+
+    Fields that repr hides are secrets, such as tokens, and are left out.
+    """
+    shown = {field.name for field in dataclasses.fields(config) if field.repr}
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(config).items()
+        if name in shown
     }
 
 

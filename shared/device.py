@@ -21,7 +21,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of the networks: all cores unless told. Raises UserError below 1."""
+    """CPU threads of the networks: all cores unless told. Raises UserError below 1.
+
+    Processes that a launcher has started on one machine divide its cores.
+    """
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads} must be at least 1")
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max((os.cpu_count() or 1) // processes, 1))

@@ -180,7 +180,7 @@ def test_a_run_from_the_command_line(cli, words, tmp_path):
     assert answer.out == f"student: {run / 'pytorch_lora_weights.safetensors'}\n"
     assert (run / "previews" / "step-00000001.png").stat().st_size > 1000
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
-    assert any((run / "tensorboard").iterdir())
+    assert any((run / "logs" / "latent-distillery").glob("events.*"))
     config = config_of(run)
     assert (config["lora_alpha"], config["lora_rank"], config["max_train_steps"]) == (3, 2, 1)
     assert config["learning_rate"] == 1e-4  # resolved, not null

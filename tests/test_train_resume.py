@@ -20,9 +20,10 @@ from shared.errors import UserError
 from train import checkpoint
 from train.config import DistillConfig
 from train.loop import distill
-from train.optim import LEARNING_RATES, learning_rate_factor
+from train.optim import learning_rate_factor
 from train.record import keep_until
-from train.setup import Distillation, prepare
+from train.run import Distillation
+from train.setup import prepare
 
 KINDS = ["lora", "full"]
 
@@ -145,8 +146,10 @@ def test_previews_do_not_disturb_training(settings, kind):
 # ---- Killed without warning.
 
 
-def kill_after(config: DistillConfig, lines: int, delay: float, repo: Path) -> int:
-    """Run the real command; SIGKILL it `delay` s after so many lines of metrics. Its status."""
+def end_after(
+    config: DistillConfig, lines: int, delay: float, repo: Path, by: int = signal.SIGKILL
+) -> int:
+    """Run the real command; signal it `delay` s after so many lines of metrics. Its status."""
     plain = {name: value for name, value in vars(config).items() if value is not None}
     words = [f"--{k}={v}" for k, v in plain.items() if not isinstance(v, bool | tuple)]
     command = [sys.executable, "-m", "train", "distill", *words]
@@ -159,7 +162,7 @@ def kill_after(config: DistillConfig, lines: int, delay: float, repo: Path) -> i
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < lines):
         time.sleep(0.005)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(by)
     return process.wait()
 
 
@@ -170,7 +173,7 @@ def killed_and_resumed(settings, repo, kind: str, kills: list[tuple[int, float]]
     train(whole)
     killed = settings("killed", resume_from_checkpoint="latest", **flags)
     for lines, delay in kills:
-        status = kill_after(killed, lines, delay, repo)
+        status = end_after(killed, lines, delay, repo)
         assert status == -signal.SIGKILL, "it was not killed in time: give it more steps"
     done = [path.name for path in checkpoint.whole_checkpoints(killed.run)]
     assert done, "killed before its first checkpoint"
@@ -198,7 +201,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(settings, repo, ki
 
 
 def fake_checkpoint(run: Path, step: int, limit: int | None = None) -> Path:
-    progressed = checkpoint.Progressed(step, 4 * step, {"seed": 0})
+    progressed = checkpoint.Progressed(step, 4 * step, 4, {"seed": 0})
     weights = {"w": torch.full((3,), float(step))}
     return checkpoint.save_checkpoint(run, progressed, weights, {"w/step": torch.ones(1)}, limit)
 
@@ -301,7 +304,8 @@ def test_a_pruned_checkpoint_is_not_the_one_just_written(tmp_path):
         ({"seed": 7}, "seed is 0 there, 7 here"),
         ({"lora_rank": 8}, "lora_rank is 4 there, 8 here"),
         ({"student": "full"}, "student is lora there, full here"),
-        ({"train_batch_size": 2}, "train_batch_size is 4 there, 2 here"),
+        ({"global_batch_size": 8}, "stands at sample 4, which is no whole number of such"),
+        ({"train_batch_size": 3}, "4 does not divide by 3 samples .* use --train-batch-size 2"),
         ({"loss_type": "l2", "w_max": 9.0}, "loss_type is huber there, l2 here; w_max is None"),
     ],
 )
@@ -329,12 +333,13 @@ def test_resuming_on_another_cache_is_refused_and_on_a_copy_is_not(settings, tin
 
 @pytest.mark.parametrize(
     "change", [{"learning_rate": 1e-5}, {"max_train_steps": 9}, {"dataloader_num_workers": 4},
-               {"checkpointing_steps": 1, "logging_steps": 1}]
+               {"checkpointing_steps": 1, "logging_steps": 1}, {"train_batch_size": 2},
+               {"global_batch_size": 2, "train_batch_size": 1}]
 )  # fmt: skip
 def test_what_may_change_in_between(settings, change):
     train(settings(max_train_steps=1))
     run = prepare(settings(resume_from_checkpoint="latest", **change))
-    assert run.first_step == 2
+    assert run.step == 1
 
 
 def test_a_run_that_exists_is_not_overwritten(settings):
@@ -422,7 +427,7 @@ def test_learning_rate_unless_given(settings, kind):
     run = prepare(settings(student=kind, learning_rate=None, max_train_steps=1))
     spy_on_steps(run, seen)
     distill(run)
-    assert seen[0][0] == LEARNING_RATES[kind] == {"lora": 1e-4, "full": 8e-6}[kind]
+    assert seen[0][0] == {"lora": 1e-4, "full": 8e-6}[kind]
     assert json.loads((run.config.run / "config.json").read_text())["learning_rate"] == seen[0][0]
 
 
@@ -438,12 +443,72 @@ def test_a_diverged_run_says_so(settings):
                 group["params"][0].data.fill_(float("nan"))
 
     run.optimizer.register_step_pre_hook(lambda *_: poison())
-    with pytest.raises(UserError, match=r"no longer finite at step [34].*--learning-rate") as error:
+    with pytest.raises(UserError, match=r"(nan|finite) at step [34].*--learning-rate") as error:
         distill(run)
     assert f"the last checkpoint is {checkpoint.whole_checkpoints(config.run)[-1]}" in str(
         error.value
     )
     assert "\n" not in str(error.value)
+    told = json.loads((config.run / "diverged.json").read_text())
+    expected = run.loader.names(told["step"] - 1)
+    assert told["samples"] == expected
+    assert expected[0] in str(error.value)
+    assert ".tar sample " in expected[0]
+
+
+def test_an_exploding_loss_stops_the_run(settings):
+    run = prepare(settings(learning_rate=1e6, max_train_steps=20, lr_scheduler="constant"))
+    with pytest.raises(UserError, match=r"the loss is \S+ at step .*--learning-rate"):
+        distill(run)
+
+
+# ---- fp16, whose overflowing steps are left out; SIGTERM.
+
+
+def test_a_skipped_fp16_step_is_not_counted_and_its_samples_are_gone(settings, monkeypatch):
+    config = settings(student="full", mixed_precision="fp16", logging_steps=1, max_train_steps=3)
+    run = prepare(config)
+    loss = type(run.objective).__call__
+    batches, averages = [], []
+
+    def overflowing(objective, batch, *rest):
+        batches.append(batch.latents.clone())
+        value = loss(objective, batch, *rest)
+        return value * float("inf") if len(batches) == 2 else value
+
+    monkeypatch.setattr(type(run.objective), "__call__", overflowing)
+    moved = run.student.after_step
+    run.student.after_step = lambda: (averages.append(len(batches)), moved())
+    distill(run)
+    assert [line["step"] for line in metrics(config.run)] == [1, 2, 3]
+    assert averages == [1, 3, 4]  # the second batch did not reach the EMA
+    assert not torch.equal(batches[1], batches[2])
+    state = checkpoint.read_progress(checkpoint.checkpoint_folder(config.run, 3))
+    assert (state.step, state.position) == (3, 16)
+    assert state.scaler["scale"] == 2.0**15  # halved once
+    assert all(torch.isfinite(t).all() for t in tensors(config.run, 3).values())
+
+
+def test_fp16_that_overflows_at_every_scale_says_so(settings, monkeypatch):
+    run = prepare(settings(mixed_precision="fp16"))
+    loss = type(run.objective).__call__
+    monkeypatch.setattr(type(run.objective), "__call__", lambda *a: loss(*a) * float("inf"))
+    with pytest.raises(UserError, match="overflow fp16 at every loss scale; use --mixed-prec"):
+        distill(run)
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, repo):
+    flags = {"max_train_steps": 40, "checkpointing_steps": 1000, "logging_steps": 1}
+    whole = settings("whole", **flags)
+    train(whole)
+    config = settings("run", resume_from_checkpoint="latest", **flags)
+    assert end_after(config, 3, 0, repo, signal.SIGTERM) == 0
+    saved = [path.name for path in checkpoint.whole_checkpoints(config.run)]
+    assert len(saved) == 1
+    assert saved != ["step-00000040"], "it ended before it was stopped: give it more steps"
+    assert not list(config.run.glob("*.safetensors"))  # nothing exported of half a run
+    train(config)
+    assert_same_run(whole.run, config.run, 40)
 
 
 def test_weights_that_are_not_finite_are_never_saved(settings):

@@ -31,7 +31,7 @@ def model(request):
 def build(model, kind: str, **more):
     more = {"lora_rank": 4, "unet_time_cond_proj_dim": 16} | more
     config = DistillConfig(str(model), cache=None, run=None, student=kind, **more)
-    return build_student(str(model), config, CPU)
+    return build_student(str(model), config)
 
 
 def stock_unet(model) -> UNet2DConditionModel:

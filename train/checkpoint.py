@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shared.cache import differences
 from shared.errors import UserError
 from shared.storage import dump_json, guard, load_json, move, publish, sync_folder, temporary
+from train.shards import like
 
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
 
@@ -24,8 +25,10 @@ class Progressed:
     """How far a run has come. `terms` is what must not change across a resume."""
 
     step: int  # optimizer steps taken
-    position: int  # samples consumed
+    position: int  # samples consumed; skipped fp16 steps consume theirs, too
+    batch_size: int  # samples a step, over all processes
     terms: Mapping[str, Any]
+    scaler: Mapping[str, Any] = field(default_factory=dict)  # of the fp16 loss, where there is one
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -40,14 +43,14 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     total_limit: int | None,
 ) -> Path:
-    """Write a whole checkpoint, then prune the oldest beyond `total_limit`."""
+    """Write a whole checkpoint of CPU tensors, then prune the oldest beyond `total_limit`."""
     final = checkpoint_folder(run, progressed.step)
     tmp = run / "tmp"
     building = temporary(tmp, f"-{final.name}")
     with guard(run):
         building.mkdir(parents=True, exist_ok=True)
     for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):
-        content = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        content = {key: tensor.contiguous() for key, tensor in tensors.items()}
         publish([save(content)], building / name, tmp)
     publish([dump_json(vars(progressed))], building / STATE, tmp)
     sync_folder(building)
@@ -101,8 +104,14 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
 
 
 def read_progress(folder: Path) -> Progressed:
-    """A checkpoint's state.json."""
-    return Progressed(**load_json(folder / STATE))
+    """A checkpoint's state.json. Raises UserError for one that another version wrote."""
+    try:
+        return Progressed(**load_json(folder / STATE))
+    except TypeError:
+        raise UserError(
+            f"{folder} was written by another version of this trainer; export it with that one, "
+            "or choose another --run"
+        ) from None
 
 
 def check_terms(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -140,7 +149,12 @@ def restore_optimizer(
     stored: Mapping[str, Tensor],
 ) -> None:
     """The inverse of `optimizer_state`."""
+    fused = {id(p): group.get("fused") for group in optimizer.param_groups for p in group["params"]}
     for path, tensor in stored.items():
         name, _, key = path.rpartition("/")
-        device = "cpu" if key == "step" else parameters[name].device
-        optimizer.state[parameters[name]][key] = tensor.to(device)
+        parameter = parameters[name]
+        if key == "step":  # a scalar, which only a fused optimizer wants on the device
+            placed = tensor.to(parameter.device if fused[id(parameter)] else "cpu")
+        else:
+            placed = like(parameter, tensor)
+        optimizer.state[parameter][key] = placed

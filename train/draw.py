@@ -14,6 +14,7 @@ from train.artist import open_artist
 from train.config import SampleConfig
 from train.loader import open_buckets
 from train.pictures import write_grid, write_picture
+from train.sample import most_steps
 
 
 def draw_prompts(config: SampleConfig) -> None:
@@ -21,9 +22,10 @@ def draw_prompts(config: SampleConfig) -> None:
     artist = open_artist(
         config.run, config.threads, config.device, config.guidance_scale, config.vae
     )
-    most = int(artist.config["num_ddim_timesteps"])
-    if not 1 <= config.steps <= most:
-        raise UserError(f"--steps {config.steps} must be 1 to {most}, the student's solver steps")
+    steps = artist.objective.sample_steps if config.steps is None else config.steps
+    most = most_steps(artist.config, artist.scheduler_config)
+    if not 1 <= steps <= most:
+        raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")
     if config.num_images < 1:
         raise UserError("--num-images must be at least 1")
     cache = config.cache or Path(str(artist.config["cache"]))
@@ -32,12 +34,13 @@ def draw_prompts(config: SampleConfig) -> None:
     conditioning = load_conditioning(CachePaths(cache).conditioning)
     texts = conditioning.find(config.prompt)
     bucket = max(open_buckets(cache, manifest), key=len)
+    artist = artist.with_empty(conditioning.unconditional)
     shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)
     rows = []
     for number in range(len(config.prompt)):
         same = texts[[number] * config.num_images]
         seeds = range(config.seed, config.seed + config.num_images)
-        latents = artist.for_shape(shape).draw("student", config.steps, same, seeds)
+        latents = artist.for_shape(shape).draw("student", steps, same, seeds)
         rows.append(list(decode_latents(artist.vae, latents / artist.vae.config.scaling_factor)))
     if len(rows) == config.num_images == 1:
         write_picture(config.output, np.asarray(rows[0][0]))

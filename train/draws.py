@@ -18,11 +18,12 @@ class DrawSpec:
 
     seed: int
     views: int
-    num_ddim_timesteps: int
+    num_ddim_timesteps: int  # solver intervals; with as many as timesteps, index is the timestep
     w_min: float
     w_max: float
     proportion_empty_prompts: float
     latent_noise: bool  # does the cache hold the posterior's logvar?
+    noise_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Draw:
     drop_caption: bool
     index: int  # solver interval, 0 .. N - 1
     w: float
+    # A noise offset is one normal number per channel, times the offset, added to all of the channel
+    # (kohya's and diffusers' --noise-offset).
     noise: NDArray[np.float32]
     latent_noise: NDArray[np.float32] | None
 
@@ -41,7 +44,7 @@ class Draw:
 def draw(spec: DrawSpec, position: int, num_captions: int, shape: tuple[int, ...]) -> Draw:
     """The draws of the sample at stream position `position`."""
     rng = np.random.Generator(np.random.Philox(key=[spec.seed, position]))
-    return Draw(
+    drawn = Draw(
         view=int(rng.integers(spec.views)),
         caption=int(rng.integers(num_captions)),
         drop_caption=bool(rng.random() < spec.proportion_empty_prompts),
@@ -50,3 +53,7 @@ def draw(spec: DrawSpec, position: int, num_captions: int, shape: tuple[int, ...
         noise=rng.standard_normal(shape, dtype=np.float32),
         latent_noise=rng.standard_normal(shape, dtype=np.float32) if spec.latent_noise else None,
     )
+    if spec.noise_offset:  # drawn last, so that everything else is the same without it
+        shift = rng.standard_normal((shape[0], 1, 1), dtype=np.float32)
+        drawn.noise[...] += np.float32(spec.noise_offset) * shift
+    return drawn

@@ -172,6 +172,11 @@ class Loader:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
+    def names(self, index: int) -> list[str]:
+        """How errors call the samples of global batch `index`."""
+        bucket, ids = self.order.batch(index)
+        return [self.buckets[bucket].name(int(sample)) for sample in ids]
+
     def fill(self, index: int, slot: dict[int, Batch]) -> Batch:
         """Read global batch `index` into `slot`. Raises UserError for a damaged sample."""
         number, ids, positions = self.order.rank_batch(index, self.rank, self.world)

@@ -3,41 +3,84 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from shared.errors import UserError
 from train.config import DistillConfig
 from train.loader import Batch
 from train.optim import set_learning_rate
-from train.setup import Distillation
+from train.run import Distillation
+from train.stop import Stop
+
+SMALLEST_SCALE = 2.0**-10  # of the fp16 loss; torch begins at 2**16
 
 
 def distill(run: Distillation) -> None:
-    """Take optimizer steps from where the run stands to `max_train_steps`."""
-    config, optimizer, student = run.config, run.optimizer, run.student
-    with closing(run.loader.batches()) as batches, run.recorder:
-        for step in range(run.first_step, config.max_train_steps + 1):
-            seed_dropout(config.seed, step)
-            set_learning_rate(optimizer, run.learning_rate, step, config)
-            losses = []
-            for batch in micro_batches(next(batches), config.gradient_accumulation_steps):
-                with run.autocast():
-                    loss = run.objective(batch.to(run.device), run.empty, student)
-                (loss / config.gradient_accumulation_steps).backward()
-                losses.append(loss.detach())
-            norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    """Take optimizer steps from where the run stands to `max_train_steps`, or to SIGTERM."""
+    config, student = run.config, run.student
+    with closing(run.loader.batches()) as batches, run.recorder, Stop(run.team) as stop:
+        while run.step < config.max_train_steps and not stop.asked():
+            seed_dropout(config.seed, run.step + 1, run.team.rank)
+            rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, config)
+            loss, norm = backward(run, next(batches))
+            taken = update(run.optimizer, run.scaler)
+            run.position += run.loader.order.batch_size
+            if not taken:
+                continue  # an fp16 overflow: the same step again, with the next samples
+            run.step += 1
             student.after_step()
-            run.recorder.record(step, torch.stack(losses).mean(), norm)
-            if due(step, config.checkpointing_steps, config):
-                run.save(step)
-            if due(step, config.validation_steps, config):
-                run.preview(step)
-    run.export()
+            batch = run.position // run.loader.order.batch_size - 1
+            run.recorder.record(run.step, batch, loss, norm, rate)
+            if due(run.step, config.checkpointing_steps, config):
+                run.save()
+            if due(run.step, config.validation_steps, config):
+                run.preview()
+        finished = run.step == config.max_train_steps
+        if not finished and run.step % config.checkpointing_steps:
+            run.save()
+    if finished:
+        run.export()
+    elif run.team.main:
+        print(
+            f"stopped after step {run.step}; --resume-from-checkpoint latest goes on from there",
+            file=sys.stderr,
+        )
+
+
+def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Accumulate the gradients of a batch; returns its mean loss and the norm before clipping."""
+    losses = []
+    for number, part in enumerate(micro_batches(batch, run.accumulation), start=1):
+        with run.team.accumulating(run.student, last=number == run.accumulation):
+            with run.autocast():
+                loss = run.objective(part.to(run.team.device), run.empty, run.student)
+            run.scaler.scale(loss / run.accumulation).backward()
+        losses.append(loss.detach())
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm)
+    return torch.stack(losses).mean(), norm
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
+    """Take the optimizer's step; False where fp16 gradients overflowed and it was skipped.
+
+    Raises UserError where they overflow at every scale. Only fp16 waits for the device here.
+    """
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    taken = scaler.get_scale() >= before
+    if not taken and scaler.get_scale() < SMALLEST_SCALE:
+        raise UserError(
+            "gradients overflow fp16 at every loss scale; use --mixed-precision bf16, or no"
+        )
+    return taken
 
 
 def due(step: int, every: int, config: DistillConfig) -> bool:
@@ -59,6 +102,6 @@ def split(value: Tensor | None, count: int) -> list[Tensor | None]:
     return list(value.chunk(count))
 
 
-def seed_dropout(seed: int, step: int) -> None:
+def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Dropout is torch's only random draw in a step; keyed by it, a resume repeats it."""
-    torch.manual_seed(seed * 1_000_003 + step)
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)

@@ -6,8 +6,12 @@ import torch
 from torch import nn
 
 from train.config import DistillConfig
+from train.objectives import OBJECTIVES
 
-LEARNING_RATES = {"lora": 1e-4, "full": 8e-6}
+
+def base_learning_rate(config: DistillConfig) -> float:
+    """The flag, else what the objective uses for this kind of student."""
+    return config.learning_rate or OBJECTIVES[config.objective].learning_rates[config.student]
 
 
 def build_optimizer(
@@ -24,10 +28,12 @@ def build_optimizer(
 
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, base: float, step: int, config: DistillConfig
-) -> None:
-    """Set the rate of optimizer step `step` (1, 2, ...)."""
+) -> float:
+    """Set and return the rate of optimizer step `step` (1, 2, ...)."""
+    rate = base * learning_rate_factor(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = base * learning_rate_factor(step, config)
+        group["lr"] = rate
+    return rate
 
 
 def learning_rate_factor(step: int, config: DistillConfig) -> float:

@@ -10,6 +10,7 @@ from torch import nn
 from shared.cache import Manifest
 from train.config import DistillConfig
 from train.loader import Loader
+from train.objectives import OBJECTIVES
 
 
 def plan(
@@ -18,16 +19,22 @@ def plan(
     parameters: dict[str, nn.Parameter],
     loader: Loader,
     resumed: Path | None,
+    world: int,
 ) -> str:
     """What is about to happen, in two lines."""
     samples, batch = manifest.totals["written"], loader.order.batch_size
     weights = sum(parameter.numel() for parameter in parameters.values())
     passes = config.max_train_steps * batch / samples
+    over = f" over {world} processes" if world > 1 else ""
     origin = f"from {resumed}" if resumed else "from the teacher"
+    spec = loader.spec
+    drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
+    if not OBJECTIVES[config.objective].teacher:
+        drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
-        f"{origin}\n{config.max_train_steps} steps of {batch} samples, {passes:.1f} passes over "
-        f"{samples} samples, w in [{loader.spec.w_min:g}, {loader.spec.w_max:g}]"
+        f"{origin}\n{config.max_train_steps} steps of {batch} samples{over}, "
+        f"{passes:.1f} passes over {samples} samples, {drawn}"
     )
 
 

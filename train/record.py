@@ -1,90 +1,174 @@
-"""What a run leaves to look at: progress bar, metrics.jsonl, TensorBoard."""
+"""What a run leaves to look at: progress bar, metrics.jsonl, trackers."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from shared.config import to_dict
 from shared.errors import UserError
 from shared.progress import Progress
-from shared.storage import publish
+from shared.storage import dump_json, publish
 from train.checkpoint import whole_checkpoints
 from train.config import DistillConfig
+from train.shards import whole
+from train.team import Team
+from train.trackers import Trackers
+
+EXPLODED = 1e3  # latents have a standard deviation of about 1, and so has a hopeless prediction
+NAMED = 3  # samples that an error names; diverged.json has them all
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps between two lines of metrics, their numbers on the way to the CPU."""
+
+    steps: tuple[tuple[int, int], ...]  # each with its global batch
+    values: Tensor  # [2, steps] fp64 on the CPU: loss and gradient norm
+    arrived: torch.cuda.Event | None
+    seconds: float
+    learning_rate: float
 
 
 class Recorder:
-    """Collects a number per step and writes their means every `logging_steps`.
+    """Collects the numbers of each step and writes their means every `logging_steps`.
 
-    Losses stay tensors until then, so that a step never waits for the device.
+    They stay on the device until a window ends and are read when the next one does, so that no step
+    waits for the device. All processes enter `record`, since losses are averaged over them; one
+    writes.
     """
 
-    def __init__(self, config: DistillConfig, done: int) -> None:
-        self.config, self.done = config, done
-        self.batch_size = config.train_batch_size * config.gradient_accumulation_steps
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
+    def __init__(
+        self,
+        config: DistillConfig,
+        team: Team,
+        batch_size: int,
+        done: int,
+        names: Callable[[int], Sequence[str]],
+    ) -> None:
+        """`names(batch)` are the samples of a global batch; `done` steps are behind."""
+        self.config, self.team, self.done, self.names = config, team, done, names
+        self.batch_size = batch_size
+        self.steps: list[tuple[int, int]] = []
+        self.values: list[Tensor] = []
+        self.pending: Window | None = None
+        self.rate = 0.0
 
     def __enter__(self) -> Recorder:
-        self.path = self.config.run / "metrics.jsonl"
-        keep_until(self.path, self.done)
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(self.config.run / "tensorboard", purge_step=self.done + 1)
-        self.progress = Progress("distill", self.config.max_train_steps, "step", self.done)
-        self.progress.__enter__()
         self.since = time.perf_counter()
+        if self.team.main:
+            self.path = self.config.run / "metrics.jsonl"
+            keep_until(self.path, self.done)
+            self.file = self.path.open("a")
+            folder = self.config.logging_dir or self.config.run / "logs"
+            reported = [name for name in self.config.report_to if name != "none"]
+            project = self.config.tracker_project_name
+            self.trackers = Trackers(reported, folder, project, to_dict(self.config), self.done)
+            self.progress = Progress("distill", self.config.max_train_steps, "step", self.done)
+            self.progress.__enter__()
         return self
 
-    def record(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Note a step. Raises UserError, at the next logging step, where the loss is not finite."""
-        self.losses.append(loss)
-        self.norms.append(grad_norm)
-        note = ""
-        if step % self.config.logging_steps == 0 or step == self.config.max_train_steps:
-            note = self.flush(step)
-        self.progress.update(1, note)
+    def record(self, step: int, batch: int, loss: Tensor, norm: Tensor, rate: float) -> None:
+        """Note a step: its global batch, loss, gradient norm and learning rate.
 
-    def flush(self, step: int) -> str:
-        """Write the means since the last flush; returns the note for the progress bar."""
-        if not self.losses:
-            return ""
-        loss = sum(float(x) for x in self.losses) / len(self.losses)
-        norm = sum(float(x) for x in self.norms) / len(self.norms)
-        if not math.isfinite(loss):
-            raise UserError(self.diverged(step))
+        Raises UserError, at the next line or the one after, where the loss has lost its way.
+        """
+        self.steps.append((step, batch))
+        self.values.append(torch.stack([loss.double(), whole(norm).double()]))
+        note = ""
+        if step % self.config.logging_steps == 0:
+            note = self._turn(self._close_window(rate))
+        if self.team.main:
+            self.progress.update(1, note)
+        self.rate = rate
+
+    def flush(self) -> None:
+        """Write all that has been noted."""
+        self._turn(self._close_window(self.rate) if self.values else None)
+        self._turn(None)
+
+    def _close_window(self, rate: float) -> Window:
+        """The steps since the last line; their numbers set out for the CPU."""
+        values, arrived = self.team.mean(torch.stack(self.values, 1)), None
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
         now = time.perf_counter()
-        rate = len(self.losses) * self.batch_size / max(now - self.since, 1e-9)
-        self.since = now
-        self.losses, self.norms = [], []
-        values = {"loss": loss, "grad_norm": norm, "samples_per_second": rate}
+        window = Window(tuple(self.steps), values, arrived, now - self.since, rate)
+        self.since, self.steps, self.values = now, [], []
+        return window
+
+    def _turn(self, window: Window | None) -> str:
+        """Write what has arrived: on a GPU the window before; returns the bar's note."""
+        if window is not None and window.arrived is None:
+            return self._write(window)
+        before, self.pending = self.pending, window
+        return "" if before is None else self._write(before)
+
+    def _write(self, window: Window) -> str:
+        if window.arrived is not None:
+            window.arrived.synchronize()  # a window ago: it is there
+        losses, norms = window.values.tolist()
+        for (step, batch), loss in zip(window.steps, losses, strict=True):
+            if not math.isfinite(loss) or loss > EXPLODED:
+                raise UserError(self.diverged(f"the loss is {loss:g}", step, batch))
+        if not self.team.main:
+            return ""
+        step = window.steps[-1][0]
+        loss = sum(losses) / len(losses)
+        rate = len(losses) * self.batch_size / max(window.seconds, 1e-9)
+        values = {
+            "loss": loss,
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": window.learning_rate,
+            "samples_per_second": rate,
+        }
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(f"train/{name}", value, step)
+        self.trackers.log(values, step)
         return f"loss {loss:.4f}, {rate:.0f} samples/s"
 
     def picture(self, step: int, sheet: NDArray[np.uint8]) -> None:
-        """Show a preview in TensorBoard."""
-        self.board.add_image("previews", sheet, step, dataformats="HWC")
+        """Show a preview in every tracker."""
+        if self.team.main:
+            self.trackers.picture("previews", sheet, step)
 
     def say(self, line: str) -> None:
         """Print a line without disturbing the progress bar."""
-        self.progress.write(line)
+        if self.team.main:
+            self.progress.write(line)
 
-    def diverged(self, step: int) -> str:
-        """What to say when the numbers are no longer finite."""
-        saved = whole_checkpoints(self.config.run)
+    def diverged(self, what: str, step: int, batch: int) -> str:
+        """What to say when the numbers are no longer finite, or the loss has exploded.
+
+        All samples of the step's global batch are in `diverged.json`.
+        """
+        names = self.names(batch)
+        run = self.config.run
+        if self.team.main:
+            publish(
+                [dump_json({"what": what, "step": step, "batch": batch, "samples": names})],
+                run / "diverged.json",
+                run / "tmp",
+            )
+        saved = whole_checkpoints(run)
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return (
-            f"loss or weights are no longer finite at step {step}; {last}; "
-            "lower --learning-rate, add --lr-warmup-steps, or use --mixed-precision no"
+            f"{what} at step {step} (samples {', '.join(names[:NAMED])}{more}: "
+            f"{run / 'diverged.json'}); {last}; lower --learning-rate, add --lr-warmup-steps, "
+            "or use --mixed-precision no"
         )
 
     def __exit__(
@@ -93,9 +177,10 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.progress.__exit__(kind, error, trace)
-        self.board.close()
-        self.file.close()
+        if self.team.main:
+            self.progress.__exit__(kind, error, trace)
+            self.trackers.close()
+            self.file.close()
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""The networks of a distillation: a full student with EMA target, or adapters on the teacher."""
+"""The networks of a run: a full student with EMA target or without, or adapters on the teacher."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from shared.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
 from train.config import DistillConfig
+from train.fine_tuned import FineTuned
 from train.loader import Batch
+from train.objectives import OBJECTIVES
+from train.shards import local, restore
 from train.teacher import call_unet, load_unet, twice
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -25,20 +29,19 @@ LORA_TARGETS = (
 
 
 class Student(Protocol):
-    """What the loop, the checkpoints and the exports need of either kind."""
+    """What the loop, the checkpoints and the exports need of any kind.
+
+    An objective's own file says which further forwards it needs (see its `Networks`).
+    """
 
     unet: UNet2DConditionModel
+    live: nn.Module  # what the student's own forward goes through: `unet`, or DDP around it
+
+    def networks(self) -> list[UNet2DConditionModel]:
+        """Every UNet in memory."""
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """See `train.objectives.lcd.Networks`."""
-
-    def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """See `train.objectives.lcd.Networks`."""
-
-    def teacher(
-        self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
-    ) -> tuple[Tensor, Tensor]:
-        """See `train.objectives.lcd.Networks`."""
+        """With gradients."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name, fp32."""
@@ -59,17 +62,21 @@ class Student(Protocol):
 class FullStudent:
     """A UNet of its own that is told the guidance; its target is an exponential moving average."""
 
-    def __init__(self, source: str, config: DistillConfig, device: torch.device) -> None:
+    def __init__(self, source: str, config: DistillConfig) -> None:
         torch.manual_seed(config.seed)  # of the guidance projection, where it starts at random
-        self.teacher_unet = load_unet(source).to(device)
+        self.teacher_unet = load_unet(source)
         self.dim, self.decay = config.unet_time_cond_proj_dim, config.ema_decay
-        self.unet = guided_copy(self.teacher_unet, self.dim, config.guidance_init).to(device)
-        self.target_unet = guided_copy(self.teacher_unet, self.dim, "zero").to(device)
+        self.unet = guided_copy(self.teacher_unet, self.dim, config.guidance_init)
+        self.target_unet = guided_copy(self.teacher_unet, self.dim, "zero")
         self.target_unet.load_state_dict(self.unet.state_dict())
         self.unet.train().requires_grad_(True)
+        self.live: nn.Module = self.unet
+
+    def networks(self) -> list[UNet2DConditionModel]:  # noqa: D102
+        return [self.unet, self.target_unet, self.teacher_unet]
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
-        return self._told(self.unet, z, t, batch)
+        return self._told(self.live, z, t, batch)
 
     @torch.no_grad()
     def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
@@ -81,7 +88,7 @@ class FullStudent:
     ) -> tuple[Tensor, Tensor]:
         return twice(self.teacher_unet, z, t, batch.text, empty, batch.time_ids)
 
-    def _told(self, unet: UNet2DConditionModel, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
+    def _told(self, unet: nn.Module, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         embedding = guidance_embedding(batch.w, self.dim)
         return call_unet(unet, z, t, batch.text, batch.time_ids, embedding)
 
@@ -90,8 +97,9 @@ class FullStudent:
 
     @torch.no_grad()
     def after_step(self) -> None:  # noqa: D102
-        averages, live = list(self.target_unet.parameters()), list(self.unet.parameters())
-        torch._foreach_lerp_(averages, live, 1 - self.decay)
+        averages = [local(p) for p in self.target_unet.parameters()]
+        weights = [local(p) for p in self.unet.parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:  # noqa: D102
         student = {f"student.{k}": v for k, v in self.unet.state_dict().items()}
@@ -99,8 +107,8 @@ class FullStudent:
 
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: D102
         for prefix, unet in (("student.", self.unet), ("target.", self.target_unet)):
-            part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            unet.load_state_dict(part)
+            for name, tensor in unet.state_dict().items():
+                restore(tensor, state[prefix + name])
 
     def exported(self) -> UNet2DConditionModel:  # noqa: D102
         return self.target_unet
@@ -109,8 +117,9 @@ class FullStudent:
 class LoraStudent:
     """One UNet in memory: the student is it with adapters, the teacher without."""
 
-    def __init__(self, source: str, config: DistillConfig, device: torch.device) -> None:
-        self.unet = load_unet(source)
+    def __init__(self, source: str, config: DistillConfig) -> None:
+        # The frozen weights need no more than the dtype they compute in.
+        self.unet = load_unet(source, AUTOCAST.get(config.mixed_precision, torch.float32))
         alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
         torch.manual_seed(config.seed)  # peft initialises lora_A at random, lora_B at zero
         self.unet.add_adapter(
@@ -121,11 +130,17 @@ class LoraStudent:
                 target_modules=lora_targets(self.unet),
             )
         )
-        self.unet.to(device).train()
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()  # peft makes them like their layer
+        self.unet.train()
+        self.live: nn.Module = self.unet
         self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
 
+    def networks(self) -> list[UNet2DConditionModel]:  # noqa: D102
+        return [self.unet]
+
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
-        return call_unet(self.unet, z, t, batch.text, batch.time_ids)
+        return call_unet(self.live, z, t, batch.text, batch.time_ids)
 
     @torch.no_grad()
     def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
@@ -158,19 +173,19 @@ class LoraStudent:
     def state(self) -> dict[str, Tensor]:  # noqa: D102
         return {name: p.detach() for name, p in self.trainable().items()}
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: D102
         for name, parameter in self.trainable().items():
-            parameter.copy_(state[name])
+            restore(parameter, state[name])
 
     def exported(self) -> UNet2DConditionModel:  # noqa: D102
         return self.unet
 
 
-def build_student(source: str, config: DistillConfig, device: torch.device) -> Student:
-    """The student that the flags ask for."""
-    kind = LoraStudent if config.student == "lora" else FullStudent
-    student: Student = kind(source, config, device)
+def build_student(source: str, config: DistillConfig) -> Student:
+    """The student that the flags ask for, on the CPU."""
+    full = FullStudent if OBJECTIVES[config.objective].teacher else FineTuned
+    kind = LoraStudent if config.student == "lora" else full
+    student: Student = kind(source, config)
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
     return student

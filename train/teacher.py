@@ -8,25 +8,29 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.cache import Manifest
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
 from shared.errors import UserError
-from shared.family import Model, load_config
+from shared.family import Model, force_zeros, load_config
 from shared.rescale import vae_fingerprint
+from shared.single_file import is_single_file, load_part
 
 
-def load_unet(source: str) -> UNet2DConditionModel:
-    """A model's UNet, fp32, frozen, channels last. Raises UserError where there is none."""
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            source, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"no UNet can be read from {source!r} ({first})") from None
+def load_unet(source: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A model's UNet, frozen, channels last. Raises UserError where there is none."""
+    if is_single_file(source):
+        unet = load_part(UNet2DConditionModel, source, "unet", dtype)
+    else:
+        try:
+            unet = UNet2DConditionModel.from_pretrained(
+                source, subfolder="unet", torch_dtype=dtype, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"no UNet can be read from {source!r} ({first})") from None
     return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -53,6 +57,14 @@ def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
                 f"{cache} was made for another model: its {what} is {here}, "
                 f"{model.source} wants {wanted}; pass the model it was made for, or encode anew"
             )
+    here, wanted = identity["text"]["force_zeros"], force_zeros(model)
+    if here != wanted:
+        kinds = {True: "zeros", False: "the encoded empty prompt"}
+        raise UserError(
+            f"{cache} holds {kinds[here]} as unconditional embedding, {model.source} wants "
+            f"{kinds[wanted]} (force_zeros_for_empty_prompt in its model_index.json); "
+            "encode anew with this model"
+        )
 
 
 def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) -> None:
@@ -68,14 +80,14 @@ def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) 
 
 
 def call_unet(
-    unet: UNet2DConditionModel,
+    unet: nn.Module,
     z: Tensor,
     t: Tensor,
     text: TextEmbeds,
     time_ids: Tensor | None,
     guidance: Tensor | None = None,
 ) -> Tensor:
-    """The UNet's output `[B, C, h, w]` in fp32.
+    """The UNet's output `[B, C, h, w]` in the dtype of z (fp32 in training).
 
     `guidance` is the embedding `[B, time_cond_proj_dim]`, for students that take one. time_ids
     stay fp32: bf16 would turn 1023 into 1024.
@@ -83,11 +95,11 @@ def call_unet(
     added: dict[str, Any] | None = None
     if text.pooled_prompt_embeds is not None:
         assert time_ids is not None
-        added = {"text_embeds": text.pooled_prompt_embeds.float(), "time_ids": time_ids.float()}
+        added = {"text_embeds": text.pooled_prompt_embeds.to(z.dtype), "time_ids": time_ids.float()}
     output = unet(
-        z, t, text.prompt_embeds.float(), timestep_cond=guidance, added_cond_kwargs=added
+        z, t, text.prompt_embeds.to(z.dtype), timestep_cond=guidance, added_cond_kwargs=added
     ).sample
-    return output.float()
+    return output.to(z.dtype)
 
 
 def twice(

@@ -1,0 +1,99 @@
+"""A run in progress, and what all its processes do together beside the steps."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.conditioning import TextEmbeds
+from shared.errors import UserError
+from train import checkpoint
+from train.config import DistillConfig, ExportConfig
+from train.export import export_checkpoint, export_student, publish_export
+from train.loader import Loader
+from train.objectives.objective import Loss
+from train.preview import Previews
+from train.record import Recorder
+from train.shards import local
+from train.student import AUTOCAST, Student
+from train.team import Team
+
+
+@dataclass
+class Distillation:
+    """A run, ready to go on after step `step`, when `position` samples have been consumed."""
+
+    config: DistillConfig
+    team: Team
+    student: Student
+    objective: Loss
+    loader: Loader
+    empty: TextEmbeds
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    parameters: dict[str, nn.Parameter]
+    learning_rate: float
+    accumulation: int
+    step: int
+    position: int
+    terms: dict[str, Any]
+    recorder: Recorder
+    previews: Previews | None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The one dtype in which all networks compute."""
+        dtype = AUTOCAST.get(self.config.mixed_precision)
+        return torch.autocast(self.team.device.type, dtype, enabled=dtype is not None)
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the weights are no longer finite. All processes enter it."""
+        self.recorder.flush()
+        self._check_weights()
+        networks = self.team.gather(self.student.state())
+        optimizer = self.team.gather(checkpoint.optimizer_state(self.optimizer, self.parameters))
+        if self.team.main:
+            batch = self.loader.order.batch_size
+            folder = checkpoint.save_checkpoint(
+                self.config.run,
+                checkpoint.Progressed(
+                    self.step, self.position, batch, self.terms, self.scaler.state_dict()
+                ),
+                networks,
+                optimizer,
+                self.config.checkpoints_total_limit,
+            )
+            self.recorder.say(f"saved {folder}")
+        self.team.wait()
+
+    def _check_weights(self) -> None:
+        parts = [local(parameter).isfinite().all() for parameter in self.parameters.values()]
+        finite = self.team.mean(torch.stack(parts).all().float())
+        if finite.item() < 1:
+            batch = self.position // self.loader.order.batch_size - 1
+            what = "the weights are no longer finite"
+            raise UserError(self.recorder.diverged(what, self.step, batch))
+
+    def preview(self) -> None:
+        """Draw the preview prompts with the student as it stands. All processes enter it."""
+        if self.previews is not None:
+            columns = self.previews.draw(self.student.exported())
+            if self.team.main:
+                path, sheet = self.previews.write(columns, self.step)
+                self.recorder.picture(self.step, sheet)
+                self.recorder.say(f"drew {path}")
+            self.team.wait()
+
+    def export(self) -> None:
+        """Write the student in diffusers' format."""
+        if self.team.main:
+            if self.team.sharded:  # no process has the whole of it; the checkpoint does
+                written = export_checkpoint(ExportConfig(self.config.run))
+            else:
+                written = export_student(self.student.exported(), self.config.run)
+            print(f"student: {written}")
+            publish_export(self.config, self.config.run)
+        self.team.wait()

@@ -1,0 +1,66 @@
+"""What makes a run the same run when it is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from shared.cache import Manifest
+from shared.config import to_dict
+from shared.errors import UserError
+from shared.family import Model
+from shared.storage import dump_json
+from train.checkpoint import Progressed
+from train.config import DistillConfig
+from train.objectives import OBJECTIVES
+
+# Besides the objective's own flags; everything else may change.
+TERMS = ("objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts")
+
+
+def divide(
+    config: DistillConfig, world: int, buckets: int, before: Progressed | None
+) -> tuple[int, int]:
+    """The global batch and the micro-batches it is accumulated from.
+
+    A resumed run keeps its global batch whatever the number of processes, so that it stays the
+    same run. Raises UserError where it cannot be divided.
+    """
+    share = config.train_batch_size * world
+    batch_size = share * config.gradient_accumulation_steps
+    if before is not None:
+        batch_size = before.batch_size
+    batch_size = config.global_batch_size or batch_size
+    if batch_size % share:
+        nearest = max(batch_size // share, 1) * share
+        fitting = [
+            n for n in range(1, config.train_batch_size + 1) if batch_size % (n * world) == 0
+        ]
+        way = f"--train-batch-size {fitting[-1]}" if fitting else f"--global-batch-size {nearest}"
+        raise UserError(
+            f"a global batch of {batch_size} does not divide by {config.train_batch_size} samples "
+            f"on each of {world} processes; use {way}"
+        )
+    if before is not None and buckets > 1 and batch_size != before.batch_size:
+        raise UserError(
+            f"--global-batch-size {batch_size}: a cache of {buckets} buckets keeps the one the run "
+            f"began with ({before.batch_size}), or samples would come twice; leave the flag out"
+        )
+    if before is not None and before.position % batch_size:
+        raise UserError(
+            f"--global-batch-size {batch_size}: the run stands at sample {before.position}, which "
+            "is no whole number of such batches; choose one that divides it"
+        )
+    return batch_size, batch_size // share
+
+
+def run_terms(config: DistillConfig, manifest: Manifest, model: Model) -> dict[str, Any]:
+    """What a checkpoint remembers and a resume must repeat."""
+    shards = [[shard.file, shard.count] for shard in manifest.shards]
+    content = dump_json([manifest.identity["family"], shards])
+    flags = to_dict(config)
+    return {
+        **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
+        "family": model.family.name,
+        "cache": hashlib.sha256(content).hexdigest()[:16],
+    }
