@@ -295,7 +295,7 @@ def padded(part: np.ndarray, width: int) -> np.ndarray:
 def around(kind: type, **attributes: object):
     """A student of that kind around given networks, without loading a teacher."""
     student = object.__new__(kind)
-    vars(student).update(attributes)
+    vars(student).update(attributes, live=attributes["unet"])
     return student
 
 
