@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prep.config import GcConfig
-from prep.stats import iterate_units
 from prep.words import counted, size_of
-from shared.cache import CachePaths
+from shared.cache import CachePaths, iterate_units
 from shared.errors import UserError
-from shared.storage import guard, load_json, strays, sweep
+from shared.places import Place
+from shared.storage import file_sizes, guard, load_json, strays, sweep
 
 KEPT_SECONDS = 3600.0
 # How `prep encode` names what it writes; nothing else is ever touched.
@@ -66,11 +66,11 @@ def gc(config: GcConfig) -> None:
     )
 
 
-def written_files(cache: CachePaths) -> Iterator[Path]:
+def written_files(cache: CachePaths) -> Iterator[Place]:
     """Shards and tables of any age that an encode may have written."""
     for folder, name in ((cache.shards, OURS["shards"]), (cache.samples, OURS["samples"])):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if name.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+        for path in (folder / found for found in file_sizes(folder) if name.fullmatch(found)):
+            if not (isinstance(path, Path) and path.is_symlink()):
                 yield path
 
 

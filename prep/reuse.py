@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.cache import CachePaths, UnitRecord
 from shared.layout import Layout
-from shared.storage import file_sha256
+from shared.places import Place
+from shared.storage import read_if_there
 
 DIGEST = 16  # bytes of a hash that stand for it: a collision is out of reach
 COLUMNS = ["key", "status", "image_sha256", "captions", "latent_size", "time_ids"]
 
 Arrays = dict[str, NDArray[Any]]
-Place = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
+Spot = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class Index:
     places: NDArray[np.int64]  # [N, 3]
 
     @staticmethod
-    def of(entries: Sequence[tuple[bytes, Place]]) -> Index:
+    def of(entries: Sequence[tuple[bytes, Spot]]) -> Index:
         """An index over (digest, place); of equal digests the first place counts."""
         digests = np.asarray([digest for digest, _ in entries], dtype=f"S{DIGEST}")
         places = np.asarray([place for _, place in entries], np.int64).reshape(-1, 3)
         order = np.argsort(digests, kind="stable")
         return Index(digests[order], places[order])
 
-    def find(self, digest: bytes) -> Place | None:
+    def find(self, digest: bytes) -> Spot | None:
         """Where it lies, if it is known."""
         wanted = np.asarray([digest], dtype=self.digests.dtype)[0]  # NumPy drops final zero bytes
         at = int(np.searchsorted(self.digests, wanted))
@@ -102,8 +104,8 @@ class Known:
         return None if arrays is None else (third, arrays)
 
     def _build(self) -> tuple[Index, Index]:
-        pictures: list[tuple[bytes, Place]] = []
-        captions: list[tuple[bytes, Place]] = []
+        pictures: list[tuple[bytes, Spot]] = []
+        captions: list[tuple[bytes, Spot]] = []
         shard = 0
         for record in self.records:
             written = written_rows(self.cache, record)
@@ -133,16 +135,16 @@ def written_rows(
     None where the table is not the one that was committed: then everything is encoded.
     """
     rows = defaultdict(list)
-    samples = cache.root / record.samples
-    if samples.exists() and file_sha256(samples) == record.samples_sha256:
-        for row in pq.read_table(samples, columns=COLUMNS).to_pylist():
+    content = read_if_there(cache.root / record.samples)
+    if content is not None and hashlib.sha256(content).hexdigest() == record.samples_sha256:
+        for row in pq.read_table(pa.BufferReader(content), columns=COLUMNS).to_pylist():
             if row["status"] == "written":
                 height, width = row["latent_size"]
                 rows[height, width].append(row)
     return rows
 
 
-def read_sample(path: Path, layout: Layout, number: int) -> Arrays | None:
+def read_sample(path: Place, layout: Layout, number: int) -> Arrays | None:
     """A sample's arrays, or None where the shard is missing or damaged: then it is encoded."""
     try:
         _, record, arrays = layout.read(path, number)
