@@ -103,7 +103,7 @@ def serving() -> Iterator[Server]:
         }.items():
             patch.setenv(name, value)
         forget()
-        bucket().mkdir("bucket")
+        bucket().makedirs("bucket", exist_ok=True)  # moto keeps it for all servers of a process
         try:
             yield server
         finally:
