@@ -101,7 +101,7 @@ class RemotePlace(ProxyUPath):
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the file."""
         if self.exists():
-            self._attempt(lambda: self.fs.rm(self.path))
+            self._attempt(lambda: self.fs.rm_file(self.path))
         elif not missing_ok:
             raise self._absent()
 
