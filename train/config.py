@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from shared.config import PlaceFlag
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -13,8 +15,8 @@ class DistillConfig:
 
     model: str
     """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file."""
-    cache: Path
-    """A cache made by `python -m prep encode` for this model."""
+    cache: PlaceFlag
+    """A cache made by `python -m prep encode` for this model: a folder or a URL."""
     run: Path
     """Folder for checkpoints, metrics, previews and the exported student."""
     vae: str | None = None
@@ -102,7 +104,7 @@ class EvaluateConfig:
     """Compare student and teacher: one table and one picture."""
 
     run: Path
-    eval_cache: Path
+    eval_cache: PlaceFlag
     """Cache of held-out pictures: their captions are the prompts, their latents the real ones."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
@@ -125,7 +127,7 @@ class SampleConfig:
 
     run: Path
     prompt: tuple[str, ...]
-    cache: Path | None = None
+    cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
     vae: str | None = None
     """The VAE that decodes; the run's unless given."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from shared.cache import CachePaths, open_manifest
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
+from shared.places import place
 from shared.vae import decode_latents
 from train.artist import open_artist
 from train.config import SampleConfig
@@ -28,7 +27,7 @@ def draw_prompts(config: SampleConfig) -> None:
         raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")
     if config.num_images < 1:
         raise UserError("--num-images must be at least 1")
-    cache = config.cache or Path(str(artist.config["cache"]))
+    cache = config.cache or place(str(artist.config["cache"]))
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)
     conditioning = load_conditioning(CachePaths(cache).conditioning)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
 from shared.errors import UserError
 from shared.family import Model, force_zeros, load_config
+from shared.places import Place
 from shared.rescale import vae_fingerprint
 from shared.single_file import is_single_file, load_part
 
@@ -42,7 +42,7 @@ def load_schedule(source: str) -> Schedule:
         raise UserError(f"{source}: {error}") from None
 
 
-def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
+def check_fit(manifest: Manifest, model: Model, cache: Place) -> None:
     """Raise UserError, naming both sides, where the cache was made for another kind of teacher."""
     identity = manifest.identity
     unet = load_config(model.source, "unet/config.json")
@@ -67,7 +67,7 @@ def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
         )
 
 
-def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) -> None:
+def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Place, source: str) -> None:
     """Raise UserError where the latents come from another VAE than the one at `source`."""
     identity = manifest.identity["vae"]
     stored, present = identity["fingerprint"], vae_fingerprint(vae)
