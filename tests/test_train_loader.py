@@ -24,8 +24,10 @@ from shared.cache import (
 from shared.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
 from shared.errors import UserError
 from shared.layout import TRAILER, cache_layout
-from train.draws import DrawSpec, draw
-from train.loader import Batch, LatentSpec, Loader, open_buckets
+from train.batch import Batch
+from train.bucket import open_buckets
+from train.draws import DrawSpec, choose, draw
+from train.loader import LatentSpec, Loader
 from train.order import Order
 
 VIEWS, CAPTIONS, LENGTH, WIDTH, POOLED = 2, 3, 4, 6, 5
@@ -371,16 +373,16 @@ def test_moving_to_the_cpu_keeps_every_field(posterior):
 def test_draws_see_the_real_number_of_captions(posterior, monkeypatch):
     seen = set()
 
-    def watching(spec, position, num_captions, shape):
+    def watching(spec, rng, num_captions):
         seen.add(num_captions)
-        return draw(spec, position, num_captions, shape)
+        return choose(spec, rng, num_captions)
 
-    monkeypatch.setattr("train.loader.draw", watching)
+    monkeypatch.setattr("train.loader.choose", watching)
     take(open_loader(posterior), 10)
     assert seen == {1, 2, 3}
 
 
 def test_records_are_not_read_where_one_caption_is_kept(tiny_cache):
     loader = open_loader(tiny_cache)
-    loader.buckets[0].record = SimpleNamespace()  # calling it would fail
+    loader.buckets[0].records = SimpleNamespace()  # calling it would fail
     assert len(take(loader, 3)) == 3

@@ -70,7 +70,11 @@ class DistillConfig:
     """Prompts of the previews, of those embedded in the cache; its first four unless given."""
     logging_steps: int = 10
     dataloader_num_workers: int = 2
-    """Reader threads."""
+    """Reader threads. A remote cache has one for each batch that it reads ahead."""
+    max_train_samples: int | None = None
+    """Train on the cache's first so many samples, in the order of its manifest."""
+    local_cache: Path | None = None
+    """Folder that keeps the samples read from a remote cache."""
     threads: int | None = None
     """CPU threads of the networks; all cores unless given."""
     device: str = "auto"

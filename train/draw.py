@@ -11,8 +11,8 @@ from shared.conditioning import load_conditioning
 from shared.errors import UserError
 from shared.vae import decode_latents
 from train.artist import open_artist
+from train.bucket import open_buckets
 from train.config import SampleConfig
-from train.loader import open_buckets
 from train.pictures import write_grid, write_picture
 
 

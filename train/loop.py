@@ -9,8 +9,8 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.setup import Distillation
 
 
@@ -24,7 +24,7 @@ def distill(run: Distillation) -> None:
             losses = []
             for batch in micro_batches(next(batches), config.gradient_accumulation_steps):
                 with run.autocast():
-                    loss = run.objective(batch.to(run.device), run.empty, student)
+                    loss = run.objective(batch, run.empty, student)
                 (loss / config.gradient_accumulation_steps).backward()
                 losses.append(loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)

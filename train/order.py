@@ -13,6 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.errors import UserError
+
 Ids = NDArray[np.int64]
 
 SHUFFLED = 65_536  # up to here a real shuffle; few Feistel rounds are biased on small domains
@@ -81,6 +83,22 @@ class Order:
             middle = (low + high) // 2
             low, high = (middle, high) if self.batches_before(middle) <= index else (low, middle)
         return low
+
+
+def check_divides(batch_size: int, world: int, accumulation: int) -> int:
+    """Samples of a global batch that each process takes in each micro-step.
+
+    Raises UserError, naming the nearest batch size that works, where they are not a whole number.
+    """
+    parts = world * accumulation
+    if batch_size % parts:
+        nearest = max(1, round(batch_size / parts)) * parts
+        raise UserError(
+            f"a global batch of {batch_size} samples cannot be divided by {parts} "
+            f"({world} processes x {accumulation} accumulation steps); the nearest that can "
+            f"is {nearest}"
+        )
+    return batch_size // parts
 
 
 def permute(positions: Ids, size: int, key: tuple[int, ...]) -> Ids:

@@ -20,10 +20,11 @@ from shared.errors import UserError
 from shared.family import Model, resolve_model
 from shared.storage import dump_json, publish, sweep
 from train import checkpoint
+from train.bucket import open_buckets
 from train.config import DistillConfig
 from train.draws import DrawSpec
 from train.export import export_student
-from train.loader import LatentSpec, Loader, open_buckets
+from train.loader import LatentSpec, Loader
 from train.objectives.lcd import LCD
 from train.order import Order
 from train.preview import Previews, open_previews
@@ -36,7 +37,7 @@ LEARNING_RATES = {"lora": 1e-4, "full": 8e-6}
 TERMS = (
     "student", "seed", "train_batch_size", "gradient_accumulation_steps", "num_ddim_timesteps",
     "w_min", "w_max", "loss_type", "huber_c", "timestep_scaling_factor", "ema_decay", "lora_rank",
-    "lora_alpha", "proportion_empty_prompts", "unet_time_cond_proj_dim",
+    "lora_alpha", "max_train_samples", "proportion_empty_prompts", "unet_time_cond_proj_dim",
 )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def prepare(config: DistillConfig) -> Distillation:
         checkpoint.restore_optimizer(optimizer, parameters, checkpoint.load_optimizer(resumed))
         done = checkpoint.read_progress(resumed).step
     conditioning = load_conditioning(CachePaths(config.cache).conditioning)
-    loader = build_loader(config, manifest, model, conditioning.unconditional, done)
+    loader = build_loader(config, manifest, model, conditioning.unconditional, done, device)
     warn_of_small_buckets(loader)
     print(plan(config, manifest, parameters, loader, resumed), file=sys.stderr)
     if not config.dry_run:
@@ -135,6 +136,8 @@ def prepare(config: DistillConfig) -> Distillation:
 
 def check_flags(config: DistillConfig) -> None:
     """Raise UserError for numbers that cannot work."""
+    if config.max_train_samples is not None and config.max_train_samples < 1:
+        raise UserError("--max-train-samples must be at least 1")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps",
                  "logging_steps", "dataloader_num_workers", "lora_rank"):  # fmt: skip
         if getattr(config, name) < 1:
@@ -181,10 +184,15 @@ def build_objective(config: DistillConfig, model: Model, device: torch.device) -
 
 
 def build_loader(
-    config: DistillConfig, manifest: Manifest, model: Model, empty: TextEmbeds, done: int
+    config: DistillConfig,
+    manifest: Manifest,
+    model: Model,
+    empty: TextEmbeds,
+    done: int,
+    device: torch.device,
 ) -> Loader:
     """Batches from optimizer step `done` on."""
-    buckets = open_buckets(config.cache, manifest)
+    buckets = open_buckets(config.cache, manifest, config.local_cache, config.max_train_samples)
     if not buckets:
         raise UserError(f"{config.cache} holds no samples")
     identity, family = manifest.identity, model.family
@@ -206,6 +214,7 @@ def build_loader(
         empty,
         start=done,
         threads=config.dataloader_num_workers,
+        device=device,
     )
 
 
@@ -238,7 +247,7 @@ def plan(
     resumed: Path | None,
 ) -> str:
     """What is about to happen, in two lines."""
-    samples, batch = manifest.totals["written"], loader.order.batch_size
+    samples, batch = sum(loader.order.sizes), loader.order.batch_size
     weights = sum(parameter.numel() for parameter in parameters.values())
     passes = config.max_train_steps * batch / samples
     origin = f"from {resumed}" if resumed else "from the teacher"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.teacher import call_unet, load_unet, twice
 
 LORA_TARGETS = (

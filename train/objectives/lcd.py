@@ -22,7 +22,7 @@ from shared.diffusion import (
     predicted_x0,
     solver_timesteps,
 )
-from train.loader import Batch
+from train.batch import Batch
 
 
 class Networks(Protocol):
