@@ -14,6 +14,8 @@ from torch import Tensor
 from shared.conditioning import TextEmbeds
 from shared.layout import Layout
 
+TEXT = ("pooled_prompt_embeds", "prompt_embeds", "time_ids")  # as they lie in a sample
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -54,6 +56,7 @@ class Slot:
 
     batch: Batch
     arrays: dict[str, NDArray[Any]]  # the batch's, and `raw`: latents as stored, fp16
+    views: dict[str, list[memoryview]]  # what is read: each sample's row of each stored field
 
 
 def allocate(layouts: Sequence[Layout], channels: int, size: int, pinned: bool) -> list[Slot]:
@@ -71,7 +74,9 @@ def allocate(layouts: Sequence[Layout], channels: int, size: int, pinned: bool) 
         parts = {n: memory[n][: prod(shape)].view(shape) for n, (shape, _) in table.items()}
         arrays = {name: part.numpy() for name, part in parts.items()}
         batch = Batch(**{field.name: parts.get(field.name) for field in fields(Batch)})
-        slots.append(Slot(batch, arrays))
+        stored = {"latents": arrays["raw"]} | {n: arrays[n] for n in TEXT if n in arrays}
+        views = {name: [memoryview(row).cast("B") for row in stored[name]] for name in stored}
+        slots.append(Slot(batch, arrays, views))
     return slots
 
 

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from shared.cache import Manifest, Shard
 from shared.errors import UserError
 from shared.layout import BLOCK, Layout
 from train.local_cache import KeepingReader, LocalCache
-from train.reader import LocalReader, Reader, Span, join
+from train.reader import LocalReader, Reader, Span
 from train.remote import RemoteReader
+
+Rows = tuple[tuple[str, int], ...]  # fields and which of their rows, as they lie in the sample
+
+JOIN = 4096  # gaps up to here (tar and npy headers) are read along: one request, not two
+RUNS = 256  # kept; a sample has at most views x captions
+
+_gap = memoryview(bytearray(JOIN))  # where gaps go; nobody looks at it
 
 
 class Bucket:
@@ -28,30 +37,32 @@ class Bucket:
     ) -> None:
         self.layout = layout
         self.paths = [root / shard.file for shard in shards]
-        self.ends = np.cumsum([shard.count for shard in shards])
+        self.ends = list(accumulate(shard.count for shard in shards))
         self.remote = not isinstance(root, Path)
+        self._runs = lru_cache(RUNS)(lambda rows: runs(layout, rows))
         self._reader = _open_reader(self.paths, layout.stride, shards, local)
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def locate(self, number: int) -> tuple[int, int]:
         """Shard and byte offset of a sample."""
-        shard = int(np.searchsorted(self.ends, number, side="right"))
-        first = int(self.ends[shard - 1]) if shard else 0
+        shard = bisect_right(self.ends, number)
+        first = self.ends[shard - 1] if shard else 0
         return shard, (number - first) * self.layout.stride
 
-    def span(self, number: int, name: str, row: int, into: NDArray[Any]) -> Span:
-        """Where row `row` of a sample's field lies, and the contiguous array it goes to."""
+    def spans(self, number: int, rows: Rows, views: Sequence[memoryview]) -> list[Span]:
+        """Where these rows of a sample's fields lie; `views` is the memory that each goes to."""
         shard, start = self.locate(number)
-        field = self.layout.field(name)
-        assert field is not None
-        offset = start + self.layout.offsets[name] + row * (field.nbytes // field.shape[0])
-        return Span(shard, offset, (memoryview(into).cast("B"),))
+        return [
+            Span(shard, start + offset, nbytes,
+                 tuple([views[part] if isinstance(part, int) else part for part in parts]))
+            for offset, nbytes, parts in self._runs(rows)
+        ]  # fmt: skip
 
     def begin(self, spans: Sequence[Span]) -> list[Span]:
         """Start reading without waiting; returns what `finish` must still be given."""
-        return self._reader.begin(join(spans))
+        return self._reader.begin(spans)
 
     def finish(self, spans: Sequence[Span]) -> None:
         """Wait until all is filled. Raises UserError, naming the sample, where it cannot be."""
@@ -59,7 +70,8 @@ class Bucket:
 
     def read(self, number: int, name: str, row: int, into: NDArray[Any]) -> None:
         """Row `row` of a sample's field into a contiguous array. Raises UserError as `finish`."""
-        self.finish(self.begin([self.span(number, name, row, into)]))
+        view = memoryview(into).cast("B")
+        self.finish(self.begin(self.spans(number, ((name, row),), [view])))
 
     def records(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Samples' KEY.json. Raises UserError where one is damaged."""
@@ -67,7 +79,7 @@ class Bucket:
         spans = []
         for number, record in zip(numbers, found, strict=True):
             shard, start = self.locate(number)
-            spans.append(Span(shard, start + BLOCK, (memoryview(record),)))
+            spans.append(Span(shard, start + BLOCK, len(record), (memoryview(record),)))
         self.finish(self.begin(spans))
         return [self._parsed(*pair) for pair in zip(numbers, found, strict=True)]
 
@@ -91,6 +103,25 @@ class Bucket:
     def close(self) -> None:
         """Close the shards."""
         self._reader.close()
+
+
+def runs(layout: Layout, rows: Rows) -> list[tuple[int, int, list[int | memoryview]]]:
+    """What lies together of these rows: offset, bytes, and which rows; gaps have memory instead."""
+    found: list[tuple[int, int, list[int | memoryview]]] = []
+    for part, (name, row) in enumerate(rows):
+        field = layout.field(name)
+        assert field is not None
+        nbytes = field.nbytes // field.shape[0]
+        offset = layout.offsets[name] + row * nbytes
+        if found:
+            start, length, parts = found[-1]
+            gap = offset - start - length
+            if 0 <= gap <= JOIN:
+                between = [_gap[:gap]] if gap else []
+                found[-1] = (start, length + gap + nbytes, [*parts, *between, part])
+                continue
+        found.append((offset, nbytes, [part]))
+    return found
 
 
 def open_buckets(

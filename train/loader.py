@@ -15,11 +15,11 @@ from torch import Tensor
 
 from shared.conditioning import TextEmbeds
 from shared.errors import UserError
+from shared.layout import Layout
 from train.batch import Batch, Slot, allocate
-from train.bucket import Bucket
+from train.bucket import Bucket, Rows
 from train.draws import Choice, DrawSpec, choose, draw_noises, generator
 from train.order import Order
-from train.reader import Span
 from train.ring import Ring
 
 CPU = torch.device("cpu")
@@ -125,8 +125,10 @@ class Loader:
             rng = generator(self.spec, position)
             drawn.append((rng, choose(self.spec, rng, num_captions)))
         spans = []
-        for row, (sample, (_, choice)) in enumerate(zip(samples, drawn, strict=True)):
-            spans += self._wanted(slot, row, bucket, sample, choice)
+        for at, (sample, (_, choice)) in enumerate(zip(samples, drawn, strict=True)):
+            rows = wanted_rows(bucket.layout, choice)
+            views = [slot.views[name][at] for name, _ in rows]
+            spans += bucket.spans(sample, rows, views)
         rest = bucket.begin(spans)
         # The noise is drawn while the disk works.
         latent_noises = [self._draw(slot, row, *pair) for row, pair in enumerate(drawn)]
@@ -138,20 +140,6 @@ class Loader:
                 slot.batch.latents[row],
             )  # fmt: skip
         return slot.batch
-
-    def _wanted(
-        self, slot: Slot, row: int, bucket: Bucket, sample: int, choice: Choice
-    ) -> list[Span]:
-        """What must be read of a sample, in the order in which it lies there."""
-        wanted = [bucket.span(sample, "latents", choice.view, slot.arrays["raw"][row])]
-        for name in ("pooled_prompt_embeds", "prompt_embeds"):
-            if name in slot.arrays and not choice.drop_caption:
-                into = slot.arrays[name][row]
-                wanted.append(bucket.span(sample, name, choice.caption, into))
-        if "time_ids" in slot.arrays:
-            into = slot.arrays["time_ids"][row]
-            wanted.append(bucket.span(sample, "time_ids", choice.view, into))
-        return wanted
 
     def _draw(
         self, slot: Slot, row: int, rng: np.random.Generator, choice: Choice
@@ -179,6 +167,18 @@ class Loader:
         layouts = [bucket.layout for bucket in self.buckets]
         share = self.order.batch_size // self.world
         return allocate(layouts, self.latents.channels, share, pinned=self._copies is not None)
+
+
+def wanted_rows(layout: Layout, choice: Choice) -> Rows:
+    """What must be read of a sample."""
+    rows = {
+        "latents": choice.view,
+        "pooled_prompt_embeds": None if choice.drop_caption else choice.caption,
+        "prompt_embeds": None if choice.drop_caption else choice.caption,
+        "time_ids": choice.view,
+    }
+    names = [(field.name, rows[field.name]) for field in layout.fields]
+    return tuple((name, row) for name, row in names if row is not None)
 
 
 def all_finite(values: NDArray[np.float16]) -> bool:

@@ -63,7 +63,8 @@ class LocalCache:
         if sample in self._fresh.get(key, ()):
             return True
         try:
-            return os.pread(self._file(*key).fd, 1, shard.size + sample) == WHOLE
+            file = self._file(*key)  # held, for else it might be closed while it is read
+            return os.pread(file.fd, 1, shard.size + sample) == WHOLE
         except OSError as error:
             self._stop(error)
             return False
@@ -74,7 +75,8 @@ class LocalCache:
             return
         key = (self.path(shard), shard.size)
         try:
-            _write(self._file(*key).fd, data, sample * len(data))
+            file = self._file(*key)
+            _write(file.fd, data, sample * len(data))
         except OSError as error:
             self._stop(error)
             return
@@ -91,10 +93,10 @@ class LocalCache:
                 with self._lock:
                     written = sorted(self._fresh[key])
                 try:
-                    fd = self._file(*key).fd
-                    os.fdatasync(fd)
+                    file = self._file(*key)
+                    os.fdatasync(file.fd)
                     for sample in written:
-                        _write(fd, WHOLE, key[1] + sample)
+                        _write(file.fd, WHOLE, key[1] + sample)
                 except OSError as error:  # of bytes that could not be written nothing is known
                     self._stop(error)
                 with self._lock:
@@ -156,7 +158,7 @@ class KeepingReader:
         samples = {place: bytearray(self.stride) for place in wanted}
         self.remote.finish(
             [
-                Span(shard, sample * self.stride, (memoryview(data),))
+                Span(shard, sample * self.stride, self.stride, (memoryview(data),))
                 for (shard, sample), data in samples.items()
             ]
         )

@@ -8,32 +8,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from shared.errors import UserError
 
-JOIN = 4096  # gaps up to here (tar and npy headers) are read along: one request, not two
 OPEN_FILES = 256
 NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: read only what needs no disk
 
-_gap = memoryview(bytearray(JOIN))  # where gaps go; nobody looks at it
 
-
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Bytes of one sample that lie together, and the memory that they fill in turn."""
 
     shard: int
     offset: int  # in the shard
+    nbytes: int
     views: tuple[memoryview, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to read."""
-        return sum(map(len, self.views))
 
     def put(self, data: bytes | memoryview) -> None:
         """Fill the views from `nbytes` bytes."""
@@ -41,21 +32,6 @@ class Span:
         for into in self.views:
             into[:] = view[start : start + len(into)]
             start += len(into)
-
-
-def join(spans: Sequence[Span]) -> list[Span]:
-    """The same with neighbours of one shard, small gaps between them included, made one."""
-    joined: list[Span] = []
-    for span in spans:
-        if joined and joined[-1].shard == span.shard:
-            last = joined[-1]
-            gap = span.offset - last.offset - last.nbytes
-            if 0 <= gap <= JOIN:
-                between = (_gap[:gap],) if gap else ()
-                joined[-1] = Span(last.shard, last.offset, last.views + between + span.views)
-                continue
-        joined.append(span)
-    return joined
 
 
 class Reader(Protocol):
@@ -89,23 +65,24 @@ class LocalReader:
         return [span for span in spans if not self._fill_from_page_cache(span)]
 
     def _fill_from_page_cache(self, span: Span) -> bool:
+        try:
+            file = self._file(span.shard)  # held, for else it might be closed while it is read
+        except OSError:
+            return False  # `finish` says so, and what is wrong
+        if NOWAIT is None:
+            return False
         with contextlib.suppress(OSError):  # not there, or no such reads in this file system
-            file = self._file(span.shard)
-            if NOWAIT is None:
-                return False
-            try:
-                if os.preadv(file.fd, span.views, span.offset, NOWAIT) == span.nbytes:
-                    return True
-            except OSError:
-                pass
-            os.posix_fadvise(file.fd, span.offset, span.nbytes, os.POSIX_FADV_WILLNEED)
+            if os.preadv(file.fd, span.views, span.offset, NOWAIT) == span.nbytes:
+                return True
+        os.posix_fadvise(file.fd, span.offset, span.nbytes, os.POSIX_FADV_WILLNEED)
         return False
 
     def finish(self, spans: Sequence[Span]) -> None:
         """Read, waiting for the disk."""
         for span in spans:
             try:
-                count = os.preadv(self._file(span.shard).fd, span.views, span.offset)
+                file = self._file(span.shard)
+                count = os.preadv(file.fd, span.views, span.offset)
             except OSError as error:
                 name = self._name(span)
                 raise UserError(

@@ -1,0 +1,152 @@
+"""How fast are samples read, beside what the disk and the memory can do and what others do?
+
+`python -m benchmarks.loader` writes a synthetic cache of SD1.5-size samples (151 kB each) and
+reads it, all contenders in turn in every round; figures are medians over the rounds.
+
+- warm: everything in the page cache. `ratio` is to a memcpy of the same bytes into the same slots.
+  `ours` is the loader's reader and ring; `ours, with draws` is all that training waits for, of
+  which drawing the noise takes most.
+- cold: the page cache is evicted before each contender, proven by mincore (`resident` is what was
+  left of it). `ratio` is to the best of the plain read patterns of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import _readers as readers
+from benchmarks._machine import record
+
+PLAIN = ("mmap, random", "preadv, 1 thread", "preadv, 4 threads", "preadv, 16 threads")
+
+
+def timed(read: readers.Read, ids: list[int]) -> float:
+    """Samples a second."""
+    start = time.perf_counter()
+    read(ids)
+    return len(ids) / (time.perf_counter() - start)
+
+
+def warm(samples: readers.Samples, rounds: int) -> dict[str, Any]:
+    """Rates and ratios to a memcpy, everything in the page cache."""
+    contenders = {
+        "memcpy": (readers.memcpy(samples), 4000),
+        "ours, 1 thread": (readers.ours(samples, 1), 4000),
+        "ours, 2 threads": (readers.ours(samples, 2), 4000),
+        "ours, with draws, 2 threads": (readers.loader(samples, 2), 2000),
+        "preadv, 1 thread": (readers.preadv(samples, 1), 4000),
+        "mmap, random": (readers.mmap_random(samples), 4000),
+        "webdataset": (readers.webdataset(samples), 400),
+        "DataLoader over preadv, 1 worker": (readers.dataloader(samples, 1), 1600),
+        "DataLoader over preadv, 2 workers": (readers.dataloader(samples, 2), 1600),
+        "parquet": (readers.parquet(samples), 1600),
+    }
+    readers.preadv(samples, 2)(range(samples.count))
+    rng = np.random.default_rng(1)
+    for read, _ in contenders.values():
+        read(rng.permutation(samples.count)[:64].tolist())
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, (read, count) in contenders.items():
+            rates[name].append(timed(read, rng.permutation(samples.count)[:count].tolist()))
+    return {name: summary(found, rates["memcpy"]) for name, found in rates.items()} | mds()
+
+
+def cold(samples: readers.Samples, rounds: int) -> dict[str, Any]:
+    """Rates and ratios to the best plain pattern, nothing in the page cache."""
+    contenders = {
+        "ours, 2 threads": (readers.ours(samples, 2), 1600),
+        "ours, with draws, 2 threads": (readers.loader(samples, 2), 1600),
+        "mmap, random": (readers.mmap_random(samples), 160),
+        "preadv, 1 thread": (readers.preadv(samples, 1), 800),
+        "preadv, 4 threads": (readers.preadv(samples, 4), 1600),
+        "preadv, 16 threads": (readers.preadv(samples, 16), 1600),
+    }
+    rng = np.random.default_rng(2)
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    left = 0.0
+    for turn in range(rounds):
+        for name in sorted(contenders, key=lambda name: hash((name, turn))):
+            read, count = contenders[name]
+            left = max(left, evict(samples.paths))
+            rates[name].append(timed(read, rng.permutation(samples.count)[:count].tolist()))
+    best = [max(found) for found in zip(*(rates[name] for name in PLAIN), strict=True)]
+    found = {name: summary(found, best) for name, found in rates.items()}
+    return {**found, "resident": left}
+
+
+def summary(rates: list[float], reference: list[float]) -> dict[str, float]:
+    """Medians of the rate and of its ratio to the same round's reference."""
+    rate = statistics.median(rates)
+    ratio = statistics.median(a / b for a, b in zip(rates, reference, strict=True))
+    return {
+        "samples_per_second": round(rate),
+        "mb_per_second": round(rate * readers.PAYLOAD / 1e6),
+        "ratio": round(ratio, 3),
+    }
+
+
+def mds() -> Mapping[str, Any]:
+    """mosaicml-streaming, which this project's lock cannot hold."""
+    assert importlib.util.find_spec("streaming") is None, "it can be had: add it to _readers"
+    return {"MDS": None, "MDS_reason": "mosaicml-streaming pins a torch that is older than ours"}
+
+
+def evict(paths: list[Path]) -> float:
+    """Drop the files from the page cache; the share of their pages that is still there."""
+    pages = left = 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            # A private, writable mapping: ctypes takes the address of nothing else.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        found = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert libc.mincore(address, len(mapped), found.ctypes.data) == 0, ctypes.get_errno()
+        pages, left = pages + len(found), left + int((found & 1).sum())
+    return left / pages
+
+
+def main() -> None:
+    """Write the samples, measure, print, and keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=8000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where to write 1.5 GB for a minute")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        samples = readers.Samples(Path(folder), args.samples)
+        samples.write_parquet(1600)
+        figures = {
+            "bytes_per_sample": readers.PAYLOAD,
+            "samples": args.samples,
+            "batch": readers.BATCH,
+            "rounds": args.rounds,
+            "warm": warm(samples, args.rounds),
+            "cold": cold(samples, args.rounds),
+        }
+    for part in ("warm", "cold"):
+        print(part)
+        for name, found in figures[part].items():
+            print(f"  {name}: {found}")
+    record("loader", figures)
+
+
+if __name__ == "__main__":
+    main()
