@@ -1,5 +1,6 @@
 """Batches hold what the cache holds, as stock webdataset reads it from the same shards."""
 
+import hashlib
 import threading
 import time
 from dataclasses import fields, replace
@@ -63,7 +64,9 @@ def make_cache(root, shards, xl=True, seed=0):
         content += TRAILER
         file = f"shards/unit{number}.tar"
         (root / file).write_bytes(content)
-        shard = Shard(file, layout.to_json(), count, len(content), "")
+        shard = Shard(
+            file, layout.to_json(), count, len(content), hashlib.sha256(content).hexdigest()
+        )
         sums = ChannelSums(1, (0.0,) * 4, (1.0,) * 4)
         commit_unit(cache, UnitRecord(f"unit{number}", file, {}, (shard,), "", "", count, count, {},
                                       sums=sums))  # fmt: skip

@@ -16,6 +16,7 @@ from shared.diffusion import Schedule, schedule_from_config
 from shared.errors import UserError
 from shared.family import Model, load_config
 from shared.rescale import vae_fingerprint
+from train import foreign
 
 
 def load_unet(source: str) -> UNet2DConditionModel:
@@ -40,19 +41,8 @@ def load_schedule(source: str) -> Schedule:
 
 def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
     """Raise UserError, naming both sides, where the cache was made for another kind of teacher."""
-    identity = manifest.identity
     unet = load_config(model.source, "unet/config.json")
-    pairs = {
-        "family": (identity["family"], model.family.name),
-        "latent channels": (identity["vae"]["channels"], unet["in_channels"]),
-        "embedding width": (identity["text"]["width"], unet["cross_attention_dim"]),
-    }
-    for what, (here, wanted) in pairs.items():
-        if here != wanted:
-            raise UserError(
-                f"{cache} was made for another model: its {what} is {here}, "
-                f"{model.source} wants {wanted}; pass the model it was made for, or encode anew"
-            )
+    foreign.check_fit(manifest, model.family.name, unet, cache)
 
 
 def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) -> None:
