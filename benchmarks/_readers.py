@@ -177,12 +177,17 @@ class _Places(torch.utils.data.Dataset):
 
 
 def dataloader(samples: Samples, workers: int) -> Read:
-    """torch's DataLoader, worker processes that `preadv`; their start is in the time."""
+    """torch's DataLoader with worker processes that `preadv`.
+
+    They live on between calls and have two batches each ready, which is in their favour.
+    """
+    dataset = _Places(samples, range(samples.count))
+    order = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**7)
+    stream = iter(torch.utils.data.DataLoader(dataset, BATCH, sampler=order, num_workers=workers))
 
     def read(ids: Sequence[int]) -> None:
-        dataset = _Places(samples, ids)
-        for _ in torch.utils.data.DataLoader(dataset, BATCH, num_workers=workers):
-            pass
+        for _ in range(0, len(ids), BATCH):
+            next(stream)
 
     return read
 

@@ -69,7 +69,7 @@ class DistillConfig:
     validation_prompts: tuple[str, ...] = ()
     """Prompts of the previews, of those embedded in the cache; its first four unless given."""
     logging_steps: int = 10
-    dataloader_num_workers: int = 2
+    dataloader_num_workers: int = 4
     """Reader threads. A remote cache has one for each batch that it reads ahead."""
     max_train_samples: int | None = None
     """Train on the cache's first so many samples, in the order of its manifest."""

@@ -64,7 +64,7 @@ class Loader:
         start: int = 0,
         rank: int = 0,
         world: int = 1,
-        threads: int = 2,
+        threads: int = 4,
         device: torch.device = CPU,
         ahead: int | None = None,
     ) -> None:

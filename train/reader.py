@@ -62,20 +62,27 @@ class LocalReader:
 
     def begin(self, spans: Sequence[Span]) -> list[Span]:
         """Fill what lies in the page cache; ask the disk for everything else at once."""
-        return [span for span in spans if not self._fill_from_page_cache(span)]
+        rest = list(spans) if NOWAIT is None else self._fill_from_page_cache(spans, NOWAIT)
+        if hasattr(os, "posix_fadvise"):
+            for span in rest:
+                with contextlib.suppress(OSError):  # `finish` says what is wrong
+                    file = self._file(span.shard)
+                    os.posix_fadvise(file.fd, span.offset, span.nbytes, os.POSIX_FADV_WILLNEED)
+        return rest
 
-    def _fill_from_page_cache(self, span: Span) -> bool:
-        try:
-            file = self._file(span.shard)  # held, for else it might be closed while it is read
-        except OSError:
-            return False  # `finish` says so, and what is wrong
-        if NOWAIT is None:
-            return False
-        with contextlib.suppress(OSError):  # not there, or no such reads in this file system
-            if os.preadv(file.fd, span.views, span.offset, NOWAIT) == span.nbytes:
-                return True
-        os.posix_fadvise(file.fd, span.offset, span.nbytes, os.POSIX_FADV_WILLNEED)
-        return False
+    def _fill_from_page_cache(self, spans: Sequence[Span], flags: int) -> list[Span]:
+        """Returns what was not all there."""
+        rest = []
+        for span in spans:
+            try:
+                # `file` is held, for else another thread's opening might close it meanwhile.
+                file = self._file(span.shard)
+                if os.preadv(file.fd, span.views, span.offset, flags) == span.nbytes:
+                    continue
+            except OSError:  # nothing is there, or the file system knows no such reads
+                pass
+            rest.append(span)
+        return rest
 
     def finish(self, spans: Sequence[Span]) -> None:
         """Read, waiting for the disk."""
