@@ -98,9 +98,12 @@ def places() -> list[list[Slot]]:
     return [allocate([LAYOUT], 4, BATCH, pinned=False) for _ in range(PLACES)]
 
 
-def memcpy(samples: Samples) -> Read:
-    """The same bytes from memory into the loader's slots: the yardstick."""
-    slots = np.empty((PLACES * BATCH, PAYLOAD), np.uint8)
+def memcpy(samples: Samples, fresh: bool = False) -> Read:
+    """The same bytes from memory into as many slots as the loader has: the yardstick.
+
+    Slots stay in the processor's cache; `fresh` copies to a place of its own for each sample.
+    """
+    slots = np.ones((800 if fresh else PLACES * BATCH, PAYLOAD), np.uint8)
 
     def read(ids: Sequence[int]) -> None:
         for turn, number in enumerate(ids):
