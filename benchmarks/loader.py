@@ -68,7 +68,11 @@ def warm(samples: readers.Samples, rounds: int) -> dict[str, Any]:
         for name in rng.permutation(list(contenders)).tolist():
             read, count = contenders[name]
             rates[name].append(timed(read, rng.permutation(samples.count)[:count].tolist()))
-    return {name: summary(found, rates["memcpy"]) for name, found in rates.items()} | mds()
+    found = {name: summary(rate, rates["memcpy"]) for name, rate in rates.items()}
+    for name in found:
+        if name.startswith("DataLoader"):
+            del found[name]["cpu_ratio"]  # its worker processes compute
+    return {**found, **mds()}
 
 
 def cold(samples: readers.Samples, rounds: int) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def summary(
     """Medians of the rate, and of its ratio to the same round's reference.
 
     `cpu_ratio` compares processor time, which neighbours on a busy machine cannot take away: for
-    one thread it is the ratio on a machine of one's own. Worker processes are not in it.
+    one thread it is the ratio on a machine of one's own.
     """
     rate = statistics.median(wall for wall, _ in rates)
     pairs = list(zip(rates, reference, strict=True))
