@@ -254,25 +254,25 @@ def open_manifest(root: Place, check_sizes: bool = True) -> Manifest:
     cache = CachePaths(root)
     if not cache.manifest.exists():
         if cache.identity.exists():
-            raise UserError(
-                f"{root} is unfinished: run the same `prep encode`, then it is complete"
-            )
+            raise UserError(f"{root} is unfinished: run the same `prep encode` to its end")
         raise UserError(
             f"{root} is not a cache (no manifest.json); `prep encode --cache {root}` makes one"
         )
     stored = load_json(cache.manifest)
-    if stored.get("format") != FORMAT:
-        raise UserError(
-            f"{root} has cache format {stored.get('format')}, this version reads {FORMAT}"
+    if (found := stored.get("format")) != FORMAT:
+        remedy = "update" if isinstance(found, int) and found > FORMAT else "encode anew"
+        raise UserError(f"{root} has cache format {found}, this version reads {FORMAT}: {remedy}")
+    try:
+        layouts = tuple(Layout.from_json(layout) for layout in stored["layouts"])
+        shards = tuple(
+            Shard(**{**row, "layout": stored["layouts"][row["layout"]]}) for row in stored["shards"]
         )
-    layouts = tuple(Layout.from_json(layout) for layout in stored["layouts"])
-    shards = tuple(
-        Shard(**{**row, "layout": stored["layouts"][row["layout"]]}) for row in stored["shards"]
-    )
-    manifest = Manifest(
-        stored["identity"], layouts, shards, tuple(row["layout"] for row in stored["shards"]),
-        stored["totals"], stored["statistics"], stored["versions"],
-    )  # fmt: skip
+        manifest = Manifest(
+            stored["identity"], layouts, shards, tuple(row["layout"] for row in stored["shards"]),
+            stored["totals"], stored["statistics"], stored["versions"],
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{cache.manifest} is damaged ({error!r}); run `prep finish`") from None
     if check_sizes:
         check_shards(cache, manifest)
     return manifest

@@ -15,7 +15,7 @@ from torch import nn
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
-from train.loader import Batch
+from train.batch import Batch
 from train.objectives.lcd import LCD
 from train.student import FullStudent, LoraStudent
 

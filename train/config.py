@@ -84,8 +84,12 @@ class DistillConfig:
     logging_dir: Path | None = None
     """Of the trackers; RUN/logs unless given."""
     tracker_project_name: str = "latent-distillery"
-    dataloader_num_workers: int = 2
-    """Reader threads."""
+    dataloader_num_workers: int = 4
+    """Reader threads. A remote cache has one for each batch that it reads ahead."""
+    max_train_samples: int | None = None
+    """Train on the cache's first so many samples, in the order of its manifest."""
+    local_cache: Path | None = None
+    """Folder that keeps the samples read from a remote cache."""
     threads: int | None = None
     """CPU threads of the networks; all cores unless given."""
     device: str = "auto"

@@ -10,8 +10,8 @@ from shared.errors import UserError
 from shared.places import place
 from shared.vae import decode_latents
 from train.artist import open_artist
+from train.bucket import open_buckets
 from train.config import SampleConfig
-from train.loader import open_buckets
 from train.pictures import write_grid, write_picture
 from train.sample import most_steps
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.shards import restore
 from train.teacher import call_unet, load_unet
 

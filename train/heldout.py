@@ -12,7 +12,7 @@ from shared.cache import CachePaths, Manifest
 from shared.conditioning import TextEmbeds, load_conditioning
 from shared.errors import UserError
 from shared.places import Place
-from train.loader import open_buckets
+from train.bucket import open_buckets
 
 
 @dataclass(frozen=True)

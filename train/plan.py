@@ -22,7 +22,7 @@ def plan(
     world: int,
 ) -> str:
     """What is about to happen, in two lines."""
-    samples, batch = manifest.totals["written"], loader.order.batch_size
+    samples, batch = sum(loader.order.sizes), loader.order.batch_size
     weights = sum(parameter.numel() for parameter in parameters.values())
     passes = config.max_train_steps * batch / samples
     over = f" over {world} processes" if world > 1 else ""

@@ -14,10 +14,11 @@ from shared.errors import UserError
 from shared.family import Model, resolve_model
 from shared.storage import dump_json, publish, sweep
 from train import checkpoint
+from train.bucket import open_buckets
 from train.config import DistillConfig
 from train.draws import DrawSpec
 from train.hub import check_push
-from train.loader import LatentSpec, Loader, open_buckets
+from train.loader import LatentSpec, Loader
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Loss
 from train.optim import base_learning_rate, build_optimizer
@@ -84,7 +85,7 @@ def prepare(config: DistillConfig) -> Distillation:
         step=done,
         position=position,
         terms=terms,
-        recorder=Recorder(config, team, batch_size, done, loader.names),
+        recorder=Recorder(config, team, loader, done),
         previews=open_previews(config, model, manifest, conditioning, team.device),
     )
 
@@ -92,6 +93,8 @@ def prepare(config: DistillConfig) -> Distillation:
 def check_flags(config: DistillConfig) -> None:
     """Raise UserError for numbers that cannot work."""
     check_push(config)
+    if config.max_train_samples is not None and config.max_train_samples < 1:
+        raise UserError("--max-train-samples must be at least 1")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps",
                  "logging_steps", "dataloader_num_workers", "lora_rank"):  # fmt: skip
         if getattr(config, name) < 1:
@@ -120,7 +123,7 @@ def build_loader(
     batch_size: int, position: int, team: Team,
 ) -> Loader:  # fmt: skip
     """This process's share of the global batches from sample `position` on."""
-    buckets = open_buckets(config.cache, manifest)
+    buckets = open_buckets(config.cache, manifest, config.local_cache, config.max_train_samples)
     if not buckets:
         raise UserError(f"{config.cache} holds no samples")
     identity, family = manifest.identity, model.family
@@ -144,6 +147,7 @@ def build_loader(
         rank=team.rank,
         world=team.world,
         threads=config.dataloader_num_workers,
+        device=team.device,
     )
 
 

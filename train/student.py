@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
+from train.batch import Batch
 from train.config import DistillConfig
 from train.fine_tuned import FineTuned
-from train.loader import Batch
 from train.objectives import OBJECTIVES
 from train.shards import local, restore
 from train.teacher import call_unet, load_unet, twice

@@ -17,6 +17,7 @@ from shared.family import Model, force_zeros, load_config
 from shared.places import Place
 from shared.rescale import vae_fingerprint
 from shared.single_file import is_single_file, load_part
+from train import foreign
 
 
 def load_unet(source: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -44,20 +45,9 @@ def load_schedule(source: str) -> Schedule:
 
 def check_fit(manifest: Manifest, model: Model, cache: Place) -> None:
     """Raise UserError, naming both sides, where the cache was made for another kind of teacher."""
-    identity = manifest.identity
     unet = load_config(model.source, "unet/config.json")
-    pairs = {
-        "family": (identity["family"], model.family.name),
-        "latent channels": (identity["vae"]["channels"], unet["in_channels"]),
-        "embedding width": (identity["text"]["width"], unet["cross_attention_dim"]),
-    }
-    for what, (here, wanted) in pairs.items():
-        if here != wanted:
-            raise UserError(
-                f"{cache} was made for another model: its {what} is {here}, "
-                f"{model.source} wants {wanted}; pass the model it was made for, or encode anew"
-            )
-    here, wanted = identity["text"]["force_zeros"], force_zeros(model)
+    foreign.check_fit(manifest, model.family.name, unet, cache)
+    here, wanted = manifest.identity["text"]["force_zeros"], force_zeros(model)
     if here != wanted:
         kinds = {True: "zeros", False: "the encoded empty prompt"}
         raise UserError(

@@ -15,7 +15,10 @@ from train.config import DistillConfig
 from train.objectives import OBJECTIVES
 
 # Besides the objective's own flags; everything else may change.
-TERMS = ("objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts")
+TERMS = (
+    "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
+    "max_train_samples",
+)  # fmt: skip
 
 
 def divide(

@@ -11,8 +11,8 @@ from torch import Tensor
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, add_noise, velocity
 from shared.errors import UserError
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.objectives.objective import Objective
 
 

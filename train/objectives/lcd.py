@@ -22,8 +22,8 @@ from shared.diffusion import (
     predicted_x0,
     solver_timesteps,
 )
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.objectives.objective import Objective
 
 
