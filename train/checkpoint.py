@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shared.cache import differences
 from shared.errors import UserError
 from shared.storage import dump_json, guard, load_json, move, publish, sync_folder, temporary
+from train.optim import restored
 
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
 
@@ -142,5 +143,5 @@ def restore_optimizer(
     """The inverse of `optimizer_state`."""
     for path, tensor in stored.items():
         name, _, key = path.rpartition("/")
-        device = "cpu" if key == "step" else parameters[name].device
-        optimizer.state[parameters[name]][key] = tensor.to(device)
+        weight = parameters[name]
+        optimizer.state[weight][key] = restored(optimizer, key, tensor, weight)

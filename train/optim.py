@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import math
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from shared.errors import UserError
 from train.config import DistillConfig
 
 LEARNING_RATES = {"lora": 1e-4, "full": 8e-6}
+POLYNOMIAL_END = 1e-7  # diffusers' lr_end: where a polynomial schedule ends
 
 
 def build_optimizer(
-    config: DistillConfig, parameters: dict[str, nn.Parameter]
+    config: DistillConfig, parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """AdamW over fp32 trainables."""
-    return torch.optim.AdamW(
-        parameters.values(),
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
+    """AdamW, or bitsandbytes' AdamW8bit. Raises UserError where bitsandbytes is not installed."""
+    settings: dict[str, Any] = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    weights = list(parameters.values())
+    if not config.use_8bit_adam:
+        kind = "fused" if weights[0].is_cuda else "foreach"
+        return torch.optim.AdamW(weights, **settings, **{kind: True})
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "--use-8bit-adam wants bitsandbytes; `pip install bitsandbytes`, or leave it out"
+        ) from None
+    return AdamW8bit(weights, **settings)
+
+
+def restored(optimizer: torch.optim.Optimizer, key: str, value: Tensor, weight: Tensor) -> Any:
+    """A checkpoint's value of an optimizer's state as the optimizer itself would hold it."""
+    if key != "step":
+        return value.to(weight.device)
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return int(value)  # bitsandbytes counts in Python
+    return value.to(weight.device if optimizer.param_groups[0]["fused"] else "cpu")
+
+
+def check_schedule(config: DistillConfig) -> None:
+    """Raise UserError for numbers of the learning rate that cannot work or would do nothing."""
+    for name, schedule in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+        if value <= 0:
+            raise UserError(f"{flag} {value} must be above 0")
+        if value != 1 and config.lr_scheduler != schedule:
+            raise UserError(f"{flag} is for --lr-scheduler {schedule} only; leave it out")
+    if config.lr_warmup_steps < 0:
+        raise UserError(f"--lr-warmup-steps {config.lr_warmup_steps} must not be negative")
+    if config.learning_rate is not None and config.learning_rate <= 0:
+        raise UserError(f"--learning-rate {config.learning_rate:g} must be above 0")
+
+
+def base_learning_rate(config: DistillConfig, world: int = 1) -> float:
+    """The rate that the schedule multiplies, scaled by the global batch with `--scale-lr`."""
+    rate = config.learning_rate or LEARNING_RATES[config.student]
+    if config.scale_lr:
+        rate *= config.gradient_accumulation_steps * config.train_batch_size * world
+    return rate
 
 
 def set_learning_rate(
@@ -27,17 +74,34 @@ def set_learning_rate(
 ) -> None:
     """Set the rate of optimizer step `step` (1, 2, ...)."""
     for group in optimizer.param_groups:
-        group["lr"] = base * learning_rate_factor(step, config)
+        group["lr"] = base * learning_rate_factor(step, config, base)
 
 
-def learning_rate_factor(step: int, config: DistillConfig) -> float:
-    """A pure function of the step: linear warm-up, then constant, linear or cosine to zero."""
-    warmup, total = config.lr_warmup_steps, config.max_train_steps
+def learning_rate_factor(step: int, config: DistillConfig, base: float) -> float:
+    """What optimizer step `step` (1, 2, ...) multiplies the rate `base` by.
+
+    After the warm-up these are the numbers of diffusers.optimization.get_scheduler, which calls
+    the first step 0. During it ours is ahead by one step: step s of W has s / W of the rate, where
+    diffusers' first step has none at all and does nothing.
+    """
+    warmup = config.lr_warmup_steps
     if step <= warmup:
         return step / warmup
-    done = (step - warmup) / max(total - warmup, 1)
-    if config.lr_scheduler == "linear":
-        return 1 - done + 1 / max(total - warmup, 1)
-    if config.lr_scheduler == "cosine":
-        return float(0.5 * (1 + torch.cos(torch.tensor(done * torch.pi))))
-    return 1.0
+    done = min((step - 1 - warmup) / max(config.max_train_steps - warmup, 1), 1.0)
+    match config.lr_scheduler:
+        case "linear":
+            return 1 - done
+        case "cosine":
+            return half_cosine(done)
+        case "cosine_with_restarts":
+            return half_cosine(config.lr_num_cycles * done % 1.0) if done < 1 else 0.0
+        case "polynomial":
+            end = POLYNOMIAL_END / base
+            return (1 - end) * (1 - done) ** config.lr_power + end
+        case _:
+            return 1.0
+
+
+def half_cosine(done: float) -> float:
+    """From 1 at 0 to 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * done))

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from shared.cache import Manifest
+from shared.errors import UserError
 from train.config import DistillConfig
 from train.loader import Loader
+
+
+def with_steps(config: DistillConfig, samples: int, world: int = 1) -> DistillConfig:
+    """The same with `max_train_steps` for as many passes as `--num-train-epochs` asks for."""
+    epochs = config.num_train_epochs
+    if epochs is None:
+        return config
+    if epochs < 1:
+        raise UserError(f"--num-train-epochs {epochs} must be at least 1")
+    if config.max_train_steps != DistillConfig.max_train_steps:
+        raise UserError("--num-train-epochs and --max-train-steps exclude each other; give one")
+    batch = config.train_batch_size * config.gradient_accumulation_steps * world
+    return replace(config, max_train_steps=math.ceil(epochs * samples / batch))
 
 
 def plan(

@@ -19,6 +19,7 @@ from shared.vae import decode_latents, load_vae
 from train.config import DistillConfig
 from train.pictures import write_grid
 from train.sample import draw_latents, student_predictor, student_scheduler
+from train.speed import autocast
 from train.teacher import check_vae
 
 STEPS = (1, 2, 4, 8)
@@ -51,7 +52,8 @@ class Previews:
         shown = [steps for steps in STEPS if steps <= self.config["num_ddim_timesteps"]]
         for steps in shown:
             seeds = range(len(self.texts))
-            latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
+            with autocast(self.config["mixed_precision"], self.device):  # not the VAE
+                latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
             columns.append(decode_latents(self.vae, latents / self.vae.config.scaling_factor))
         unet.train(training)
         path = self.folder / f"step-{step:08d}.png"

@@ -24,11 +24,12 @@ from train.draws import DrawSpec
 from train.export import export_student
 from train.loader import LatentSpec, Loader, open_buckets
 from train.objectives.lcd import LCD
-from train.optim import LEARNING_RATES, build_optimizer
+from train.optim import LEARNING_RATES, base_learning_rate, build_optimizer, check_schedule
 from train.order import Order
-from train.plan import plan, warn_of_small_buckets
+from train.plan import plan, warn_of_small_buckets, with_steps
 from train.preview import Previews, open_previews
 from train.record import Recorder
+from train.speed import autocast, check_speed, speed_up
 from train.student import Student, build_student
 from train.teacher import check_fit, load_schedule
 
@@ -36,7 +37,8 @@ from train.teacher import check_fit, load_schedule
 TERMS = (
     "student", "seed", "train_batch_size", "gradient_accumulation_steps", "num_ddim_timesteps",
     "w_min", "w_max", "loss_type", "huber_c", "timestep_scaling_factor", "ema_decay", "lora_rank",
-    "lora_alpha", "proportion_empty_prompts", "unet_time_cond_proj_dim",
+    "lora_alpha", "lora_target_modules", "proportion_empty_prompts", "unet_time_cond_proj_dim",
+    "use_8bit_adam",
 )  # fmt: skip
 
 
@@ -60,8 +62,7 @@ class Distillation:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The one dtype in which all networks compute."""
-        enabled = self.config.mixed_precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return autocast(self.config.mixed_precision, self.device)
 
     def save(self, step: int) -> None:
         """Write a checkpoint, unless the weights are no longer finite."""
@@ -81,7 +82,7 @@ class Distillation:
     def preview(self, step: int) -> None:
         """Draw the preview prompts with the student as it stands."""
         if self.previews is not None:
-            path, sheet = self.previews.draw(self.student.exported(), step)
+            path, sheet = self.previews.draw(self.student.drawing(), step)
             self.recorder.picture(step, sheet)
             self.recorder.say(f"drew {path}")
 
@@ -96,13 +97,16 @@ def prepare(config: DistillConfig) -> Distillation:
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
     check_flags(config)
+    config = with_steps(config, manifest.totals["written"])
     resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
     terms = run_terms(config, manifest, model)
     if resumed is not None:
         checkpoint.check_terms(resumed, checkpoint.read_progress(resumed).terms, terms)
     set_threads(config.threads)
     device = pick_device(config.device)
+    check_speed(config, device)
     student = build_student(model.source, config, device)
+    speed_up(student.networks(), config, device)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
     done = 0
@@ -125,7 +129,7 @@ def prepare(config: DistillConfig) -> Distillation:
         empty=conditioning.unconditional.to(device),
         optimizer=optimizer,
         parameters=parameters,
-        learning_rate=config.learning_rate or LEARNING_RATES[config.student],
+        learning_rate=base_learning_rate(config),
         first_step=done + 1,
         terms=terms,
         recorder=Recorder(config, done),
@@ -139,6 +143,7 @@ def check_flags(config: DistillConfig) -> None:
                  "logging_steps", "dataloader_num_workers", "lora_rank"):  # fmt: skip
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    check_schedule(config)
     if config.seed < 0:
         raise UserError(f"--seed {config.seed} must not be negative")
     if config.num_ddim_timesteps < 1 or 1000 % config.num_ddim_timesteps:

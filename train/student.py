@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
+from shared.errors import UserError
 from train.config import DistillConfig
+from train.ema import OffloadedAverage
 from train.loader import Batch
+from train.speed import hold_frozen
 from train.teacher import call_unet, load_unet, twice
 
 LORA_TARGETS = (
@@ -28,6 +31,9 @@ class Student(Protocol):
     """What the loop, the checkpoints and the exports need of either kind."""
 
     unet: UNet2DConditionModel
+
+    def networks(self) -> list[UNet2DConditionModel]:
+        """Every UNet in memory."""
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """See `train.objectives.lcd.Networks`."""
@@ -52,8 +58,11 @@ class Student(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
 
+    def drawing(self) -> UNet2DConditionModel:
+        """The network that previews are drawn with, on the device."""
+
     def exported(self) -> UNet2DConditionModel:
-        """The network that people will draw with."""
+        """The network that people will draw with, fp32."""
 
 
 class FullStudent:
@@ -67,6 +76,13 @@ class FullStudent:
         self.target_unet = guided_copy(self.teacher_unet, self.dim, "zero").to(device)
         self.target_unet.load_state_dict(self.unet.state_dict())
         self.unet.train().requires_grad_(True)
+        hold_frozen(self.teacher_unet, config.mixed_precision)
+        self.average = None
+        if config.offload_ema:
+            self.average = OffloadedAverage(self.target_unet, config.mixed_precision)
+
+    def networks(self) -> list[UNet2DConditionModel]:  # noqa: D102
+        return [self.unet, self.target_unet, self.teacher_unet]
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:  # noqa: D102
         return self._told(self.unet, z, t, batch)
@@ -90,20 +106,27 @@ class FullStudent:
 
     @torch.no_grad()
     def after_step(self) -> None:  # noqa: D102
+        if self.average is not None:
+            self.average.move(self.unet.state_dict(), self.decay)
+            return
         averages, live = list(self.target_unet.parameters()), list(self.unet.parameters())
         torch._foreach_lerp_(averages, live, 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:  # noqa: D102
         student = {f"student.{k}": v for k, v in self.unet.state_dict().items()}
-        return student | {f"target.{k}": v for k, v in self.target_unet.state_dict().items()}
+        target = self.target_unet.state_dict() if self.average is None else self.average.weights
+        return student | {f"target.{k}": v for k, v in target.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: D102
-        for prefix, unet in (("student.", self.unet), ("target.", self.target_unet)):
-            part = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            unet.load_state_dict(part)
+        target = self.target_unet.load_state_dict if self.average is None else self.average.load
+        for prefix, load in (("student.", self.unet.load_state_dict), ("target.", target)):
+            load({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
+    def drawing(self) -> UNet2DConditionModel:  # noqa: D102
+        return self.target_unet
 
     def exported(self) -> UNet2DConditionModel:  # noqa: D102
-        return self.target_unet
+        return self.target_unet if self.average is None else self.average.network()
 
 
 class LoraStudent:
@@ -111,16 +134,9 @@ class LoraStudent:
 
     def __init__(self, source: str, config: DistillConfig, device: torch.device) -> None:
         self.unet = load_unet(source)
-        alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
         torch.manual_seed(config.seed)  # peft initialises lora_A at random, lora_B at zero
-        self.unet.add_adapter(
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=lora_targets(self.unet),
-            )
-        )
+        add_adapters(self.unet, config)
+        hold_frozen(self.unet, config.mixed_precision)
         self.unet.to(device).train()
         self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
 
@@ -163,6 +179,12 @@ class LoraStudent:
         for name, parameter in self.trainable().items():
             parameter.copy_(state[name])
 
+    def networks(self) -> list[UNet2DConditionModel]:  # noqa: D102
+        return [self.unet]
+
+    def drawing(self) -> UNet2DConditionModel:  # noqa: D102
+        return self.unet
+
     def exported(self) -> UNet2DConditionModel:  # noqa: D102
         return self.unet
 
@@ -193,11 +215,32 @@ def guided_copy(
     return copy.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def lora_targets(unet: UNet2DConditionModel) -> list[str]:
-    """Full names of the layers that LCM adapts, so that nothing else matches by accident."""
+def add_adapters(unet: UNet2DConditionModel, config: DistillConfig) -> None:
+    """LoRA on the layers that the flags name. Raises UserError for a name that fits none."""
+    wanted = LORA_TARGETS
+    if config.lora_target_modules is not None:
+        wanted = tuple(name.strip() for name in config.lora_target_modules.split(","))
+        for name in wanted:
+            if not lora_targets(unet, (name,)):
+                raise UserError(
+                    f"--lora-target-modules: no layer's name ends in {name!r}; "
+                    f"LCM's are {','.join(LORA_TARGETS)}"
+                )
+    unet.add_adapter(
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=lora_targets(unet, wanted),
+        )
+    )
+
+
+def lora_targets(unet: UNet2DConditionModel, wanted: Sequence[str] = LORA_TARGETS) -> list[str]:
+    """Full names of the layers to adapt, so that nothing else matches by accident."""
     return [
         name
         for name, module in unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
-        and any(name == target or name.endswith(f".{target}") for target in LORA_TARGETS)
+        and any(name == target or name.endswith(f".{target}") for target in wanted)
     ]
