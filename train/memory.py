@@ -1,37 +1,36 @@
 """How much memory a step will take, counted before the first one.
 
 The networks of the run are built on torch's meta device, which has shapes and no numbers, and take
-one step there: the student's forward, the teacher's with twice the batch, the target's, and the
-backward pass. `LiveBytes` adds up the storages alive at each moment; the optimizer's state comes on
+one step there: the student's forward, the teacher's with twice the batch, and the backward
+pass. `LiveBytes` adds up the storages alive at each moment; the optimizer's state comes on
 top. What it cannot see is the workspace of kernels, and fragmentation.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
 
 from shared.conditioning import TextEmbeds
+from shared.errors import UserError
 from train.config import DistillConfig
-from train.speed import DTYPES, hold_frozen
+from train.meta import LiveBytes, MetaAutocast, fused_attention
+from train.speed import hold_frozen
 from train.student import add_adapters, guided_copy
 from train.teacher import call_unet
 
 TOKENS = 77
+ROOM = 0.95  # the rest is for the workspace of kernels, and for fragmentation
 META = torch.device("meta")
-# What CUDA's autocast computes in half precision, and what in fp32; the rest takes what it gets.
-HALF = ("linear", "conv2d", "matmul", "bmm", "baddbmm")
-FULL = ("group_norm", "layer_norm", "softmax")
 
 
 @dataclass(frozen=True)
@@ -46,80 +45,6 @@ class Estimate:
     def step(self) -> int:
         """What a step needs beyond weights and optimizer: activations and gradients."""
         return self.peak - self.weights - self.optimizer
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts each storage once, from the operation that makes it until its last tensor is gone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.alive: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.note(result)
-        return result
-
-    def note(self, tensors: Any) -> None:
-        """Count storages that are new."""
-        for tensor in tree_iter(tensors):
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.alive:
-                self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-
-    def _gone(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
-
-
-class MetaAutocast(TorchFunctionMode):
-    """CUDA's autocast for meta tensors, which torch.autocast does not know.
-
-    Like it, it casts a trained fp32 weight once per step and keeps the copy until the end.
-    """
-
-    def __init__(self, mixed_precision: str) -> None:
-        super().__init__()
-        self.dtype = DTYPES.get(mixed_precision)
-        self.copies: dict[int, Tensor] = {}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if self.dtype is not None and (name in HALF or name in FULL):
-            cast = self.half if name in HALF else self.full
-            args = tuple(map(cast, args))
-            kwargs = {key: cast(value) for key, value in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
-
-    def half(self, value: Any) -> Any:
-        """In the autocast dtype."""
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
-            return value
-        if not (value.is_leaf and value.requires_grad):
-            return value.to(self.dtype)
-        if id(value) not in self.copies:
-            self.copies[id(value)] = value.to(self.dtype)
-        return self.copies[id(value)]
-
-    def full(self, value: Any) -> Any:
-        """In fp32."""
-        half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-        return value.float() if half else value
-
-
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """What CUDA's fused kernels keep: no matrix of weights, but query, key, value and result."""
-    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
 
 
 @dataclass
@@ -155,8 +80,6 @@ def meta_networks(unet_config: Mapping[str, Any], config: DistillConfig) -> Meta
                 hold_frozen(target, config.mixed_precision)
     hold_frozen(teacher, config.mixed_precision)
     networks.student.train()
-    if config.gradient_checkpointing:
-        networks.student.enable_gradient_checkpointing()
     return networks
 
 
@@ -173,13 +96,23 @@ def estimate(
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
         live.note([parameter.grad for parameter in trainable])
+    autocast = MetaAutocast(config.mixed_precision)
+    if config.gradient_checkpointing:
+        networks.student.enable_gradient_checkpointing(partial(checkpointed, autocast))
     attention = patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
-    with attention, live, MetaAutocast(config.mixed_precision) as autocast:
+    with attention, live, autocast:
         loss = forward(networks, config, unet_config, latent_size)
         autocast.copies.clear()
         loss.backward()
     optimizer = sum(adam_bytes(p.numel(), config.use_8bit_adam) for p in trainable)
     return Estimate(weights, optimizer, live.peak + optimizer)
+
+
+def checkpointed(autocast: MetaAutocast, block: nn.Module, *inputs: Any) -> Any:
+    """A block whose activations are computed again: under autocast, which backward() leaves."""
+    return checkpoint(
+        block.__call__, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), autocast)
+    )
 
 
 def adam_bytes(elements: int, in_8_bits: bool) -> int:
@@ -195,13 +128,12 @@ def forward(
     unet_config: Mapping[str, Any],
     latent_size: tuple[int, int],
 ) -> Tensor:
-    """A scalar at the end of the three forwards of a step, in the order of `objectives.lcd`."""
+    """A scalar of the student's forward, after the teacher's; the target's takes half of that."""
     call = caller(unet_config, latent_size, config)
     count = config.train_batch_size
     output = call(networks.student, count)
     with torch.no_grad():
         call(networks.teacher, 2 * count)
-        call(networks.target, count)
     return output.square().mean()
 
 
@@ -213,19 +145,86 @@ def caller(
     micro = unet_config.get("addition_embed_type") == "text_time"
 
     def call(unet: UNet2DConditionModel, count: int) -> Tensor:
-        with META:
-            pooled = ids = guidance = None
-            if micro:
-                sinusoids = 6 * unet_config["addition_time_embed_dim"]
-                pooled = torch.empty(
-                    count, unet_config["projection_class_embeddings_input_dim"] - sinusoids
-                )
-                ids = torch.empty(count, 6, dtype=torch.int32)
-            if unet.config.time_cond_proj_dim is not None:
-                guidance = torch.empty(count, config.unet_time_cond_proj_dim)
-            text = TextEmbeds(torch.empty(count, TOKENS, width), pooled)
-            z = torch.empty(count, channels, *latent_size)
-            t = torch.empty(count, dtype=torch.int64)
-            return call_unet(unet, z, t, text, ids, guidance)
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(count, *shape, device=META)
+
+        pooled = ids = guidance = None
+        if micro:
+            sinusoids = 6 * unet_config["addition_time_embed_dim"]
+            pooled = empty(unet_config["projection_class_embeddings_input_dim"] - sinusoids)
+            ids = empty(6)
+        if unet.config.time_cond_proj_dim is not None:
+            guidance = empty(config.unet_time_cond_proj_dim)
+        text = TextEmbeds(empty(TOKENS, width), pooled)
+        return call_unet(unet, empty(channels, *latent_size), empty().long(), text, ids, guidance)
 
     return call
+
+
+def fitting(
+    unet_config: Mapping[str, Any], config: DistillConfig, latent_size: tuple[int, int], room: int
+) -> tuple[str, Estimate] | None:
+    """The first flags, one more at a time, with which a run fits into `room` bytes."""
+    words: list[str] = []
+    for flags, change in savings(config):
+        config = replace(config, **change)
+        words.append(flags)
+        found = estimate(unet_config, config, latent_size)
+        if found.peak <= room:
+            return " ".join(words), found
+    return None
+
+
+def savings(config: DistillConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Flags that save memory and are not used yet; what changes the run least comes first."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    if config.mixed_precision == "no":
+        found.append(("--mixed-precision bf16", {"mixed_precision": "bf16"}))
+    if not config.gradient_checkpointing:
+        found.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
+    if config.train_batch_size > 1:
+        total = config.train_batch_size * config.gradient_accumulation_steps
+        found.append((
+            f"--train-batch-size 1 --gradient-accumulation-steps {total}",
+            {"train_batch_size": 1, "gradient_accumulation_steps": total},
+        ))  # fmt: skip
+    if not config.use_8bit_adam:
+        found.append(("--use-8bit-adam", {"use_8bit_adam": True}))
+    if config.student == "full" and not config.offload_ema:
+        found.append(("--offload-ema", {"offload_ema": True}))
+    if config.student == "full":
+        found.append(("--student lora", {"student": "lora", "offload_ema": False}))
+    return found
+
+
+def memory_line(
+    unet_config: Mapping[str, Any], config: DistillConfig, latent_size: tuple[int, int], free: int
+) -> str:
+    """What a run will take of a device with `free` bytes, and what to do if that is too much.
+
+    Raises UserError where not even the weights have room.
+    """
+    found = estimate(unet_config, config, latent_size)
+    line = (
+        f"memory: about {gigabytes(found.peak)} at peak (weights {gigabytes(found.weights)}, "
+        f"optimizer {gigabytes(found.optimizer)}, gradients and activations "
+        f"{gigabytes(found.step)}) of {gigabytes(free)} free; an estimate"
+    )
+    room = int(free * ROOM)
+    if found.peak <= room:
+        return line
+    better = fitting(unet_config, config, latent_size, room)
+    advice = "no flags make it fit; take a larger device"
+    if better is not None:
+        advice = f"it fits with {better[0]} (about {gigabytes(better[1].peak)})"
+    if found.weights + found.optimizer > free:
+        raise UserError(
+            f"weights and optimizer take {gigabytes(found.weights + found.optimizer)}, "
+            f"{gigabytes(free)} of the device are free: {advice}"
+        )
+    return f"{line}\nwarning: that is too much for the device: {advice}"
+
+
+def gigabytes(size: int) -> str:
+    """As people read it."""
+    return f"{size / 1e9:.1f} GB"

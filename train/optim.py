@@ -59,6 +59,11 @@ def check_schedule(config: DistillConfig) -> None:
         raise UserError(f"--lr-warmup-steps {config.lr_warmup_steps} must not be negative")
     if config.learning_rate is not None and config.learning_rate <= 0:
         raise UserError(f"--learning-rate {config.learning_rate:g} must be above 0")
+    base = base_learning_rate(config)
+    if config.lr_scheduler == "polynomial" and base <= POLYNOMIAL_END:
+        raise UserError(
+            f"--learning-rate {base:g} is not above {POLYNOMIAL_END:g}, where polynomial ends"
+        )
 
 
 def base_learning_rate(config: DistillConfig, world: int = 1) -> float:

@@ -7,10 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from shared.cache import Manifest
 from shared.errors import UserError
+from shared.family import Model, load_config
 from train.config import DistillConfig
 from train.loader import Loader
 
@@ -34,6 +36,7 @@ def plan(
     parameters: dict[str, nn.Parameter],
     loader: Loader,
     resumed: Path | None,
+    learning_rate: float,
 ) -> str:
     """What is about to happen, in two lines."""
     samples, batch = manifest.totals["written"], loader.order.batch_size
@@ -43,8 +46,28 @@ def plan(
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
         f"{origin}\n{config.max_train_steps} steps of {batch} samples, {passes:.1f} passes over "
-        f"{samples} samples, w in [{loader.spec.w_min:g}, {loader.spec.w_max:g}]"
+        f"{samples} samples, w in [{loader.spec.w_min:g}, {loader.spec.w_max:g}], "
+        f"learning rate {learning_rate:g}"
     )
+
+
+def say_memory(
+    config: DistillConfig, model: Model, manifest: Manifest, device: torch.device
+) -> None:
+    """On a GPU, print what the largest latents will take, before anything is loaded there.
+
+    Raises UserError where not even the weights have room.
+    """
+    if device.type != "cuda":
+        return
+    sizes = [manifest.layouts[number].latent_size for number in set(manifest.shard_layouts)]
+    if not sizes:
+        return
+    from train.memory import memory_line  # which takes torch's slower tools
+
+    unet = load_config(model.source, "unet/config.json")
+    free, _ = torch.cuda.mem_get_info(device)
+    print(memory_line(unet, config, max(sizes, key=math.prod), free), file=sys.stderr)
 
 
 def warn_of_small_buckets(loader: Loader) -> None:

@@ -26,7 +26,7 @@ from train.loader import LatentSpec, Loader, open_buckets
 from train.objectives.lcd import LCD
 from train.optim import LEARNING_RATES, base_learning_rate, build_optimizer, check_schedule
 from train.order import Order
-from train.plan import plan, warn_of_small_buckets, with_steps
+from train.plan import plan, say_memory, warn_of_small_buckets, with_steps
 from train.preview import Previews, open_previews
 from train.record import Recorder
 from train.speed import autocast, check_speed, speed_up
@@ -105,6 +105,7 @@ def prepare(config: DistillConfig) -> Distillation:
     set_threads(config.threads)
     device = pick_device(config.device)
     check_speed(config, device)
+    say_memory(config, model, manifest, device)
     student = build_student(model.source, config, device)
     speed_up(student.networks(), config, device)
     parameters = student.trainable()
@@ -117,7 +118,8 @@ def prepare(config: DistillConfig) -> Distillation:
     conditioning = load_conditioning(CachePaths(config.cache).conditioning)
     loader = build_loader(config, manifest, model, conditioning.unconditional, done)
     warn_of_small_buckets(loader)
-    print(plan(config, manifest, parameters, loader, resumed), file=sys.stderr)
+    learning_rate = base_learning_rate(config)
+    print(plan(config, manifest, parameters, loader, resumed, learning_rate), file=sys.stderr)
     if not config.dry_run:
         begin_run_folder(config, model)
     return Distillation(
@@ -129,7 +131,7 @@ def prepare(config: DistillConfig) -> Distillation:
         empty=conditioning.unconditional.to(device),
         optimizer=optimizer,
         parameters=parameters,
-        learning_rate=base_learning_rate(config),
+        learning_rate=learning_rate,
         first_step=done + 1,
         terms=terms,
         recorder=Recorder(config, done),
