@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -90,7 +90,7 @@ def use_xformers(unet: UNet2DConditionModel) -> None:
         ) from None
 
 
-def compile_blocks(unet: nn.Module, backend: str = "inductor") -> None:
+def compile_blocks(unet: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile a UNet's repeated blocks in place, each kind and size once for all its places.
 
     The student, the target and the teacher (no gradients, or adapters off) each get code of their

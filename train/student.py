@@ -206,7 +206,9 @@ def guided_copy(
     With "zero" the new projection starts at zero, so the copy computes what the teacher computes;
     "random" is the paper's way.
     """
-    copy = UNet2DConditionModel.from_config({**teacher.config, "time_cond_proj_dim": dim})
+    config = {**teacher.config, "time_cond_proj_dim": dim}
+    config.pop("_use_default_values", None)  # which would undo it where the teacher's is not set
+    copy = UNet2DConditionModel.from_config(config)
     missing, unexpected = copy.load_state_dict(teacher.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"], missing
     assert not unexpected, unexpected
