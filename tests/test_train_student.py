@@ -15,7 +15,7 @@ from shared.diffusion import schedule_from_config
 from train.config import DistillConfig
 from train.loader import Batch
 from train.objectives.lcd import LCD
-from train.speed import compile_blocks
+from train.speed import autocast, check_speed, compile_blocks, speed_up
 from train.student import build_student
 
 CPU = torch.device("cpu")
@@ -322,9 +322,8 @@ def test_half_precision_weights_compute_what_autocast_computes(model, kind):
     batch, empty = make_batch(held.unet)
     t = torch.tensor([999, 419, 19])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        for one, other in zip(held.teacher(batch.latents, t, batch, empty),
-                              plain.teacher(batch.latents, t, batch, empty), strict=True):  # fmt: skip
-            assert torch.equal(one, other)
+        answers = [s.teacher(batch.latents, t, batch, empty) for s in (held, plain)]
+        assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
         for role in ("student", "target"):
             found = (getattr(s, role)(batch.latents, t, batch) for s in (held, plain))
             assert torch.equal(*found)
@@ -396,6 +395,7 @@ def test_a_teacher_whose_config_says_little(tiny_sd, tmp_path):
     assert student.unet.config.time_cond_proj_dim == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_compiled_again_and_again(tiny_sd, kind):
     """Student, target and teacher take turns, adapters on and off: compiled once each."""
@@ -435,3 +435,34 @@ def test_compiled_by_inductor(tiny_sd):
             torch.testing.assert_close(
                 parameter.grad, plain.trainable()[name].grad, rtol=1e-2, atol=1e-5
             )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["xformers", "compile", "both", "tf32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_faster_ways_give_the_same_loss(model, kind, how):
+    """On a GPU, in bf16: attention by xformers, blocks compiled by inductor, TF32."""
+    device = torch.device("cuda")
+    if how in ("xformers", "both"):
+        pytest.importorskip("xformers")
+    config = DistillConfig(
+        str(model), None, None, student=kind, lora_rank=4, mixed_precision="bf16",
+        attention="xformers" if how in ("xformers", "both") else "sdpa",
+        compile=how in ("compile", "both"), allow_tf32=how == "tf32",
+    )  # fmt: skip
+    check_speed(config, device)
+    torch._dynamo.reset()
+    before, losses = torch.get_float32_matmul_precision(), []
+    for faster in (False, True):
+        student = build_student(str(model), config, device)
+        if faster:
+            speed_up(student.networks(), config, device)
+        schedule = schedule_from_config(DDIMScheduler.load_config(model / "scheduler")).to(device)
+        batch, empty = make_batch(student.unet)
+        lcd = LCD(schedule, 50, 10.0, "huber", 1e-3)
+        with autocast("bf16", device):
+            loss = lcd(batch.to(device), empty.to(device), student)
+        loss.backward()
+        losses.append(loss.item())
+    torch.set_float32_matmul_precision(before)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
