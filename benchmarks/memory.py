@@ -76,7 +76,7 @@ def rows(name: str, student: str) -> list[str]:
         change, one, batch = enough[0] if enough else max(fitting, key=lambda found: found[2])
         what = "LoRA, rank 64" if student == "lora" else "full"
         if batch == 0:
-            needed = f"{one.peak(1) / 1e9:.1f} GB for one sample"
+            needed = f"{min(one.peak(1) for _, one in counted) / 1e9:.1f} GB for one sample"
             lines.append(f"| {name} | {what} | {card} GB | does not fit ({needed}) | - | - |")
             continue
         lines.append(

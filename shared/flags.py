@@ -56,8 +56,8 @@ REFUSED: dict[str, str] = {
     "flip_aug": "`prep encode` mirrors pictures; pass it --random-flip",
     "enable_xformers_memory_efficient_attention": "`train distill` has --attention xformers",
     "caption_dropout_rate": "`train distill` drops captions: --proportion-empty-prompts",
-    "min_snr_gamma": "a weight of the ordinary diffusion loss: `train distill --objective denoise`",
-    "noise_offset": "of the ordinary diffusion loss: `train distill --objective denoise`",
+    "min_snr_gamma": "belongs to the ordinary diffusion loss: `train distill --objective denoise`",
+    "noise_offset": "belongs to the ordinary diffusion loss: `train distill --objective denoise`",
 }
 
 STAGE_ONE = (

@@ -94,9 +94,9 @@ def test_scaled_by_the_global_batch():
 
 
 def parameters(seed: int = 0, device: str = "cpu") -> dict[str, nn.Parameter]:
-    """One large enough for 8 bits, one not."""
+    """Two large enough for 8 bits, one not."""
     rng = torch.Generator().manual_seed(seed)
-    shapes = {"a": (96, 64), "b": (10,)}
+    shapes = {"a": (96, 64), "b": (10,), "c": (64, 96)}
     return {n: nn.Parameter(torch.randn(s, generator=rng).to(device)) for n, s in shapes.items()}
 
 

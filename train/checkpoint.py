@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shared.cache import differences
 from shared.errors import UserError
 from shared.storage import dump_json, guard, load_json, move, publish, sync_folder, temporary
-from train.optim import restored
+from train.optim import restored, saved
 
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
 
@@ -129,7 +129,7 @@ def optimizer_state(
 ) -> dict[str, Tensor]:
     """AdamW's tensors as `PARAMETER/exp_avg` and so on."""
     return {
-        f"{name}/{key}": torch.as_tensor(value)
+        f"{name}/{key}": saved(key, value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

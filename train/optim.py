@@ -38,6 +38,13 @@ def build_optimizer(
     return AdamW8bit(weights, **settings)
 
 
+def saved(key: str, value: Any) -> Tensor:
+    """A value of an optimizer's state as a checkpoint holds it."""
+    tensor = torch.as_tensor(value)
+    # bitsandbytes shares its tables of 256 numbers between weights; safetensors shares nothing.
+    return tensor.clone() if key.startswith("qmap") else tensor
+
+
 def restored(optimizer: torch.optim.Optimizer, key: str, value: Tensor, weight: Tensor) -> Any:
     """A checkpoint's value of an optimizer's state as the optimizer itself would hold it."""
     if key != "step":
