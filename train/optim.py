@@ -83,10 +83,12 @@ def base_learning_rate(config: DistillConfig, world: int = 1) -> float:
 
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, base: float, step: int, config: DistillConfig
-) -> None:
-    """Set the rate of optimizer step `step` (1, 2, ...)."""
+) -> float:
+    """Set and return the rate of optimizer step `step` (1, 2, ...)."""
+    rate = base * learning_rate_factor(step, config, base)
     for group in optimizer.param_groups:
-        group["lr"] = base * learning_rate_factor(step, config, base)
+        group["lr"] = rate
+    return rate
 
 
 def learning_rate_factor(step: int, config: DistillConfig, base: float) -> float:
