@@ -30,12 +30,13 @@ from train.run import Distillation
 from train.speed import check_speed, speed_up
 from train.student import build_student
 from train.teacher import check_fit, load_schedule
-from train.team import Team
+from train.team import Team, as_launched
 from train.terms import divide, run_terms
 
 
 def prepare(config: DistillConfig) -> Distillation:
     """Check and load everything. Raises UserError for what does not fit together."""
+    config = as_launched(config)
     manifest = open_manifest(config.cache)
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
