@@ -42,7 +42,6 @@ REFUSED: dict[str, str] = {
     "use_fix_crop_and_size": "time ids are those of the crop that `prep encode` made; leave it out",
     "encode_batch_size": "`prep encode` has --vae-batch-size and --text-batch-size",
     "dataset_name": "`python -m prep encode --shards hf://OWNER/NAME` reads a dataset of the hub",
-    "dataset_config_name": "pass `prep encode --shards` the files: hf://datasets/OWNER/NAME/CONFIG/*.parquet",
     "cache_latents": "`python -m prep encode` caches latents once and for all; leave it out",
     "cache_text_encoder_outputs": "`python -m prep encode` caches them too; leave it out",
     "caption_extension": "captions beside pictures are NAME.txt; rename them, or list them in a "
@@ -62,6 +61,7 @@ REFUSED: dict[str, str] = {
 
 STAGE_ONE = (
     "resolution", "center_crop", "random_flip", "image_column", "caption_column", "vae_batch_size",
+    "dataset_config_name",
     "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "clip_skip",
 )  # fmt: skip
 STAGE_TWO = (

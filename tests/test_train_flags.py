@@ -180,6 +180,6 @@ def test_adapters_go_where_they_are_told(tiny_sd):
     from train.student import build_student
 
     config = DistillConfig(str(tiny_sd), None, None, lora_rank=2, lora_target_modules="to_q, to_k")
-    student = build_student(str(tiny_sd), config, torch.device("cpu"))
+    student = build_student(str(tiny_sd), config)
     adapted = {re.sub(r"\.lora_.*", "", name).rpartition(".")[2] for name in student.trainable()}
     assert adapted == {"to_q", "to_k"}

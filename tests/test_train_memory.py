@@ -61,7 +61,7 @@ def make_batch(unet, device="cpu") -> Batch:
 def test_weights_and_optimizer_are_those_of_the_run(model, kind, mixed):
     settings = config(model, kind, mixed_precision=mixed)
     found = estimate(unet_config(model), settings, SIZE)
-    student = build_student(str(model), settings, torch.device("cpu"))
+    student = build_student(str(model), settings)
     weights = [t for unet in student.networks() for t in unet.state_dict().values()]
     assert found.weights == bytes_of(weights)
     trainable = student.trainable()
@@ -78,7 +78,7 @@ def test_weights_and_optimizer_are_those_of_the_run(model, kind, mixed):
 def test_activations_are_those_that_a_real_forward_saves(model, kind, checkpointing):
     """Counted on the CPU with autograd's own hooks, each storage once, weights left out."""
     settings = config(model, kind, gradient_checkpointing=checkpointing)
-    student = build_student(str(model), settings, torch.device("cpu"))
+    student = build_student(str(model), settings)
     known = {t.untyped_storage().data_ptr() for t in student.unet.state_dict().values()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -179,7 +179,9 @@ def test_the_estimate_is_what_a_gpu_takes(tmp_path, kind, checkpointing, mixed):
     unet, device = json.loads((tmp_path / "unet" / "config.json").read_text()), torch.device("cuda")
     wanted = estimate(unet, settings, (64, 64)).peak
     torch.cuda.empty_cache()
-    student = build_student(str(tmp_path), settings, device)
+    student = build_student(str(tmp_path), settings)
+    for unet in student.networks():
+        unet.to(device)
     optimizer = build_optimizer(settings, student.trainable())
     schedule = schedule_from_config({"beta_schedule": "scaled_linear"}).to(device)
     lcd, rng = LCD(schedule, 50, 10.0, "huber", 1e-3), torch.Generator(device).manual_seed(0)

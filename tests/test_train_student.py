@@ -454,7 +454,9 @@ def test_faster_ways_give_the_same_loss(model, kind, how):
     torch._dynamo.reset()
     before, losses = torch.get_float32_matmul_precision(), []
     for faster in (False, True):
-        student = build_student(str(model), config, device)
+        student = build_student(str(model), config)
+        for unet in student.networks():
+            unet.to(device)
         if faster:
             speed_up(student.networks(), config, device)
         schedule = schedule_from_config(DDIMScheduler.load_config(model / "scheduler")).to(device)

@@ -24,6 +24,7 @@ from shared.conditioning import TextEmbeds
 from shared.errors import UserError
 from train.config import DistillConfig
 from train.meta import LiveBytes, MetaAutocast, fused_attention
+from train.objectives import OBJECTIVES
 from train.speed import hold_frozen
 from train.student import add_adapters, guided_copy
 from train.teacher import call_unet
@@ -72,6 +73,8 @@ def meta_networks(unet_config: Mapping[str, Any], config: DistillConfig) -> Meta
         if config.student == "lora":
             add_adapters(teacher, config)
             networks = MetaNetworks(teacher, teacher, teacher)
+        elif not OBJECTIVES[config.objective].teacher:
+            networks = MetaNetworks(*[teacher.requires_grad_(True)] * 3)
         else:
             width = config.unet_time_cond_proj_dim
             student, target = (guided_copy(teacher, width, "zero") for _ in range(2))
@@ -132,8 +135,9 @@ def forward(
     call = caller(unet_config, latent_size, config)
     count = config.train_batch_size
     output = call(networks.student, count)
-    with torch.no_grad():
-        call(networks.teacher, 2 * count)
+    if OBJECTIVES[config.objective].teacher:
+        with torch.no_grad():
+            call(networks.teacher, 2 * count)
     return output.square().mean()
 
 
