@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,11 +43,8 @@ def prepare(config: DistillConfig) -> Distillation:
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
     check_flags(config)
-    resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
     terms = run_terms(config, manifest, model)
-    before = None if resumed is None else checkpoint.read_progress(resumed)
-    if before is not None:
-        checkpoint.check_terms(resumed, before.terms, terms)
+    resumed, before = find_former(config, terms)
     set_threads(config.threads)
     team = Team(config.device)
     batch_size, accumulation = divide(config, team.world, len(manifest.layouts), before)
@@ -96,6 +95,18 @@ def prepare(config: DistillConfig) -> Distillation:
         recorder=Recorder(config, team, loader, done),
         previews=open_previews(config, model, manifest, conditioning, team.device),
     )
+
+
+def find_former(
+    config: DistillConfig, terms: dict[str, Any]
+) -> tuple[Path | None, checkpoint.Progressed | None]:
+    """The checkpoint to go on from, and how far it is. Raises UserError for another run's."""
+    resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
+    if resumed is None:
+        return None, None
+    before = checkpoint.read_progress(resumed)
+    checkpoint.check_terms(resumed, before.terms, terms)
+    return resumed, before
 
 
 def check_flags(config: DistillConfig) -> None:
