@@ -39,15 +39,15 @@ def prepare(config: DistillConfig) -> Distillation:
     check_fit(manifest, model, config.cache)
     check_flags(config)
     resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
-    terms = run_terms(config, manifest, model)
     before = None if resumed is None else checkpoint.read_progress(resumed)
-    if before is not None:
-        checkpoint.check_terms(resumed, before.terms, terms)
     set_threads(config.threads)
     team = Team(config.device)
     batch_size, accumulation = divide(config, team.world, len(manifest.layouts), before)
     objective = build_objective(config, model, team.device)
     student = build_student(model.source, config)
+    terms = run_terms(config, manifest, model, student)
+    if before is not None:
+        checkpoint.check_terms(resumed, before.terms, terms)
     team.share(student)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
