@@ -49,9 +49,9 @@ def encode(config: config.EncodeConfig) -> None:
         if config.latents == "auto" and not begun:
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = identity.expected_layout(encoders, settings)
-    work = plan.estimate(todo, layout, seconds, cache.root)
+    work = plan.estimate(todo, layout, seconds, cache)
     print(work, file=sys.stderr)
-    plan.refuse_full_disk(work, cache.root)
+    plan.refuse_full_disk(work, cache)
     if config.dry_run:
         return
     sweep(cache.tmp)

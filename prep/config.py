@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from prep.rows import MAX_IMAGE_BYTES
+from shared.config import PlaceFlag
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class EncodeConfig:
     """Tars, Parquet files, folders, datasets: paths and URLs (braces and globs, quoted)."""
     model: str
     """sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or one .safetensors file."""
-    cache: Path
-    """Folder of the cache; made if it does not exist."""
+    cache: PlaceFlag
+    """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist."""
     resolution: int | None = None
     """Pixels of a side; the model's own unless given."""
     center_crop: bool = True
@@ -107,7 +108,7 @@ class EncodeConfig:
 class FinishConfig:
     """Fold all committed units into the manifest (`encode` does it by itself)."""
 
-    cache: Path
+    cache: PlaceFlag
     report: bool = True
     """Write report.html, too."""
     model: str | None = None
@@ -121,7 +122,7 @@ class FinishConfig:
 class EmbedConfig:
     """Add prompts to a cache, for previews and `train sample`."""
 
-    cache: Path
+    cache: PlaceFlag
     prompts: tuple[str, ...]
     model: str | None = None
     """Where the text encoders are; the cache's own model unless given."""
@@ -132,7 +133,7 @@ class EmbedConfig:
 class VerifyConfig:
     """Check a cache: records, sizes, hashes, checksums, finite values."""
 
-    cache: Path
+    cache: PlaceFlag
     reencode: int = 0
     """Samples, drawn at random, that are encoded again from their source and compared."""
     repair: bool = False
@@ -150,7 +151,7 @@ class VerifyConfig:
 class DecodeConfig:
     """Draw a contact sheet: originals beside their decoded latents."""
 
-    cache: Path
+    cache: PlaceFlag
     output: Path = Path("contact-sheet.png")
     count: int = 12
     """Pictures, drawn at random."""
@@ -166,7 +167,7 @@ class DecodeConfig:
 class StatsConfig:
     """Say what is in a cache: totals, sizes, rejections, sources, statistics."""
 
-    cache: Path
+    cache: PlaceFlag
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -175,7 +176,7 @@ class StatsConfig:
 class ReportConfig:
     """Write CACHE/report.html: pictures, charts and what was rejected, on one page."""
 
-    cache: Path
+    cache: PlaceFlag
     model: str | None = None
     """Where the VAE is; the cache's own model unless given."""
     vae: str | None = None
@@ -187,7 +188,7 @@ class ReportConfig:
 class GcConfig:
     """Remove shards and tables that no record of the cache names."""
 
-    cache: Path
+    cache: PlaceFlag
     dry_run: bool = False
     """Say what would be removed, and stop."""
     all: bool = False
@@ -198,7 +199,7 @@ class GcConfig:
 class PackConfig:
     """Make an archive of a cache, compressed with zstd, for shipping."""
 
-    cache: Path
+    cache: PlaceFlag
     output: Path
     """Folder of the archive; what is already there and right is kept."""
     level: int = 3
@@ -213,5 +214,5 @@ class UnpackConfig:
 
     input: Path
     """Folder that `prep pack` wrote."""
-    cache: Path
-    """Folder of the cache; what is already there and right is kept."""
+    cache: PlaceFlag
+    """Folder or URL of the cache; what is already there and right is kept."""

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from prep.config import GcConfig
-from prep.stats import iterate_units
 from prep.words import counted, size_of
-from shared.cache import CachePaths
+from shared.cache import CachePaths, iterate_units
 from shared.errors import UserError
-from shared.storage import guard, load_json, strays, sweep
+from shared.places import Place
+from shared.storage import file_sizes, guard, load_json, strays, sweep
 
 KEPT_SECONDS = 24 * 3600.0
 # How `prep encode` names what it writes; nothing else is ever touched.
@@ -42,12 +42,13 @@ def gc(config: GcConfig) -> None:
     named = names_in_use(cache)
     unnamed = [path for path in candidates if str(path.relative_to(cache.root)) not in named]
     removed, young, freed = 0, 0, 0
+    dropped = last_named(cache)
     for path in unnamed:
         try:
             stat = path.stat()  # again: an encode may just have written it anew
         except FileNotFoundError:
             continue
-        if time.time() - stat.st_mtime < KEPT_SECONDS and not config.all:
+        if time.time() - max(stat.st_mtime, dropped) < KEPT_SECONDS and not config.all:
             young += 1
             continue
         if config.dry_run:
@@ -72,8 +73,11 @@ def gc(config: GcConfig) -> None:
 def retire(cache: CachePaths, kept: Collection[str]) -> None:
     """Date the shards that the manifest names and the next one, which names `kept`, will not.
 
-    To be called before the manifest is replaced: `gc` counts their age from now on.
+    To be called before the manifest is replaced: `gc` counts their age from now on. Objects
+    cannot be dated; there `gc` counts from the manifest.
     """
+    if not isinstance(cache.root, Path):
+        return
     try:
         former = load_json(cache.manifest)["shards"]
     except UserError:  # none, or a damaged one: nobody reads what it names
@@ -84,11 +88,18 @@ def retire(cache: CachePaths, kept: Collection[str]) -> None:
                 os.utime(cache.root / row["file"])
 
 
-def written_files(cache: CachePaths) -> Iterator[Path]:
+def last_named(cache: CachePaths) -> float:
+    """When, at the latest, objects that nothing names were named; 0 where files are dated."""
+    if isinstance(cache.root, Path) or not cache.manifest.exists():
+        return 0.0
+    return float(cache.manifest.stat().st_mtime)
+
+
+def written_files(cache: CachePaths) -> Iterator[Place]:
     """Shards and tables of any age that an encode may have written."""
     for folder, name in ((cache.shards, OURS["shards"]), (cache.samples, OURS["samples"])):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if name.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+        for path in (folder / found for found in file_sizes(folder) if name.fullmatch(found)):
+            if not (isinstance(path, Path) and path.is_symlink()):
                 yield path
 
 

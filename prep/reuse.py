@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.cache import CachePaths, UnitRecord
 from shared.layout import Layout
-from shared.storage import file_sha256
+from shared.places import Place
+from shared.storage import read_if_there
 
 DIGEST = 16  # bytes of a hash that stand for it: a collision is out of reach
 COLUMNS = ["key", "status", "image_sha256", "captions", "latent_size", "time_ids"]
 RETRIES = "fp32_retries"  # which tables of older caches lack
 
 Arrays = dict[str, NDArray[Any]]
-Place = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
+Spot = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
 
 
 class Entries:
@@ -39,7 +41,7 @@ class Entries:
         self.digests = bytearray()
         self.places = array("q")
 
-    def add(self, digest: bytes, place: Place) -> None:
+    def add(self, digest: bytes, place: Spot) -> None:
         """Append an entry."""
         self.digests += digest
         self.places.extend(place)
@@ -60,7 +62,7 @@ class Index:
         order = np.argsort(digests, kind="stable")
         return Index(digests[order], places[order])
 
-    def find(self, digest: bytes) -> Place | None:
+    def find(self, digest: bytes) -> Spot | None:
         """Where it lies, if it is known."""
         wanted = np.asarray([digest], dtype=self.digests.dtype)[0]  # NumPy drops final zero bytes
         at = int(np.searchsorted(self.digests, wanted))
@@ -151,17 +153,18 @@ def written_rows(
     None where the table is not the one that was committed: then everything is encoded.
     """
     rows = defaultdict(list)
-    samples = cache.root / record.samples
-    if samples.exists() and file_sha256(samples) == record.samples_sha256:
-        there = [name for name in (RETRIES,) if name in pq.read_schema(samples).names]
-        for row in pq.read_table(samples, columns=[*COLUMNS, *there]).to_pylist():
+    content = read_if_there(cache.root / record.samples)
+    if content is not None and hashlib.sha256(content).hexdigest() == record.samples_sha256:
+        table = pq.read_table(pa.BufferReader(content))
+        there = [name for name in (*COLUMNS, RETRIES) if name in table.column_names]
+        for row in table.select(there).to_pylist():
             if row["status"] == "written":
                 height, width = row["latent_size"]
                 rows[height, width].append(row)
     return rows
 
 
-def read_sample(path: Path, layout: Layout, number: int) -> Arrays | None:
+def read_sample(path: Place, layout: Layout, number: int) -> Arrays | None:
     """A sample's arrays, or None where the shard is missing or damaged: then it is encoded."""
     try:
         _, record, arrays = layout.read(path, number)

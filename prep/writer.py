@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from prep.filters import is_filter
 from prep.pipeline import Sample, Settings, captions_kept
 from prep.sources import Row, Unit
-from shared.cache import CachePaths, ChannelSums, Shard, UnitRecord, commit_unit
+from shared.cache import CachePaths, Shard, UnitRecord, commit_unit
 from shared.errors import UserError
 from shared.layout import TRAILER, Layout, cache_layout
 from shared.storage import guard, move, stage, temporary, write_all
+from shared.sums import ChannelSums
 
 LONGEST_KEY = 256  # characters; a longer one stands in samples/ alone
 

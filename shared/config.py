@@ -18,8 +18,22 @@ from typing import Any, TypeVar
 import tyro
 
 from shared.errors import UserError
+from shared.flags import translate, translate_arguments
+from shared.places import Place, RemotePlace, place
 
 T = TypeVar("T")
+
+# The type of a flag that takes a folder's path or a URL.
+PlaceFlag = typing.Annotated[
+    Place,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH|URL",
+        instance_from_str=lambda words: place(words[0]),
+        is_instance=lambda value: isinstance(value, Place),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
@@ -29,6 +43,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     ends the program with tyro's message and status 2.
     """
     toml, rest = _split_config(list(argv))
+    rest = translate_arguments(rest, typing.get_type_hints(kind))
     values = _read_toml(kind, toml) if toml else {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.default is field.default_factory is dataclasses.MISSING:
@@ -55,8 +70,12 @@ def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: {error.strerror or 'cannot be read'}") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise UserError(f"--config {path}: {error}") from None
-    values = {name.replace("-", "_"): value for name, value in stored.items()}
-    if unknown := sorted(set(values) - set(typing.get_type_hints(kind))):
+    known = set(typing.get_type_hints(kind))
+    values = {}
+    for name, value in stored.items():
+        ours, *implied = translate(name, known)
+        values[ours] = implied[0] if implied and value is True else value
+    if unknown := sorted(set(values) - known):
         raise UserError(f"--config {path}: no such setting: {', '.join(unknown)}")
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
@@ -95,8 +114,9 @@ def coerce(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    if value is not None and Path in (hint, *typing.get_args(hint)):
-        return Path(value)
+    kinds = (hint, *typing.get_args(hint))
+    if value is not None and Path in kinds:
+        return place(value) if RemotePlace in kinds else Path(value)
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -107,7 +127,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     """
     shown = {field.name for field in dataclasses.fields(config) if field.repr}
     return {
-        name: str(value) if isinstance(value, Path) else value
+        name: str(value) if isinstance(value, Place) else value
         for name, value in dataclasses.asdict(config).items()
         if name in shown
     }

@@ -25,7 +25,7 @@ from prep import pipeline
 from prep.buckets import choose_buckets
 from prep.images import BadImage, Framing, prepare
 from shared.cache import open_manifest
-from train.loader import open_buckets
+from train.bucket import open_buckets
 
 
 def table(resolution, steps=None, low=None, high=None, no_upscale=False):

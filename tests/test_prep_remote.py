@@ -170,6 +170,7 @@ def test_what_is_not_there_is_one_line(memory, tar, tmp_path, monkeypatch):
     memory.pipe("/bucket/a.tar", tar)
     memory.pipe("/bucket/empty.tar", b"")
     monkeypatch.setitem(sys.modules, "s3fs", None)  # not installed
+    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # nor used before
     words = ["--model", "tiny-sd", "--cache", tmp_path / "c"]
     for shards, told in {
         "memory://bucket/b.tar": "memory://bucket/b.tar cannot be read (FileNotFoundError",

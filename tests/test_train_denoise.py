@@ -89,8 +89,11 @@ EMPTY = TextEmbeds(torch.zeros(1, 1, 1), None)
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0, 0.3])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("config", [SD, ZERO_SNR], ids=["sd", "zero-snr"])
+@pytest.mark.parametrize(
+    ("config", "prediction_type"),
+    [(SD, "epsilon"), (SD, "v_prediction"), (ZERO_SNR, "v_prediction")],
+    ids=["epsilon", "v", "v-zero-snr"],
+)
 def test_the_loss_is_that_of_diffusers_script(config, prediction_type, gamma):
     """train_text_to_image.py's lines, with diffusers' own scheduler and compute_snr."""
     config = {**config, "prediction_type": prediction_type}
@@ -119,14 +122,11 @@ def test_the_loss_is_that_of_diffusers_script(config, prediction_type, gamma):
     assert unet.scale.grad.item() == pytest.approx(stock.scale.grad.item(), rel=1e-5)
 
 
-def test_noise_prediction_needs_a_rest_of_picture():
-    config = DistillConfig("some-model", cache=None, run=None, objective="denoise")
-    schedules = {kind: schedule_from_config({**ZERO_SNR, "prediction_type": kind})
-                 for kind in ("epsilon", "v_prediction")}  # fmt: skip
-    with pytest.raises(UserError, match=r"some-model ends in pure noise.*v_prediction"):
-        denoise.build(config, schedules["epsilon"])
-    weights = denoise.build(replace(config, snr_gamma=5.0), schedules["v_prediction"])
-    assert weights.weights(torch.tensor([999, 998])).isfinite().all()
+def test_zero_terminal_snr_does_not_trouble_the_weights():
+    config = DistillConfig("some-model", cache=None, run=None, objective="denoise", snr_gamma=5.0)
+    schedule = schedule_from_config({**ZERO_SNR, "prediction_type": "v_prediction"})
+    weights = denoise.build(config, schedule).weights(torch.tensor([999, 998]))
+    assert weights.isfinite().all()
 
 
 # ---- The draws.
@@ -184,10 +184,10 @@ def fixed_loss(run) -> float:
     return loss
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("lora", 3e-3), ("full", 5e-4)])
+@pytest.mark.parametrize(("kind", "rate"), [("lora", 2e-3), ("full", 3e-4)])
 def test_training_lowers_the_loss(settings, kind, rate):
     run = few_pictures(prepare(settings(
-        student=kind, train_batch_size=8, max_train_steps=12, learning_rate=rate, lora_rank=8,
+        student=kind, train_batch_size=8, max_train_steps=20, learning_rate=rate, lora_rank=8,
     )))  # fmt: skip
     before = fixed_loss(run)
     distill(run)
@@ -195,9 +195,9 @@ def test_training_lowers_the_loss(settings, kind, rate):
 
 
 def test_a_full_student_is_the_only_network(tiny_sd, settings):
-    student = build_student(str(tiny_sd), settings(student="full"), torch.device("cpu"))
-    networks = [value for value in vars(student).values() if isinstance(value, nn.Module)]
-    assert networks == [student.unet]
+    student = build_student(str(tiny_sd), settings(student="full"))
+    networks = {value for value in vars(student).values() if isinstance(value, nn.Module)}
+    assert networks == {student.unet}
     assert student.exported() is student.unet
     stock = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
     assert set(student.trainable()) == set(dict(stock.named_parameters()))
@@ -229,12 +229,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, kind):
         changed = {"noise_offset": 0.0, "snr_gamma": None} if "objective" in change else {}
         with pytest.raises(UserError, match=rf"another run: .*{next(iter(change))} is"):
             prepare(replace(halves, **changed, **change))
-
-
-def test_a_checkpoint_of_distillation_names_no_objective(settings):
-    """Runs from before there were two go on."""
-    run = prepare(settings(objective="lcd", dry_run=True))
-    assert not {"objective", "noise_offset", "snr_gamma"} & run.terms.keys()
 
 
 # ---- What comes out of it.

@@ -20,7 +20,6 @@ from shared.errors import UserError
 from train import checkpoint
 from train.config import DistillConfig
 from train.loop import distill
-from train.optim import learning_rate_factor
 from train.record import keep_until
 from train.run import Distillation
 from train.setup import prepare
@@ -67,7 +66,10 @@ def stop_at(config: DistillConfig, step: int) -> None:
 
 def metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("samples_per_second", "loader_wait")}
+        for line in lines
+    ]
 
 
 def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -332,7 +334,7 @@ def test_resuming_on_another_cache_is_refused_and_on_a_copy_is_not(settings, tin
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 1e-5}, {"max_train_steps": 9}, {"dataloader_num_workers": 4},
+    "change", [{"learning_rate": 1e-5}, {"max_train_steps": 9}, {"dataloader_num_workers": 1},
                {"checkpointing_steps": 1, "logging_steps": 1}, {"train_batch_size": 2},
                {"global_batch_size": 2, "train_batch_size": 1}]
 )  # fmt: skip
@@ -411,14 +413,6 @@ def test_learning_rate_is_a_function_of_the_step(settings):
     spy_on_steps(run, seen)
     distill(run)
     assert [lr / 1e-3 for lr, _ in seen] == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])
-    config = settings(lr_scheduler="cosine", max_train_steps=100)
-    assert learning_rate_factor(50, config) == pytest.approx(0.5)
-    factors = [learning_rate_factor(step, config) for step in range(1, 101)]
-    assert factors == sorted(factors, reverse=True)
-    assert factors[0] > 0.999
-    constant = settings(lr_warmup_steps=4)
-    found = [learning_rate_factor(step, constant) for step in range(1, 7)]
-    assert found == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -169,7 +169,7 @@ def test_a_bf16_lora_run_holds_its_teacher_in_bf16(tiny_sd, tiny_cache, tmp_path
     config = DistillConfig(
         model=str(tiny_sd), cache=tiny_cache, run=tmp_path, mixed_precision="bf16", lora_rank=4
     )
-    student = build_student(str(tiny_sd), config, torch.device("cpu"))
+    student = build_student(str(tiny_sd), config)
     trained = student.trainable()
     frozen = [p for name, p in student.unet.named_parameters() if name not in trained]
     assert {parameter.dtype for parameter in frozen} == {torch.bfloat16}

@@ -16,6 +16,7 @@ from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.family import Model, load_config, resolve_model
 from shared.fingerprint import fingerprint
+from shared.places import Place
 from shared.vae import load_vae
 from train.export import load_student
 from train.objectives import OBJECTIVES
@@ -87,7 +88,7 @@ class Artist:
             scheduler = teacher_scheduler(sampler, spacing, self.scheduler_config)
         return draw_latents(predict, scheduler, steps, self.shape, seeds, self.device).cpu()
 
-    def check_cache(self, manifest: Manifest, cache: Path) -> None:
+    def check_cache(self, manifest: Manifest, cache: Place) -> None:
         """Raise UserError where a cache was made for another model or by another VAE."""
         check_fit(manifest, self.model, cache)
         check_vae(manifest, self.vae, cache, self.vae_source)

@@ -38,7 +38,8 @@ def write_card(run: Path, folder: Path, config: Mapping[str, Any], name: str) ->
     parts = [header(config), introduction(config, name)]
     if previews:
         copy_durably(previews[-1], folder / PREVIEW_FILE, folder / "tmp")
-        parts.append(f"![Prompts as the run drew them]({PREVIEW_FILE})")
+        shown = "Prompts at 1, 2, 4 and 8 steps" if few_steps(config) else "Prompts"
+        parts.append(f"![{shown}]({PREVIEW_FILE})")
     parts += ["## Use", f"```python\n{snippet(config, name, family)}```", guidance(config, family)]
     if (run / "evaluation.json").is_file():
         parts += ["## Evaluation", (run / "evaluation.md").read_text().strip()]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from shared.config import PlaceFlag
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -13,8 +15,8 @@ class DistillConfig:
 
     model: str
     """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file."""
-    cache: Path
-    """A cache made by `python -m prep encode` for this model."""
+    cache: PlaceFlag
+    """A cache made by `python -m prep encode` for this model: a folder or a URL."""
     run: Path
     """Folder for checkpoints, metrics, previews and the exported student."""
     vae: str | None = None
@@ -30,11 +32,24 @@ class DistillConfig:
     """Samples per optimizer step over all processes; a resumed run keeps its own unless given."""
     max_train_steps: int = 1000
     """Optimizer steps."""
+    num_train_epochs: int | None = None
+    """Passes over the cache, from which the steps follow; instead of --max-train-steps."""
     seed: int = 0
     learning_rate: float | None = None
     """1e-4 for lora, 8e-6 (lcd) or 1e-5 (denoise) for full unless given."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    scale_lr: bool = False
+    """Multiply the learning rate by the samples of a step, over all processes."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """diffusers' schedules; every one of them begins with --lr-warmup-steps."""
     lr_warmup_steps: int = 0
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Exponent of polynomial."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's two averages in 8 bits (bitsandbytes, an extra: pip install '.[gpu]')."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.0
@@ -50,6 +65,9 @@ class DistillConfig:
     timestep_scaling_factor: float = 10.0
     ema_decay: float = 0.95
     """Of the full student's target network."""
+    offload_ema: bool = False
+    """Keep the full student's average in fp32 on the CPU, and a half-precision copy on the
+    device."""
     guidance_init: Literal["zero", "random"] = "zero"
     """Of the guidance embedding's projection; with zero the student starts as the teacher."""
     unet_time_cond_proj_dim: int = 256
@@ -62,9 +80,18 @@ class DistillConfig:
     lora_alpha: float | None = None
     """The rank unless given."""
     lora_dropout: float = 0.0
+    lora_target_modules: str | None = None
+    """Ends of the names of the layers to adapt, comma-separated; LCM's fourteen unless given."""
     proportion_empty_prompts: float = 0.0
     """Share of captions replaced by the unconditional embedding."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """torch's own attention, or xformers' (an extra: pip install '.[gpu]')."""
+    compile: bool = False
+    """torch.compile the blocks of the networks; the first steps take minutes."""
+    allow_tf32: bool = False
+    """Let fp32 matrix products on the GPU use TF32."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast dtype of student, teacher and target alike; trainables and losses stay fp32."""
     checkpointing_steps: int = 500
@@ -82,8 +109,12 @@ class DistillConfig:
     logging_dir: Path | None = None
     """Of the trackers; RUN/logs unless given."""
     tracker_project_name: str = "latent-distillery"
-    dataloader_num_workers: int = 2
-    """Reader threads."""
+    dataloader_num_workers: int = 4
+    """Reader threads. A remote cache has one for each batch that it reads ahead."""
+    max_train_samples: int | None = None
+    """Train on the cache's first so many samples, in the order of its manifest."""
+    local_cache: Path | None = None
+    """Folder that keeps the samples read from a remote cache."""
     threads: int | None = None
     """CPU threads of the networks; all cores unless given."""
     device: str = "auto"
@@ -102,7 +133,7 @@ class EvaluateConfig:
     """Compare student and teacher: one table and one picture."""
 
     run: Path
-    eval_cache: Path
+    eval_cache: PlaceFlag
     """Cache of held-out pictures: their captions are the prompts, their latents the real ones."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
@@ -125,7 +156,7 @@ class SampleConfig:
 
     run: Path
     prompt: tuple[str, ...]
-    cache: Path | None = None
+    cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
     vae: str | None = None
     """The VAE that decodes; the run's unless given."""

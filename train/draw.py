@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from shared.cache import CachePaths, open_manifest
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
+from shared.places import place
 from shared.vae import decode_latents
 from train.artist import open_artist
+from train.bucket import open_buckets
 from train.config import SampleConfig
-from train.loader import open_buckets
 from train.pictures import write_grid, write_picture
 from train.sample import most_steps
 
@@ -28,7 +27,7 @@ def draw_prompts(config: SampleConfig) -> None:
         raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")
     if config.num_images < 1:
         raise UserError("--num-images must be at least 1")
-    cache = config.cache or Path(str(artist.config["cache"]))
+    cache = config.cache or place(str(artist.config["cache"]))
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)
     conditioning = load_conditioning(CachePaths(cache).conditioning)

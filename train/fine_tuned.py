@@ -5,8 +5,8 @@ from __future__ import annotations
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.shards import restore
 from train.teacher import call_unet, load_unet
 
@@ -36,6 +36,9 @@ class FineTuned:
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: D102
         for name, tensor in self.unet.state_dict().items():
             restore(tensor, state[name])
+
+    def drawing(self) -> UNet2DConditionModel:  # noqa: D102
+        return self.unet
 
     def exported(self) -> UNet2DConditionModel:  # noqa: D102
         return self.unet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
 from shared.errors import UserError
 from shared.family import Model, force_zeros, load_config
+from shared.places import Place
 from shared.rescale import vae_fingerprint
 from shared.single_file import is_single_file, load_part
+from train import foreign
 
 
 def load_unet(source: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -42,22 +43,11 @@ def load_schedule(source: str) -> Schedule:
         raise UserError(f"{source}: {error}") from None
 
 
-def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
+def check_fit(manifest: Manifest, model: Model, cache: Place) -> None:
     """Raise UserError, naming both sides, where the cache was made for another kind of teacher."""
-    identity = manifest.identity
     unet = load_config(model.source, "unet/config.json")
-    pairs = {
-        "family": (identity["family"], model.family.name),
-        "latent channels": (identity["vae"]["channels"], unet["in_channels"]),
-        "embedding width": (identity["text"]["width"], unet["cross_attention_dim"]),
-    }
-    for what, (here, wanted) in pairs.items():
-        if here != wanted:
-            raise UserError(
-                f"{cache} was made for another model: its {what} is {here}, "
-                f"{model.source} wants {wanted}; pass the model it was made for, or encode anew"
-            )
-    here, wanted = identity["text"]["force_zeros"], force_zeros(model)
+    foreign.check_fit(manifest, model.family.name, unet, cache)
+    here, wanted = manifest.identity["text"]["force_zeros"], force_zeros(model)
     if here != wanted:
         kinds = {True: "zeros", False: "the encoded empty prompt"}
         raise UserError(
@@ -67,7 +57,7 @@ def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
         )
 
 
-def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) -> None:
+def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Place, source: str) -> None:
     """Raise UserError where the latents come from another VAE than the one at `source`."""
     identity = manifest.identity["vae"]
     stored, present = identity["fingerprint"], vae_fingerprint(vae)
@@ -87,15 +77,17 @@ def call_unet(
     time_ids: Tensor | None,
     guidance: Tensor | None = None,
 ) -> Tensor:
-    """The UNet's output `[B, C, h, w]` in the dtype of z (fp32 in training).
+    """The UNet's output `[B, C, h, w]` in the dtype of `z`, which is fp32 outside of tests.
 
     `guidance` is the embedding `[B, time_cond_proj_dim]`, for students that take one. time_ids
-    stay fp32: bf16 would turn 1023 into 1024.
+    take z's dtype too: bf16 would turn 1023 into 1024.
     """
+    assert z.dtype in (torch.float32, torch.float64)
     added: dict[str, Any] | None = None
     if text.pooled_prompt_embeds is not None:
         assert time_ids is not None
-        added = {"text_embeds": text.pooled_prompt_embeds.to(z.dtype), "time_ids": time_ids.float()}
+        pooled = text.pooled_prompt_embeds.to(z.dtype)
+        added = {"text_embeds": pooled, "time_ids": time_ids.to(z.dtype)}
     output = unet(
         z, t, text.prompt_embeds.to(z.dtype), timestep_cond=guidance, added_cond_kwargs=added
     ).sample

@@ -21,7 +21,10 @@ from train.objectives import OBJECTIVES
 from train.student import Student
 
 # Besides the objective's own flags; everything else may change.
-TERMS = ("objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts")
+TERMS = (
+    "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
+    "max_train_samples", "lora_target_modules", "use_8bit_adam",
+)  # fmt: skip
 
 
 def divide(

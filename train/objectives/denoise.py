@@ -11,8 +11,8 @@ from torch import Tensor
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, add_noise, velocity
 from shared.errors import UserError
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.objectives.objective import Objective
 
 
@@ -65,11 +65,6 @@ def build(config: DistillConfig, schedule: Schedule) -> Denoise:
         raise UserError(f"--noise-offset {config.noise_offset:g} must be from 0 to below 1")
     if config.snr_gamma is not None and not config.snr_gamma > 0:
         raise UserError(f"--snr-gamma {config.snr_gamma:g} must be above 0; 5 is usual")
-    if schedule.prediction_type == "epsilon" and not schedule.alphas_cumprod[-1] > 0:
-        raise UserError(
-            f"the schedule of {config.model} ends in pure noise (zero terminal SNR), where "
-            "predicted noise says nothing; such a model must have prediction_type v_prediction"
-        )
     return Denoise(schedule, config.snr_gamma)
 
 

@@ -22,8 +22,8 @@ from shared.diffusion import (
     predicted_x0,
     solver_timesteps,
 )
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.objectives.objective import Objective
 
 
@@ -102,7 +102,7 @@ OBJECTIVE = Objective(
     build=build,
     flags=(
         "w_min", "w_max", "num_ddim_timesteps", "loss_type", "huber_c", "timestep_scaling_factor",
-        "ema_decay", "guidance_init", "unet_time_cond_proj_dim",
+        "ema_decay", "offload_ema", "guidance_init", "unet_time_cond_proj_dim",
     ),
     learning_rates={"lora": 1e-4, "full": 8e-6},
     teacher=True,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 
 
 class Loss(Protocol):
