@@ -53,24 +53,22 @@ def prepare(config: DistillConfig) -> Distillation:
     objective = build_objective(config, model, team.device)
     student = build_student(model.source, config)
     terms = run_terms(config, manifest, model, student)
-    if before is not None:
-        checkpoint.check_terms(resumed, before.terms, terms)
     speed_up(student.networks(), config, team.device)
     team.share(student)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
     scaler = torch.amp.GradScaler(team.device.type, enabled=config.mixed_precision == "fp16")
     if before is not None:
+        checkpoint.check_terms(resumed, before.terms, terms)
         student.load_state(checkpoint.load_networks(resumed))
         checkpoint.restore_optimizer(optimizer, parameters, checkpoint.load_optimizer(resumed))
         scaler.load_state_dict(dict(before.scaler))
     conditioning = load_conditioning(CachePaths(config.cache).conditioning)
-    position = 0 if before is None else before.position
+    begun = before or checkpoint.Progressed(0, 0, batch_size, terms)
     loader = build_loader(
         config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
-        position, team,
+        begun.position, team,
     )  # fmt: skip
-    done = 0 if before is None else before.step
     learning_rate = base_learning_rate(config, batch_size)
     if team.main:
         warn_of_small_buckets(loader)
@@ -90,10 +88,10 @@ def prepare(config: DistillConfig) -> Distillation:
         parameters=parameters,
         learning_rate=learning_rate,
         accumulation=accumulation,
-        step=done,
-        position=position,
+        step=begun.step,
+        position=begun.position,
         terms=terms,
-        recorder=Recorder(config, team, loader, done),
+        recorder=Recorder(config, team, loader, begun.step),
         previews=open_previews(config, model, manifest, conditioning, team.device),
     )
 
