@@ -124,6 +124,13 @@ def sync_folder(folder: Place) -> None:
         os.close(fd)
 
 
+def sync_tree(folder: Path) -> None:
+    """fsync a folder and all that a library wrote into it, before a rename makes it visible."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync_folder(path)  # a file is opened and synced in the same way
+    sync_folder(folder)
+
+
 def temporary(tmp: Path, label: str = "") -> Path:
     """A fresh name in `tmp` that tells which process of which machine it belongs to."""
     return tmp / f"{_host()}-{os.getpid()}-{os.urandom(6).hex()}{label}"

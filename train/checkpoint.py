@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ def save_checkpoint(
     publish([dump_json(vars(progressed))], building / STATE, tmp)
     sync_folder(building)
     if final.exists():  # of an earlier, longer run that was resumed from before it
-        remove(final)
+        remove(final, tmp)
     move(building, final)
     prune(run, total_limit, final)
     return final
@@ -66,14 +67,15 @@ def prune(run: Path, total_limit: int | None, newest: Path) -> None:
     if total_limit is not None:
         others = [folder for folder in whole_checkpoints(run) if folder != newest]
         for old in others[: max(len(others) + 1 - max(total_limit, 1), 0)]:
-            remove(old)
+            remove(old, run / "tmp")
 
 
-def remove(folder: Path) -> None:
-    """Delete a checkpoint; without its state.json it is none, however far this gets."""
-    (folder / STATE).unlink()
-    sync_folder(folder)
-    shutil.rmtree(folder)
+def remove(folder: Path, tmp: Path) -> None:
+    """Delete a checkpoint: out of sight first, so that no part of it is ever seen or left over."""
+    gone = temporary(tmp, f"-{folder.name}")
+    os.replace(folder, gone)
+    sync_folder(folder.parent)
+    shutil.rmtree(gone)
 
 
 def whole_checkpoints(run: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 
 from shared.config import coerce
 from shared.errors import UserError
-from shared.storage import copy_durably, load_json, move, sync_folder, temporary
+from shared.storage import copy_durably, load_json, move, sweep, sync_tree, temporary
 from train.card import write_card
 from train.checkpoint import find_checkpoint, load_networks
 from train.config import DistillConfig, ExportConfig
@@ -33,8 +33,8 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     export is replaced only when the new one is whole. Returns what was written.
     """
     tmp = folder / "tmp"
+    sweep(tmp)
     building = temporary(tmp, "-export")
-    shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     if getattr(unet, "peft_config", None):
         save_lora(unet, building)
@@ -44,7 +44,7 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
         shutil.rmtree(building)
         return folder / LORA_FILE
     unet.save_pretrained(building)
-    sync_folder(building)
+    sync_tree(building)
     final, old = folder / UNET_FOLDER, temporary(tmp, "-old")
     if final.exists():
         os.replace(final, old)

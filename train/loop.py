@@ -23,29 +23,33 @@ SMALLEST_SCALE = 2.0**-10  # of the fp16 loss; torch begins at 2**16
 def distill(run: Distillation) -> None:
     """Take optimizer steps from where the run stands to `max_train_steps`, or to SIGTERM."""
     config, student = run.config, run.student
-    with closing(run.loader.batches()) as batches, run.recorder, Stop(run.team) as stop:
-        while run.step < config.max_train_steps and not stop.asked():
-            seed_dropout(config.seed, run.step + 1, run.team.rank)
-            rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, config)
-            loss, norm = backward(run, next(batches))
-            taken = update(run.optimizer, run.scaler)
-            run.position += run.loader.order.batch_size
-            if not taken:
-                continue  # an fp16 overflow: the same step again, with the next samples
-            run.step += 1
-            student.after_step()
-            batch = run.position // run.loader.order.batch_size - 1
-            run.recorder.record(run.step, batch, loss, norm, rate)
-            if due(run.step, config.checkpointing_steps, config):
+    began = run.step
+    with Stop(run.team) as stop:
+        with closing(run.loader.batches()) as batches, run.recorder:
+            while run.step < config.max_train_steps and not stop.asked():
+                seed_dropout(config.seed, run.step + 1, run.team.rank)
+                rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, config)
+                loss, norm = backward(run, next(batches))
+                taken = update(run.optimizer, run.scaler)
+                run.position += run.loader.order.batch_size
+                if not taken:
+                    continue  # an fp16 overflow: the same step again, with the next samples
+                run.step += 1
+                student.after_step()
+                batch = run.position // run.loader.order.batch_size - 1
+                run.recorder.record(run.step, batch, loss, norm, rate)
+                # Pictures first: killed before it has saved, a run draws them again.
+                if due(run.step, config.validation_steps, config):
+                    run.preview()
+                if due(run.step, config.checkpointing_steps, config):
+                    run.save()
+            finished = run.step == config.max_train_steps
+            saved = run.step == began or due(run.step, config.checkpointing_steps, config)
+            if not finished and not saved:
                 run.save()
-            if due(run.step, config.validation_steps, config):
-                run.preview()
-        finished = run.step == config.max_train_steps
-        if not finished and run.step % config.checkpointing_steps:
-            run.save()
-    if finished:
-        run.export()
-    elif run.team.main:
+        if finished:  # and SIGTERM waits for what is left to do
+            run.export()
+    if not finished and run.team.main:
         print(
             f"stopped after step {run.step}; --resume-from-checkpoint latest goes on from there",
             file=sys.stderr,

@@ -23,8 +23,12 @@ def write_grid(
     rows: Sequence[Sequence[NDArray[np.uint8]]],
     columns: Sequence[str],
     labels: Sequence[str],
+    tmp: Path | None = None,
 ) -> NDArray[np.uint8]:
-    """A PNG of pictures `[H, W, 3]` under column titles, each row under its label."""
+    """A PNG of pictures `[H, W, 3]` under column titles, each row under its label.
+
+    It is written by way of the folder `tmp`; beside `path` unless given.
+    """
     zoom = max(1, -(-MIN_TILE // rows[0][0].shape[0]))
     height, width = (zoom * side for side in rows[0][0].shape[:2])
     font = ImageFont.load_default(FONT_SIZE)
@@ -42,15 +46,15 @@ def write_grid(
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (GAP + column * (width + GAP), top))
         pen.text((GAP, top + height + 2), fitted(label, sheet.width - 2 * GAP, font), "black", font)
-    write_picture(path, np.asarray(sheet))
+    write_picture(path, np.asarray(sheet), tmp)
     return np.asarray(sheet)
 
 
-def write_picture(path: Path, pixels: NDArray[np.uint8]) -> None:
+def write_picture(path: Path, pixels: NDArray[np.uint8], tmp: Path | None = None) -> None:
     """A PNG of `[H, W, 3]`."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    publish([buffer.getvalue()], path, path.parent)
+    publish([buffer.getvalue()], path, tmp or path.parent)
 
 
 def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

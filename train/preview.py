@@ -74,7 +74,8 @@ class Previews:
         path = self.folder / f"step-{step:08d}.png"
         rows = [list(row) for row in zip(*columns, strict=True)]
         titles = [f"{steps} step{'s'[: steps > 1]}" for steps in self.steps]
-        return path, write_grid(path, rows, titles, self.prompts)
+        tmp = self.folder.parent / "tmp"  # swept when the run goes on
+        return path, write_grid(path, rows, titles, self.prompts, tmp)
 
 
 def half_autocast(unet: UNet2DConditionModel, device: torch.device) -> torch.autocast:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,11 @@ class Recorder:
         self.rate = rate
 
     def flush(self) -> None:
-        """Write all that has been noted."""
+        """Write all that has been noted, durably: the checkpoint that follows vouches for it."""
         self._turn(self._close_window(self.rate) if self.values else None)
         self._turn(None)
+        if self.team.main:
+            os.fsync(self.file.fileno())
 
     def _close_window(self, rate: float) -> Window:
         """The steps since the last line; their numbers set out for the CPU."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,8 +41,8 @@ def prepare(config: DistillConfig) -> Distillation:
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
     check_flags(config)
-    terms = run_terms(config, manifest, model)
-    resumed, before = find_former(config, terms)
+    resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
+    before = None if resumed is None else checkpoint.read_progress(resumed)
     set_threads(config.threads)
     team = Team(config.device)
     batch_size, accumulation = divide(config, team.world, len(manifest.layouts), before)
@@ -54,22 +52,23 @@ def prepare(config: DistillConfig) -> Distillation:
         say_memory(config, model, manifest, team.device)
     objective = build_objective(config, model, team.device)
     student = build_student(model.source, config)
+    terms = run_terms(config, manifest, model, student)
     speed_up(student.networks(), config, team.device)
     team.share(student)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
     scaler = torch.amp.GradScaler(team.device.type, enabled=config.mixed_precision == "fp16")
     if before is not None:
+        checkpoint.check_terms(resumed, before.terms, terms)
         student.load_state(checkpoint.load_networks(resumed))
         checkpoint.restore_optimizer(optimizer, parameters, checkpoint.load_optimizer(resumed))
         scaler.load_state_dict(dict(before.scaler))
     conditioning = load_conditioning(CachePaths(config.cache).conditioning)
-    position = 0 if before is None else before.position
+    begun = before or checkpoint.Progressed(0, 0, batch_size, terms)
     loader = build_loader(
         config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
-        position, team,
+        begun.position, team,
     )  # fmt: skip
-    done = 0 if before is None else before.step
     learning_rate = base_learning_rate(config, batch_size)
     if team.main:
         warn_of_small_buckets(loader)
@@ -89,24 +88,12 @@ def prepare(config: DistillConfig) -> Distillation:
         parameters=parameters,
         learning_rate=learning_rate,
         accumulation=accumulation,
-        step=done,
-        position=position,
+        step=begun.step,
+        position=begun.position,
         terms=terms,
-        recorder=Recorder(config, team, loader, done),
+        recorder=Recorder(config, team, loader, begun.step),
         previews=open_previews(config, model, manifest, conditioning, team.device),
     )
-
-
-def find_former(
-    config: DistillConfig, terms: dict[str, Any]
-) -> tuple[Path | None, checkpoint.Progressed | None]:
-    """The checkpoint to go on from, and how far it is. Raises UserError for another run's."""
-    resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
-    if resumed is None:
-        return None, None
-    before = checkpoint.read_progress(resumed)
-    checkpoint.check_terms(resumed, before.terms, terms)
-    return resumed, before
 
 
 def check_flags(config: DistillConfig) -> None:

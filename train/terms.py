@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
 
 from shared.cache import Manifest
 from shared.config import to_dict
@@ -13,6 +18,7 @@ from shared.storage import dump_json
 from train.checkpoint import Progressed
 from train.config import DistillConfig
 from train.objectives import OBJECTIVES
+from train.student import Student
 
 # Besides the objective's own flags; everything else may change.
 TERMS = (
@@ -57,8 +63,10 @@ def divide(
     return batch_size, batch_size // share
 
 
-def run_terms(config: DistillConfig, manifest: Manifest, model: Model) -> dict[str, Any]:
-    """What a checkpoint remembers and a resume must repeat."""
+def run_terms(
+    config: DistillConfig, manifest: Manifest, model: Model, student: Student
+) -> dict[str, Any]:
+    """What a checkpoint remembers and a resume must repeat; `student` is as it was built."""
     shards = [[shard.file, shard.count] for shard in manifest.shards]
     content = dump_json([manifest.identity["family"], shards])
     flags = to_dict(config)
@@ -66,4 +74,19 @@ def run_terms(config: DistillConfig, manifest: Manifest, model: Model) -> dict[s
         **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
+        "teacher": frozen_signs(student.networks()),
     }
+
+
+def frozen_signs(networks: Sequence[nn.Module]) -> str:
+    """16 hex digits over the signs of the weights that are not trained: the teacher's.
+
+    Signs do not change when weights are rounded to half precision, so a run may go on with another
+    --mixed-precision; some do in any further training of a teacher.
+    """
+    digest = hashlib.sha256()
+    for network in networks:
+        for parameter in network.parameters():
+            if not parameter.requires_grad:
+                digest.update(np.packbits(torch.signbit(parameter).numpy().ravel()).data)
+    return digest.hexdigest()[:16]
