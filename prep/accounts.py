@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shared.cache import CachePaths, UnitRecord
+from shared.places import Place
 
 COLUMNS = ("key", "source_key", "captions", "image_sha256", "status", "reason")
 BATCH_ROWS = 4096
@@ -26,10 +26,10 @@ def accounts(cache: CachePaths, unit: UnitRecord, keys: Collection[str]) -> list
     ]
 
 
-def account_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def account_batches(path: Place) -> Iterator[pa.RecordBatch]:
     """An accounting table piece by piece, with those of `COLUMNS` that it has."""
     try:
-        with pq.ParquetFile(path) as table:
+        with path.open("rb") as file, pq.ParquetFile(file) as table:
             columns = [name for name in COLUMNS if name in table.schema_arrow.names]
             yield from table.iter_batches(batch_size=BATCH_ROWS, columns=columns)
     except (OSError, pa.ArrowInvalid):

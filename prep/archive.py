@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.errors import UserError
+from shared.places import Place
 
 SUMS = "SHA256SUMS"
 SUFFIX = ".zst"
@@ -47,7 +48,7 @@ def _parse(path: Path) -> Iterator[tuple[str, str]]:
         yield name, digest
 
 
-def refuse_strangers(folder: Path, known: set[str], other: Path, flag: str) -> None:
+def refuse_strangers(folder: Place, known: set[str], other: Place, flag: str) -> None:
     """Raise UserError where the folder holds records of units that `other` does not have."""
     extra = sorted(path.name for path in (folder / "units").glob("*.json"))
     extra = [name for name in extra if name not in known]

@@ -67,7 +67,7 @@ def read_mean(cache: CachePaths, shard: Shard, index: int, channels: int) -> NDA
     layout = Layout.from_json(shard.layout)
     latents = layout.fields[0]
     height, width = layout.latent_size
-    with (cache.root / shard.file).open("rb") as file:
+    with (cache.root / shard.file).open("rb", buffering=0) as file:
         file.seek(index * layout.stride + layout.offsets[latents.name])
         data = file.read(np.dtype(latents.dtype).itemsize * channels * height * width)
     return np.frombuffer(data, latents.dtype).reshape(channels, height * width)

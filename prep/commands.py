@@ -14,13 +14,13 @@ from prep.pipeline import Encoders, Work
 from prep.sources import SourceOptions, Unit, find_units
 from prep.text import TextEncoder
 from prep.vae import posterior_matters
-from shared.cache import CachePaths, claim_identity, open_manifest, read_units
+from shared.cache import CachePaths, UnitRecord, open_manifest, read_units
 from shared.conditioning import Conditioning, load_conditioning, save_conditioning
 from shared.device import pick_device
 from shared.errors import UserError
 from shared.family import Model, resolve_model
 from shared.progress import Progress
-from shared.storage import load_json, sweep
+from shared.storage import load_json, sweep, sync_folder
 
 T = TypeVar("T")
 
@@ -33,12 +33,13 @@ def encode(config: config.EncodeConfig) -> None:
     units = find_units(config.shards, source_options(config))
     model = resolve_model(config.model)
     cache = CachePaths(config.cache)
-    stale = share(stale_units(cache, units, config.prune), config.part)
+    records = read_units(cache)
+    stale = share(stale_units(cache, records, units, config.prune), config.part)
     shapes = identity.choose_shapes(config, cache)
     vae = identity.choose_vae(config, cache, model, shapes.device)
     settings = identity.choose_settings(config, model, keep_logvar(config, cache))
     encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip)
-    todo = plan.pending(cache, share(units, config.part))
+    todo = plan.pending(cache, share(units, config.part), records)
     captions: list[str] = []
     seconds = None
     begun = cache.identity.exists()
@@ -48,29 +49,27 @@ def encode(config: config.EncodeConfig) -> None:
         if config.latents == "auto" and not begun:
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = identity.expected_layout(encoders, settings)
-    work = plan.estimate(todo, layout, seconds, cache.root)
+    work = plan.estimate(todo, layout, seconds, cache)
     print(work, file=sys.stderr)
-    plan.refuse_full_disk(work, cache.root)
+    plan.refuse_full_disk(work, cache)
     if config.dry_run:
         return
     sweep(cache.tmp)
-    claim_identity(
-        cache,
-        identity.build_identity(model, encoders, settings, shapes),
-        "give the same flags and model, or another --cache",
-    )
+    identity.claim(cache, model, encoders, settings, shapes, begun)
     prompts = config.preview_prompts
     if not prompts and not cache.conditioning.exists():
         prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
     add_prompts(cache, model, encoders.text, prompts)
     job = engine.Job(
         cache, model, shapes, replace(vae, rescale=encoders.vae.rescale), settings,
-        config.decode_workers, config.max_reject_fraction, tuple(read_units(cache)),
+        config.decode_workers, config.max_reject_fraction, tuple(records),
     )  # fmt: skip
     started = time.monotonic()
     done = encode_units(config, job, todo, encoders, work.rows)
     for name in stale:  # last, because what they hold may have been copied
-        (cache.units / f"{name}.json").unlink()
+        (cache.units / f"{name}.json").unlink(missing_ok=True)  # another part was faster
+    if stale:
+        sync_folder(cache.units)
     print(f"{done.pictures} pictures and {done.captions} captions encoded, the rest copied")
     if config.part is not None:
         print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
@@ -129,7 +128,7 @@ def source_options(config: config.EncodeConfig) -> SourceOptions:
     """The flags about sources. A `pipe:` may run: `parse` takes one from the command line only."""
     return SourceOptions(
         config.folder_units, config.image_column, config.caption_column, config.key_column,
-        config.streaming, config.max_image_bytes, pipes=True,
+        config.streaming, config.dataset_config_name, config.max_image_bytes, pipes=True,
     )  # fmt: skip
 
 
@@ -142,14 +141,16 @@ def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:
     return config.latents == "posterior"
 
 
-def stale_units(cache: CachePaths, units: Sequence[Unit], prune: bool) -> list[str]:
+def stale_units(
+    cache: CachePaths, records: Sequence[UnitRecord], units: Sequence[Unit], prune: bool
+) -> list[str]:
     """Units of the cache whose source is not listed any more, if they are to be dropped.
 
     Raises UserError if they are not: silently kept they would be trained on, silently dropped
     they would have to be encoded again.
     """
     names, sources = {unit.name for unit in units}, {unit.source for unit in units}
-    stale = [record for record in read_units(cache) if record.name not in names]
+    stale = [record for record in records if record.name not in names]
     # A folder that grew or shrank has other units now; the former ones are simply replaced.
     unlisted = [record for record in stale if record.source not in sources]
     if unlisted and not prune:
@@ -181,6 +182,7 @@ def embed(config: config.EmbedConfig) -> None:
     """Add prompts to a cache, with the text encoders it was made with."""
     cache = CachePaths(config.cache)
     stored = open_manifest(config.cache).identity
+    sweep(cache.tmp)
     model = resolve_model(config.model or stored["model"])
     encoder = TextEncoder(
         model, pick_device(config.device), stored["shapes"]["text_batch_size"],
@@ -198,6 +200,7 @@ def embed(config: config.EmbedConfig) -> None:
 def finish(config: config.FinishConfig) -> None:
     """Fold the committed units into the manifest."""
     cache = CachePaths(config.cache)
+    sweep(cache.tmp)
     print(engine.finish(cache))
     if config.report:
         print(report.write_report(cache, report.load_vae_for(cache, config)))

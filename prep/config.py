@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from prep.rows import MAX_IMAGE_BYTES
+from shared.config import PlaceFlag
+
 
 @dataclass(frozen=True)
 class EncodeConfig:
@@ -14,9 +17,9 @@ class EncodeConfig:
     shards: tuple[str, ...]
     """Tars, Parquet files, folders, datasets: paths and URLs (braces and globs, quoted)."""
     model: str
-    """sd15, sd21, sdxl, tiny-sd, tiny-xl, a local diffusers folder or a hub id."""
-    cache: Path
-    """Folder of the cache; made if it does not exist."""
+    """sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or one .safetensors file."""
+    cache: PlaceFlag
+    """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist."""
     resolution: int | None = None
     """Pixels of a side; the model's own unless given."""
     center_crop: bool = True
@@ -70,10 +73,13 @@ class EncodeConfig:
     """Column of a table that holds the captions; caption, text, TEXT, prompt unless given."""
     key_column: str | None = None
     """Column of a table that names its rows; the picture's path, id or url unless given."""
+    dataset_config_name: str | None = None
+    """Configuration of datasets of the hub that have several; hf://owner/name:CONFIG:SPLIT too."""
     streaming: bool = False
     """Read a dataset of the hub (hf://owner/name) shard by shard, without downloading it first."""
-    max_image_bytes: int = 256_000_000
-    """Reject a picture whose file is larger, without reading it."""
+    max_image_bytes: int = MAX_IMAGE_BYTES
+    """Reject a picture whose file is larger, without reading it; another limit than the former
+    one reads all units again, and encodes what it lets in."""
     where: str | None = None
     """Keep rows of which this holds or is unknown: "similarity > 0.3 and license != 'nc'"."""
     max_pwatermark: float | None = None
@@ -102,7 +108,7 @@ class EncodeConfig:
 class FinishConfig:
     """Fold all committed units into the manifest (`encode` does it by itself)."""
 
-    cache: Path
+    cache: PlaceFlag
     report: bool = True
     """Write report.html, too."""
     model: str | None = None
@@ -116,7 +122,7 @@ class FinishConfig:
 class EmbedConfig:
     """Add prompts to a cache, for previews and `train sample`."""
 
-    cache: Path
+    cache: PlaceFlag
     prompts: tuple[str, ...]
     model: str | None = None
     """Where the text encoders are; the cache's own model unless given."""
@@ -127,7 +133,7 @@ class EmbedConfig:
 class VerifyConfig:
     """Check a cache: records, sizes, hashes, checksums, finite values."""
 
-    cache: Path
+    cache: PlaceFlag
     reencode: int = 0
     """Samples, drawn at random, that are encoded again from their source and compared."""
     repair: bool = False
@@ -145,7 +151,7 @@ class VerifyConfig:
 class DecodeConfig:
     """Draw a contact sheet: originals beside their decoded latents."""
 
-    cache: Path
+    cache: PlaceFlag
     output: Path = Path("contact-sheet.png")
     count: int = 12
     """Pictures, drawn at random."""
@@ -161,7 +167,7 @@ class DecodeConfig:
 class StatsConfig:
     """Say what is in a cache: totals, sizes, rejections, sources, statistics."""
 
-    cache: Path
+    cache: PlaceFlag
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -170,7 +176,7 @@ class StatsConfig:
 class ReportConfig:
     """Write CACHE/report.html: pictures, charts and what was rejected, on one page."""
 
-    cache: Path
+    cache: PlaceFlag
     model: str | None = None
     """Where the VAE is; the cache's own model unless given."""
     vae: str | None = None
@@ -182,18 +188,18 @@ class ReportConfig:
 class GcConfig:
     """Remove shards and tables that no record of the cache names."""
 
-    cache: Path
+    cache: PlaceFlag
     dry_run: bool = False
     """Say what would be removed, and stop."""
     all: bool = False
-    """Also what is younger than an hour; only while nothing encodes into the cache."""
+    """Also what was in use less than a day ago; only while nothing encodes or trains on it."""
 
 
 @dataclass(frozen=True)
 class PackConfig:
     """Make an archive of a cache, compressed with zstd, for shipping."""
 
-    cache: Path
+    cache: PlaceFlag
     output: Path
     """Folder of the archive; what is already there and right is kept."""
     level: int = 3
@@ -208,5 +214,5 @@ class UnpackConfig:
 
     input: Path
     """Folder that `prep pack` wrote."""
-    cache: Path
-    """Folder of the cache; what is already there and right is kept."""
+    cache: PlaceFlag
+    """Folder or URL of the cache; what is already there and right is kept."""

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 
+from prep.gc import retire
 from prep.identity import Shapes, VaeChoice
+from prep.overlap import mapped
 from prep.pipeline import Encoders, Settings, Work, samples
 from prep.reuse import NOTHING, Known
 from prep.sources import SourceError, Unit
 from prep.writer import UnitWriter
 from shared.cache import CachePaths, UnitRecord, fold, read_units, write_manifest
-from shared.errors import UserError
+from shared.errors import UserError, on_one_line
 from shared.family import Model
 from shared.progress import Progress
 from shared.storage import load_json
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
+WRITES_AHEAD = 4  # chunks of samples that wait to be written
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,19 @@ def encode_unit(
     work = Work()
     known = job.known.get(unit.source, NOTHING)
     writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels)
-    retried = encoders.vae.retried
     try:
-        for sample in samples(unit, encoders, job.settings, job.decode_workers, known, work):
-            writer.add(sample)
-            tick(1, writer.rejected.total())
-        writer.commit(job.max_reject_fraction, encoders.vae.retried - retried)
+        with (
+            closing(samples(unit, encoders, job.settings, job.decode_workers, known, work)) as done,
+            closing(mapped(writer.add, done, 1, WRITES_AHEAD, "write")) as written,
+        ):
+            for rows in written:
+                tick(rows, writer.rejected.total())
+        writer.commit(job.max_reject_fraction)
     except SourceError as error:
-        return Outcome(len(writer.accounts), writer.rejected.total(), work, str(error))
+        return Outcome(writer.read, writer.rejected.total(), work, str(error))
     finally:
         writer.close()
-    return Outcome(len(writer.accounts), writer.rejected.total(), work)
+    return Outcome(writer.read, writer.rejected.total(), work)
 
 
 def encode_here(
@@ -101,7 +107,7 @@ def add_up(outcomes: Iterable[Outcome], units: int, progress: Progress) -> Work:
         work += outcome.work
         if outcome.damage:
             damages.append(outcome.damage)
-            progress.write(f"skipped: {outcome.damage}")
+            progress.write(f"skipped: {on_one_line(outcome.damage)}")
     if damages:
         more = f" (and {len(damages) - 1} more, listed above)" if len(damages) > 1 else ""
         raise UserError(f"{damages[0]}{more}; the other {units - len(damages)} units are committed")
@@ -115,6 +121,7 @@ def finish(cache: CachePaths) -> str:
         raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
     versions = {name: version(name) for name in LIBRARIES}
     manifest = fold(load_json(cache.identity), units, versions)
+    retire(cache, {shard.file for shard in manifest.shards})
     write_manifest(cache, manifest)
     totals = manifest.totals
     rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())

@@ -40,6 +40,8 @@ class FolderReader:
                 path = (folder / name).resolve()
                 if not path.is_relative_to(folder):
                     problem = "outside the folder"
+                elif not path.is_file():  # reading a pipe would wait for ever
+                    problem = "file missing"
                 elif path.stat().st_size > self.max_image_bytes:
                     problem = TOO_LARGE
                 else:
@@ -115,15 +117,16 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 def _captions_beside(path: Path) -> list[dict[str, Any]]:
-    return [
-        {
-            "file_name": str(text.with_suffix(image.suffix).relative_to(path)),
-            "text": text.read_text("utf-8", "replace").strip(),
-        }
-        for image in sorted(path.rglob("*"))
-        if image.suffix[1:].lower() in IMAGE_EXTENSIONS
-        and (text := image.with_suffix(".txt")).is_file()
-    ]
+    """A row for each picture, also for one without a caption; none where no picture has one."""
+    rows, captioned = [], False
+    for image in sorted(path.rglob("*")):
+        if image.suffix[1:].lower() in IMAGE_EXTENSIONS:
+            row = {"file_name": str(image.relative_to(path))}
+            if (text := image.with_suffix(".txt")).is_file():
+                row["text"] = text.read_text("utf-8-sig", "replace").strip()
+                captioned = True
+            rows.append(row)
+    return rows if captioned else []
 
 
 def _utf8(path: Path) -> str:

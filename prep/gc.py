@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from prep.config import GcConfig
-from prep.stats import iterate_units
 from prep.words import counted, size_of
-from shared.cache import CachePaths
+from shared.cache import CachePaths, iterate_units
 from shared.errors import UserError
-from shared.storage import guard, load_json, strays, sweep
+from shared.places import Place
+from shared.storage import file_sizes, guard, load_json, strays, sweep
 
-KEPT_SECONDS = 3600.0
+KEPT_SECONDS = 24 * 3600.0
 # How `prep encode` names what it writes; nothing else is ever touched.
 OURS = {
     "shards": re.compile(r".+-\d+x\d+-[0-9a-f]{12}\.tar"),
@@ -25,12 +27,13 @@ OURS = {
 def gc(config: GcConfig) -> None:
     """Remove shards and tables that no record names, and strays in tmp/; say what was freed.
 
-    Safe while an encode runs. An encode writes a unit's files first and its record seconds later,
-    so a young file that no record names may be about to be named: below an hour it stays, unless
-    `all` says that nothing is running. Files are listed before records are read, so one that is
-    committed in between counts as named. What the manifest names stays too, even if its record is
-    gone, because somebody may be training on it. Raises UserError, before anything is removed,
-    where the folder is no cache or a record cannot be read.
+    Safe while an encode or a training runs. An encode writes a unit's files first and its record
+    seconds later, and a trainer that read the former manifest opens a shard when it first needs
+    it: so a file that no record names stays for a day after it was written or was last named
+    (`retire`), unless `all` says that nothing is running. Files are listed before records are
+    read, so one that is committed in between counts as named. What the manifest names stays too,
+    even if its record is gone. Raises UserError, before anything is removed, where the folder is
+    no cache or a record cannot be read.
     """
     cache = CachePaths(config.cache)
     if not cache.identity.exists():
@@ -39,12 +42,13 @@ def gc(config: GcConfig) -> None:
     named = names_in_use(cache)
     unnamed = [path for path in candidates if str(path.relative_to(cache.root)) not in named]
     removed, young, freed = 0, 0, 0
+    dropped = last_named(cache)
     for path in unnamed:
         try:
             stat = path.stat()  # again: an encode may just have written it anew
         except FileNotFoundError:
             continue
-        if time.time() - stat.st_mtime < KEPT_SECONDS and not config.all:
+        if time.time() - max(stat.st_mtime, dropped) < KEPT_SECONDS and not config.all:
             young += 1
             continue
         if config.dry_run:
@@ -58,7 +62,7 @@ def gc(config: GcConfig) -> None:
     if not config.dry_run:
         with guard(cache.tmp):
             sweep(cache.tmp)
-    kept = f"; {young} younger than an hour kept, which --all removes" if young else ""
+    kept = f"; {young} in use less than a day ago kept, which --all removes" if young else ""
     print(
         f"{cache.root}: {counted(removed, 'file')} and {counted(len(left), 'stray')} in tmp/ "
         f"{'would be ' if config.dry_run else ''}removed, {freed:,} bytes "
@@ -66,11 +70,36 @@ def gc(config: GcConfig) -> None:
     )
 
 
-def written_files(cache: CachePaths) -> Iterator[Path]:
+def retire(cache: CachePaths, kept: Collection[str]) -> None:
+    """Date the shards that the manifest names and the next one, which names `kept`, will not.
+
+    To be called before the manifest is replaced: `gc` counts their age from now on. Objects
+    cannot be dated; there `gc` counts from the manifest.
+    """
+    if not isinstance(cache.root, Path):
+        return
+    try:
+        former = load_json(cache.manifest)["shards"]
+    except UserError:  # none, or a damaged one: nobody reads what it names
+        return
+    for row in former:
+        if row["file"] not in kept:
+            with guard(cache.shards), contextlib.suppress(FileNotFoundError):
+                os.utime(cache.root / row["file"])
+
+
+def last_named(cache: CachePaths) -> float:
+    """When, at the latest, objects that nothing names were named; 0 where files are dated."""
+    if isinstance(cache.root, Path) or not cache.manifest.exists():
+        return 0.0
+    return float(cache.manifest.stat().st_mtime)
+
+
+def written_files(cache: CachePaths) -> Iterator[Place]:
     """Shards and tables of any age that an encode may have written."""
     for folder, name in ((cache.shards, OURS["shards"]), (cache.samples, OURS["samples"])):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if name.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+        for path in (folder / found for found in file_sizes(folder) if name.fullmatch(found)):
+            if not (isinstance(path, Path) and path.is_symlink()):
                 yield path
 
 

@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 
 from prep.remote import RemoteFile
 from prep.rows import Row, SourceError
-from prep.tables import OTHER, PICTURE, TEXT, Columns, arrow_kind, choose_columns
+from prep.tables import OTHER, PICTURE, Columns, arrow_kind, choose_columns
 from prep.units import UNIT_ROWS, SourceOptions, Unit, power_of_two, printable, unit_name
 from shared.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-# hf://OWNER/NAME or hf://OWNER/NAME:SPLIT; fsspec has hf://datasets/OWNER/NAME/FILE and the like.
-HUB = re.compile(r"hf://(?!(?:datasets|spaces|models|buckets)/)([\w.-]+/[\w.-]+)(?::(\S+))?")
+# hf://OWNER/NAME, hf://OWNER/NAME:SPLIT, hf://OWNER/NAME:CONFIG:SPLIT; a split may be
+# `train[:10%]`. fsspec has hf://datasets/OWNER/NAME/FILE and the like.
+NAME = r"hf://(?!(?:datasets|spaces|models|buckets)/)([\w.-]+/[\w.-]+)"
+HUB = re.compile(NAME + r"(?::([\w.-]+)(?=:))?(?::(\S+))?")
 READ_ROWS = 16  # pictures in memory at a time
 SHARD_ROWS = 1 << 40  # more than a shard has: its rows' occurrences begin at a multiple
 
@@ -41,6 +43,7 @@ class DatasetSource:
     source: str
     location: str  # a folder, a file, or a name on the hub
     split: str | None = None  # of one on the hub
+    config: str | None = None  # likewise, where it has several
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
 
     Raises UserError where it cannot be opened or has no columns of pictures and captions.
     """
-    source = _source(name)
+    source = _source(name, options.dataset_config_name)
     if options.streaming and source.split is not None:
         return _streaming_units(source, options)
     with _told(source.source, UserError):
@@ -123,28 +126,25 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
     state = {"fingerprint": _fingerprint(source, data), **columns.state()}
     if options.key_column is not None:
         return _hashed_units(source, columns, base, state, options)
+    starts = range(0, len(data), UNIT_ROWS)
+    ranges = [(start, min(start + UNIT_ROWS, len(data))) for start in starts]
     return [
         Unit(
             name=unit_name(f"{base}-{number:05d}", source.source),
             source=printable(source.source),
-            state=state | {"rows": [start, min(start + UNIT_ROWS, len(data))]},
-            reader=RangeReader(
-                source, columns, options.max_image_bytes, start, min(start + UNIT_ROWS, len(data))
-            ),
-            rows_known=min(UNIT_ROWS, len(data) - start),
+            state=state | {"rows": [start, stop]},
+            reader=RangeReader(source, columns, options.max_image_bytes, start, stop),
+            rows_known=stop - start,
             first_occurrence=start,
         )
-        for number, start in enumerate(range(0, len(data), UNIT_ROWS))
+        for number, (start, stop) in enumerate(ranges)
     ]
 
 
 def _hashed_units(
-    source: DatasetSource,
-    columns: Columns,
-    base: str,
-    state: dict[str, Any],
+    source: DatasetSource, columns: Columns, base: str, state: dict[str, Any],
     options: SourceOptions,
-) -> list[Unit]:
+) -> list[Unit]:  # fmt: skip
     hashes = _key_hashes(source, columns)
     units = options.folder_units or power_of_two(len(hashes) / UNIT_ROWS)
     if units < 1 or units & (units - 1):
@@ -189,10 +189,11 @@ def is_saved_dataset(path: Path) -> bool:
     )
 
 
-def _source(name: str) -> DatasetSource:
+def _source(name: str, config: str | None) -> DatasetSource:
     if found := HUB.fullmatch(name):
-        split = found[2] or "train"
-        return DatasetSource(f"hf://{found[1]}:{split}", found[1], split)
+        config, split = found[2] or config, found[3] or "train"
+        source = ":".join(filter(None, (f"hf://{found[1]}", config, split)))
+        return DatasetSource(source, found[1], split, config)
     path = Path(name)
     if (path / "dataset_dict.json").is_file():  # several splits
         splits = sorted(one.name for one in path.iterdir() if is_saved_dataset(one))
@@ -209,7 +210,7 @@ def _load(source: DatasetSource) -> datasets.Dataset:
     import datasets
 
     if source.split is not None:
-        data = datasets.load_dataset(source.location, split=source.split)
+        data = datasets.load_dataset(source.location, source.config, split=source.split)
     elif source.location.endswith(".arrow"):
         data = datasets.Dataset.from_file(source.location)
     else:
@@ -232,7 +233,7 @@ def _stream(source: DatasetSource) -> tuple[datasets.IterableDataset, str]:
     """A streaming dataset and its version: of one on the hub, the commit."""
     import datasets
 
-    builder = datasets.load_dataset_builder(source.location)
+    builder = datasets.load_dataset_builder(source.location, source.config)
     return builder.as_streaming_dataset(split=source.split), str(builder.hash)
 
 
@@ -269,7 +270,6 @@ def _columns(source: DatasetSource, features: Any, options: SourceOptions) -> Co
             return OTHER
 
     kinds = {name: kind(feature) for name, feature in features.items()}
-    assert set(kinds.values()) <= {PICTURE, TEXT, OTHER}
     return choose_columns(source.source, kinds, options)
 
 
@@ -284,7 +284,8 @@ def _read_picture(record: dict[str, Any], column: str) -> None:
             record[column] = {**picture, "bytes": file.read()}
     elif path:
         with suppress(OSError, ValueError):  # "no picture"
-            record[column] = {**picture, "bytes": Path(path).read_bytes()}
+            if Path(path).is_file():  # reading a pipe would wait for ever
+                record[column] = {**picture, "bytes": Path(path).read_bytes()}
 
 
 @contextmanager

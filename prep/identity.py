@@ -13,11 +13,11 @@ from prep.images import Framing
 from prep.pipeline import Encoders, Settings
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
-from shared.cache import FORMAT, CachePaths
+from shared.cache import FORMAT, CachePaths, claim_identity
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
-from shared.family import Model, load_config
+from shared.family import Model, force_zeros, load_config
 from shared.layout import Layout, cache_layout
 from shared.storage import load_json
 
@@ -142,6 +142,27 @@ def build_identity(
     }
 
 
+def claim(
+    cache: CachePaths, model: Model, encoders: Encoders, settings: Settings, shapes: Shapes,
+    begun: bool,
+) -> None:  # fmt: skip
+    """Begin the cache, or check that it was begun with the same settings (UserError).
+
+    Of several processes that begin a cache at once the first one's calibration counts: where
+    another's gave another scale, it takes over the recorded one. `begun` says that this one found
+    a cache, and so its scale, from the first.
+    """
+    remedy = "give the same flags and model, or another --cache"
+    try:
+        claim_identity(cache, build_identity(model, encoders, settings, shapes), remedy)
+    except UserError:
+        recorded = load_json(cache.identity)["vae"]
+        if begun or recorded["dtype"] != encoders.vae.dtype:
+            raise
+        encoders.vae.rescale_by(recorded["rescale"])
+        claim_identity(cache, build_identity(model, encoders, settings, shapes), remedy)
+
+
 def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
     """What samples of these settings will look like; with buckets, those that are square."""
     channels = encoders.vae.channels * (2 if settings.keep_logvar else 1)
@@ -153,12 +174,6 @@ def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
         None if pooled is None else (settings.max_captions, pooled),
         micro_conditioning=pooled is not None,
     )
-
-
-def force_zeros(model: Model) -> bool:
-    """Is the unconditional embedding zeros? The model's own `force_zeros_for_empty_prompt`."""
-    index = load_config(model.source, "model_index.json")
-    return bool(index.get("force_zeros_for_empty_prompt", False))
 
 
 def unconditional(model: Model, encoder: TextEncoder) -> TextEmbeds:

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import itertools
+import re
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +20,10 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from prep.accounts import accounts
+from prep.hub import HUB
 from prep.images import Framing
 from prep.pipeline import Sample, Settings, decode_row
-from prep.sources import Row, find_units
+from prep.sources import Row, find_units, options_of
 from prep.writer import sample_key
 from shared.cache import CachePaths, Shard, UnitRecord, read_unit
 from shared.device import pick_device
@@ -186,7 +188,7 @@ def rows_of(
 def _search(unit: UnitRecord, hashes: Mapping[str, str], deadline: float) -> dict[str, Row]:
     found: dict[str, Row] = {}
     with contextlib.suppress(UserError, OSError):  # a source that cannot be read any more
-        units = find_units([glob.escape(unit.source)], None)
+        units = find_units([_typed(unit.source)], options_of(unit.source_state))
         named = [candidate for candidate in units if candidate.name == unit.name]
         for candidate in named or units:  # a folder may have been split in other units
             for row in candidate.rows():
@@ -196,6 +198,11 @@ def _search(unit: UnitRecord, hashes: Mapping[str, str], deadline: float) -> dic
                 if key in hashes and hashlib.sha256(row.image or b"").hexdigest() == hashes[key]:
                     found[key] = row
     return found
+
+
+def _typed(source: str) -> str:
+    """What `--shards` takes for this one source."""
+    return source if HUB.fullmatch(source) else re.sub(r"([{}\\])", r"\\\1", glob.escape(source))
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:

@@ -17,8 +17,9 @@ from prep.config import PackConfig
 from prep.words import share_of, size_of
 from shared.cache import CachePaths, Shard, open_manifest, read_units
 from shared.errors import UserError
+from shared.places import Place
 from shared.progress import Progress
-from shared.storage import copy_durably, file_sha256, guard, publish, sweep
+from shared.storage import copy_durably, file_sha256, guard, publish, sweep, sync_folder
 
 BLOCK = 1 << 20
 
@@ -48,6 +49,7 @@ def pack(config: PackConfig) -> None:
     with guard(output):
         output.mkdir(parents=True, exist_ok=True)
         (output / SUMS).unlink(missing_ok=True)  # unfinished, from now until the end
+        sync_folder(output)
         sweep(output / "tmp")
     total = sum(shard.size for shard in manifest.shards)
     if (free := shutil.disk_usage(output).free) < total:
@@ -87,7 +89,7 @@ def pack_shard(cache: CachePaths, shard: Shard, output: Path, level: int, thread
     return publish(compressed(cache.root / shard.file, shard, compressor), target, output / "tmp")
 
 
-def compressed(path: Path, shard: Shard, compressor: zstandard.ZstdCompressor) -> Iterator[bytes]:
+def compressed(path: Place, shard: Shard, compressor: zstandard.ZstdCompressor) -> Iterator[bytes]:
     """The compressed bytes, after whose last the shard is known to be whole."""
     digest = hashlib.sha256()
     stream = compressor.compressobj(size=shard.size)
@@ -126,7 +128,7 @@ def decompressed(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def copy_small(source: Path, target: Path, tmp: Path) -> str:
+def copy_small(source: Place, target: Place, tmp: Path) -> str:
     """Copy a file unless that is done; returns its sha256."""
     digest = file_sha256(source)
     if target.is_file() and file_sha256(target) == digest:

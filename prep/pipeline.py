@@ -1,14 +1,17 @@
-"""From rows to samples: reading and decoding run ahead in threads while the encoders work."""
+"""From rows to samples: reading, decoding and captions run ahead in threads of their own.
+
+The VAE has the caller's thread, which Ctrl-C interrupts and where most of the work is done.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,14 +19,16 @@ from numpy.typing import NDArray
 
 from prep.filters import Filters
 from prep.images import BadImage, Framing, Picture, prepare
+from prep.overlap import mapped, read_ahead
 from prep.reuse import NOTHING, Known
 from prep.sources import Row, Unit
 from prep.text import CaptionMemo, TextEncoder
-from prep.vae import VaeEncoder
+from prep.vae import Started, VaeEncoder
 
 T = TypeVar("T")
 
 WAITING_BATCHES = 8  # so many pictures wait, over all sizes, for others of their size
+CHUNKS_AHEAD = 2  # whose captions a GPU encodes before the VAE gets their pictures
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Sample:
     pictures: tuple[Picture, ...] = ()  # one per view, all of one size
     reason: str = ""
     truncated_captions: int = 0
+    fp32_retries: int = 0  # views that the VAE had to encode a second time
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
@@ -75,7 +81,7 @@ class Work:
 
 def samples(
     unit: Unit, encoders: Encoders, settings: Settings, workers: int, known: Known, work: Work
-) -> Iterator[Sample]:
+) -> Generator[list[Sample], None, None]:
     """Every row of `unit` as a finished or rejected sample, those of one size in source order.
 
     Pictures and captions that `known` has are copied. Chunks and the sharing of captions never
@@ -84,22 +90,35 @@ def samples(
     largest = max(encoders.vae.batch_size, encoders.text.batch_size)
     chunk_size = max(1, largest // settings.framing.views)
     memo, waiting = CaptionMemo(encoders.text, known), Waiting(encoders.vae, settings)
-    for chunk in chunks(decoded(unit.rows(), settings, workers, 2 * chunk_size, known), chunk_size):
-        embed([sample for sample in chunk if not sample.reason], memo, settings)
-        for sample in chunk:
-            if sample.reason or not sample.pictures:
-                yield sample
-            else:
-                work.pictures += 1
-                yield from waiting.add(sample)
-    yield from waiting.rest()
+    rows = decoded(unit.rows(), settings, workers, chunk_size, known)
+    with (
+        closing(read_ahead(chunks(rows, chunk_size), 1)) as prepared,
+        closing(embedded(prepared, memo, settings)) as chunked,
+    ):
+        for chunk in chunked:
+            done = [sample for sample in chunk if sample.reason or not sample.pictures]
+            for sample in chunk:
+                if sample.pictures and not sample.reason:
+                    work.pictures += 1
+                    done += waiting.add(sample)
+            yield done
+    yield list(waiting.rest())
     work.captions += memo.encoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size on their way through the VAE."""
+
+    samples: list[Sample]
+    started: list[Started]
 
 
 class Waiting:
     """Prepared samples by picture size, until there are enough of one size for the VAE.
 
     Which of them share a call does not show in the latents: the batch's shape is always the same.
+    A batch is finished when the next one has started, so that a GPU never waits for this thread.
     """
 
     def __init__(self, vae: VaeEncoder, settings: Settings) -> None:
@@ -108,43 +127,41 @@ class Waiting:
         # As few samples as fill whole batches with all their views.
         self.enough = vae.batch_size // math.gcd(vae.batch_size, settings.framing.views)
         self.sizes: dict[tuple[int, ...], list[Sample]] = {}
+        self.running: Batch | None = None
 
     def add(self, sample: Sample) -> list[Sample]:
         """Take a sample; returns those that are finished thereby."""
         size = sample.pictures[0].pixels.shape
         self.sizes.setdefault(size, []).append(sample)
         if len(self.sizes[size]) == self.enough:
-            return self._encode(size)
+            return self._start(size)
         if sum(map(len, self.sizes.values())) * len(sample.pictures) >= self.limit:
-            return self._encode(max(self.sizes, key=lambda size: len(self.sizes[size])))
+            return self._start(max(self.sizes, key=lambda size: len(self.sizes[size])))
         return []
 
     def rest(self) -> Iterator[Sample]:
         """Finish whatever is left."""
         for size in list(self.sizes):
-            yield from self._encode(size)
+            yield from self._start(size)
+        yield from self._finish()
 
-    def _encode(self, size: tuple[int, ...]) -> list[Sample]:
-        batch = self.sizes.pop(size)
-        encode(batch, self.vae, self.settings)
-        return batch
+    def _start(self, size: tuple[int, ...]) -> list[Sample]:
+        batch = start(self.sizes.pop(size), self.vae)
+        finished = self._finish()
+        self.running = batch
+        return finished
+
+    def _finish(self) -> list[Sample]:
+        batch, self.running = self.running, None
+        return [] if batch is None else finish(batch, self.vae, self.settings)
 
 
 def decoded(
     rows: Iterable[Row], settings: Settings, workers: int, ahead: int, known: Known = NOTHING
-) -> Iterator[Sample]:
+) -> Generator[Sample, None, None]:
     """Prepare pictures in `workers` threads, at most `ahead` of them waiting; keeps the order."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        waiting: deque[Future[Sample]] = deque()
-        try:
-            for row in rows:
-                waiting.append(pool.submit(decode_row, row, settings, known))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    prepared = partial(decode_row, settings=settings, known=known)
+    return mapped(prepared, rows, workers, ahead, "decode")
 
 
 def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
@@ -153,8 +170,8 @@ def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
     sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=reason)
     if sample.reason or row.image is None:
         return sample
-    if arrays := known.picture(sample.image_sha256):
-        sample.arrays.update(arrays)
+    if found := known.picture(sample.image_sha256):
+        sample.arrays, sample.fp32_retries = found
         return sample
     try:
         sample.pictures = prepare(row.image, settings.framing)
@@ -163,21 +180,42 @@ def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
     return sample
 
 
-def embed(batch: list[Sample], memo: CaptionMemo, settings: Settings) -> None:
+def embedded(
+    chunked: Iterable[list[Sample]], memo: CaptionMemo, settings: Settings
+) -> Generator[list[Sample], None, None]:
+    """Add the captions' embeddings to the samples of each chunk.
+
+    On a GPU in a thread, so that the VAE is not kept waiting. On a CPU two threads with a team of
+    OpenMP's each would only take the same cores in turns.
+    """
+    work = partial(embed, memo=memo, settings=settings)
+    if memo.encoder.device.type == "cuda":
+        yield from mapped(work, chunked, 1, CHUNKS_AHEAD, "captions")
+    else:
+        yield from map(work, chunked)
+
+
+def embed(chunk: list[Sample], memo: CaptionMemo, settings: Settings) -> list[Sample]:
     """Add `prompt_embeds` `[captions, L, D]` and `pooled_prompt_embeds` `[captions, P]`.
 
-    A row with fewer captions than the cache keeps repeats them; `num_captions` tells.
+    A row with fewer captions than the cache keeps repeats them; `num_captions` tells. Samples that
+    are rejected pass through.
     """
+    batch = [sample for sample in chunk if not sample.reason]
     texts = [captions_kept(sample, settings) for sample in batch]
     distinct = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
-    arrays = dict(zip(distinct, memo.encode(distinct), strict=True)) if distinct else {}
+    if not distinct:
+        return chunk
+    arrays = dict(zip(distinct, memo.encode(distinct), strict=True))
+    truncated = dict(zip(distinct, memo.encoder.truncated(distinct), strict=True))
     for sample, kept in zip(batch, texts, strict=True):
-        sample.truncated_captions = memo.encoder.truncated(kept)
+        sample.truncated_captions = sum(truncated[text] for text in kept)
         rows = [arrays[kept[i % len(kept)]] for i in range(settings.max_captions)]
         for name in rows[0]:
             sample.arrays[name] = np.stack([row[name] for row in rows])
         if not all(np.isfinite(sample.arrays[name]).all() for name in rows[0]):
             sample.reason = "non-finite prompt_embeds"
+    return chunk
 
 
 def captions_kept(sample: Sample, settings: Settings) -> list[str]:
@@ -185,24 +223,37 @@ def captions_kept(sample: Sample, settings: Settings) -> list[str]:
     return list(sample.captions[: settings.max_captions])
 
 
-def encode(batch: list[Sample], vae: VaeEncoder, settings: Settings) -> None:
-    """Add `latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` to samples of one size."""
+def start(batch: list[Sample], vae: VaeEncoder) -> Batch:
+    """Hand the pixels of samples of one size to the VAE, and add `time_ids` `[views, 6]`."""
     pixels = [picture.pixels for sample in batch for picture in sample.pictures]
-    moments = np.concatenate([vae.encode(some) for some in chunks(pixels, vae.batch_size)])
-    kept = moments if settings.keep_logvar else moments[:, : vae.channels]
-    views = settings.framing.views
-    for number, sample in enumerate(batch):
-        with np.errstate(over="ignore"):
-            latents = kept[number * views : (number + 1) * views].astype(np.float16)
-        sample.arrays["latents"] = latents
+    for sample in batch:
         time_ids = [picture.time_ids for picture in sample.pictures]
         sample.arrays["time_ids"] = np.asarray(time_ids, dtype=np.int32)
         sample.pictures = ()  # the pixels have done their work
-        if not np.isfinite(latents).all():
+    return Batch(batch, [vae.start(some) for some in chunks(pixels, vae.batch_size)])
+
+
+def finish(batch: Batch, vae: VaeEncoder, settings: Settings) -> list[Sample]:
+    """Add `latents` `[views, C or 2C, h, w]` to the batch's samples."""
+    parts, retried = list[NDArray[np.float32]](), list[bool]()
+    for started in batch.started:
+        parts.append(vae.finish(started))
+        retried += vae.retried
+    moments = np.concatenate(parts)
+    kept = moments if settings.keep_logvar else moments[:, : vae.channels]
+    with np.errstate(over="ignore"):
+        latents = kept.astype(np.float16)
+    views = settings.framing.views
+    for number, sample in enumerate(batch.samples):
+        mine = slice(number * views, (number + 1) * views)
+        sample.fp32_retries = sum(retried[mine])
+        sample.arrays["latents"] = latents[mine].copy()  # a view would hold the whole batch
+        if not np.isfinite(sample.arrays["latents"]).all():
             sample.reason = "non-finite latents"
+    return batch.samples
 
 
-def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def chunks(items: Iterable[T], size: int) -> Generator[list[T], None, None]:
     """Lists of `size` items; the last may be shorter."""
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):

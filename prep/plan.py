@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from prep.filters import is_filter
 from prep.pipeline import Encoders, Sample, Settings, decoded
 from prep.sources import SourceError, Unit, estimate_rows
-from shared.cache import CachePaths, read_unit
+from shared.cache import CachePaths, UnitRecord
 from shared.errors import UserError
 from shared.layout import Layout
+from shared.storage import file_sizes, free_bytes
 
 PROBED_ROWS = 256
 
@@ -45,42 +46,53 @@ class Estimate:
         )
 
 
-def pending(cache: CachePaths, units: Sequence[Unit]) -> list[Unit]:
-    """The units that are not committed for their present source."""
-    return [unit for unit in units if not _done(cache, unit)]
+def pending(cache: CachePaths, units: Sequence[Unit], known: Sequence[UnitRecord]) -> list[Unit]:
+    """The units that are not committed for their present source, with all files in place."""
+    records = {record.name: record for record in known}
+    sizes = {f"shards/{name}": size for name, size in file_sizes(cache.shards).items()}
+    tables = {f"samples/{name}" for name in file_sizes(cache.samples)}
 
+    def done(unit: Unit) -> bool:
+        record = records.get(unit.name)
+        return (
+            record is not None
+            and record.source_state == dict(unit.state)
+            and all(sizes.get(shard.file) == shard.size for shard in record.shards)
+            and record.samples in tables
+        )
 
-def _done(cache: CachePaths, unit: Unit) -> bool:
-    """Is the unit committed for its present source, with all its files in place?"""
-    record = read_unit(cache, unit.name)
-    if record is None or record.source_state != dict(unit.state):
-        return False
-    sizes = {cache.root / shard.file: shard.size for shard in record.shards}
-    whole = all(path.exists() and path.stat().st_size == size for path, size in sizes.items())
-    return whole and (cache.root / record.samples).exists()
+    return [unit for unit in units if not done(unit)]
 
 
 def estimate(
-    units: Sequence[Unit], layout: Layout, seconds_per_row: float | None, folder: Path
+    units: Sequence[Unit], layout: Layout, seconds_per_row: float | None, cache: CachePaths
 ) -> Estimate:
     """Rows are counted in the first few sources and scaled by size in the others."""
     rows = estimate_rows(units)
-    total = sum(rows.values())
-    # A unit is spooled before it is published, so the largest one is on the disk twice.
-    peak = (total + max(rows.values(), default=0)) * layout.stride
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    total, largest = sum(rows.values()), max(rows.values(), default=0)
+    # A unit is spooled before it is published: the largest one is on the disk twice. What is
+    # uploaded does not stay there.
+    local = isinstance(cache.root, Path)
+    peak = (total + largest if local else 2 * largest) * layout.stride
     seconds = None if seconds_per_row is None else total * seconds_per_row
+    free = free_bytes(cache.root if isinstance(cache.root, Path) else cache.tmp)
     return Estimate(len(units), total, total * layout.stride, peak, seconds, free)
 
 
-def refuse_full_disk(work: Estimate, folder: Path) -> None:
+def refuse_full_disk(work: Estimate, cache: CachePaths) -> None:
     """Raise UserError where the cache would not fit."""
-    if work.peak_bytes > work.free:
+    if work.peak_bytes <= work.free:
+        return
+    needed, free = f"{work.peak_bytes / 1e9:.2f} GB", f"{work.free / 1e9:.2f} GB are free"
+    if isinstance(cache.root, Path):
         raise UserError(
-            f"{folder}: the cache needs about {work.peak_bytes / 1e9:.2f} GB while it is written, "
-            f"and {work.free / 1e9:.2f} GB are free; free some space or choose another --cache"
+            f"{cache.root}: the cache needs about {needed} while it is written, and {free}; "
+            "free some space or choose another --cache"
         )
+    raise UserError(
+        f"{cache.tmp}: the largest unit needs about {needed} before it is uploaded, and {free}; "
+        "free some space or set TMPDIR to a folder with more"
+    )
 
 
 def unfiltered(rows: Iterable[Sample]) -> Iterator[Sample]:
@@ -102,8 +114,8 @@ def probe(
     problem: UserError | None = None
     for unit in units:
         try:
-            wanted = unfiltered(decoded(unit.rows(), square, 2, size))
-            rows = list(itertools.islice(wanted, PROBED_ROWS))
+            with closing(decoded(unit.rows(), square, 2, size)) as first:
+                rows = list(itertools.islice(unfiltered(first), PROBED_ROWS))
             found = [sample for sample in rows if sample.pictures][:size]
             reasons = Counter(sample.reason for sample in rows if sample.reason)
             why = reasons.most_common(1)[0][0] if reasons else "the filters leave no row"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import io
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 import fsspec
 
 from prep.rows import SourceError
+from shared.access import cause_of, is_permanent, known_protocol, without_password
 from shared.errors import UserError
 
 BLOCK_BYTES = 8 << 20  # of a ranged read; the next block is fetched while one is read
@@ -28,7 +28,6 @@ LOOKUPS = 16  # at a time
 LISTED = 64  # names in one folder from which on listing the folder is quicker than asking for each
 VERSIONS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified", "last_modified",
             "created")  # fmt: skip
-EXTRAS = {"s3": "s3", "s3a": "s3"}  # protocol -> our extra; the others need a package of their own
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class RemoteFile:
     @property
     def source(self) -> str:
         """The URL without a password in it."""
-        return re.sub(r"(?<=://)[^/@]*@", "", self.url)
+        return without_password(self.url)
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -94,7 +93,7 @@ def _glob(pattern: str) -> list[tuple[str, Mapping[str, Any] | None]]:
     try:
         infos = filesystem.glob(path, detail=True)
     except Exception as error:  # each file system raises what its library does
-        raise UserError(f"--shards: {pattern!r} cannot be listed ({_cause(error)})") from None
+        raise UserError(f"--shards: {pattern!r} cannot be listed ({cause_of(error)})") from None
     if not infos:
         raise UserError(f"--shards: nothing matches {pattern!r}; check the address")
     return [
@@ -131,7 +130,7 @@ def _info(url: str) -> Mapping[str, Any]:
         except Exception as error:
             if is_permanent(error) or attempt == RETRIES:
                 raise UserError(
-                    f"--shards: {RemoteFile(url).source} cannot be read ({_cause(error)}); "
+                    f"--shards: {RemoteFile(url).source} cannot be read ({cause_of(error)}); "
                     "check the address and your access to it"
                 ) from None
             time.sleep(FIRST_WAIT * 2**attempt)
@@ -139,39 +138,9 @@ def _info(url: str) -> Mapping[str, Any]:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    protocol = url.partition("://")[0]
-    try:
+    with known_protocol(url, "--shards"):
         filesystem, path = fsspec.url_to_fs(url)
-    except ImportError as error:
-        extra = EXTRAS.get(protocol)
-        remedy = f"pip install latent-distillery[{extra}]" if extra else f"{error}"
-        raise UserError(f"--shards: {protocol}:// needs another package: {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"--shards: {url!r}: {error}; check the address") from None
     return filesystem, path
-
-
-def is_permanent(error: BaseException) -> bool:
-    """Would trying again be in vain? fsspec wraps an HTTP answer in FileNotFoundError."""
-    status = _status(error)
-    if status is not None:
-        return 400 <= status < 500 and status not in (408, 429)
-    if error.__cause__ is not None and isinstance(error, FileNotFoundError):
-        return False
-    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | ImportError)
-
-
-def _status(error: BaseException) -> int | None:
-    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
-    return status if isinstance(status, int) else None
-
-
-def _cause(error: BaseException) -> str:
-    if status := _status(error):
-        return f"HTTP {status}"
-    told = error.__cause__ or error
-    words = " ".join(str(told).split())[:200]
-    return f"{type(told).__name__}: {words}" if words else type(told).__name__
 
 
 class RetryingFile(io.RawIOBase):
@@ -246,7 +215,7 @@ class RetryingFile(io.RawIOBase):
                     tried = "" if is_permanent(error) else f", {RETRIES + 1} times"
                     source = RemoteFile(self.url).source
                     raise SourceError(
-                        f"{source} cannot be read ({_cause(error)}{tried}); run the same command "
+                        f"{source} cannot be read ({cause_of(error)}{tried}); run the same command "
                         "again when it can"
                     ) from None
                 else:

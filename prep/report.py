@@ -31,9 +31,9 @@ from prep.config import ReportConfig
 from prep.originals import EncoderFlags, Pair, draw, pairs, vae_of
 from prep.stats import Summary, flat, speed, summarize
 from prep.words import share_of, size_of, visible
-from shared.cache import CachePaths, Manifest, check_size, open_manifest
+from shared.cache import CachePaths, Manifest, check_shards, open_manifest
 from shared.errors import UserError
-from shared.storage import dump_json, publish
+from shared.storage import dump_json, publish, sweep
 
 PICTURES = 12
 SEED = 0  # every report of a cache shows the same samples
@@ -55,7 +55,9 @@ class Contents:
 def report(config: ReportConfig) -> None:
     """Write CACHE/report.html. Raises UserError where there is no cache."""
     cache = CachePaths(config.cache)
-    print(write_report(cache, load_vae_for(cache, config)))
+    vae = load_vae_for(cache, config)
+    sweep(cache.tmp)
+    print(write_report(cache, vae))
 
 
 def load_vae_for(cache: CachePaths, flags: EncoderFlags) -> AutoencoderKL | str:
@@ -96,8 +98,7 @@ def gather(
 ) -> Contents:
     """Pictures and histograms, or what is in their way."""
     try:
-        for shard in manifest.shards:
-            check_size(cache.root, shard)
+        check_shards(cache, manifest)
         charts = histograms(cache, manifest.identity, manifest.shards)
         if isinstance(vae, str):
             return Contents(histograms=charts, no_pictures=vae)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +17,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.cache import CachePaths, UnitRecord
 from shared.layout import Layout
-from shared.storage import file_sha256
+from shared.places import Place
+from shared.storage import read_if_there
 
 DIGEST = 16  # bytes of a hash that stand for it: a collision is out of reach
 COLUMNS = ["key", "status", "image_sha256", "captions", "latent_size", "time_ids"]
+RETRIES = "fp32_retries"  # which tables of older caches lack
 
 Arrays = dict[str, NDArray[Any]]
-Place = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
+Spot = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
+
+
+class Entries:
+    """Digests and the place of each, 40 bytes an entry: a source may have millions."""
+
+    def __init__(self) -> None:
+        self.digests = bytearray()
+        self.places = array("q")
+
+    def add(self, digest: bytes, place: Spot) -> None:
+        """Append an entry."""
+        self.digests += digest
+        self.places.extend(place)
 
 
 @dataclass(frozen=True)
@@ -38,14 +55,14 @@ class Index:
     places: NDArray[np.int64]  # [N, 3]
 
     @staticmethod
-    def of(entries: Sequence[tuple[bytes, Place]]) -> Index:
-        """An index over (digest, place); of equal digests the first place counts."""
-        digests = np.asarray([digest for digest, _ in entries], dtype=f"S{DIGEST}")
-        places = np.asarray([place for _, place in entries], np.int64).reshape(-1, 3)
+    def of(entries: Entries) -> Index:
+        """An index over entries; of equal digests the first place counts."""
+        digests = np.frombuffer(entries.digests, dtype=f"S{DIGEST}")
+        places = np.asarray(entries.places, np.int64).reshape(-1, 3)
         order = np.argsort(digests, kind="stable")
         return Index(digests[order], places[order])
 
-    def find(self, digest: bytes) -> Place | None:
+    def find(self, digest: bytes) -> Spot | None:
         """Where it lies, if it is known."""
         wanted = np.asarray([digest], dtype=self.digests.dtype)[0]  # NumPy drops final zero bytes
         at = int(np.searchsorted(self.digests, wanted))
@@ -67,17 +84,20 @@ class Known:
         self.shards = [shard for record in records for shard in record.shards]
         self.layouts = [Layout.from_json(shard.layout) for shard in self.shards]
         self._indexes: tuple[Index, Index] | None = None
-        self._time_ids: list[list[int]] = []
+        self._time_ids = np.empty((0, 1, 6), np.int32)  # [pictures, views, 6]
+        self._retries = array("i")
         self._lock = threading.Lock()
 
-    def picture(self, sha256: str) -> Arrays | None:
-        """`latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` of a picture, or None."""
+    def picture(self, sha256: str) -> tuple[Arrays, int] | None:
+        """`latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` of a picture, or None.
+
+        With them the number of its views that were encoded a second time, in fp32.
+        """
         found = self._find(0, bytes.fromhex(sha256)[:DIGEST])
         if found is None:
             return None
         row, arrays = found
-        time_ids = np.asarray(self._time_ids[row], np.int32)
-        return {"latents": arrays["latents"], "time_ids": time_ids.reshape(-1, 6)}
+        return {"latents": arrays["latents"], "time_ids": self._time_ids[row]}, self._retries[row]
 
     def caption(self, text: str) -> Arrays | None:
         """`prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` of a caption, or None."""
@@ -102,8 +122,8 @@ class Known:
         return None if arrays is None else (third, arrays)
 
     def _build(self) -> tuple[Index, Index]:
-        pictures: list[tuple[bytes, Place]] = []
-        captions: list[tuple[bytes, Place]] = []
+        pictures, captions = Entries(), Entries()
+        time_ids = array("i")
         shard = 0
         for record in self.records:
             written = written_rows(self.cache, record)
@@ -111,14 +131,14 @@ class Known:
                 layout = self.layouts[shard]
                 for sample, row in enumerate(written[layout.latent_size]):
                     digest = bytes.fromhex(row["image_sha256"])[:DIGEST]
-                    pictures.append((digest, (shard, sample, len(self._time_ids))))
-                    self._time_ids.append(row["time_ids"])
-                    kept = row["captions"][: layout.captions]
-                    captions += [
-                        (caption_digest(text), (shard, sample, slot))
-                        for slot, text in enumerate(kept)
-                    ]
+                    pictures.add(digest, (shard, sample, len(pictures.places) // 3))
+                    time_ids.extend(row["time_ids"])
+                    self._retries.append(row.get(RETRIES, 0))
+                    for slot, text in enumerate(row["captions"][: layout.captions]):
+                        captions.add(caption_digest(text), (shard, sample, slot))
                 shard += 1
+        views = self.layouts[0].fields[0].shape[0]  # the same in the whole cache
+        self._time_ids = np.asarray(time_ids, np.int32).reshape(-1, views, 6)
         return Index.of(pictures), Index.of(captions)
 
 
@@ -133,16 +153,18 @@ def written_rows(
     None where the table is not the one that was committed: then everything is encoded.
     """
     rows = defaultdict(list)
-    samples = cache.root / record.samples
-    if samples.exists() and file_sha256(samples) == record.samples_sha256:
-        for row in pq.read_table(samples, columns=COLUMNS).to_pylist():
+    content = read_if_there(cache.root / record.samples)
+    if content is not None and hashlib.sha256(content).hexdigest() == record.samples_sha256:
+        table = pq.read_table(pa.BufferReader(content))
+        there = [name for name in (*COLUMNS, RETRIES) if name in table.column_names]
+        for row in table.select(there).to_pylist():
             if row["status"] == "written":
                 height, width = row["latent_size"]
                 rows[height, width].append(row)
     return rows
 
 
-def read_sample(path: Path, layout: Layout, number: int) -> Arrays | None:
+def read_sample(path: Place, layout: Layout, number: int) -> Arrays | None:
     """A sample's arrays, or None where the shard is missing or damaged: then it is encoded."""
     try:
         _, record, arrays = layout.read(path, number)

@@ -11,6 +11,7 @@ from shared.errors import UserError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "captions", "CAPTION")
 TOO_LARGE = "larger than --max-image-bytes"
+MAX_IMAGE_BYTES = 256_000_000  # unless told: 40 megapixels in uncompressed 16-bit colours
 
 
 class SourceError(UserError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from prep.braces import expand_braces
 from prep.folders import folder_units
 from prep.hub import HUB, dataset_units, is_saved_dataset
 from prep.remote import Found, RemoteFile, find_remote
-from prep.rows import Row, SourceError
+from prep.rows import MAX_IMAGE_BYTES, Row, SourceError
 from prep.streams import Command, LocalFile
 from prep.tables import ParquetReader
 from prep.tars import TarReader
@@ -28,7 +29,15 @@ from shared.errors import UserError
 PIPE = "pipe:"
 COUNTED = 16  # units whose rows are counted; the others' are estimated by size
 
-__all__ = ["Row", "SourceError", "SourceOptions", "Unit", "estimate_rows", "find_units"]
+__all__ = [
+    "Row",
+    "SourceError",
+    "SourceOptions",
+    "Unit",
+    "estimate_rows",
+    "find_units",
+    "options_of",
+]
 
 
 def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> list[Unit]:
@@ -52,7 +61,24 @@ def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> l
         unit = _remote(one, options)
         units[unit.name] = unit
     _check_columns(list(units.values()))
+    if options.dataset_config_name and not any(HUB.fullmatch(shard) for shard in shards):
+        raise UserError("--dataset-config-name is for datasets of the hub; --shards has no hf://")
+    if options.max_image_bytes != MAX_IMAGE_BYTES:  # with another limit other rows are rejected
+        limit = {"max_image_bytes": options.max_image_bytes}
+        units = {n: replace(unit, state={**unit.state, **limit}) for n, unit in units.items()}
     return [units[name] for name in sorted(units)]
+
+
+def options_of(state: Mapping[str, Any]) -> SourceOptions:
+    """The flags with which a unit was read, from its state; those that cut it to units apart."""
+    return SourceOptions(
+        # As flagged for Parquet, as chosen for a dataset: chosen again, it is the same.
+        image_column=state.get("image_column", state.get("image")),
+        caption_column=state.get("caption_column", state.get("caption")),
+        key_column=state.get("key_column", state.get("key")),
+        streaming="shard" in state,
+        max_image_bytes=state.get("max_image_bytes", MAX_IMAGE_BYTES),
+    )
 
 
 def estimate_rows(units: Sequence[Unit]) -> dict[str, int]:

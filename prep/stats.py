@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 from prep.accounts import account_batches
 from prep.config import StatsConfig
 from prep.words import share_of, size_of, visible
-from shared.cache import CachePaths, ChannelSums, UnitRecord, read_unit
+from shared.cache import CachePaths, UnitRecord, iterate_units
 from shared.errors import UserError
 from shared.storage import load_json
+from shared.sums import ChannelSums
 
 SOURCES_SHOWN = 10
 
@@ -131,14 +132,6 @@ def summarize(cache: CachePaths) -> Summary:
     throughput = cache.root / "throughput.json"
     summary.throughput = load_json(throughput) if throughput.exists() else None
     return summary
-
-
-def iterate_units(cache: CachePaths) -> Iterator[UnitRecord]:
-    """All records by name, one in memory at a time."""
-    for path in sorted(cache.units.glob("*.json")):
-        unit = read_unit(cache, path.stem)
-        if unit is not None:  # dropped since the folder was listed
-            yield unit
 
 
 def state_of(manifest: Mapping[str, Any], files: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gzip
 import io
 import os
@@ -10,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, ClassVar, Protocol, cast
 
 import zstandard
@@ -72,10 +74,13 @@ class Command:
             self.command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
+        # Should this process end while a thread still waits for the command to say something.
+        end = atexit.register(partial(_end, process))
         try:
             with io.BufferedReader(_Output(self, process), 1 << 16) as file:
                 yield file
         finally:
+            atexit.unregister(end)
             assert process.stdout is not None
             process.stdout.close()
             if process.poll() is None:  # nobody wants the rest

@@ -46,6 +46,11 @@ class StrictInfo(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"cut short or damaged at byte {tar.offset}: {error}") from None
+        except (ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            # What tarfile raises for damaged PAX keywords and for headers nested without end.
+            raise tarfile.ReadError(
+                f"damaged at byte {tar.offset}: {type(error).__name__}"
+            ) from None
         if info.size < 0:
             raise tarfile.ReadError(f"{info.name!a} has a negative size")
         return info

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import (
+    create_diffusers_clip_model_from_ldm,
+    load_single_file_checkpoint,
+)
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from prep.reuse import Arrays, Known
@@ -14,6 +27,7 @@ from shared.conditioning import TextEmbeds
 from shared.errors import UserError
 from shared.family import Model
 from shared.fingerprint import fingerprint
+from shared.single_file import config_folder, is_single_file, whole
 
 logging.disable_progress_bar()  # one bar at a time
 
@@ -36,19 +50,7 @@ class TextEncoder:
         self.tokenizers = []
         self.encoders = []
         for part in model.family.text_encoders:
-            kind = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    model.source, subfolder=part.replace("text_encoder", "tokenizer")
-                )
-                encoder = kind.from_pretrained(
-                    model.source, subfolder=part, torch_dtype=torch.float32, use_safetensors=True
-                )
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                first = str(error).strip().splitlines()[0]
-                raise UserError(f"no {part} can be read from {model.source!r} ({first})") from None
-            if len(tokenizer) < SMALLEST_VOCABULARY:  # what transformers makes of missing files
-                raise UserError(f"{model.source}: the tokenizer of its {part} has no vocabulary")
+            tokenizer, encoder = load_clip(model, part)
             self.tokenizers.append(tokenizer)
             self.encoders.append(encoder.to(device).eval().requires_grad_(False))
         layers = min(int(encoder.config.num_hidden_layers) for encoder in self.encoders)
@@ -85,10 +87,10 @@ class TextEncoder:
             "dtype": "float32",
         }
 
-    def truncated(self, captions: Sequence[str]) -> int:
-        """How many captions have more tokens than the encoder reads."""
+    def truncated(self, captions: Sequence[str]) -> list[bool]:
+        """Of each caption: has it more tokens than the encoder reads?"""
         ids = self.tokenizers[0](list(captions)).input_ids
-        return sum(len(row) > self.length for row in ids)
+        return [len(row) > self.length for row in ids]
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextEmbeds:
@@ -129,6 +131,64 @@ class TextEncoder:
             torch.zeros_like(empty.prompt_embeds),
             None if pooled is None else torch.zeros_like(pooled),
         )
+
+
+def load_clip(model: Model, part: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the fp32 text encoder of a model's `part`, such as `text_encoder_2`.
+
+    Raises UserError where one is missing or damaged.
+    """
+    kind = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
+    single = is_single_file(model.source)
+    folder = part.replace("text_encoder", "tokenizer")
+    try:
+        if single:
+            encoder = _from_single_file(kind, model.source, part)
+            source = tokenizer_source(model, folder)
+        else:
+            encoder = kind.from_pretrained(
+                model.source, subfolder=part, torch_dtype=torch.float32, use_safetensors=True
+            )
+            source = model.source
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"no {part} can be read from {model.source!r} ({first})") from None
+    if len(tokenizer) < SMALLEST_VOCABULARY:  # what transformers makes of missing files
+        raise UserError(f"{model.source}: the tokenizer of its {part} has no vocabulary")
+    return tokenizer, encoder
+
+
+def tokenizer_source(model: Model, folder: str) -> str:
+    """Where the tokenizer of a single file is, which holds none: beside it, else the family's.
+
+    Raises UserError where it is neither there nor on the hub.
+    """
+    beside = Path(model.source).with_suffix("")
+    if (beside / folder).is_dir():
+        return str(beside)
+    try:
+        hf_hub_download(model.family.pretrained, "tokenizer_config.json", subfolder=folder)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{model.source} holds no tokenizer, and {model.family.pretrained}'s cannot be fetched "
+            f"({first}); connect to the hub, or put its {folder} into the folder {beside}"
+        ) from None
+    return model.family.pretrained
+
+
+def _from_single_file(kind: Any, source: str, part: str) -> PreTrainedModel:
+    folder = config_folder(source, f"{part}/config.json")
+    encoder: PreTrainedModel = create_diffusers_clip_model_from_ldm(
+        kind,
+        load_single_file_checkpoint(source, local_files_only=True),
+        subfolder=part,
+        config=str(folder),
+        torch_dtype=torch.float32,
+        local_files_only=True,
+    )
+    return whole(encoder, source, part)
 
 
 class CaptionMemo:

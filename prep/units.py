@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from prep.rows import Row
+from prep.rows import MAX_IMAGE_BYTES, Row
 
 NAME_BYTES = 100  # of a unit's name that come from its source; file names may have 255
 UNIT_ROWS = 1024  # of a folder or table, about
@@ -24,7 +24,8 @@ class SourceOptions:
     caption_column: str | None = None
     key_column: str | None = None
     streaming: bool = False
-    max_image_bytes: int = 256_000_000
+    dataset_config_name: str | None = None
+    max_image_bytes: int = MAX_IMAGE_BYTES
     pipes: bool = False  # may `pipe:` run a shell? Only where the user typed it
 
 

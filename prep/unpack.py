@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +10,13 @@ import zstandard
 
 from prep.archive import SUFFIX, read_sums, refuse_strangers
 from prep.config import UnpackConfig
+from prep.gc import retire
 from prep.pack import copy_small, decompressed
 from prep.words import counted, size_of
 from shared.cache import CachePaths, Manifest, Shard, UnitRecord, claim_identity, open_manifest
 from shared.errors import UserError
 from shared.progress import Progress
-from shared.storage import file_sha256, guard, load_json, publish, sweep
+from shared.storage import file_sha256, free_bytes, guard, load_json, publish, sweep
 
 
 def unpack(config: UnpackConfig) -> None:
@@ -34,13 +34,14 @@ def unpack(config: UnpackConfig) -> None:
     refuse_strangers(cache.root, records, archive, "--cache")
     sweep(cache.tmp)
     wanted = [shard for shard in manifest.shards if not in_place(cache, shard)]
-    refuse_full_disk(cache.root, sum(shard.size for shard in wanted))
+    refuse_full_disk(cache, [shard.size for shard in wanted])
     claim_identity(cache, load_json(archive / "identity.json"), "choose another --cache")
     with Progress("unpack", len(wanted), "shards") as progress:
         for shard in wanted:
             packed = archive / (shard.file + SUFFIX)
             publish(checked(packed, shard), cache.root / shard.file, cache.tmp)
             progress.update(1)
+    retire(cache, {shard.file for shard in manifest.shards})
     for name in small_files(sums):
         copy_small(archive / name, cache.root / name, cache.tmp)
     kept = len(manifest.shards) - len(wanted)
@@ -80,14 +81,15 @@ def check_shards(archive: Path, manifest: Manifest, sums: dict[str, str]) -> Non
         raise UserError(f"{archive}: manifest, units and shards do not agree; pack it again")
 
 
-def refuse_full_disk(folder: Path, needed: int) -> None:
-    """Raise UserError where the shards would not fit."""
-    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+def refuse_full_disk(cache: CachePaths, sizes: list[int]) -> None:
+    """Raise UserError where shards of these sizes would not fit."""
+    local = isinstance(cache.root, Path)
+    folder = cache.root if isinstance(cache.root, Path) else cache.tmp
+    needed, free = sum(sizes) if local else max(sizes, default=0), free_bytes(folder)
     if needed > free:
         raise UserError(
             f"{folder}: {size_of(needed)} are needed and {size_of(free)} are free; "
-            "free some space or choose another --cache"
+            f"free some space or {'choose another --cache' if local else 'set TMPDIR'}"
         )
 
 

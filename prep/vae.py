@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,12 +26,22 @@ POSTERIOR_MATTERS = 0.01  # of the latents' own spread
 MOST_DEVIATION = 0.02  # of fp16 latents from those in fp32; a few tenths of a percent are usual
 
 
+@dataclass(frozen=True)
+class Started:
+    """A batch that the device may still be working on."""
+
+    images: Tensor  # on the device, `[N, 3, H, W]`
+    moments: Tensor  # on the CPU, `[n, 2C, h, w]`; what padded the batch is left out
+    finite: Tensor  # on the CPU, `[n]`: was the picture's every value?
+    copied: torch.cuda.Event | None  # after which the two can be read
+
+
 class VaeEncoder:
     """A frozen AutoencoderKL that computes in float32, float16 or bfloat16.
 
     In float16 its stream is scaled (see `shared.rescale`): by the `rescale` that a cache has
     recorded, else by what `calibrate` finds. What is not finite even so is encoded again in fp32;
-    `retried` counts those pictures.
+    `retried` tells which pictures of the last batch those were.
     """
 
     def __init__(
@@ -44,7 +55,7 @@ class VaeEncoder:
         # Unscaled whatever the source is, so that the scale that a cache records is the whole one.
         self.vae = plain_vae(load_vae(source)).to(device)
         self.source, self.device, self.batch_size, self.dtype = source, device, batch_size, dtype
-        self.retried = 0
+        self.retried: list[bool] = []
         self.rescale: float | None = None
         self.working: AutoencoderKL | None = None
         if dtype != "float16":  # bfloat16 reaches as far as float32
@@ -90,7 +101,7 @@ class VaeEncoder:
         """
         if self.working is not None:
             return
-        images = [self._images(np.stack([picture])) for picture in pixels]
+        images = [self._images(torch.from_numpy(np.stack([picture]))) for picture in pixels]
         peaks = [encoder_peak(self.vae, image) for image in images]
         finite = [peak for peak in peaks if math.isfinite(peak)]  # one bad picture decides nothing
         self.rescale_by(scale_for(max(finite, default=math.inf)))
@@ -109,30 +120,58 @@ class VaeEncoder:
         distance = float((ours - right).norm() / right.norm())
         return distance if math.isfinite(distance) else math.inf
 
-    @torch.inference_mode()
     def encode(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Posterior mean and logvar `[N, 2C, h, w]` of up to `batch_size` pictures `[H, W, 3]`."""
+        """Posterior mean and logvar `[n, 2C, h, w]` of up to `batch_size` pictures `[H, W, 3]`."""
+        return self.finish(self.start(pixels))
+
+    @torch.inference_mode()
+    def start(self, pixels: Sequence[NDArray[np.uint8]]) -> Started:
+        """Begin what `encode` does; a GPU works on it while this thread does something else."""
         assert 0 < len(pixels) <= self.batch_size
         assert self.working is not None, "calibrate first"
-        batch = np.zeros((self.batch_size, *pixels[0].shape), dtype=np.uint8)
-        batch[: len(pixels)] = np.stack(pixels)
+        cuda = self.device.type == "cuda"
+        # Copies from and to pinned memory do not wait for the device.
+        shape = (self.batch_size, *pixels[0].shape)
+        batch = torch.zeros(shape, dtype=torch.uint8, pin_memory=cuda)
+        np.stack(pixels, out=batch.numpy()[: len(pixels)])
         images = self._images(batch)
         parameters = self._parameters(self.working, images)[: len(pixels)]
+        finite = parameters.isfinite().all(dim=(1, 2, 3)).to("cpu", non_blocking=cuda)
+        moments = _clamped(parameters).to("cpu", non_blocking=cuda)
+        copied = None
+        if cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        return Started(images, moments, finite, copied)
+
+    @torch.inference_mode()
+    def finish(self, started: Started) -> NDArray[np.float32]:
+        """What `encode` returns, once the device is done."""
+        if started.copied is not None:
+            started.copied.synchronize()
+        self.retried = [False] * len(started.moments)
         if self.working is not self.vae:
             # One by one: a picture's second chance has the same shape whoever its neighbours are.
-            for index in (~parameters.isfinite().all(dim=(1, 2, 3))).nonzero().flatten().tolist():
-                parameters[index] = self._parameters(self.vae, images[index : index + 1])[0]
-                self.retried += 1
-        mean, logvar = parameters.chunk(2, dim=1)
-        return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], 1).cpu().numpy()
+            for index in (~started.finite).nonzero().flatten().tolist():
+                again = self._parameters(self.vae, started.images[index : index + 1])
+                started.moments[index] = _clamped(again)[0]
+                self.retried[index] = True
+        return started.moments.numpy()
 
-    def _images(self, batch: NDArray[np.uint8]) -> Tensor:
+    def _images(self, batch: Tensor) -> Tensor:
         """`[N, H, W, 3]` as `[N, 3, H, W]` in [-1, 1]."""
-        return torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = batch.to(self.device, non_blocking=batch.is_pinned())
+        return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def _parameters(self, vae: AutoencoderKL, images: Tensor) -> Tensor:
         """Mean and logvar in fp32, the logvar not yet clamped, so that its overflow shows."""
         return vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
+
+
+def _clamped(parameters: Tensor) -> Tensor:
+    """The logvar kept to what diffusers clamps it to."""
+    mean, logvar = parameters.chunk(2, dim=1)
+    return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], 1)
 
 
 def posterior_matters(moments: NDArray[np.float32]) -> bool:

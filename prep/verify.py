@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from prep.config import VerifyConfig
+from prep.gc import retire
 from prep.reencode import disagreements
 from prep.words import counted
-from shared.cache import CachePaths, Manifest, Shard, UnitRecord, open_manifest
+from shared.cache import CachePaths, Manifest, Shard, UnitRecord, open_manifest, unit_files
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
 from shared.layout import Layout
+from shared.places import Place
 from shared.progress import Progress
-from shared.storage import file_sha256, guard, load_json
+from shared.storage import file_sha256, guard, load_json, sync_folder
 
 
 def verify(config: VerifyConfig) -> int:
@@ -30,15 +31,15 @@ def verify(config: VerifyConfig) -> int:
         raise UserError("--reencode must be at least 0")
     cache = CachePaths(config.cache)
     manifest = open_manifest(config.cache, check_sizes=False)
-    damaged: dict[Path, int] = {}  # a file that is to go, and how many damages say so
+    damaged: dict[Place, int] = {}  # a file that is to go, and how many damages say so
     listed: list[str] = []
     with Progress("verify", manifest.totals["written"], "samples") as progress:
 
-        def note(path: Path, damage: str) -> None:
+        def note(path: Place, damage: str) -> None:
             damaged[path] = damaged.get(path, 0) + 1
             progress.write(f"damaged: {damage}")
 
-        for path in sorted(cache.units.glob("*.json")):
+        for path in unit_files(cache):
             unit = read_record(path)
             if unit is None:
                 note(path, f"units/{path.name} is not a unit's record")
@@ -53,7 +54,11 @@ def verify(config: VerifyConfig) -> int:
                 note(cache.units / f"{name}.json", damage)
     stale = listed != [shard.file for shard in manifest.shards]
     if stale and not damaged:
-        print("damaged: manifest.json is older than the units; run `prep finish`", file=sys.stderr)
+        print(
+            "damaged: manifest.json and the units do not name the same shards; run the same "
+            "`prep encode`, or `prep finish` to take the units as they are",
+            file=sys.stderr,
+        )
     count = sum(damaged.values()) + stale
     verdict = counted(count, "damage") if count else "no damage"
     print(f"{config.cache}: {manifest.totals['written']} samples checked, {verdict}")
@@ -70,16 +75,21 @@ def remedy(config: VerifyConfig, manifest: Manifest) -> str:
     )
 
 
-def repair(cache: CachePaths, damaged: list[Path]) -> str:
-    """Remove the manifest and these files, mostly units' records; returns what to do next.
+def repair(cache: CachePaths, damaged: list[Place]) -> str:
+    """Remove these files, mostly units' records, and the manifest; returns what to do next.
 
-    Without its manifest nobody trains on the cache, and without its record a unit is encoded
-    anew; its damaged files are replaced then, or left to `prep gc`.
+    Without its record a unit is encoded anew, its damaged files are replaced then or left to
+    `prep gc`; and without its manifest nobody trains on the cache. The manifest goes last: were it
+    first, a crash would leave the damaged units to be folded into a new one.
     """
     with guard(cache.root):
-        cache.manifest.unlink(missing_ok=True)
         for path in damaged:
             path.unlink(missing_ok=True)
+        if cache.units.is_dir():
+            sync_folder(cache.units)
+        retire(cache, ())
+        cache.manifest.unlink(missing_ok=True)
+        sync_folder(cache.root)
     units = sum(path.parent == cache.units for path in damaged)
     return (
         f"{counted(units, 'unit record')} removed; run the same `prep encode` to make these units "
@@ -87,7 +97,7 @@ def repair(cache: CachePaths, damaged: list[Path]) -> str:
     )
 
 
-def read_record(path: Path) -> UnitRecord | None:
+def read_record(path: Place) -> UnitRecord | None:
     """A unit's record, or None where the file holds none."""
     with contextlib.suppress(UserError, TypeError, KeyError, AttributeError, AssertionError):
         return UnitRecord.from_json(load_json(path))
@@ -125,7 +135,7 @@ def damages_of_unit(cache: CachePaths, unit: UnitRecord, progress: Progress) -> 
         progress.update(shard.count)
 
 
-def damages_of_shard(path: Path, shard: Shard) -> Iterator[str]:
+def damages_of_shard(path: Place, shard: Shard) -> Iterator[str]:
     """A line for each sample whose bytes, checksum or values are wrong."""
     try:
         layout = Layout.from_json(shard.layout)
@@ -144,7 +154,7 @@ def damages_of_shard(path: Path, shard: Shard) -> Iterator[str]:
             yield f"{shard.file} sample {index} ({key}): non-finite values"
 
 
-def read_samples(path: Path, layout: Layout, count: int) -> Iterator[bytes]:
+def read_samples(path: Place, layout: Layout, count: int) -> Iterator[bytes]:
     """Each sample's bytes."""
     with path.open("rb") as file:
         for _ in range(count):

@@ -5,22 +5,26 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from prep.filters import is_filter
 from prep.pipeline import Sample, Settings, captions_kept
 from prep.sources import Row, Unit
-from shared.cache import CachePaths, ChannelSums, Shard, UnitRecord, commit_unit
+from shared.cache import CachePaths, Shard, UnitRecord, commit_unit
 from shared.errors import UserError
 from shared.layout import TRAILER, Layout, cache_layout
 from shared.storage import guard, move, stage, temporary, write_all
+from shared.sums import ChannelSums
 
 LONGEST_KEY = 256  # characters; a longer one stands in samples/ alone
 
@@ -34,6 +38,7 @@ ACCOUNT = pa.schema(
         ("image_sha256", pa.string()),
         ("latent_size", pa.list_(pa.int32())),  # height, width
         ("time_ids", pa.list_(pa.int32())),
+        ("fp32_retries", pa.int32()),  # views that were encoded a second time
     ]
 )
 
@@ -49,39 +54,53 @@ def sample_key(source: str, row: Row) -> str:
 
 
 class UnitWriter:
-    """Spools samples as they come, then publishes them sorted by key."""
+    """Spools samples as they come, then publishes them sorted by key.
+
+    What it remembers of a row until then is some hundred bytes, in Arrow's and NumPy's memory.
+    """
 
     def __init__(self, cache: CachePaths, unit: Unit, settings: Settings, channels: int) -> None:
         self.cache, self.unit, self.settings, self.channels = cache, unit, settings, channels
         self.spools: dict[tuple[int, int], Spool] = {}
-        self.accounts: list[dict[str, Any]] = []
+        self.accounts: list[pa.RecordBatch] = []
+        self.read = 0
         self.rejected: Counter[str] = Counter()
-        self.truncated_captions = 0
-        self.sums: dict[str, ChannelSums] = {}  # by key
+        self.examples: dict[str, str] = {}  # the first row rejected for each reason
+        self.truncated_captions = self.fp32_retries = 0
+        self.sums = Sums()
 
-    def add(self, sample: Sample) -> None:
-        """Take a finished or rejected sample."""
+    def add(self, samples: Sequence[Sample]) -> int:
+        """Take finished and rejected samples; returns how many."""
+        rows = [self._add(sample) for sample in samples]
+        self.accounts.append(pa.RecordBatch.from_pylist(rows, ACCOUNT))
+        self.read += len(rows)
+        self.fp32_retries += sum(sample.fp32_retries for sample in samples)
+        return len(rows)
+
+    def _add(self, sample: Sample) -> dict[str, Any]:
+        """Spool a sample unless it is rejected; returns its row of the accounts."""
         key = sample_key(self.unit.source, sample.row)
+        source_key = _printable(sample.row.key)
         latents, time_ids = (sample.arrays.get(name) for name in ("latents", "time_ids"))
-        self.accounts.append(
-            {
-                "key": key,
-                "source_key": _printable(sample.row.key),
-                "status": "rejected" if sample.reason else "written",
-                "reason": sample.reason,
-                "captions": [_printable(text) for text in sample.captions],
-                "image_sha256": sample.image_sha256,
-                "latent_size": [] if latents is None else list(latents.shape[-2:]),
-                "time_ids": [] if time_ids is None else time_ids.ravel().tolist(),
-            }
-        )
         if sample.reason:
             self.rejected[sample.reason] += 1
-            return
-        assert latents is not None
-        self.truncated_captions += sample.truncated_captions
-        self.sums[key] = ChannelSums.of(latents[:, : self.channels])
-        self._spool(sample).add(key, self._record(sample), sample.arrays)
+            self.examples.setdefault(sample.reason, source_key)
+        else:
+            assert latents is not None
+            self.truncated_captions += sample.truncated_captions
+            self.sums.add(key, ChannelSums.of(latents[:, : self.channels]))
+            self._spool(sample).add(key, self._record(sample), sample.arrays)
+        return {
+            "key": key,
+            "source_key": source_key,
+            "status": "rejected" if sample.reason else "written",
+            "reason": sample.reason,
+            "captions": [_printable(text) for text in sample.captions],
+            "image_sha256": sample.image_sha256,
+            "latent_size": [] if latents is None else list(latents.shape[-2:]),
+            "time_ids": [] if time_ids is None else time_ids.ravel().tolist(),
+            "fp32_retries": sample.fp32_retries,
+        }
 
     def _spool(self, sample: Sample) -> Spool:
         size = sample.arrays["latents"].shape[-2:]
@@ -109,10 +128,9 @@ class UnitWriter:
             "url": _printable(str(sample.row.metadata.get("url", ""))),
         }
 
-    def commit(self, max_reject_fraction: float, fp32_retries: int = 0) -> UnitRecord:
+    def commit(self, max_reject_fraction: float) -> UnitRecord:
         """Publish shards and accounts, then the record that makes them count.
 
-        `fp32_retries` is how many of the unit's pictures the VAE had to encode a second time.
         Raises TooManyRejected before anything is published.
         """
         self._check_rejections(max_reject_fraction)
@@ -127,12 +145,12 @@ class UnitWriter:
             shards=shards,
             samples=samples,
             samples_sha256=digest,
-            read=len(self.accounts),
+            read=self.read,
             written=sum(shard.count for shard in shards),
             rejected=dict(sorted(self.rejected.items())),
             truncated_captions=self.truncated_captions,
-            sums=self._added_sums(),
-            notes={"fp32_retries": fp32_retries} if fp32_retries else {},
+            sums=self.sums.added(),
+            notes={"fp32_retries": self.fp32_retries} if self.fp32_retries else {},
         )
         commit_unit(self.cache, record)
         return record
@@ -142,34 +160,76 @@ class UnitWriter:
         for spool in self.spools.values():
             spool.close()
 
-    def _added_sums(self) -> ChannelSums | None:
-        """In the order of the keys: rounding must not tell in which order samples came."""
-        total = None
-        for key in sorted(self.sums):
-            total = self.sums[key] if total is None else total + self.sums[key]
-        return total
-
     def _check_rejections(self, max_reject_fraction: float) -> None:
         unusable = Counter({r: n for r, n in self.rejected.items() if not is_filter(r)})
         filtered = self.rejected.total() - unusable.total()
-        count, read = unusable.total(), len(self.accounts) - filtered
+        count, read = unusable.total(), self.read - filtered
         if count and (count == read or count > max_reject_fraction * read):
             reason, times = unusable.most_common(1)[0]
-            example = next(row for row in self.accounts if row["reason"] == reason)
             raise TooManyRejected(
                 f"{self.unit.source}: {count} of {read} rows rejected, {times} of them for "
-                f"{reason!r} (first: {example['source_key']!r}); mend the source or raise "
+                f"{reason!r} (first: {self.examples[reason]!r}); mend the source or raise "
                 f"--max-reject-fraction (now {max_reject_fraction})"
             )
 
     def _publish_accounts(self) -> tuple[str, str]:
-        rows = sorted(self.accounts, key=lambda row: row["key"])
+        rows = pa.Table.from_batches(self.accounts, ACCOUNT)
+        self.accounts.clear()  # so that only one copy is held
+        rows = rows.take(pc.sort_indices(rows["key"])).combine_chunks()
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, ACCOUNT), buffer, compression="zstd")
+        pq.write_table(rows, buffer, compression="zstd")
         staged, digest = stage([buffer.getvalue()], self.cache.tmp)
         name = f"{self.unit.name}-{digest[:12]}.parquet"
         move(staged, self.cache.samples / name)
         return f"samples/{name}", digest
+
+
+class Keys:
+    """Samples' keys, 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.numbers = array("Q")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def add(self, key: str) -> None:
+        """Append a key."""
+        self.numbers.append(int(key, 16))
+
+    def order(self) -> NDArray[np.int64]:
+        """Where the keys stand that are the first, the second, ... when sorted."""
+        order: NDArray[np.int64] = np.argsort(np.asarray(self.numbers), kind="stable")
+        return order
+
+
+class Sums:
+    """The samples' channel sums, kept one by one until all are there.
+
+    They are added in the order of the keys: rounding must not tell in which order samples came.
+    """
+
+    def __init__(self) -> None:
+        self.keys = Keys()
+        self.count = 0
+        self.values = array("d")  # total and squares of each sample's channels
+
+    def add(self, key: str, sums: ChannelSums) -> None:
+        """Append a sample's sums."""
+        self.keys.add(key)
+        self.count += sums.count
+        self.values.extend(sums.total + sums.squares)
+
+    def added(self) -> ChannelSums | None:
+        """The sum over all samples, or None where there are none."""
+        if not self.keys:
+            return None
+        values = np.asarray(self.values).reshape(len(self.keys), -1)[self.keys.order()]
+        whole = values[0]
+        for row in values[1:]:  # one after the other: np.sum may pair them
+            whole = whole + row
+        total, squares = np.split(whole, 2)
+        return ChannelSums(self.count, tuple(total.tolist()), tuple(squares.tolist()))
 
 
 class Spool:
@@ -177,7 +237,7 @@ class Spool:
 
     def __init__(self, layout: Layout, tmp: Path) -> None:
         self.layout = layout
-        self.keys: list[str] = []
+        self.keys = Keys()
         tmp.mkdir(parents=True, exist_ok=True)
         self.path = temporary(tmp, "-spool")
         with guard(tmp):
@@ -188,12 +248,12 @@ class Spool:
         whole = record | {"crc32": self.layout.crc32(arrays)}
         with guard(self.path.parent):
             write_all(self.fd, self.layout.pack(key, whole, arrays))
-        self.keys.append(key)
+        self.keys.add(key)
 
     def sorted_samples(self) -> Iterator[bytes]:
         """The samples' bytes by key, then the end of the tar."""
         stride = self.layout.stride
-        for index in sorted(range(len(self.keys)), key=self.keys.__getitem__):
+        for index in self.keys.order().tolist():
             yield os.pread(self.fd, stride, index * stride)
         yield TRAILER
 

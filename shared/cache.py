@@ -7,54 +7,64 @@ is folded from the records and is all that the trainer opens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shared.errors import UserError
 from shared.layout import Layout
-from shared.storage import create_exclusively, dump_json, load_json, publish
+from shared.places import Place
+from shared.storage import (
+    create_exclusively,
+    dump_json,
+    file_sizes,
+    load_json,
+    parse_json,
+    publish,
+    read_all,
+    read_if_there,
+    scratch,
+)
+from shared.sums import ChannelSums
 
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class CachePaths:
-    """Where things are in a cache folder."""
+    """Where things are in a cache, which is a folder or behind a URL."""
 
-    root: Path
+    root: Place
 
     @property
-    def identity(self) -> Path:  # noqa: D102
+    def identity(self) -> Place:  # noqa: D102
         return self.root / "identity.json"
 
     @property
-    def manifest(self) -> Path:  # noqa: D102
+    def manifest(self) -> Place:  # noqa: D102
         return self.root / "manifest.json"
 
     @property
-    def conditioning(self) -> Path:  # noqa: D102
+    def conditioning(self) -> Place:  # noqa: D102
         return self.root / "conditioning.safetensors"
 
     @property
-    def units(self) -> Path:  # noqa: D102
+    def units(self) -> Place:  # noqa: D102
         return self.root / "units"
 
     @property
-    def shards(self) -> Path:  # noqa: D102
+    def shards(self) -> Place:  # noqa: D102
         return self.root / "shards"
 
     @property
-    def samples(self) -> Path:  # noqa: D102
+    def samples(self) -> Place:  # noqa: D102
         return self.root / "samples"
 
     @property
-    def tmp(self) -> Path:  # noqa: D102
-        return self.root / "tmp"
+    def tmp(self) -> Path:
+        """Folder for what is not published yet; of a remote cache a local one, by its URL."""
+        return self.root / "tmp" if isinstance(self.root, Path) else scratch(str(self.root))
 
 
 @dataclass(frozen=True)
@@ -66,38 +76,6 @@ class Shard:
     count: int
     size: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class ChannelSums:
-    """Float64 sums over the latents' mean, per channel: what mean and std are folded from."""
-
-    count: int
-    total: tuple[float, ...]
-    squares: tuple[float, ...]
-
-    @staticmethod
-    def of(latents: NDArray[np.float16]) -> ChannelSums:
-        """Sums over `[..., C, h, w]`."""
-        values = latents.astype(np.float64).reshape(-1, *latents.shape[-3:])
-        return ChannelSums(
-            values[:, 0].size,
-            tuple(map(float, values.sum((0, 2, 3)))),
-            tuple(map(float, (values**2).sum((0, 2, 3)))),
-        )
-
-    def __add__(self, other: ChannelSums) -> ChannelSums:
-        return ChannelSums(
-            self.count + other.count,
-            tuple(a + b for a, b in zip(self.total, other.total, strict=True)),
-            tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
-        )
-
-    def mean_std(self) -> tuple[list[float], list[float]]:
-        """Per-channel mean and standard deviation."""
-        mean = np.asarray(self.total) / self.count
-        variance = np.asarray(self.squares) / self.count - mean**2
-        return mean.tolist(), np.sqrt(np.maximum(variance, 0)).tolist()
 
 
 @dataclass(frozen=True)
@@ -207,13 +185,26 @@ def commit_unit(cache: CachePaths, record: UnitRecord) -> None:
 def read_unit(cache: CachePaths, name: str) -> UnitRecord | None:
     """A unit's record, or None where it has not been committed."""
     path = cache.units / f"{name}.json"
-    return UnitRecord.from_json(load_json(path)) if path.exists() else None
+    content = read_if_there(path)
+    return None if content is None else UnitRecord.from_json(parse_json(content, path))
 
 
 def read_units(cache: CachePaths) -> list[UnitRecord]:
     """All records, in the order of their names."""
-    paths = sorted(cache.units.glob("*.json"))
-    return [UnitRecord.from_json(load_json(path)) for path in paths]
+    return list(iterate_units(cache))
+
+
+def iterate_units(cache: CachePaths) -> Iterator[UnitRecord]:
+    """The same with few in memory at a time."""
+    paths = unit_files(cache)
+    for path, content in zip(paths, read_all(paths), strict=True):
+        if content is not None:  # else dropped since the folder was listed
+            yield UnitRecord.from_json(parse_json(content, path))
+
+
+def unit_files(cache: CachePaths) -> list[Place]:
+    """The files of all records, by name."""
+    return [cache.units / name for name in file_sizes(cache.units) if name.endswith(".json")]
 
 
 def fold(
@@ -255,7 +246,7 @@ def write_manifest(cache: CachePaths, manifest: Manifest) -> None:
     publish([dump_json(manifest.to_json())], cache.manifest, cache.tmp)
 
 
-def open_manifest(root: Path, check_sizes: bool = True) -> Manifest:
+def open_manifest(root: Place, check_sizes: bool = True) -> Manifest:
     """Read a finished cache's manifest and, unless told otherwise, check every shard's size.
 
     Raises UserError where it is missing, unfinished, of another format or damaged.
@@ -263,37 +254,38 @@ def open_manifest(root: Path, check_sizes: bool = True) -> Manifest:
     cache = CachePaths(root)
     if not cache.manifest.exists():
         if cache.identity.exists():
-            raise UserError(
-                f"{root} is unfinished: run the same `prep encode`, then it is complete"
-            )
+            raise UserError(f"{root} is unfinished: run the same `prep encode` to its end")
         raise UserError(
             f"{root} is not a cache (no manifest.json); `prep encode --cache {root}` makes one"
         )
     stored = load_json(cache.manifest)
-    if stored.get("format") != FORMAT:
-        raise UserError(
-            f"{root} has cache format {stored.get('format')}, this version reads {FORMAT}"
+    if (found := stored.get("format")) != FORMAT:
+        remedy = "update" if isinstance(found, int) and found > FORMAT else "encode anew"
+        raise UserError(f"{root} has cache format {found}, this version reads {FORMAT}: {remedy}")
+    try:
+        layouts = tuple(Layout.from_json(layout) for layout in stored["layouts"])
+        shards = tuple(
+            Shard(**{**row, "layout": stored["layouts"][row["layout"]]}) for row in stored["shards"]
         )
-    layouts = tuple(Layout.from_json(layout) for layout in stored["layouts"])
-    shards = tuple(
-        Shard(**{**row, "layout": stored["layouts"][row["layout"]]}) for row in stored["shards"]
-    )
-    manifest = Manifest(
-        stored["identity"], layouts, shards, tuple(row["layout"] for row in stored["shards"]),
-        stored["totals"], stored["statistics"], stored["versions"],
-    )  # fmt: skip
-    for shard in shards if check_sizes else ():
-        check_size(root, shard)
+        manifest = Manifest(
+            stored["identity"], layouts, shards, tuple(row["layout"] for row in stored["shards"]),
+            stored["totals"], stored["statistics"], stored["versions"],
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{cache.manifest} is damaged ({error!r}); run `prep finish`") from None
+    if check_sizes:
+        check_shards(cache, manifest)
     return manifest
 
 
-def check_size(root: Path, shard: Shard) -> None:
+def check_shards(cache: CachePaths, manifest: Manifest) -> None:
     """Raise UserError where a shard is missing or has another size than its record says."""
-    path = root / shard.file
-    size = path.stat().st_size if path.exists() else None
-    if size != shard.size:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise UserError(
-            f"{path} {found}, {shard.size} recorded: the cache is damaged; "
-            "`prep verify` lists what is, `prep encode` makes it again"
-        )
+    sizes = file_sizes(cache.shards)
+    for shard in manifest.shards:
+        size = sizes.get(shard.file.removeprefix("shards/"))
+        if size != shard.size:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(
+                f"{cache.root / shard.file} {found}, {shard.size} recorded: the cache is damaged; "
+                "`prep verify` lists what is, `prep encode` makes it again"
+            )

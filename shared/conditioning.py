@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from shared.errors import UserError
+from shared.places import Place
 from shared.storage import publish
 
 
@@ -75,7 +76,7 @@ class Conditioning:
         )
 
 
-def save_conditioning(conditioning: Conditioning, path: Path, tmp: Path) -> None:
+def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> None:
     """Publish as fp16 safetensors."""
     tensors = {}
     for name, embeds in (("prompts", conditioning.embeds), ("empty", conditioning.unconditional)):
@@ -87,14 +88,16 @@ def save_conditioning(conditioning: Conditioning, path: Path, tmp: Path) -> None
     publish([save(content, {"prompts": json.dumps(conditioning.prompts)})], path, tmp)
 
 
-def load_conditioning(path: Path) -> Conditioning:
+def load_conditioning(path: Place) -> Conditioning:
     """Read it back, fp16. Raises UserError where it is missing or damaged."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; run the same `prep encode` to its end")
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            prompts = tuple(json.loads(file.metadata()["prompts"]))
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run the same `prep encode` to its end") from None
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        prompts = tuple(json.loads(header["__metadata__"]["prompts"]))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete it and run `prep encode` again"

@@ -18,8 +18,21 @@ from typing import Any, TypeVar
 import tyro
 
 from shared.errors import UserError
+from shared.places import Place, RemotePlace, place
 
 T = TypeVar("T")
+
+# The type of a flag that takes a folder's path or a URL.
+PlaceFlag = typing.Annotated[
+    Place,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH|URL",
+        instance_from_str=lambda words: place(words[0]),
+        is_instance=lambda value: isinstance(value, Place),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
@@ -95,16 +108,22 @@ def coerce(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    if value is not None and Path in (hint, *typing.get_args(hint)):
-        return Path(value)
+    kinds = (hint, *typing.get_args(hint))
+    if value is not None and Path in kinds:
+        return place(value) if RemotePlace in kinds else Path(value)
     return tuple(value) if isinstance(value, list) else value
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as JSON values; paths become strings."""
+    """The configuration as JSON values; paths become strings.
+
+    Fields that repr hides are secrets, such as tokens, and are left out.
+    """
+    shown = {field.name for field in dataclasses.fields(config) if field.repr}
     return {
-        name: str(value) if isinstance(value, Path) else value
+        name: str(value) if isinstance(value, Place) else value
         for name, value in dataclasses.asdict(config).items()
+        if name in shown
     }
 
 

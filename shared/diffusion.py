@@ -46,7 +46,8 @@ class Schedule:
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     """The schedule in a diffusers `scheduler_config.json`.
 
-    Raises ValueError for a beta schedule or a prediction type that is not known here.
+    Raises ValueError for a beta schedule or a prediction type that is not known here, and for noise
+    prediction with zero terminal SNR: there z is the noise itself, and x0 would be 0 / 0.
     """
     count = int(config.get("num_train_timesteps", 1000))
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
@@ -64,7 +65,13 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
         raise ValueError(f"prediction_type {prediction!r} is not one of {PREDICTION_TYPES}")
     if config.get("rescale_betas_zero_snr"):
         betas = rescale_zero_terminal_snr(betas)
-    return Schedule(torch.cumprod(1 - betas, dim=0), prediction)
+    abar = torch.cumprod(1 - betas, dim=0)
+    if prediction == "epsilon" and abar[-1] == 0:
+        raise ValueError(
+            "zero terminal SNR (rescale_betas_zero_snr) with prediction_type epsilon leaves x0 "
+            "undefined at the last step; such teachers predict v: correct scheduler_config.json"
+        )
+    return Schedule(abar, prediction)
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -84,6 +91,11 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """z_t = alpha_t x0 + sigma_t eps (LCM, eq. 2)."""
     return expand(alpha, x0) * x0 + expand(sigma, x0) * noise
+
+
+def velocity(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = alpha_t eps - sigma_t x0 (arXiv 2202.00512, appendix D)."""
+    return expand(alpha, x0) * noise - expand(sigma, x0) * x0
 
 
 def predicted_x0(

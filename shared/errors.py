@@ -24,7 +24,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         with _terminable(terminated):
             sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {on_one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(
@@ -35,6 +35,14 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `python -m prep stats | head`
         sys.stderr.close()
         sys.exit(141)
+
+
+def on_one_line(text: str) -> str:
+    """`text` with line ends, control characters and lone surrogates, as names have, spelled out."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+from shared.single_file import is_single_file, single_file_config
 from shared.storage import load_json
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -57,12 +58,12 @@ FAMILIES: dict[str, Family] = {
 class Model:
     """A MODEL argument, resolved: where its files are and which family it belongs to."""
 
-    source: str  # local folder or hub repository
+    source: str  # local folder, hub repository or .safetensors file
     family: Family
 
 
 def resolve_model(name: str) -> Model:
-    """A preset, a local diffusers folder or a hub id, recognised by its UNet's config.
+    """A preset, a local diffusers folder, a hub id or one file, recognised by its UNet's config.
 
     Raises UserError where it does not exist or is of no known family.
     """
@@ -84,20 +85,28 @@ def family_of_unet(config: Mapping[str, Any], source: str) -> Family:
     )
 
 
+def force_zeros(model: Model) -> bool:
+    """Is the unconditional embedding zeros? The model's own `force_zeros_for_empty_prompt`."""
+    index = load_config(model.source, "model_index.json")
+    return bool(index.get("force_zeros_for_empty_prompt", False))
+
+
 def load_config(source: str, file: str) -> dict[str, Any]:
     """A JSON file of a model in diffusers format: `unet/config.json`, `model_index.json`.
 
     Raises UserError for a folder or repository that is not there, naming what to check.
     """
     local = Path(source)
+    if is_single_file(source):
+        return single_file_config(source, file)
     if local.is_dir():
         if not (local / file).is_file():
             raise UserError(f"{source} has no {file}; a diffusers model folder is expected")
         return dict(load_json(local / file))
     if local.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise UserError(
-            f"model {source!r} is neither a folder here, nor a preset ({', '.join(FAMILIES)}), "
-            "nor a hub id (owner/name)"
+            f"model {source!r} is neither a folder here, nor a .safetensors file, nor a preset "
+            f"({', '.join(FAMILIES)}), nor a hub id (owner/name)"
         )
     from huggingface_hub import hf_hub_download  # slow to import, so only now
 

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shared.places import Place
 
 BLOCK = 512  # tar's unit
 NPY_HEADER = 128  # np.lib.format v1.0, for every shape that occurs here
@@ -128,9 +129,9 @@ class Layout:
             arrays[field.name] = data.reshape(field.shape)
         return key, record, arrays
 
-    def read(self, shard: Path, index: int) -> tuple[str, dict[str, Any], dict[str, NDArray[Any]]]:
+    def read(self, shard: Place, index: int) -> tuple[str, dict[str, Any], dict[str, NDArray[Any]]]:
         """Sample `index` of a shard, as `unpack` gives it. Raises OSError and ValueError."""
-        with shard.open("rb") as file:
+        with shard.open("rb", buffering=0) as file:  # this sample's bytes and no others
             file.seek(index * self.stride)
             return self.unpack(file.read(self.stride))
 

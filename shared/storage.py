@@ -1,7 +1,8 @@
 """Files that are either whole or absent: written under a temporary name, fsynced, renamed.
 
 Everything a cache or a run keeps goes through `publish`, so a crash at any moment leaves the old
-file or the new one and at worst a stray in `tmp/`, which the next run sweeps.
+file or the new one and at worst a stray in `tmp/`, which the next run sweeps. Behind a URL a file
+is uploaded whole instead of renamed: object storage shows nobody a part of it.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+from shared.places import Place
 
+READERS, READ_AHEAD = 16, 256  # small files read at a time, and held in memory
 COPY_BYTES = 1 << 20
 FOREIGN_SECONDS = 24 * 3600.0
 
 
-def publish(chunks: Iterable[bytes], path: Path, tmp: Path) -> str:
-    """Write `chunks` to `path` atomically by way of the folder `tmp` (same file system).
+def publish(chunks: Iterable[bytes], path: Place, tmp: Path) -> str:
+    """Write `chunks` to `path` atomically by way of the folder `tmp` (for a Path on its disk).
 
     Returns the content's sha256 in hex. Raises UserError when the disk is full or not writable;
     `path` is then as it was.
@@ -60,8 +65,14 @@ def stage(chunks: Iterable[bytes], tmp: Path) -> tuple[Path, str]:
     return staged, digest.hexdigest()
 
 
-def move(staged: Path, path: Path) -> None:
+def move(staged: Path, path: Place) -> None:
     """Give a staged file its final name, replacing what stood there, durably."""
+    if not isinstance(path, Path):
+        try:
+            path.upload(staged)
+        finally:
+            staged.unlink(missing_ok=True)
+        return
     try:
         with guard(path.parent):
             if path.is_dir() and staged.is_file():
@@ -75,11 +86,13 @@ def move(staged: Path, path: Path) -> None:
         raise
 
 
-def create_exclusively(content: bytes, path: Path, tmp: Path) -> bool:
+def create_exclusively(content: bytes, path: Place, tmp: Path) -> bool:
     """Publish `content` at `path` unless something is there already; False if it is.
 
     Of several processes that try at once exactly one wins, and nobody sees a partial file.
     """
+    if not isinstance(path, Path):
+        return path.create(content)
     staged, _ = stage([content], tmp)
     try:
         with guard(path.parent):
@@ -100,8 +113,10 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power cut."""
+def sync_folder(folder: Place) -> None:
+    """fsync a folder, so that a rename in it survives a power cut; object storage has none."""
+    if not isinstance(folder, Path):
+        return
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -112,6 +127,12 @@ def sync_folder(folder: Path) -> None:
 def temporary(tmp: Path, label: str = "") -> Path:
     """A fresh name in `tmp` that tells which process of which machine it belongs to."""
     return tmp / f"{_host()}-{os.getpid()}-{os.urandom(6).hex()}{label}"
+
+
+def scratch(url: str) -> Path:
+    """The local folder for what is on its way to a URL, in the system's temporary folder."""
+    name = hashlib.sha256(url.encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir(), f"distillery-{os.getuid()}-{name}")
 
 
 def strays(tmp: Path) -> Iterator[Path]:
@@ -158,25 +179,63 @@ def dump_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def load_json(path: Path) -> Any:
+def load_json(path: Place) -> Any:
     """Parse a JSON file. Raises UserError, naming the file, where it is missing or damaged."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+
+
+def parse_json(content: bytes, path: Place) -> Any:
+    """What a JSON file holds. Raises UserError, naming it, where it is damaged."""
+    try:
+        return json.loads(content)
     except ValueError as error:
         raise UserError(
             f"{path} is not valid JSON ({error}); restore it or build it anew"
         ) from None
 
 
-def file_sha256(path: Path) -> str:
+def read_all(paths: Sequence[Place]) -> Iterator[bytes | None]:
+    """The contents of many small files, in their order, several being read at a time.
+
+    None for one that is gone.
+    """
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
+        for start in range(0, len(paths), READ_AHEAD):
+            yield from pool.map(read_if_there, paths[start : start + READ_AHEAD])
+
+
+def read_if_there(path: Place) -> bytes | None:
+    """A file's content, or None where there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def file_sizes(folder: Place) -> dict[str, int]:
+    """Name and size of each file in a folder, by name; nothing where there is no folder."""
+    if not isinstance(folder, Path):
+        return dict(sorted(folder.file_sizes().items()))
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()] if folder.is_dir() else []
+    return {path.name: path.stat().st_size for path in files}
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk where a folder is or would be made."""
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def file_sha256(path: Place) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def copy_durably(source: Path, path: Path, tmp: Path) -> str:
+def copy_durably(source: Place, path: Place, tmp: Path) -> str:
     """Copy a file atomically; returns its sha256 in hex."""
     with source.open("rb") as file:
         return publish(iter(lambda: file.read(COPY_BYTES), b""), path, tmp)
@@ -193,7 +252,7 @@ _REMEDIES = {
 
 
 @contextmanager
-def guard(folder: Path) -> Iterator[None]:
+def guard(folder: Place) -> Iterator[None]:
     """Turn the operating system's refusals into one-line errors that name the folder."""
     try:
         yield

@@ -15,14 +15,18 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.rescale import RESCALE_FILE, restore
+from shared.single_file import is_single_file, load_part
 from shared.storage import load_json
 
 
 def load_vae(source: str) -> AutoencoderKL:
-    """A VAE, fp32, frozen, channels last: a model's own, or a folder or hub id that is a VAE.
+    """A VAE, fp32, frozen, channels last: a model's own (folder, hub id, one file), or a VAE's.
 
     One that `save_rescaled` wrote comes back as it was. Raises UserError where there is none.
     """
+    if is_single_file(source):
+        vae = load_part(AutoencoderKL, source, "vae")
+        return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     if not Path(source).is_dir() and source.count("/") != 1:
         raise UserError(
             f"no VAE can be read from {source!r} (neither a folder here nor a hub id, owner/name)"

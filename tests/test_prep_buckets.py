@@ -25,7 +25,7 @@ from prep import pipeline
 from prep.buckets import choose_buckets
 from prep.images import BadImage, Framing, prepare
 from shared.cache import open_manifest
-from train.loader import open_buckets
+from train.bucket import open_buckets
 
 
 def table(resolution, steps=None, low=None, high=None, no_upscale=False):
@@ -171,7 +171,7 @@ def test_neither_neighbours_nor_waiting_show_in_the_latents(cache, tmp_path, mon
 def test_a_fixed_number_of_pictures_waits(tmp_path, monkeypatch):
     """However many sizes there are: pictures on hand stay within what is read ahead and waits."""
     on_hand, most = 0, 0
-    prepare_row, encode_batch = pipeline.decode_row, pipeline.encode
+    prepare_row, start_batch = pipeline.decode_row, pipeline.start
 
     def decode_row(row, settings, known):
         nonlocal on_hand, most
@@ -181,15 +181,15 @@ def test_a_fixed_number_of_pictures_waits(tmp_path, monkeypatch):
         most = max(most, on_hand)
         return sample
 
-    def encode_some(batch, vae, settings):
+    def start_some(batch, vae):
         nonlocal on_hand
         sizes = {picture.pixels.shape for sample in batch for picture in sample.pictures}
         assert len(sizes) == 1
         on_hand -= sum(len(sample.pictures) for sample in batch)
-        encode_batch(batch, vae, settings)
+        return start_batch(batch, vae)
 
     monkeypatch.setattr(pipeline, "decode_row", decode_row)
-    monkeypatch.setattr(pipeline, "encode", encode_some)
+    monkeypatch.setattr(pipeline, "start", start_some)
     files = [
         file
         for n in range(150)
@@ -198,8 +198,9 @@ def test_a_fixed_number_of_pictures_waits(tmp_path, monkeypatch):
     settings = {"vae_batch_size": 2, "text_batch_size": 4, "decode_workers": 1, "buckets": True}
     cache = encode(write_tar(tmp_path / "a.tar", files), tmp_path / "cache", **settings)
     assert len(accounts(cache)) == 150
-    # One batch of the VAE times 8 waits, 2 chunks of 4 are read ahead, one chunk is in hand.
-    assert most <= 8 * 2 + 3 * 4 + 4
+    # 8 batches of the VAE wait; a chunk of 4 is in hand, one is due, one is put together, and as
+    # many pictures are being prepared.
+    assert most <= 8 * 2 + 5 * 4
     assert on_hand == 0
 
 

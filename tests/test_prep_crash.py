@@ -27,18 +27,15 @@ def memory() -> Iterator[Path]:
         yield Path(folder)
 
 
-def drive(folder: Path, pictures: int, *modes: str) -> dict[str, Any]:
-    for number, name in enumerate(("a", "b")):
-        write_tar(folder / f"{name}.tar", captioned(range(number * 10, number * 10 + pictures)))
-    (folder / "work").mkdir()
-    shards = [str(folder / "a.tar"), str(folder / "b.tar")]
+def drive(folder: Path, scenarios: list[str], *flags: object) -> dict[str, Any]:
+    folder.mkdir()
+    words = [*scenarios, "--work", folder, "--lanes", min(2, os.cpu_count() or 1), *flags]
     answer = subprocess.run(
-        [sys.executable, DRIVER, *shards, "--work", folder / "work", "--modes", *modes,
-         "--lanes", str(min(2, os.cpu_count() or 1))],
+        [sys.executable, DRIVER, *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert answer.returncode == 0, answer.stderr[-3000:]
     return dict(json.loads(answer.stdout))
 
@@ -46,31 +43,35 @@ def drive(folder: Path, pictures: int, *modes: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def crashes(memory: Path) -> dict[str, Any]:
     """Dying just before each call is dying just after the one before it."""
-    folder = memory / "small"
-    folder.mkdir()
-    return drive(folder, 2, "before", "half", "--distinct")
+    flags = ("--modes", "before", "half", "--distinct")
+    return drive(memory / "small", ["encode", "finish", "gc"], *flags)
 
 
 def test_killed_before_every_call_and_in_every_write_it_ends_with_the_same_bytes(crashes):
-    assert crashes["crashes"] > 40
-    assert crashes["problems"] == []
+    assert crashes["encode"]["crashes"] > 40
+    for scenario in ("encode", "finish", "gc"):
+        assert crashes[scenario]["problems"] == []
+
+
+def published(scenario: dict[str, Any]) -> list[str]:
+    """The files that got their names, in order."""
+    return [call[2] for call in scenario["calls"] if call[0] in ("replace", "link", "rename")]
 
 
 def test_an_undisturbed_run_leaves_nothing_but_the_cache(crashes):
-    kinds = {Path(name).parts[0] for name in crashes["files"]}
+    kinds = {Path(name).parts[1] for name in crashes["encode"]["files"]}
     assert kinds == {
         "identity.json", "units", "shards", "samples", "conditioning.safetensors", "manifest.json",
     }  # fmt: skip
     # Nothing was written past the wrappers that count the calls.
-    published = {call[2] for call in crashes["calls"] if call[0] in ("replace", "link", "rename")}
-    assert set(crashes["files"]) == published
+    assert set(crashes["encode"]["files"]) == set(published(crashes["encode"]))
 
 
 def test_a_power_cut_finds_whole_files(crashes):
     """What a rename makes visible has been fsynced, and so has the rename, before the next one."""
-    calls = crashes["calls"]
+    calls = crashes["encode"]["calls"]
     visible = [i for i, call in enumerate(calls) if call[0] in ("replace", "link", "rename")]
-    assert len(visible) == len(crashes["files"])
+    assert len(visible) == len(crashes["encode"]["files"])
     for i, following in zip(visible, [*visible[1:], len(calls)], strict=True):
         _, staged, final = calls[i]
         writes = [n for n, call in enumerate(calls[:i]) if call[:2] == ["write", staged]]
@@ -79,7 +80,7 @@ def test_a_power_cut_finds_whole_files(crashes):
 
 
 def test_a_record_is_published_after_what_it_owns(crashes):
-    order = [call[2] for call in crashes["calls"] if call[0] in ("replace", "link", "rename")]
+    order = [name.removeprefix("cache/") for name in published(crashes["encode"])]
     assert order[0] == "identity.json"
     assert order[-1] == "manifest.json"
     for number, name in enumerate(order):
@@ -91,12 +92,28 @@ def test_a_record_is_published_after_what_it_owns(crashes):
 
 
 @pytest.mark.slow
-def test_killed_before_in_and_after_every_call_of_a_longer_job(memory):
-    folder = memory / "longer"
-    folder.mkdir()
-    answer = drive(folder, 5, "before", "half", "after")
-    assert answer["crashes"] > 140
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "scenario",
+    ["longer", "incremental", "report", "embed", "repair", "pack", "unpack", "unpack over"],
+)
+def test_killed_before_in_and_after_every_call(memory, scenario):
+    """And whoever reads then sees what was there before, or all that the command makes."""
+    answer = drive(memory / scenario, [scenario])[scenario]
     assert answer["problems"] == []
+    assert answer["crashes"] > len(answer["calls"])
+    changed = {call[1] for call in answer["calls"]} & set(answer["files"])
+    assert not changed & set(published(answer))  # nothing is written in place
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("scenario", ["many", "many changed"])
+def test_fifty_kills_at_random_moments(memory, scenario):
+    answer = drive(memory / scenario, [scenario], "--random", 50)[scenario]
+    assert answer["problems"] == []
+    assert answer["killed"] == 50
+    assert answer["stages"] > 8  # they fell on many stages of the work
 
 
 @pytest.mark.slow

@@ -2,16 +2,14 @@
 
 import contextlib
 import io
-import struct
 import time
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from support_pictures import ADOBE, BOMBS, LINEAR_GREY
 from support_prep import SIDE, accounts, encode, file_of, photo, refusal, samples, write_tar
 
-from prep import pixels
 from prep.images import BadImage, Framing, prepare
 
 SRGB = ImageCms.createProfile("sRGB")
@@ -31,38 +29,6 @@ def reason(content):
 # --- colour profiles ----------------------------------------------------------------------------
 
 
-def icc(space, tags):
-    """An ICC v2 monitor profile, written by hand from the specification (ICC.1:2001-04)."""
-    table, body = struct.pack(">I", len(tags)), b""
-    start = 128 + 4 + 12 * len(tags)
-    for name, data in tags.items():
-        table += struct.pack(">4sII", name, start + len(body), len(data))
-        body += data + bytes(-len(data) % 4)
-    header = struct.pack(
-        ">I4sI4s4s4s12s4s", start + len(body), b"none", 0x02100000, b"mntr", space, b"XYZ ",
-        bytes(12), b"acsp",
-    )  # fmt: skip
-    header = header.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061)  # D50
-    return header.ljust(128, b"\0") + table + body
-
-
-def xyz(*values):
-    return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(v * 65536) for v in values))
-
-
-def gamma(value):
-    return b"curv" + bytes(4) + struct.pack(">IH", 1, round(value * 256))
-
-
-WHITE = {b"wtpt": xyz(0.9642, 1.0, 0.8249)}
-ADOBE = icc(  # Adobe RGB (1998), its primaries adapted to D50
-    b"RGB ",
-    WHITE
-    | {b"rXYZ": xyz(0.60974, 0.31111, 0.01947), b"gXYZ": xyz(0.20528, 0.62567, 0.06087)}
-    | {b"bXYZ": xyz(0.14919, 0.06322, 0.74457)}
-    | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(2.2)),
-)
-LINEAR_GREY = icc(b"GRAY", WHITE | {b"kTRC": gamma(1.0)})
 PHOTO = photo(1, SIDE, SIDE)
 
 
@@ -146,52 +112,12 @@ def test_shrinking_does_not_alias(kind, times):
 # --- nasty pictures, through the real command -----------------------------------------------------
 
 
-def chunk(name, data):
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png_with(*chunks, size=(8, 8)):
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
-    rows = zlib.compress(b"\0" * 8 * 25)
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", rows) + chunk(
-        b"IEND", b""
-    )  # fmt: skip
-
-
-ZEROS = zlib.compress(bytes(200_000_000), 9)  # 200 kB
-
-
-def many_scans():
-    """A progressive JPEG of 168 megapixels whose last scan comes 200 times."""
-    content = file_of(photo(1), "JPEG", progressive=True)
-    frame, last = content.index(b"\xff\xc2"), content.rindex(b"\xff\xda")
-    size = struct.pack(">HH", 12_000, 14_000)
-    scans = content[last:-2] * 200
-    return content[: frame + 5] + size + content[frame + 9 : last] + scans + content[-2:]
-
-
-BOMBS = {
-    "large png": (png_with(size=(60_000, 60_000)), "too many pixels"),
-    "text bomb": (png_with(chunk(b"zTXt", b"a\0\0" + ZEROS)), "cannot be decoded"),
-    "itxt bomb": (png_with(chunk(b"iTXt", b"a\0\1\0\0\0" + ZEROS)), "cannot be decoded"),
-    "profile bomb": (png_with(chunk(b"iCCP", b"a\0\0" + ZEROS)), "cannot be decoded"),
-    "scan bomb": (many_scans(), "too many pixels"),
-    "truncated jpeg": (file_of(photo(1, 300, 300), "JPEG")[:-2000], "cannot be decoded"),
-    "nothing": (b"", "cannot be decoded"),
-}
-
-
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_a_rejected_picture(name):
     content, why = BOMBS[name]
     start = time.process_time()
     assert reason(content) == why
     assert time.process_time() - start < 2
-
-
-def test_too_many_bytes(monkeypatch):
-    monkeypatch.setattr(pixels, "MAX_BYTES", 1000)
-    assert reason(file_of(PHOTO)) == "too many bytes"
 
 
 def test_any_damage_is_a_rejected_picture():

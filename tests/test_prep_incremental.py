@@ -17,7 +17,7 @@ from support_prep import (
 )
 
 from prep import folders
-from prep.reuse import Index, caption_digest
+from prep.reuse import Entries, Index, caption_digest
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
 
@@ -26,9 +26,9 @@ from prep.vae import VaeEncoder
 def encoded(monkeypatch):
     """Pictures and captions that reach the encoders from here on; call it to read and reset."""
     count = {"pictures": 0, "captions": 0}
-    vae, text = VaeEncoder.encode, TextEncoder.encode
+    vae, text = VaeEncoder.start, TextEncoder.encode
 
-    def vae_encode(self, pixels):
+    def vae_start(self, pixels):
         count["pictures"] += len(pixels)
         return vae(self, pixels)
 
@@ -36,7 +36,7 @@ def encoded(monkeypatch):
         count["captions"] += len(captions)
         return text(self, captions)
 
-    monkeypatch.setattr(VaeEncoder, "encode", vae_encode)
+    monkeypatch.setattr(VaeEncoder, "start", vae_start)
     monkeypatch.setattr(TextEncoder, "encode", text_encode)
 
     def read():
@@ -158,13 +158,16 @@ def test_every_digest_is_found_again():
     """Also those that end in zero bytes, which NumPy's strings drop."""
     digests = [bytes([n, 7]) + bytes(14) for n in range(50)] + [bytes(15) + b"x", bytes(16)]
     digests += [caption_digest(str(n)) for n in range(2000)]
-    index = Index.of([(digest, (n, 2 * n, 3)) for n, digest in enumerate(digests)])
+    entries = Entries()
+    for n, digest in enumerate(digests):
+        entries.add(digest, (n, 2 * n, 3))
+    index = Index.of(entries)
     assert [index.find(digest) for digest in digests] == [
         (n, 2 * n, 3) for n in range(len(digests))
     ]
     assert index.find(b"nowhere to be fnd") is None
     assert index.find(bytes([0, 7]) + bytes(13) + b"y") is None
-    assert Index.of([]).find(bytes(16)) is None
+    assert Index.of(Entries()).find(bytes(16)) is None
 
 
 def test_a_changed_tar_encodes_its_changes(tmp_path, encoded):

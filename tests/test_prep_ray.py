@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -136,6 +137,34 @@ def test_what_a_worker_refuses_ends_the_command(ray, tmp_path):
         *words([bad], *RAY_FLAGS, "--max-reject-fraction", 0.1),
     )  # fmt: skip
     assert line.startswith(f"{bad}: 1 of 2 rows rejected")
+
+
+DEADLY = """
+for pid in $PPID $(cut -d' ' -f4 /proc/$PPID/stat); do
+    case $(cat /proc/$pid/comm) in ray::*) kill -9 $pid ;; esac
+done
+cat "$(dirname "$0")/0.tar"
+"""
+
+
+@pytest.mark.slow
+def test_a_unit_that_every_worker_dies_of_ends_the_command_and_is_named(ray, tars, tmp_path):
+    """The source's own command kills whoever reads it, unless it is the one who was called."""
+    (tmp_path / "deadly.sh").write_text(DEADLY)
+    source = f"pipe:sh {tmp_path}/deadly.sh"
+    line = refusal("encode", "--cache", tmp_path / "c", *words([source, tars[1]], *RAY_FLAGS))
+    assert line.startswith(f"{source}: 5 workers died of it (the last: ")
+    assert line.endswith("give a worker more memory, or see what --engine local says of it")
+    assert len(units(tmp_path / "c")) <= 1  # the other source may have been encoded meanwhile
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_see_the_cache_refuse(ray, tars, tmp_path, monkeypatch):
+    """One machine sees it or does not, so the command is made to go on without creating it."""
+    monkeypatch.setattr("prep.commands.claim_identity", lambda *_: None)
+    line = refusal("encode", "--cache", tmp_path / "c", *words(tars[:1], *RAY_FLAGS))
+    assert f"{socket.gethostname()} does not see {tmp_path / 'c' / 'identity.json'}" in line
+    assert line.endswith("must be on a file system that all workers see")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])

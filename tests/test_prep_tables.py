@@ -251,7 +251,8 @@ def hub(tmp_path, monkeypatch):
         files[split].append(str(path))
 
     def redirected(real):
-        def load(name, **options):
+        def load(name, config, **options):
+            assert config is None
             if name != "someone/pictures":
                 raise FileNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
             cache = str(tmp_path / "hf")
@@ -289,6 +290,101 @@ def test_a_streaming_dataset_has_a_unit_for_each_shard(hub, tmp_path):
     assert len({row["key"] for row in accounts(cache)}) == 5
 
 
+@pytest.fixture
+def languages(tmp_path, monkeypatch):
+    """`someone/languages` with the configurations `en` and `fr`, each with a split `train`."""
+    for number, name in enumerate(("en", "fr")):
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        dataset(2 + number).to_parquet(tmp_path / "hub" / name / "train-0.parquet")
+    (tmp_path / "hub" / "README.md").write_text(
+        "---\nconfigs:\n" + "".join(
+            f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/*.parquet\n"
+            for name in ("en", "fr")
+        ) + "---\n"
+    )  # fmt: skip
+
+    def redirected(real):
+        def load(location, *names, **options):
+            assert location == "someone/languages"
+            cache = str(tmp_path / "hf")
+            return real(str(tmp_path / "hub"), *names, cache_dir=cache, **options)
+
+        return load
+
+    for name in ("load_dataset", "load_dataset_builder"):
+        monkeypatch.setattr(datasets, name, redirected(getattr(datasets, name)))
+    for cached in (hub_reader._load, hub_reader._stream):
+        cached.cache_clear()
+    yield "hf://someone/languages"
+    for cached in (hub_reader._load, hub_reader._stream):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_configuration_of_a_dataset(languages, streaming):
+    def units_of(name, config=None):
+        return find_units([name], SourceOptions(streaming=streaming, dataset_config_name=config))
+
+    with pytest.raises(UserError, match=r"'?en'?, '?fr'?"):
+        units_of(languages)
+    french = units_of(languages, "fr")
+    assert {unit.source for unit in french} == {f"{languages}:fr:train"}
+    assert sum(len(list(unit.rows())) for unit in french) == 3
+    assert units_of(f"{languages}:fr:train") == french
+    assert sum(len(list(unit.rows())) for unit in units_of(f"{languages}:en:train", "fr")) == 2
+    if not streaming:
+        (part,) = units_of(f"{languages}:train[:1]", "en")  # a split's colon is its own
+        assert part.rows_known == 1
+
+
+def test_a_configuration_without_a_dataset(tmp_path):
+    parquet = write_parquet(tmp_path / "a.parquet", records(1))
+    words = ("--model", "tiny-sd", "--cache", tmp_path / "c", "--dataset-config-name", "fr")
+    assert "--dataset-config-name" in refusal("encode", "--shards", parquet, *words)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset", "keyed"])
+def test_originals_are_found_again_with_the_columns_that_were_named(tmp_path, kind):
+    columns = {
+        "thumb": [png(90 + n) for n in range(3)], "photo": [png(n) for n in range(3)],
+        "alt": CAPTIONS, "name": ["x", "y", "z"],
+    }  # fmt: skip
+    flags = ["--image-column", "photo", "--caption-column", "alt"]
+    if kind == "parquet":
+        source = write_parquet(tmp_path / "a{1}[2].parquet", columns)
+        typed = tmp_path / "a\\{1\\}[[]2].parquet"
+    else:
+        typed = source = tmp_path / "data"
+        datasets.Dataset.from_dict(columns).save_to_disk(source)
+    flags += ["--key-column", "name"] if kind == "keyed" else []
+    cache = tmp_path / "cache"
+    words = ("--model", "tiny-sd", "--cache", cache, "--threads", 1)
+    assert prep("encode", "--shards", typed, *words, *flags).status == 0
+    answer = prep("verify", "--cache", cache, "--reencode", 3)
+    assert "encoded again: 3 samples" in answer.err
+    assert "not compared" not in answer.err
+    assert answer.status == 0
+    assert (cache / "report.html").read_text().count(" dB") >= 3
+
+
+def test_another_limit_of_bytes_reads_again_what_it_may_concern(tmp_path):
+    columns = records(3)
+    columns["image"][1] = png(1, 300, 300)  # 200 kB
+    parquet = write_parquet(tmp_path / "a.parquet", {**columns, "image": [
+        one if isinstance(one, bytes) else one["bytes"] for one in columns["image"]
+    ]})  # fmt: skip
+    cache = tmp_path / "cache"
+    reasons = []
+    for limit in (50_000, 50_000, 500_000, 50_000, None):
+        flags = {} if limit is None else {"max_image_bytes": limit}
+        before = units(cache) if cache.exists() else {}
+        encode(parquet, cache, **flags)
+        reasons.append([row["reason"] for row in accounts(cache) if row["reason"]])
+        assert (units(cache) == before) == (len(reasons) == 2)
+    large = ["larger than --max-image-bytes"]
+    assert reasons == [large, large, [], large, []]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_mistakes_about_the_hub_are_one_line(hub, streaming):
     options = SourceOptions(streaming=streaming)
@@ -310,7 +406,7 @@ def test_pictures_that_a_dataset_keeps_in_files(tmp_path, monkeypatch, streaming
     cache = str(tmp_path / "hf")
 
     def redirected(real):
-        return lambda _, **options: real(
+        return lambda *_, **options: real(
             "imagefolder", data_dir=str(folder), cache_dir=cache, **options
         )
 

@@ -230,7 +230,7 @@ def litter(cache, age):
 
 def test_gc_removes_what_no_record_names_and_says_how_much(cache):
     wanted = tree(cache)
-    litter(cache, 2 * 3600)
+    litter(cache, 25 * 3600)
     (cache / "tmp").mkdir(exist_ok=True)
     host = temporary(cache).name.split("-")[0]
     (cache / "tmp" / f"{host}-999999999-stray").write_bytes(bytes(500))
@@ -248,7 +248,7 @@ def test_gc_removes_what_no_record_names_and_says_how_much(cache):
 
 def test_gc_keeps_what_a_running_encode_may_be_about_to_name(cache):
     young = litter(cache, 60)
-    assert "2 younger than an hour kept" in prep("gc", "--cache", cache).out
+    assert "2 in use less than a day ago kept" in prep("gc", "--cache", cache).out
     assert all(path.exists() for path in young)
     assert prep("gc", "--cache", cache, "--all").status == 0
     assert not any(path.exists() for path in young)
@@ -275,7 +275,7 @@ def test_gc_keeps_what_the_manifest_names(cache):
 
 def test_gc_removes_nothing_where_a_record_cannot_be_read(cache, tmp_path):
     next((cache / "units").iterdir()).write_text("{")
-    before = tree(cache, *(path.name for path in litter(cache, 2 * 3600)))
+    before = tree(cache, *(path.name for path in litter(cache, 25 * 3600)))
     assert "not valid JSON" in refusal("gc", "--cache", cache)
     assert all((cache / name).exists() for name in before)
     assert (cache / "shards" / "gone-8x8-0123456789ab.tar").exists()

@@ -1,8 +1,10 @@
 """`--vae-dtype float16` and `--vae`: what a cache holds then, and what becomes of odd pictures."""
 
+import hashlib
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -23,6 +25,7 @@ from support_prep import (
     write_tar,
 )
 
+from prep import plan
 from prep import vae as prep_vae
 from shared.rescale import rescale_vae, save_rescaled
 from shared.vae import load_vae
@@ -162,14 +165,14 @@ def test_a_picture_that_overflows_is_encoded_again_alone_in_fp32(tmp_path):
     encoder.calibrate([GREY] * 3)  # which knows nothing of contrast
     colourful = np.asarray(photo(1, 64, 64))
     batch = encoder.encode([GREY, colourful, GREY])
-    assert encoder.retried == 1
+    assert encoder.retried == [False, True, False]
     alone = torch.from_numpy(np.stack([colourful])).permute(0, 3, 1, 2).float() / 127.5 - 1
     moments = load_vae(source).encode(alone).latent_dist
     assert np.array_equal(batch[1, :4], moments.mean[0].numpy())
     assert np.isfinite(batch).all()
     neighbours = encoder.encode([GREY] * 3)
     assert np.array_equal(batch[[0, 2]], neighbours[[0, 2]])
-    assert encoder.retried == 1
+    assert encoder.retried == [False] * 3
 
 
 def test_retries_are_counted_per_unit_and_said(tmp_path):
@@ -184,6 +187,82 @@ def test_retries_are_counted_per_unit_and_said(tmp_path):
     notes = {unit["source"]: unit["notes"] for unit in units(tmp_path / "cache").values()}
     assert notes == {str(grey): {}, str(mixed): {"fp32_retries": 1}}
     assert manifest(tmp_path / "cache")["totals"]["written"] == 6
+
+
+def retries_of(cache):
+    return {row["source_key"]: row["fp32_retries"] for row in accounts(cache)}
+
+
+def test_a_copied_sample_keeps_its_count_of_retries(tmp_path):
+    source = str(model_with(contrast_vae(), tmp_path / "model"))
+    flags = {"model": source, "vae_dtype": "float16", "vae_batch_size": 3}
+    tar = write_tar(tmp_path / "a.tar", greys(range(3)) + captioned([5]))
+    cache = encode(tar, tmp_path / "cache", **flags)
+    assert retries_of(cache) == {"0000": 0, "0001": 0, "0002": 0, "0005": 1}
+    write_tar(tar, greys(range(4)) + captioned([5]))
+    encode(tar, cache, **flags)
+    assert retries_of(cache) == {"0000": 0, "0001": 0, "0002": 0, "0003": 0, "0005": 1}
+    assert [unit["notes"] for unit in units(cache).values()] == [{"fp32_retries": 1}]
+    scratch = encode(tar, tmp_path / "scratch", **flags)
+    assert {(row["key"], row["fp32_retries"]) for row in accounts(cache)} == {
+        (row["key"], row["fp32_retries"]) for row in accounts(scratch)
+    }
+    assert list(units(cache).values()) == list(units(scratch).values())
+
+
+def test_tables_from_before_retries_were_counted_are_copied_from(pictures, tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "a.tar", captioned(range(3)))
+    cache = encode(tar, tmp_path / "cache")
+    ((name, unit),) = units(cache).items()
+    table = pq.read_table(cache / unit["samples"]).drop_columns(["fp32_retries"])
+    pq.write_table(table, cache / unit["samples"])
+    content = (cache / unit["samples"]).read_bytes()
+    unit["samples_sha256"] = hashlib.sha256(content).hexdigest()
+    (cache / "units" / f"{name}.json").write_text(json.dumps(unit))
+    write_tar(tar, captioned(range(4)))
+    words = ("--model", "tiny-sd", "--cache", cache, "--threads", 1, "--no-report")
+    answer = prep("encode", "--shards", tar, *words)
+    assert "1 pictures and 1 captions encoded, the rest copied" in answer.out
+    assert set(retries_of(cache).values()) == {0}
+
+
+# --- several hosts at once ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["scale", "resolution"])
+def test_who_begins_a_cache_second_takes_over_the_scale(
+    pictures, loud, tmp_path, monkeypatch, other
+):
+    """Another process begins the cache while this one calibrates, and finds another scale."""
+    first = encode(pictures, tmp_path / "first", model=loud, vae_dtype="float16")
+    identity = json.loads((first / "identity.json").read_text())
+    identity["vae"]["rescale"] /= 2
+    if other == "resolution":
+        identity["preprocessing"]["resolution"] = 128
+    cache, probe = tmp_path / "cache", plan.probe
+
+    def overtaken(*arguments):
+        found = probe(*arguments)
+        cache.mkdir()
+        (cache / "identity.json").write_text(json.dumps(identity))
+        return found
+
+    monkeypatch.setattr(plan, "probe", overtaken)
+    words = ("--shards", pictures, "--model", loud, "--cache", cache, "--threads", 1)
+    flags = ("--latents", "mean", "--vae-dtype", "float16", "--no-report")
+    if other == "resolution":
+        line = refusal("encode", *words, *flags)
+        assert "preprocessing.resolution is 128 there, 64 here" in line
+        assert "rescale" not in line
+        return
+    assert prep("encode", *words, *flags).status == 0
+    assert json.loads((cache / "identity.json").read_text()) == identity
+    monkeypatch.setattr(plan, "probe", probe)
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "identity.json").write_text(json.dumps(identity))
+    encode(pictures, again, model=loud)
+    assert np.array_equal(latents_of(cache), latents_of(again))
 
 
 def test_a_hopeless_picture_is_quarantined_and_its_neighbours_live(tmp_path, monkeypatch):

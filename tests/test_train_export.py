@@ -266,8 +266,9 @@ def test_the_export_replaces_the_former_one(run, cli, tmp_path):
     assert (first.status, second.status) == (0, 0)
     assert first.out == second.out
     assert sorted(path.name for path in again.iterdir()) in (
-        ["tmp", "unet"], ["pytorch_lora_weights.safetensors", "tmp"],
-    )  # fmt: skip
+        ["README.md", "tmp", "unet"],
+        ["README.md", "kohya_lora_weights.safetensors", "pytorch_lora_weights.safetensors", "tmp"],
+    )
 
 
 def test_sampling_before_the_end_says_what_to_do(run, cli, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
-from train.loader import Batch
+from train.batch import Batch
 from train.objectives.lcd import LCD
 from train.student import FullStudent, LoraStudent
 
@@ -295,7 +295,7 @@ def padded(part: np.ndarray, width: int) -> np.ndarray:
 def around(kind: type, **attributes: object):
     """A student of that kind around given networks, without loading a teacher."""
     student = object.__new__(kind)
-    vars(student).update(attributes)
+    vars(student).update(attributes, live=attributes["unet"])
     return student
 
 

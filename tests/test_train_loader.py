@@ -1,5 +1,8 @@
 """Batches hold what the cache holds, as stock webdataset reads it from the same shards."""
 
+import contextlib
+import hashlib
+import os
 import threading
 import time
 from dataclasses import fields, replace
@@ -24,8 +27,10 @@ from shared.cache import (
 from shared.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
 from shared.errors import UserError
 from shared.layout import TRAILER, cache_layout
-from train.draws import DrawSpec, draw
-from train.loader import Batch, LatentSpec, Loader, open_buckets
+from train.batch import Batch
+from train.bucket import open_buckets
+from train.draws import DrawSpec, choose, draw
+from train.loader import LatentSpec, Loader
 from train.order import Order
 
 VIEWS, CAPTIONS, LENGTH, WIDTH, POOLED = 2, 3, 4, 6, 5
@@ -61,7 +66,9 @@ def make_cache(root, shards, xl=True, seed=0):
         content += TRAILER
         file = f"shards/unit{number}.tar"
         (root / file).write_bytes(content)
-        shard = Shard(file, layout.to_json(), count, len(content), "")
+        shard = Shard(
+            file, layout.to_json(), count, len(content), hashlib.sha256(content).hexdigest()
+        )
         sums = ChannelSums(1, (0.0,) * 4, (1.0,) * 4)
         commit_unit(cache, UnitRecord(f"unit{number}", file, {}, (shard,), "", "", count, count, {},
                                       sums=sums))  # fmt: skip
@@ -371,16 +378,91 @@ def test_moving_to_the_cpu_keeps_every_field(posterior):
 def test_draws_see_the_real_number_of_captions(posterior, monkeypatch):
     seen = set()
 
-    def watching(spec, position, num_captions, shape):
+    def watching(spec, rng, num_captions):
         seen.add(num_captions)
-        return draw(spec, position, num_captions, shape)
+        return choose(spec, rng, num_captions)
 
-    monkeypatch.setattr("train.loader.draw", watching)
+    monkeypatch.setattr("train.loader.choose", watching)
     take(open_loader(posterior), 10)
     assert seen == {1, 2, 3}
 
 
 def test_records_are_not_read_where_one_caption_is_kept(tiny_cache):
     loader = open_loader(tiny_cache)
-    loader.buckets[0].record = SimpleNamespace()  # calling it would fail
+    loader.buckets[0].records = SimpleNamespace()  # calling it would fail
     assert len(take(loader, 3)) == 3
+
+
+def test_waiting_is_counted_in_seconds(tiny_cache, monkeypatch):
+    loader = open_loader(tiny_cache, threads=1)
+    real = loader.fill
+
+    def slow(index, slots):
+        time.sleep(0.05)
+        return real(index, slots)
+
+    monkeypatch.setattr(loader, "fill", slow)
+    assert loader.waited == 0
+    start = time.perf_counter()
+    take(loader, 8)
+    assert 0.35 < loader.waited < time.perf_counter() - start
+
+
+def test_a_consumer_that_is_slower_does_not_wait(tiny_cache):
+    loader = open_loader(tiny_cache, threads=2)
+    batches = iter(loader)
+    next(batches)
+    before = loader.waited
+    for _ in range(10):
+        time.sleep(0.1)
+        next(batches)
+    batches.close()
+    assert loader.waited - before < 0.5
+
+
+def test_what_is_not_in_the_page_cache_is_read_all_the_same(posterior, monkeypatch):
+    wanted = take(open_loader(posterior), 12)
+    real = os.preadv
+
+    def cold(fd, views, offset, flags=0):
+        if flags:
+            raise BlockingIOError
+        return real(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", cold)
+    found = take(open_loader(posterior), 12)
+    assert all(equal(joined([a]), joined([b])) for a, b in zip(found, wanted, strict=True))
+
+
+def open_files(folder) -> int:
+    count = 0
+    for link in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            count += str(folder) in os.readlink(f"/proc/self/fd/{link}")
+    return count
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    root = make_cache(tmp_path / "cache", [(2, 4, 4)] * 12)
+    wanted = take(open_loader(root), 12)
+    monkeypatch.setattr("train.reader.OPEN_FILES", 3)
+    batches = iter(open_loader(root, threads=4))
+    for batch in wanted:
+        assert equal(joined([next(batches)]), joined([batch]))
+        assert open_files(root) <= 3 + 2 * 4  # those kept, and those that threads read or open
+    batches.close()
+    assert open_files(root) == 0
+
+
+@pytest.mark.gpu
+def test_batches_on_the_gpu_are_those_of_the_cpu(posterior):
+    """A slot must not be filled again while its copy is under way."""
+    device = torch.device("cuda")
+    wanted = take(open_loader(posterior, batch_size=6), 60)
+    batches = iter(open_loader(posterior, batch_size=6, threads=4, device=device))
+    kept = [next(batches) for _ in range(60)]  # as fast as they come, all of them kept
+    batches.close()
+    torch.cuda.synchronize()
+    for batch, same in zip(kept, wanted, strict=True):
+        assert batch.latents.device.type == "cuda"
+        assert equal(joined([batch.to(torch.device("cpu"))]), joined([same]))

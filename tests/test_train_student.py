@@ -8,8 +8,8 @@ from torch import nn
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import schedule_from_config
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.objectives.lcd import LCD
 from train.student import build_student
 

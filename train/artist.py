@@ -16,15 +16,12 @@ from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.family import Model, load_config, resolve_model
 from shared.fingerprint import fingerprint
+from shared.places import Place
 from shared.vae import load_vae
 from train.export import load_student
-from train.sample import (
-    draw_latents,
-    student_predictor,
-    student_scheduler,
-    teacher_predictor,
-    teacher_scheduler,
-)
+from train.objectives import OBJECTIVES
+from train.objectives.objective import Objective
+from train.sample import draw_latents, student_drawing, teacher_predictor, teacher_scheduler
 from train.teacher import check_fit, check_vae, load_unet
 
 Spacings = Mapping[tuple[str, int], str]  # of the teacher's solvers, by sampler and steps
@@ -47,10 +44,19 @@ class Artist:
     shape: tuple[int, int, int] = (4, 64, 64)  # of the latents
     spacings: Spacings = field(default_factory=dict)
 
+    @property
+    def objective(self) -> Objective:
+        """Of the run."""
+        return OBJECTIVES[self.config["objective"]]
+
+    def with_empty(self, empty: TextEmbeds) -> Artist:
+        """The same with the unconditional embedding."""
+        return replace(self, empty=empty.to(self.device))
+
     def with_teacher(self, empty: TextEmbeds) -> Artist:
         """The same with the teacher loaded and its unconditional embedding."""
         teacher = load_unet(self.model.source).to(self.device)
-        return replace(self, teacher=teacher, empty=empty.to(self.device))
+        return replace(self.with_empty(empty), teacher=teacher)
 
     def for_shape(self, shape: tuple[int, int, int]) -> Artist:
         """The same for latents `(C, h, w)`."""
@@ -69,18 +75,20 @@ class Artist:
         texts = texts.to(self.device)
         downscale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         size = (self.shape[1] * downscale, self.shape[2] * downscale)
+        told = (texts, self.empty, self.guidance_scale, size)
         if sampler == "student":
-            predict = student_predictor(self.student, texts, self.guidance_scale, size)
-            scheduler: Any = student_scheduler(self.scheduler_config, self.config)
+            predict, scheduler = student_drawing(
+                self.student, *told, self.scheduler_config, self.config
+            )
         else:
             assert self.teacher is not None
             assert self.empty is not None
-            predict = teacher_predictor(self.teacher, texts, self.empty, self.guidance_scale, size)
+            predict = teacher_predictor(self.teacher, *told)
             spacing = self.spacing(sampler, steps)
             scheduler = teacher_scheduler(sampler, spacing, self.scheduler_config)
         return draw_latents(predict, scheduler, steps, self.shape, seeds, self.device).cpu()
 
-    def check_cache(self, manifest: Manifest, cache: Path) -> None:
+    def check_cache(self, manifest: Manifest, cache: Place) -> None:
         """Raise UserError where a cache was made for another model or by another VAE."""
         check_fit(manifest, self.model, cache)
         check_vae(manifest, self.vae, cache, self.vae_source)

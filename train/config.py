@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from shared.config import PlaceFlag
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Distil a student from a teacher and a cache."""
+    """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 
     model: str
-    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a local diffusers folder or a hub id."""
-    cache: Path
-    """A cache made by `python -m prep encode` for this model."""
+    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file."""
+    cache: PlaceFlag
+    """A cache made by `python -m prep encode` for this model: a folder or a URL."""
     run: Path
     """Folder for checkpoints, metrics, previews and the exported student."""
     vae: str | None = None
     """The VAE that decodes pictures, where the cache was made with another than the model's."""
     student: Literal["lora", "full"] = "lora"
-    """lora: adapters on the teacher. full: a UNet of its own with guidance embedding and EMA."""
+    """lora: adapters on the teacher. full: a UNet of its own, for lcd with guidance and EMA."""
+    objective: Literal["lcd", "denoise"] = "lcd"
+    """lcd: latent consistency distillation. denoise: the ordinary diffusion loss, to fine-tune."""
     train_batch_size: int = 8
     """Samples per device and micro-step."""
     gradient_accumulation_steps: int = 1
@@ -30,7 +34,7 @@ class DistillConfig:
     """Optimizer steps."""
     seed: int = 0
     learning_rate: float | None = None
-    """1e-4 for lora, 8e-6 for full unless given."""
+    """1e-4 for lora, 8e-6 (lcd) or 1e-5 (denoise) for full unless given."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 0
     adam_beta1: float = 0.9
@@ -52,6 +56,10 @@ class DistillConfig:
     """Of the guidance embedding's projection; with zero the student starts as the teacher."""
     unet_time_cond_proj_dim: int = 256
     """Width of the guidance embedding."""
+    noise_offset: float = 0.0
+    """denoise: share of one normal number per channel added to the noise; 0.05 to 0.1 is usual."""
+    snr_gamma: float | None = None
+    """denoise: gamma of the min-SNR loss weights, usually 5; unweighted unless given."""
     lora_rank: int = 64
     lora_alpha: float | None = None
     """The rank unless given."""
@@ -76,11 +84,21 @@ class DistillConfig:
     logging_dir: Path | None = None
     """Of the trackers; RUN/logs unless given."""
     tracker_project_name: str = "latent-distillery"
-    dataloader_num_workers: int = 2
-    """Reader threads."""
+    dataloader_num_workers: int = 4
+    """Reader threads. A remote cache has one for each batch that it reads ahead."""
+    max_train_samples: int | None = None
+    """Train on the cache's first so many samples, in the order of its manifest."""
+    local_cache: Path | None = None
+    """Folder that keeps the samples read from a remote cache."""
     threads: int | None = None
     """CPU threads of the networks; all cores unless given."""
     device: str = "auto"
+    push_to_hub: bool = False
+    """Publish the finished student on the Hugging Face hub, with a model card."""
+    hub_model_id: str | None = None
+    """Repository to publish in; the run's name under your account unless given."""
+    hub_token: str | None = field(default=None, repr=False)
+    """A token with write access, never stored; the one of `hf auth login` unless given."""
     dry_run: bool = False
     """Check everything, print the plan, and stop."""
 
@@ -90,7 +108,7 @@ class EvaluateConfig:
     """Compare student and teacher: one table and one picture."""
 
     run: Path
-    eval_cache: Path
+    eval_cache: PlaceFlag
     """Cache of held-out pictures: their captions are the prompts, their latents the real ones."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
@@ -113,13 +131,14 @@ class SampleConfig:
 
     run: Path
     prompt: tuple[str, ...]
-    cache: Path | None = None
+    cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
     vae: str | None = None
     """The VAE that decodes; the run's unless given."""
-    steps: int = 4
+    steps: int | None = None
+    """4 for a distilled student, 50 for a fine-tuned one (--objective denoise) unless given."""
     guidance_scale: float | None = None
-    """diffusers' meaning (w + 1), for a full student; the family's unless given."""
+    """diffusers' meaning (w + 1), not for a distilled LoRA; the family's unless given."""
     seed: int = 0
     num_images: int = 1
     """Pictures per prompt."""
@@ -137,3 +156,9 @@ class ExportConfig:
     """latest, or the folder of a checkpoint."""
     output: Path | None = None
     """The run's folder unless given."""
+    push_to_hub: bool = False
+    """Publish the student on the Hugging Face hub, with a model card."""
+    hub_model_id: str | None = None
+    """Repository to publish in; the run's name under your account unless given."""
+    hub_token: str | None = field(default=None, repr=False)
+    """A token with write access, never stored; the one of `hf auth login` unless given."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from shared.cache import CachePaths, open_manifest
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
+from shared.places import place
 from shared.vae import decode_latents
 from train.artist import open_artist
+from train.bucket import open_buckets
 from train.config import SampleConfig
-from train.loader import open_buckets
 from train.pictures import write_grid, write_picture
+from train.sample import most_steps
 
 
 def draw_prompts(config: SampleConfig) -> None:
@@ -21,23 +21,25 @@ def draw_prompts(config: SampleConfig) -> None:
     artist = open_artist(
         config.run, config.threads, config.device, config.guidance_scale, config.vae
     )
-    most = int(artist.config["num_ddim_timesteps"])
-    if not 1 <= config.steps <= most:
-        raise UserError(f"--steps {config.steps} must be 1 to {most}, the student's solver steps")
+    steps = artist.objective.sample_steps if config.steps is None else config.steps
+    most = most_steps(artist.config, artist.scheduler_config)
+    if not 1 <= steps <= most:
+        raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")
     if config.num_images < 1:
         raise UserError("--num-images must be at least 1")
-    cache = config.cache or Path(str(artist.config["cache"]))
+    cache = config.cache or place(str(artist.config["cache"]))
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)
     conditioning = load_conditioning(CachePaths(cache).conditioning)
     texts = conditioning.find(config.prompt)
     bucket = max(open_buckets(cache, manifest), key=len)
+    artist = artist.with_empty(conditioning.unconditional)
     shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)
     rows = []
     for number in range(len(config.prompt)):
         same = texts[[number] * config.num_images]
         seeds = range(config.seed, config.seed + config.num_images)
-        latents = artist.for_shape(shape).draw("student", config.steps, same, seeds)
+        latents = artist.for_shape(shape).draw("student", steps, same, seeds)
         rows.append(list(decode_latents(artist.vae, latents / artist.vae.config.scaling_factor)))
     if len(rows) == config.num_images == 1:
         write_picture(config.output, np.asarray(rows[0][0]))

@@ -18,35 +18,69 @@ class DrawSpec:
 
     seed: int
     views: int
-    num_ddim_timesteps: int
+    num_ddim_timesteps: int  # solver intervals; with as many as timesteps, index is the timestep
     w_min: float
     w_max: float
     proportion_empty_prompts: float
     latent_noise: bool  # does the cache hold the posterior's logvar?
+    noise_offset: float = 0.0
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One sample's draws; the noises have the latents' shape `[C, h, w]`, fp32."""
+class Choice:
+    """What is drawn of a sample before it is read."""
 
     view: int
     caption: int
     drop_caption: bool
     index: int  # solver interval, 0 .. N - 1
     w: float
+
+
+@dataclass(frozen=True)
+class Draw(Choice):
+    """One sample's draws; the noises have the latents' shape `[C, h, w]`, fp32."""
+
     noise: NDArray[np.float32]
     latent_noise: NDArray[np.float32] | None
 
 
 def draw(spec: DrawSpec, position: int, num_captions: int, shape: tuple[int, ...]) -> Draw:
     """The draws of the sample at stream position `position`."""
-    rng = np.random.Generator(np.random.Philox(key=[spec.seed, position]))
-    return Draw(
+    rng = generator(spec, position)
+    choice = choose(spec, rng, num_captions)
+    noise = np.empty(shape, dtype=np.float32)
+    latent_noise = draw_noises(spec, rng, noise)
+    return Draw(**vars(choice), noise=noise, latent_noise=latent_noise)
+
+
+def generator(spec: DrawSpec, position: int) -> np.random.Generator:
+    """Where the draws of a position come from: first `choose`, then `draw_noises`."""
+    return np.random.Generator(np.random.Philox(key=[spec.seed, position]))
+
+
+def choose(spec: DrawSpec, rng: np.random.Generator, num_captions: int) -> Choice:
+    """What to read of the sample, and the numbers."""
+    return Choice(
         view=int(rng.integers(spec.views)),
         caption=int(rng.integers(num_captions)),
         drop_caption=bool(rng.random() < spec.proportion_empty_prompts),
         index=int(rng.integers(spec.num_ddim_timesteps)),
         w=float(rng.uniform(spec.w_min, spec.w_max)),
-        noise=rng.standard_normal(shape, dtype=np.float32),
-        latent_noise=rng.standard_normal(shape, dtype=np.float32) if spec.latent_noise else None,
     )
+
+
+def draw_noises(
+    spec: DrawSpec, rng: np.random.Generator, into: NDArray[np.float32]
+) -> NDArray[np.float32] | None:
+    """The diffusion noise into an array `[C, h, w]`; the VAE's is returned where one is needed.
+
+    A noise offset is one normal number per channel, times the offset, added to all of the channel
+    (kohya's and diffusers' --noise-offset). It is drawn last, so that all else is the same without.
+    """
+    rng.standard_normal(out=into, dtype=np.float32)
+    latent_noise = rng.standard_normal(into.shape, dtype=np.float32) if spec.latent_noise else None
+    if spec.noise_offset:
+        shift = rng.standard_normal((into.shape[0], 1, 1), dtype=np.float32)
+        into += np.float32(spec.noise_offset) * shift
+    return latent_noise

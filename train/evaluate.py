@@ -37,7 +37,8 @@ def evaluate(config: EvaluateConfig) -> None:
     artist.check_cache(manifest, config.eval_cache)
     heldout = load_heldout(config.eval_cache, manifest, config.num_samples)
     artist = artist.with_teacher(heldout.empty).for_shape(heldout.shape)
-    calls = teacher_calls(len(heldout)) + unet_calls(STUDENT_ROWS, len(heldout))
+    student_rows = rows_of_student(artist)
+    calls = teacher_calls(len(heldout)) + unet_calls(student_rows, len(heldout))
     with Progress("evaluate", calls, "step") as progress:
         judge, teacher = teacher_reference(config, artist, heldout, scorer, progress)
         artist = artist.with_spacings(
@@ -45,7 +46,7 @@ def evaluate(config: EvaluateConfig) -> None:
         )
         student = [
             judge.row(*row, draw_all(artist, row, heldout, config, progress), artist)
-            for row in STUDENT_ROWS
+            for row in student_rows
         ]
     rows = timed([*teacher, *student], artist, heldout)
     result = {
@@ -58,6 +59,11 @@ def evaluate(config: EvaluateConfig) -> None:
     }
     folder = config.output or config.run
     write_report(folder, result, showcase(artist, heldout, config), heldout.captions)
+
+
+def rows_of_student(artist: Artist) -> Sequence[tuple[str, int]]:
+    """A distilled student is drawn in few steps, a fine-tuned one as the teacher's reference is."""
+    return STUDENT_ROWS if artist.objective.few_steps else (("student", REFERENCE[1]),)
 
 
 def timed(rows: Sequence[Row], artist: Artist, heldout: HeldOut) -> list[Row]:
@@ -83,7 +89,7 @@ def showcase(
     texts = heldout.texts[slice(0, SHOWN)]
     seeds = range(config.seed, config.seed + len(texts))
     columns = {}
-    for name, steps in [REFERENCE, ("ddim", 4), ("dpmsolver++", 4), *STUDENT_ROWS]:
+    for name, steps in [REFERENCE, ("ddim", 4), ("dpmsolver++", 4), *rows_of_student(artist)]:
         title = f"{'student' if name == 'student' else 'teacher'}, {steps} step{'s'[: steps > 1]}"
         solver = "" if name == "student" else name.upper()
         columns[f"{title}\n{solver}"] = decode_all(artist, artist.draw(name, steps, texts, seeds))

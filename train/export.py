@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,11 @@ from peft.utils import get_peft_model_state_dict
 from shared.config import coerce
 from shared.errors import UserError
 from shared.storage import copy_durably, load_json, move, sync_folder, temporary
+from train.card import write_card
 from train.checkpoint import find_checkpoint, load_networks
 from train.config import DistillConfig, ExportConfig
+from train.hub import check_push, push
+from train.kohya import KOHYA_FILE, save_kohya
 from train.student import build_student
 from train.teacher import load_unet
 
@@ -25,7 +29,8 @@ UNET_FOLDER = "unet"
 def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     """Write a UNet folder, or `pytorch_lora_weights.safetensors` with rank and alpha.
 
-    The former export is replaced only when the new one is whole. Returns what was written.
+    Beside the latter lies `kohya_lora_weights.safetensors` for ComfyUI and its like. The former
+    export is replaced only when the new one is whole. Returns what was written.
     """
     tmp = folder / "tmp"
     building = temporary(tmp, "-export")
@@ -33,7 +38,9 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     building.mkdir(parents=True)
     if getattr(unet, "peft_config", None):
         save_lora(unet, building)
-        copy_durably(building / LORA_FILE, folder / LORA_FILE, tmp)
+        save_kohya(unet, building / KOHYA_FILE)
+        for name in (KOHYA_FILE, LORA_FILE):
+            copy_durably(building / name, folder / name, tmp)
         shutil.rmtree(building)
         return folder / LORA_FILE
     unet.save_pretrained(building)
@@ -64,7 +71,11 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def export_checkpoint(config: ExportConfig) -> Path:
-    """Export a checkpoint of a run. Raises UserError where there is none."""
+    """Export a checkpoint of a run, with its card; publish it if asked to.
+
+    Raises UserError where there is none, or where the hub refuses.
+    """
+    check_push(config)
     stored = run_config(config.run)
     folder = find_checkpoint(config.run, config.checkpoint)
     if folder is None:
@@ -72,14 +83,25 @@ def export_checkpoint(config: ExportConfig) -> Path:
     distilled = DistillConfig(**coerce(DistillConfig, stored))
     student = build_student(distilled.model, distilled)
     student.load_state(load_networks(folder))
-    return export_student(student.exported(), config.output or config.run)
+    folder = config.output or config.run
+    path = export_student(student.exported(), folder)
+    publish_export(config, folder)
+    return path
+
+
+def publish_export(config: DistillConfig | ExportConfig, folder: Path) -> None:
+    """Write the model card of an export; with --push-to-hub, upload both and print the address."""
+    write = partial(write_card, config.run, folder, run_config(config.run))
+    write(str(folder))
+    if config.push_to_hub:
+        print(f"published: {push(config, folder, write)}")
 
 
 def run_config(run: Path) -> dict[str, object]:
     """A run's resolved configuration. Raises UserError where the folder is no run."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run (no config.json); `train distill --run {run}` makes one")
-    return dict(load_json(run / "config.json"))
+    return {"objective": "lcd", **load_json(run / "config.json")}  # older runs name no objective
 
 
 def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, object]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from shared.cache import CachePaths, Manifest
 from shared.conditioning import TextEmbeds, load_conditioning
 from shared.errors import UserError
-from train.loader import open_buckets
+from shared.places import Place
+from train.bucket import open_buckets
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class HeldOut:
         return channels, height, width
 
 
-def load_heldout(root: Path, manifest: Manifest, count: int) -> HeldOut:
+def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
     """The first `count` samples of the cache's largest bucket, in the order of the shards.
 
     Raises UserError where there are too few to fit a Gaussian of 64 features.

@@ -5,52 +5,29 @@ No worker processes and no mmap: both were measured several times slower (docs/l
 
 from __future__ import annotations
 
-import json
-import os
-import threading
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.cache import Manifest, Shard
 from shared.conditioning import TextEmbeds
 from shared.errors import UserError
-from shared.layout import BLOCK, Layout
-from train.draws import Draw, DrawSpec, draw
+from shared.layout import Layout
+from train.batch import Batch, Slot, allocate
+from train.bucket import Bucket, Rows
+from train.draws import Choice, DrawSpec, choose, draw_noises, generator
 from train.order import Order
+from train.ring import Ring
 
+CPU = torch.device("cpu")
 AHEAD = 4  # batches being filled while one is in use
+REMOTE_AHEAD = 16  # likewise of a remote cache, a thread each: what is far must be asked for early
 
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step needs, B samples of one latent size."""
-
-    latents: Tensor  # [B, C, h, w] fp32: x0, sampled from the posterior and scaled
-    prompt_embeds: Tensor  # [B, L, D] fp16
-    pooled_prompt_embeds: Tensor | None  # [B, P] fp16
-    time_ids: Tensor | None  # [B, 6] int32
-    noise: Tensor  # [B, C, h, w] fp32
-    index: Tensor  # [B] int64, solver interval
-    w: Tensor  # [B] fp32, guidance
-
-    @property
-    def text(self) -> TextEmbeds:
-        """The captions' embeddings."""
-        return TextEmbeds(self.prompt_embeds, self.pooled_prompt_embeds)
-
-    def to(self, device: torch.device) -> Batch:
-        """A copy on `device`; on the CPU the batch itself."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: None if v is None else v.to(device) for k, v in moved.items()})
+GRAIN = 16_384  # elements at a time: above 32,767 torch wakes a pool of threads of its own
+EXPONENT = np.uint16(0x7C00)  # of fp16: all ones mean infinite or not a number
 
 
 @dataclass(frozen=True)
@@ -61,73 +38,20 @@ class LatentSpec:
     scaling_factor: float
 
 
-class Bucket:
-    """The shards of one layout as one array of samples."""
+@dataclass
+class RingPlace:
+    """One place of the ring: a slot for each bucket, all in the same memory."""
 
-    def __init__(self, root: Path, layout: Layout, shards: Sequence[Shard]) -> None:
-        self.layout = layout
-        self.paths = [root / shard.file for shard in shards]
-        self.ends = np.cumsum([shard.count for shard in shards])
-        self._files: dict[int, int] = {}
-        self._opening = threading.Lock()
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def locate(self, number: int) -> tuple[int, int]:
-        """Shard and byte offset of a sample."""
-        shard = int(np.searchsorted(self.ends, number, side="right"))
-        first = int(self.ends[shard - 1]) if shard else 0
-        return shard, (number - first) * self.layout.stride
-
-    def read(self, number: int, name: str, row: int, into: NDArray[Any]) -> None:
-        """Row `row` of a sample's field into a contiguous array. Raises UserError where it ends."""
-        shard, start = self.locate(number)
-        field = self.layout.field(name)
-        assert field is not None
-        offset = start + self.layout.offsets[name] + row * (field.nbytes // field.shape[0])
-        self._fill(shard, offset, memoryview(into).cast("B"), number)
-
-    def record(self, number: int) -> dict[str, Any]:
-        """A sample's KEY.json."""
-        shard, start = self.locate(number)
-        buffer = bytearray(self.layout.record_bytes)
-        self._fill(shard, start + BLOCK, memoryview(buffer), number)
-        return dict(json.loads(buffer))
-
-    def name(self, number: int) -> str:
-        """How errors call a sample."""
-        shard, start = self.locate(number)
-        return f"{self.paths[shard]} sample {start // self.layout.stride}"
-
-    def _fill(self, shard: int, offset: int, view: memoryview, number: int) -> None:
-        with self._opening:
-            if shard not in self._files:
-                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        if os.preadv(self._files[shard], [view], offset) != len(view):
-            raise UserError(f"{self.name(number)} is cut short; `prep verify` lists the damage")
-
-    def close(self) -> None:
-        """Close the shards."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-
-
-def open_buckets(root: Path, manifest: Manifest) -> list[Bucket]:
-    """A bucket for each layout of the manifest, in its order."""
-    shards: list[list[Shard]] = [[] for _ in manifest.layouts]
-    for shard, number in zip(manifest.shards, manifest.shard_layouts, strict=True):
-        shards[number].append(shard)
-    return [
-        Bucket(root, layout, mine) for layout, mine in zip(manifest.layouts, shards, strict=True)
-    ]
+    slots: list[Slot]
+    copied: torch.cuda.Event | None = None  # when the last copy to the device has ended
 
 
 class Loader:
     """Iterates over a rank's batches from global batch `start` on, without end.
 
-    A yielded batch is valid until the next one is asked for: its memory is then filled again.
+    Batches are on `device`. On the CPU a batch is valid until the next one is asked for: its
+    memory is then filled again. `waited` is how many seconds the consumer has waited for batches.
+    `threads` read and draw; a remote cache has as many as there are batches `ahead`.
     """
 
     def __init__(
@@ -140,112 +64,147 @@ class Loader:
         start: int = 0,
         rank: int = 0,
         world: int = 1,
-        threads: int = 2,
+        threads: int = 4,
+        device: torch.device = CPU,
+        ahead: int | None = None,
     ) -> None:
         self.buckets, self.order, self.spec = buckets, order, spec
         self.latents, self.unconditional = latents, unconditional
-        self.start, self.rank, self.world, self.threads = start, rank, world, threads
+        self.start, self.rank, self.world, self.device = start, rank, world, device
+        remote = any(bucket.remote for bucket in buckets)
+        self.ahead = ahead or (REMOTE_AHEAD if remote else AHEAD)
+        self.threads = max(threads, self.ahead) if remote else threads
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ring: Ring[RingPlace, tuple[Batch, torch.cuda.Event | None]] | None = None
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the consumer of `batches` has waited for the loader."""
+        return self._ring.waited if self._ring else 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
     def batches(self) -> Generator[Batch, None, None]:
         """The endless stream; closing it ends the threads."""
-        slots = [self._allocate() for _ in range(AHEAD + 1)]
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="loader") as pool:
-            waiting: deque[Future[Batch]] = deque()
-            try:
-                for index in range(self.start, self.start + AHEAD):
-                    waiting.append(pool.submit(self.fill, index, slots[index % len(slots)]))
-                while True:
-                    batch = waiting.popleft().result()
-                    index += 1
-                    # The slot of the batch that was in use until now is free again.
-                    waiting.append(pool.submit(self.fill, index, slots[index % len(slots)]))
-                    yield batch
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        places = [RingPlace(self._allocate()) for _ in range(self.ahead + 1)]
+        self._ring = Ring(self._fill_and_send, places, self.threads)
+        stream = self._ring.run(self.start)
+        try:
+            for batch, copied in stream:
+                if copied is not None:
+                    current = torch.cuda.current_stream(self.device)
+                    current.wait_event(copied)
+                    for tensor in batch.tensors().values():
+                        tensor.record_stream(current)  # its memory belongs to the copies' stream
+                yield batch
+        finally:
+            stream.close()
+            for bucket in self.buckets:
+                bucket.close()
 
     def names(self, index: int) -> list[str]:
         """How errors call the samples of global batch `index`."""
         bucket, ids = self.order.batch(index)
         return [self.buckets[bucket].name(int(sample)) for sample in ids]
 
-    def fill(self, index: int, slot: dict[int, Batch]) -> Batch:
-        """Read global batch `index` into `slot`. Raises UserError for a damaged sample."""
+    def _fill_and_send(self, index: int, place: RingPlace) -> tuple[Batch, torch.cuda.Event | None]:
+        """Read a batch and start its copy to the device; with the event at the copy's end."""
+        if place.copied is not None:
+            place.copied.synchronize()  # the pinned memory is still being read until then
+        batch = self.fill(index, place.slots)
+        if self._copies is None:
+            return batch.to(self.device), None
+        with torch.cuda.stream(self._copies):
+            sent = batch.to(self.device, non_blocking=True)
+            place.copied = self._copies.record_event()
+        return sent, place.copied
+
+    def fill(self, index: int, slots: Sequence[Slot]) -> Batch:
+        """Read global batch `index` into its bucket's slot. Raises UserError for damage."""
         number, ids, positions = self.order.rank_batch(index, self.rank, self.world)
-        batch = slot[number]
-        for row, (sample, position) in enumerate(zip(ids, positions, strict=True)):
-            self._fill_sample(batch, row, self.buckets[number], int(sample), int(position))
-        return batch
+        bucket, slot, samples = self.buckets[number], slots[number], ids.tolist()
+        drawn = []
+        captions = self._num_captions(bucket, samples)
+        for position, num_captions in zip(positions.tolist(), captions, strict=True):
+            rng = generator(self.spec, position)
+            drawn.append((rng, choose(self.spec, rng, num_captions)))
+        spans = []
+        for at, (sample, (_, choice)) in enumerate(zip(samples, drawn, strict=True)):
+            rows = wanted_rows(bucket.layout, choice)
+            views = [slot.views[name][at] for name, _ in rows]
+            spans += bucket.spans(sample, rows, views)
+        rest = bucket.begin(spans)
+        # The noise is drawn while the disk works.
+        latent_noises = [self._draw(slot, row, *pair) for row, pair in enumerate(drawn)]
+        bucket.finish(rest)
+        for row, (sample, noise) in enumerate(zip(samples, latent_noises, strict=True)):
+            self._check_finite(slot, row, bucket, sample)
+            finish_latents(
+                slot.arrays["raw"][row], noise, self.latents.scaling_factor,
+                slot.batch.latents[row],
+            )  # fmt: skip
+        return slot.batch
 
-    def _fill_sample(
-        self, batch: Batch, row: int, bucket: Bucket, sample: int, position: int
-    ) -> None:
-        noise = batch.noise[row].numpy()
-        drawn = draw(self.spec, position, self._num_captions(bucket, sample), noise.shape)
-        noise[...] = drawn.noise
-        batch.index[row] = drawn.index
-        batch.w[row] = drawn.w
-        latents = np.empty(bucket.layout.fields[0].shape[1:], dtype=np.float16)
-        bucket.read(sample, "latents", drawn.view, latents)
-        batch.latents[row] = torch.from_numpy(
-            finished_latents(latents, drawn, self.latents.scaling_factor)
-        )
-        self._fill_text(batch, row, bucket, sample, drawn)
-        if batch.time_ids is not None:
-            bucket.read(sample, "time_ids", drawn.view, batch.time_ids[row].numpy())
-        filled = (batch.latents, batch.prompt_embeds, batch.pooled_prompt_embeds)
-        if not all(part is None or part[row].isfinite().all() for part in filled):
-            raise UserError(f"{bucket.name(sample)} holds non-finite values; see `prep verify`")
+    def _draw(
+        self, slot: Slot, row: int, rng: np.random.Generator, choice: Choice
+    ) -> NDArray[np.float32] | None:
+        """Everything that is not read; the VAE's noise, if any, is returned."""
+        slot.arrays["index"][row] = choice.index
+        slot.arrays["w"][row] = choice.w
+        for name in ("pooled_prompt_embeds", "prompt_embeds"):
+            if name in slot.arrays and choice.drop_caption:
+                slot.arrays[name][row] = getattr(self.unconditional, name)[0].numpy()
+        return draw_noises(self.spec, rng, slot.arrays["noise"][row])
 
-    def _fill_text(self, batch: Batch, row: int, bucket: Bucket, sample: int, drawn: Draw) -> None:
-        for name in ("prompt_embeds", "pooled_prompt_embeds"):
-            into: Tensor | None = getattr(batch, name)
-            if into is None:
-                continue
-            if drawn.drop_caption:
-                into[row] = getattr(self.unconditional, name)[0]
-            else:
-                bucket.read(sample, name, drawn.caption, into[row].numpy())
+    def _check_finite(self, slot: Slot, row: int, bucket: Bucket, sample: int) -> None:
+        for name in ("raw", "prompt_embeds", "pooled_prompt_embeds"):
+            if name in slot.arrays and not all_finite(slot.arrays[name][row]):
+                raise UserError(f"{bucket.name(sample)} holds non-finite values; see `prep verify`")
 
-    def _num_captions(self, bucket: Bucket, sample: int) -> int:
-        field = bucket.layout.field("prompt_embeds")
-        assert field is not None
+    def _num_captions(self, bucket: Bucket, samples: list[int]) -> list[int]:
         # Where one caption is kept, the record need not be read to know how many there are.
-        return 1 if field.shape[0] == 1 else int(bucket.record(sample)["num_captions"])
+        if bucket.layout.captions == 1:
+            return [1] * len(samples)
+        return [int(record["num_captions"]) for record in bucket.records(samples)]
 
-    def _allocate(self) -> dict[int, Batch]:
+    def _allocate(self) -> list[Slot]:
+        layouts = [bucket.layout for bucket in self.buckets]
         share = self.order.batch_size // self.world
-        channels = self.latents.channels
-        return {n: _empty_batch(b.layout, channels, share) for n, b in enumerate(self.buckets)}
+        return allocate(layouts, self.latents.channels, share, pinned=self._copies is not None)
 
 
-def finished_latents(
-    raw: NDArray[np.float16], drawn: Draw, scaling_factor: float
-) -> NDArray[np.float32]:
+def wanted_rows(layout: Layout, choice: Choice) -> Rows:
+    """What must be read of a sample."""
+    rows = {
+        "latents": choice.view,
+        "pooled_prompt_embeds": None if choice.drop_caption else choice.caption,
+        "prompt_embeds": None if choice.drop_caption else choice.caption,
+        "time_ids": choice.view,
+    }
+    names = [(field.name, rows[field.name]) for field in layout.fields]
+    return tuple((name, row) for name, row in names if row is not None)
+
+
+def all_finite(values: NDArray[np.float16]) -> bool:
+    """Whether a contiguous fp16 array holds neither infinities nor NaN.
+
+    Compares bits: ten times faster than NumPy's and torch's tests of fp16.
+    """
+    return bool(np.bitwise_and(values.view(np.uint16), EXPONENT).max() != EXPONENT)
+
+
+def finish_latents(
+    raw: NDArray[np.float16],
+    noise: NDArray[np.float32] | None,
+    scaling_factor: float,
+    into: Tensor,
+) -> None:
     """x0 `[C, h, w]` from the stored mean, or mean and logvar: sampled and scaled in fp32."""
-    values = raw.astype(np.float32)
-    if drawn.latent_noise is not None:
-        mean, logvar = np.split(values, 2)
-        values = mean + np.exp(0.5 * logvar) * drawn.latent_noise
-    return values * np.float32(scaling_factor)
-
-
-def _empty_batch(layout: Layout, channels: int, size: int) -> Batch:
-    """Unfilled tensors for `size` samples."""
-
-    def rows(name: str, dtype: torch.dtype) -> Tensor | None:
-        field = layout.field(name)
-        return None if field is None else torch.empty((size, *field.shape[1:]), dtype=dtype)
-
-    latents = torch.empty(size, channels, *layout.latent_size)
-    return Batch(
-        latents=latents,
-        prompt_embeds=rows("prompt_embeds", torch.float16),
-        pooled_prompt_embeds=rows("pooled_prompt_embeds", torch.float16),
-        time_ids=rows("time_ids", torch.int32),
-        noise=torch.empty_like(latents),
-        index=torch.empty(size, dtype=torch.int64),
-        w=torch.empty(size),
-    )
+    values: NDArray[np.float16] | NDArray[np.float32] = raw
+    if noise is not None:
+        mean, logvar = np.split(raw.astype(np.float32), 2)
+        values = mean + np.exp(0.5 * logvar) * noise
+    parts = torch.from_numpy(values).flatten().split(GRAIN)
+    for x0, part in zip(into.flatten().split(GRAIN), parts, strict=True):
+        x0.copy_(part).mul_(scaling_factor)

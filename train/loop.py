@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.optim import set_learning_rate
 from train.run import Distillation
 from train.stop import Stop
@@ -58,7 +58,7 @@ def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
     for number, part in enumerate(micro_batches(batch, run.accumulation), start=1):
         with run.team.accumulating(run.student, last=number == run.accumulation):
             with run.autocast():
-                loss = run.objective(part.to(run.team.device), run.empty, run.student)
+                loss = run.objective(part, run.empty, run.student)
             run.scaler.scale(loss / run.accumulation).backward()
         losses.append(loss.detach())
     run.scaler.unscale_(run.optimizer)

@@ -6,8 +6,12 @@ import torch
 from torch import nn
 
 from train.config import DistillConfig
+from train.objectives import OBJECTIVES
 
-LEARNING_RATES = {"lora": 1e-4, "full": 8e-6}
+
+def base_learning_rate(config: DistillConfig) -> float:
+    """The flag, else what the objective uses for this kind of student."""
+    return config.learning_rate or OBJECTIVES[config.objective].learning_rates[config.student]
 
 
 def build_optimizer(

@@ -10,6 +10,7 @@ from torch import nn
 from shared.cache import Manifest
 from train.config import DistillConfig
 from train.loader import Loader
+from train.objectives import OBJECTIVES
 
 
 def plan(
@@ -21,16 +22,19 @@ def plan(
     world: int,
 ) -> str:
     """What is about to happen, in two lines."""
-    samples, batch = manifest.totals["written"], loader.order.batch_size
+    samples, batch = sum(loader.order.sizes), loader.order.batch_size
     weights = sum(parameter.numel() for parameter in parameters.values())
     passes = config.max_train_steps * batch / samples
     over = f" over {world} processes" if world > 1 else ""
     origin = f"from {resumed}" if resumed else "from the teacher"
+    spec = loader.spec
+    drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
+    if not OBJECTIVES[config.objective].teacher:
+        drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
         f"{origin}\n{config.max_train_steps} steps of {batch} samples{over}, "
-        f"{passes:.1f} passes over {samples} samples, "
-        f"w in [{loader.spec.w_min:g}, {loader.spec.w_max:g}]"
+        f"{passes:.1f} passes over {samples} samples, {drawn}"
     )
 
 

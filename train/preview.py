@@ -1,4 +1,4 @@
-"""Previews: a grid of fixed prompts at 1, 2, 4 and 8 steps while a run goes on."""
+"""Previews: a grid of fixed prompts at a few numbers of steps while a run goes on."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from shared.config import to_dict
 from shared.family import Model, load_config
 from shared.vae import decode_latents, load_vae
 from train.config import DistillConfig
+from train.objectives import OBJECTIVES
 from train.pictures import write_grid
-from train.sample import draw_latents, student_predictor, student_scheduler
+from train.sample import draw_latents, most_steps, student_drawing
 from train.teacher import check_vae
 
-STEPS = (1, 2, 4, 8)
 MAX_PROMPTS = 4
 
 
@@ -33,6 +33,7 @@ class Previews:
     folder: Path
     prompts: tuple[str, ...]
     texts: TextEmbeds
+    empty: TextEmbeds
     vae: AutoencoderKL
     config: dict[str, Any]
     scheduler_config: dict[str, Any]
@@ -42,21 +43,26 @@ class Previews:
 
     @property
     def steps(self) -> list[int]:
-        """As many of 1, 2, 4 and 8 as the solver has."""
-        return [steps for steps in STEPS if steps <= self.config["num_ddim_timesteps"]]
+        """The objective's numbers of steps, as far as the solver has so many."""
+        most = most_steps(self.config, self.scheduler_config)
+        preview_steps = OBJECTIVES[self.config["objective"]].preview_steps
+        return [steps for steps in preview_steps if steps <= most]
 
     def draw(self, unet: UNet2DConditionModel) -> list[NDArray[np.uint8]]:
         """Pictures `[prompts, H, W, 3]` for each number of steps."""
         downscale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         size = (self.shape[1] * downscale, self.shape[2] * downscale)
-        predict = student_predictor(unet, self.texts, self.guidance_scale, size)
-        scheduler = student_scheduler(self.scheduler_config, self.config)
+        predict, scheduler = student_drawing(
+            unet, self.texts, self.empty, self.guidance_scale, size, self.scheduler_config,
+            self.config,
+        )  # fmt: skip
         training = unet.training
         unet.eval()
         columns = []
         for steps in self.steps:
             seeds = range(len(self.texts))
-            latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
+            with half_autocast(unet, self.device):
+                latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
             columns.append(decode_latents(self.vae, latents / self.vae.config.scaling_factor))
         unet.train(training)
         return columns
@@ -67,8 +73,15 @@ class Previews:
         """Put them into `previews/step-N.png`; returns its path and pixels."""
         path = self.folder / f"step-{step:08d}.png"
         rows = [list(row) for row in zip(*columns, strict=True)]
-        titles = ["1 step", *[f"{steps} steps" for steps in self.steps[1:]]]
+        titles = [f"{steps} step{'s'[: steps > 1]}" for steps in self.steps]
         return path, write_grid(path, rows, titles, self.prompts)
+
+
+def half_autocast(unet: UNet2DConditionModel, device: torch.device) -> torch.autocast:
+    """Autocast in the dtype of frozen weights that are held in half precision."""
+    dtype = unet.conv_in.weight.dtype
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else None, enabled=enabled)
 
 
 def open_previews(
@@ -95,6 +108,7 @@ def open_previews(
         folder=config.run / "previews",
         prompts=tuple(prompts),
         texts=conditioning.find(prompts).to(device),
+        empty=conditioning.unconditional.to(device),
         vae=vae,
         config=to_dict(config),
         scheduler_config=load_config(model.source, "scheduler/scheduler_config.json"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ from shared.progress import Progress
 from shared.storage import dump_json, publish
 from train.checkpoint import whole_checkpoints
 from train.config import DistillConfig
+from train.loader import Loader
 from train.shards import whole
 from train.team import Team
 from train.trackers import Trackers
@@ -37,6 +37,7 @@ class Window:
     values: Tensor  # [2, steps] fp64 on the CPU: loss and gradient norm
     arrived: torch.cuda.Event | None
     seconds: float
+    waited: float  # of them, for the loader
     learning_rate: float
 
 
@@ -48,17 +49,10 @@ class Recorder:
     writes.
     """
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        team: Team,
-        batch_size: int,
-        done: int,
-        names: Callable[[int], Sequence[str]],
-    ) -> None:
-        """`names(batch)` are the samples of a global batch; `done` steps are behind."""
-        self.config, self.team, self.done, self.names = config, team, done, names
-        self.batch_size = batch_size
+    def __init__(self, config: DistillConfig, team: Team, loader: Loader, done: int) -> None:
+        """`done` steps are behind."""
+        self.config, self.team, self.loader, self.done = config, team, loader, done
+        self.waited = 0.0
         self.steps: list[tuple[int, int]] = []
         self.values: list[Tensor] = []
         self.pending: Window | None = None
@@ -104,9 +98,11 @@ class Recorder:
             values = values.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        now = time.perf_counter()
-        window = Window(tuple(self.steps), values, arrived, now - self.since, rate)
-        self.since, self.steps, self.values = now, [], []
+        now, waited = time.perf_counter(), self.loader.waited
+        window = Window(
+            tuple(self.steps), values, arrived, now - self.since, waited - self.waited, rate
+        )
+        self.since, self.waited, self.steps, self.values = now, waited, [], []
         return window
 
     def _turn(self, window: Window | None) -> str:
@@ -127,12 +123,14 @@ class Recorder:
             return ""
         step = window.steps[-1][0]
         loss = sum(losses) / len(losses)
-        rate = len(losses) * self.batch_size / max(window.seconds, 1e-9)
+        seconds = max(window.seconds, 1e-9)
+        rate = len(losses) * self.loader.order.batch_size / seconds
         values = {
             "loss": loss,
             "grad_norm": sum(norms) / len(norms),
             "learning_rate": window.learning_rate,
             "samples_per_second": rate,
+            "loader_wait": window.waited / seconds,
         }
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
@@ -154,7 +152,7 @@ class Recorder:
 
         All samples of the step's global batch are in `diverged.json`.
         """
-        names = self.names(batch)
+        names = self.loader.names(batch)
         run = self.config.run
         if self.team.main:
             publish(

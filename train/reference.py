@@ -10,10 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from shared.cache import CachePaths
 from shared.errors import UserError
+from shared.places import Place
 from shared.progress import Progress
 from shared.storage import dump_json, load_json, publish
 from train.artist import Artist
@@ -51,7 +53,7 @@ def teacher_reference(
     """
     kept = config.eval_cache / "evaluations" / f"{reference_key(config, artist)}.safetensors"
     if kept.exists():
-        tensors, rows = load_file(kept), load_json(kept.with_suffix(".json"))
+        tensors, rows = load(kept.read_bytes()), load_json(kept.with_suffix(".json"))
         bar.update(teacher_calls(len(heldout)), "teacher's rows from an earlier evaluation")
         real = Gaussian(tensors["mean"].numpy(), tensors["covariance"].numpy())
         judge = Judge(real, heldout.captions, scorer, tensors["solution"], rows["sharpness"])
@@ -67,7 +69,7 @@ def teacher_reference(
         spaced, first = best_spacing(config, artist, row, few, shown, bar)
         rest = draw_all(spaced, row, heldout, config, bar, first=len(few))
         rows.append(judge.row(*row, torch.cat([first, rest]), spaced))
-    keep_reference(kept, judge, rows)
+    keep_reference(kept, CachePaths(config.eval_cache).tmp, judge, rows)
     return judge, rows
 
 
@@ -90,7 +92,7 @@ def best_spacing(
     return best[1:]
 
 
-def keep_reference(path: Path, judge: Judge, rows: Sequence[Row]) -> None:
+def keep_reference(path: Place, tmp: Path, judge: Judge, rows: Sequence[Row]) -> None:
     """Store a reference for the next evaluation; a read-only cache goes without."""
     tensors = {
         "mean": torch.from_numpy(judge.real.mean),
@@ -99,8 +101,8 @@ def keep_reference(path: Path, judge: Judge, rows: Sequence[Row]) -> None:
     }
     table = {"sharpness": judge.sharpness, "rows": [asdict(row) for row in rows]}
     try:
-        publish([dump_json(table)], path.with_suffix(".json"), path.parent)
-        publish([save(tensors)], path, path.parent)
+        publish([dump_json(table)], path.with_suffix(".json"), tmp)
+        publish([save(tensors)], path, tmp)
     except (OSError, UserError) as error:
         print(f"the teacher's rows are not kept for next time: {error}")
 

@@ -13,16 +13,14 @@ from shared.conditioning import TextEmbeds
 from shared.errors import UserError
 from train import checkpoint
 from train.config import DistillConfig, ExportConfig
-from train.export import export_checkpoint, export_student
+from train.export import export_checkpoint, export_student, publish_export
 from train.loader import Loader
-from train.objectives.lcd import LCD
+from train.objectives.objective import Loss
 from train.preview import Previews
 from train.record import Recorder
 from train.shards import local
-from train.student import Student
+from train.student import AUTOCAST, Student
 from train.team import Team
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -32,7 +30,7 @@ class Distillation:
     config: DistillConfig
     team: Team
     student: Student
-    objective: LCD
+    objective: Loss
     loader: Loader
     empty: TextEmbeds
     optimizer: torch.optim.Optimizer
@@ -97,4 +95,5 @@ class Distillation:
             else:
                 written = export_student(self.student.exported(), self.config.run)
             print(f"student: {written}")
+            publish_export(self.config, self.config.run)
         self.team.wait()

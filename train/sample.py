@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
+from train.objectives import OBJECTIVES
 from train.teacher import call_unet, twice
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, h, w], t [B]) -> output [B, C, h, w]
@@ -27,6 +28,30 @@ def teacher_scheduler(sampler: str, spacing: str, config: dict[str, Any]) -> Any
     return DPMSolverMultistepScheduler.from_config(
         config, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing=spacing
     )
+
+
+def student_drawing(
+    unet: UNet2DConditionModel, text: TextEmbeds, empty: TextEmbeds | None, guidance_scale: float,
+    size: tuple[int, int], scheduler_config: dict[str, Any], config: dict[str, Any],
+) -> tuple[Predict, Any]:  # fmt: skip
+    """How the student of a run with this `config` is drawn: its forward and its scheduler.
+
+    In few steps by LCMScheduler; or, where it was trained as its teacher was, by DDIM with
+    classifier-free guidance, for which it needs `empty`.
+    """
+    if OBJECTIVES[config["objective"]].few_steps:
+        predict = student_predictor(unet, text, guidance_scale, size)
+        return predict, student_scheduler(scheduler_config, config)
+    assert empty is not None
+    predict = teacher_predictor(unet, text, empty, guidance_scale, size)
+    return predict, teacher_scheduler("ddim", "trailing", scheduler_config)
+
+
+def most_steps(config: dict[str, Any], scheduler_config: dict[str, Any]) -> int:
+    """The largest number of steps that the student of a run with this `config` can be drawn in."""
+    if OBJECTIVES[config["objective"]].few_steps:
+        return int(config["num_ddim_timesteps"])
+    return int(scheduler_config.get("num_train_timesteps", 1000))
 
 
 def student_scheduler(config: dict[str, Any], distilled: dict[str, Any]) -> LCMScheduler:

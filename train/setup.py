@@ -14,11 +14,14 @@ from shared.errors import UserError
 from shared.family import Model, resolve_model
 from shared.storage import dump_json, publish, sweep
 from train import checkpoint
+from train.bucket import open_buckets
 from train.config import DistillConfig
 from train.draws import DrawSpec
-from train.loader import LatentSpec, Loader, open_buckets
-from train.objectives.lcd import LCD
-from train.optim import LEARNING_RATES, build_optimizer
+from train.hub import check_push
+from train.loader import LatentSpec, Loader
+from train.objectives import OBJECTIVES
+from train.objectives.objective import Loss
+from train.optim import base_learning_rate, build_optimizer
 from train.order import Order
 from train.plan import plan, warn_of_small_buckets
 from train.preview import open_previews
@@ -43,7 +46,8 @@ def prepare(config: DistillConfig) -> Distillation:
         checkpoint.check_terms(resumed, before.terms, terms)
     set_threads(config.threads)
     team = Team(config.device)
-    batch_size, accumulation = divide(config, team.world, before)
+    batch_size, accumulation = divide(config, team.world, len(manifest.layouts), before)
+    objective = build_objective(config, model, team.device)
     student = build_student(model.source, config)
     team.share(student)
     parameters = student.trainable()
@@ -56,8 +60,9 @@ def prepare(config: DistillConfig) -> Distillation:
     conditioning = load_conditioning(CachePaths(config.cache).conditioning)
     position = 0 if before is None else before.position
     loader = build_loader(
-        config, manifest, model, conditioning.unconditional, batch_size, position, team
-    )
+        config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
+        position, team,
+    )  # fmt: skip
     done = 0 if before is None else before.step
     if team.main:
         warn_of_small_buckets(loader)
@@ -69,24 +74,27 @@ def prepare(config: DistillConfig) -> Distillation:
         config=config,
         team=team,
         student=student,
-        objective=build_objective(config, model, team.device),
+        objective=objective,
         loader=loader,
         empty=conditioning.unconditional.to(team.device),
         optimizer=optimizer,
         scaler=scaler,
         parameters=parameters,
-        learning_rate=config.learning_rate or LEARNING_RATES[config.student],
+        learning_rate=base_learning_rate(config),
         accumulation=accumulation,
         step=done,
         position=position,
         terms=terms,
-        recorder=Recorder(config, team, batch_size, done, loader.names),
+        recorder=Recorder(config, team, loader, done),
         previews=open_previews(config, model, manifest, conditioning, team.device),
     )
 
 
 def check_flags(config: DistillConfig) -> None:
     """Raise UserError for numbers that cannot work."""
+    check_push(config)
+    if config.max_train_samples is not None and config.max_train_samples < 1:
+        raise UserError("--max-train-samples must be at least 1")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps",
                  "logging_steps", "dataloader_num_workers", "lora_rank"):  # fmt: skip
         if getattr(config, name) < 1:
@@ -95,25 +103,27 @@ def check_flags(config: DistillConfig) -> None:
         raise UserError(f"--seed {config.seed} must not be negative")
     if config.num_ddim_timesteps < 1 or 1000 % config.num_ddim_timesteps:
         raise UserError(f"--num-ddim-timesteps {config.num_ddim_timesteps} must divide 1000")
+    for name, other in OBJECTIVES.items():
+        foreign = other.flags if name != config.objective else ()
+        for flag in foreign:
+            if getattr(config, flag) != getattr(DistillConfig, flag):
+                raise UserError(
+                    f"--{flag.replace('_', '-')} is for --objective {name} and means nothing to "
+                    f"--objective {config.objective}; leave it out"
+                )
 
 
-def build_objective(config: DistillConfig, model: Model, device: torch.device) -> LCD:
-    """Latent consistency distillation with the teacher's schedule."""
-    return LCD(
-        schedule=load_schedule(model.source).to(device),
-        num_ddim_timesteps=config.num_ddim_timesteps,
-        timestep_scaling=config.timestep_scaling_factor,
-        loss_type=config.loss_type,
-        huber_c=config.huber_c,
-    )
+def build_objective(config: DistillConfig, model: Model, device: torch.device) -> Loss:
+    """The loss that the flags ask for, with the teacher's schedule."""
+    return OBJECTIVES[config.objective].build(config, load_schedule(model.source).to(device))
 
 
 def build_loader(
-    config: DistillConfig, manifest: Manifest, model: Model, empty: TextEmbeds, batch_size: int,
-    position: int, team: Team,
+    config: DistillConfig, manifest: Manifest, model: Model, empty: TextEmbeds, intervals: int,
+    batch_size: int, position: int, team: Team,
 ) -> Loader:  # fmt: skip
     """This process's share of the global batches from sample `position` on."""
-    buckets = open_buckets(config.cache, manifest)
+    buckets = open_buckets(config.cache, manifest, config.local_cache, config.max_train_samples)
     if not buckets:
         raise UserError(f"{config.cache} holds no samples")
     identity, family = manifest.identity, model.family
@@ -124,11 +134,12 @@ def build_loader(
         DrawSpec(
             seed=config.seed,
             views=identity["preprocessing"]["views"],
-            num_ddim_timesteps=config.num_ddim_timesteps,
+            num_ddim_timesteps=intervals,
             w_min=w_min,
             w_max=w_max,
             proportion_empty_prompts=config.proportion_empty_prompts,
             latent_noise=identity["latents"] == "posterior",
+            noise_offset=config.noise_offset,
         ),
         LatentSpec(identity["vae"]["channels"], identity["vae"]["scaling_factor"]),
         empty,
@@ -136,6 +147,7 @@ def build_loader(
         rank=team.rank,
         world=team.world,
         threads=config.dataloader_num_workers,
+        device=team.device,
     )
 
 
@@ -152,5 +164,5 @@ def begin_run_folder(config: DistillConfig, model: Model) -> None:
     """Make the folder and save the resolved configuration, the model's source in it."""
     sweep(config.run / "tmp")
     resolved = {**to_dict(config), "model": model.source}
-    resolved["learning_rate"] = config.learning_rate or LEARNING_RATES[config.student]
+    resolved["learning_rate"] = base_learning_rate(config)
     publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")

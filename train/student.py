@@ -1,4 +1,4 @@
-"""The networks of a distillation: a full student with EMA target, or adapters on the teacher."""
+"""The networks of a run: a full student with EMA target or without, or adapters on the teacher."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
+from train.fine_tuned import FineTuned
+from train.objectives import OBJECTIVES
 from train.shards import local, restore
 from train.teacher import call_unet, load_unet, twice
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -26,7 +29,10 @@ LORA_TARGETS = (
 
 
 class Student(Protocol):
-    """What the loop, the checkpoints and the exports need of either kind."""
+    """What the loop, the checkpoints and the exports need of any kind.
+
+    An objective's own file says which further forwards it needs (see its `Networks`).
+    """
 
     unet: UNet2DConditionModel
     live: nn.Module  # what the student's own forward goes through: `unet`, or DDP around it
@@ -35,15 +41,7 @@ class Student(Protocol):
         """Every UNet in memory."""
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """See `train.objectives.lcd.Networks`."""
-
-    def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """See `train.objectives.lcd.Networks`."""
-
-    def teacher(
-        self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
-    ) -> tuple[Tensor, Tensor]:
-        """See `train.objectives.lcd.Networks`."""
+        """With gradients."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name, fp32."""
@@ -120,7 +118,8 @@ class LoraStudent:
     """One UNet in memory: the student is it with adapters, the teacher without."""
 
     def __init__(self, source: str, config: DistillConfig) -> None:
-        self.unet = load_unet(source)
+        # The frozen weights need no more than the dtype they compute in.
+        self.unet = load_unet(source, AUTOCAST.get(config.mixed_precision, torch.float32))
         alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
         torch.manual_seed(config.seed)  # peft initialises lora_A at random, lora_B at zero
         self.unet.add_adapter(
@@ -131,6 +130,8 @@ class LoraStudent:
                 target_modules=lora_targets(self.unet),
             )
         )
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()  # peft makes them like their layer
         self.unet.train()
         self.live: nn.Module = self.unet
         self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
@@ -182,7 +183,8 @@ class LoraStudent:
 
 def build_student(source: str, config: DistillConfig) -> Student:
     """The student that the flags ask for, on the CPU."""
-    kind = LoraStudent if config.student == "lora" else FullStudent
+    full = FullStudent if OBJECTIVES[config.objective].teacher else FineTuned
+    kind = LoraStudent if config.student == "lora" else full
     student: Student = kind(source, config)
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()

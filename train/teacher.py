@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +13,25 @@ from shared.cache import Manifest
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
 from shared.errors import UserError
-from shared.family import Model, load_config
+from shared.family import Model, force_zeros, load_config
+from shared.places import Place
 from shared.rescale import vae_fingerprint
+from shared.single_file import is_single_file, load_part
+from train import foreign
 
 
-def load_unet(source: str) -> UNet2DConditionModel:
-    """A model's UNet, fp32, frozen, channels last. Raises UserError where there is none."""
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            source, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"no UNet can be read from {source!r} ({first})") from None
+def load_unet(source: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A model's UNet, frozen, channels last. Raises UserError where there is none."""
+    if is_single_file(source):
+        unet = load_part(UNet2DConditionModel, source, "unet", dtype)
+    else:
+        try:
+            unet = UNet2DConditionModel.from_pretrained(
+                source, subfolder="unet", torch_dtype=dtype, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"no UNet can be read from {source!r} ({first})") from None
     return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -38,24 +43,21 @@ def load_schedule(source: str) -> Schedule:
         raise UserError(f"{source}: {error}") from None
 
 
-def check_fit(manifest: Manifest, model: Model, cache: Path) -> None:
+def check_fit(manifest: Manifest, model: Model, cache: Place) -> None:
     """Raise UserError, naming both sides, where the cache was made for another kind of teacher."""
-    identity = manifest.identity
     unet = load_config(model.source, "unet/config.json")
-    pairs = {
-        "family": (identity["family"], model.family.name),
-        "latent channels": (identity["vae"]["channels"], unet["in_channels"]),
-        "embedding width": (identity["text"]["width"], unet["cross_attention_dim"]),
-    }
-    for what, (here, wanted) in pairs.items():
-        if here != wanted:
-            raise UserError(
-                f"{cache} was made for another model: its {what} is {here}, "
-                f"{model.source} wants {wanted}; pass the model it was made for, or encode anew"
-            )
+    foreign.check_fit(manifest, model.family.name, unet, cache)
+    here, wanted = manifest.identity["text"]["force_zeros"], force_zeros(model)
+    if here != wanted:
+        kinds = {True: "zeros", False: "the encoded empty prompt"}
+        raise UserError(
+            f"{cache} holds {kinds[here]} as unconditional embedding, {model.source} wants "
+            f"{kinds[wanted]} (force_zeros_for_empty_prompt in its model_index.json); "
+            "encode anew with this model"
+        )
 
 
-def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Path, source: str) -> None:
+def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Place, source: str) -> None:
     """Raise UserError where the latents come from another VAE than the one at `source`."""
     identity = manifest.identity["vae"]
     stored, present = identity["fingerprint"], vae_fingerprint(vae)

@@ -12,16 +12,18 @@ from shared.family import Model
 from shared.storage import dump_json
 from train.checkpoint import Progressed
 from train.config import DistillConfig
+from train.objectives import OBJECTIVES
 
-# Everything else may change.
+# Besides the objective's own flags; everything else may change.
 TERMS = (
-    "student", "seed", "num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c",
-    "timestep_scaling_factor", "ema_decay", "lora_rank", "lora_alpha", "proportion_empty_prompts",
-    "unet_time_cond_proj_dim",
+    "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
+    "max_train_samples",
 )  # fmt: skip
 
 
-def divide(config: DistillConfig, world: int, before: Progressed | None) -> tuple[int, int]:
+def divide(
+    config: DistillConfig, world: int, buckets: int, before: Progressed | None
+) -> tuple[int, int]:
     """The global batch and the micro-batches it is accumulated from.
 
     A resumed run keeps its global batch whatever the number of processes, so that it stays the
@@ -42,6 +44,11 @@ def divide(config: DistillConfig, world: int, before: Progressed | None) -> tupl
             f"a global batch of {batch_size} does not divide by {config.train_batch_size} samples "
             f"on each of {world} processes; use {way}"
         )
+    if before is not None and buckets > 1 and batch_size != before.batch_size:
+        raise UserError(
+            f"--global-batch-size {batch_size}: a cache of {buckets} buckets keeps the one the run "
+            f"began with ({before.batch_size}), or samples would come twice; leave the flag out"
+        )
     if before is not None and before.position % batch_size:
         raise UserError(
             f"--global-batch-size {batch_size}: the run stands at sample {before.position}, which "
@@ -56,7 +63,7 @@ def run_terms(config: DistillConfig, manifest: Manifest, model: Model) -> dict[s
     content = dump_json([manifest.identity["family"], shards])
     flags = to_dict(config)
     return {
-        **{name: flags[name] for name in TERMS},
+        **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
     }

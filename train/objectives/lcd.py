@@ -22,7 +22,9 @@ from shared.diffusion import (
     predicted_x0,
     solver_timesteps,
 )
-from train.loader import Batch
+from train.batch import Batch
+from train.config import DistillConfig
+from train.objectives.objective import Objective
 
 
 class Networks(Protocol):
@@ -49,6 +51,11 @@ class LCD:
     timestep_scaling: float
     loss_type: str
     huber_c: float
+
+    @property
+    def intervals(self) -> int:
+        """`batch.index` is the solver interval."""
+        return self.num_ddim_timesteps
 
     def __call__(self, batch: Batch, empty: TextEmbeds, networks: Networks) -> Tensor:
         """The loss of a batch, a scalar; `empty` is the unconditional embedding, one row."""
@@ -78,3 +85,28 @@ class LCD:
         x0 = guided(*(predicted_x0(output, z, alpha, sigma, kind) for output in teacher), w)
         eps = guided(*(predicted_eps(output, z, alpha, sigma, kind) for output in teacher), w)
         return ddim_step(x0, eps, *self.schedule.alpha_sigma(end))
+
+
+def build(config: DistillConfig, schedule: Schedule) -> LCD:
+    """The loss that the flags ask for."""
+    return LCD(
+        schedule=schedule,
+        num_ddim_timesteps=config.num_ddim_timesteps,
+        timestep_scaling=config.timestep_scaling_factor,
+        loss_type=config.loss_type,
+        huber_c=config.huber_c,
+    )
+
+
+OBJECTIVE = Objective(
+    build=build,
+    flags=(
+        "w_min", "w_max", "num_ddim_timesteps", "loss_type", "huber_c", "timestep_scaling_factor",
+        "ema_decay", "guidance_init", "unet_time_cond_proj_dim",
+    ),
+    learning_rates={"lora": 1e-4, "full": 8e-6},
+    teacher=True,
+    few_steps=True,
+    preview_steps=(1, 2, 4, 8),
+    sample_steps=4,
+)  # fmt: skip

@@ -1,0 +1,85 @@
+"""Stages of the pipeline that run at the same time, each a bounded number of items ahead."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from queue import Full, Queue
+from typing import TypeVar
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+POLL_SECONDS = 0.1  # how soon a waiting reader notices that nobody wants the rest
+PATIENCE = 5.0  # seconds that an unwanted reader has to end
+
+
+def mapped(
+    function: Callable[[S], T], items: Iterable[S], workers: int, ahead: int, name: str
+) -> Generator[T, None, None]:
+    """`function` of each item, in `workers` threads, at most `ahead` items waiting; in order.
+
+    What the function or the items raise is raised here, once. When the consumer stops early, what
+    has begun is waited for, and the rest is not begun.
+    """
+    with ThreadPoolExecutor(workers, thread_name_prefix=name) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_ahead(items: Generator[T, None, None], ahead: int) -> Generator[T, None, None]:
+    """The items, taken in a thread of their own, at most `ahead` of them waiting.
+
+    What they raise is raised here, once. When the consumer stops early they are closed in their
+    thread; one that hangs, such as a command that says nothing, is left behind after `PATIENCE`.
+    """
+    handed: Queue[T | _End] = Queue(ahead)
+    unwanted = threading.Event()
+
+    def hand(item: T | _End) -> None:
+        while not unwanted.is_set():
+            try:
+                return handed.put(item, timeout=POLL_SECONDS)
+            except Full:
+                pass
+
+    def read() -> None:
+        end = _End()
+        try:
+            with closing(items):
+                for item in items:
+                    hand(item)
+                    if unwanted.is_set():
+                        break
+        except BaseException as error:
+            end = _End(error)
+        hand(end)
+
+    reader = threading.Thread(target=read, name="read", daemon=True)
+    reader.start()
+    try:
+        while not isinstance(item := handed.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        unwanted.set()
+        reader.join(PATIENCE)
+
+
+class _End:
+    """Stands behind the last item, with what went wrong, if anything did."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error

@@ -1,0 +1,383 @@
+"""`--objective denoise`: the loss by its formula, what it learns, what becomes of its product."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import compute_snr
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from shared.cache import CachePaths
+from shared.conditioning import TextEmbeds, load_conditioning
+from shared.diffusion import schedule_from_config
+from shared.errors import UserError
+from train import checkpoint, evaluate, reference
+from train.config import DistillConfig, EvaluateConfig
+from train.draws import DrawSpec, draw
+from train.loader import Batch, Loader
+from train.loop import distill
+from train.objectives import denoise
+from train.objectives.denoise import Denoise
+from train.setup import prepare
+from train.student import build_student
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+ZERO_SNR = {**SD, "rescale_betas_zero_snr": True}
+SHAPE = (4, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def settings(tiny_cache, tiny_sd, tmp_path):
+    """The flags of a small run; `settings(seed=1)` changes some."""
+
+    def make(run: str = "run", **more) -> DistillConfig:
+        flags = {
+            "model": str(tiny_sd), "cache": tiny_cache, "run": tmp_path / run, "threads": 1,
+            "objective": "denoise", "train_batch_size": 4, "max_train_steps": 4,
+            "checkpointing_steps": 2, "lora_rank": 4, "logging_steps": 1, "validation_steps": 0,
+            "learning_rate": 1e-3,
+        }  # fmt: skip
+        return DistillConfig(**flags | more)
+
+    return make
+
+
+# ---- The loss.
+
+
+class Affine(nn.Module):
+    """Stands for a UNet; notes what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def student(self, z, t, batch):
+        self.z, self.t = z, t
+        return self.scale * z + 0.1 * t.view(-1, 1, 1, 1) / 1000
+
+
+def some_batch(t: list[int]) -> Batch:
+    rng = torch.Generator().manual_seed(3)
+    latents, noise = torch.randn(2, len(t), *SHAPE, generator=rng, dtype=torch.float64)
+    text = torch.zeros(len(t), 1, 1)
+    return Batch(latents, text, None, None, noise, torch.tensor(t), torch.zeros(len(t)))
+
+
+def float64_loss(scheduler_config: dict, gamma: float | None) -> Denoise:
+    return Denoise(schedule_from_config(scheduler_config).to("cpu", torch.float64), gamma)
+
+
+EMPTY = TextEmbeds(torch.zeros(1, 1, 1), None)
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0, 0.3])
+@pytest.mark.parametrize(
+    ("config", "prediction_type"),
+    [(SD, "epsilon"), (SD, "v_prediction"), (ZERO_SNR, "v_prediction")],
+    ids=["epsilon", "v", "v-zero-snr"],
+)
+def test_the_loss_is_that_of_diffusers_script(config, prediction_type, gamma):
+    """train_text_to_image.py's lines, with diffusers' own scheduler and compute_snr."""
+    config = {**config, "prediction_type": prediction_type}
+    t = [0, 17, 400, 730, 998] if prediction_type == "epsilon" else [0, 17, 400, 730, 999]
+    batch, unet = some_batch(t), Affine()
+    loss = float64_loss(config, gamma)(batch, EMPTY, unet)
+    loss.backward()
+
+    scheduler = DDPMScheduler(**config)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    stock = Affine()
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.index)
+    predicted = stock.student(noisy, batch.index, batch)
+    target = batch.noise
+    if prediction_type == "v_prediction":
+        target = scheduler.get_velocity(batch.latents, batch.noise, batch.index)
+    errors = ((predicted - target) ** 2).mean((1, 2, 3))
+    if gamma is not None:
+        snr = compute_snr(scheduler, batch.index)
+        weights = torch.stack([snr, torch.full_like(snr, gamma)], dim=1).min(dim=1)[0]
+        errors *= weights / (snr if prediction_type == "epsilon" else snr + 1)
+    wanted = errors.mean()
+    wanted.backward()
+    torch.testing.assert_close(unet.z, noisy, rtol=1e-5, atol=1e-6)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert unet.scale.grad.item() == pytest.approx(stock.scale.grad.item(), rel=1e-5)
+
+
+def test_zero_terminal_snr_does_not_trouble_the_weights():
+    config = DistillConfig("some-model", cache=None, run=None, objective="denoise", snr_gamma=5.0)
+    schedule = schedule_from_config({**ZERO_SNR, "prediction_type": "v_prediction"})
+    weights = denoise.build(config, schedule).weights(torch.tensor([999, 998]))
+    assert weights.isfinite().all()
+
+
+# ---- The draws.
+
+
+SPEC = DrawSpec(seed=1, views=1, num_ddim_timesteps=1000, w_min=0, w_max=0,
+                proportion_empty_prompts=0, latent_noise=True)  # fmt: skip
+
+
+def test_noise_offset_shifts_each_channel_by_a_normal_number():
+    offset, shifts = 0.25, []
+    for position in range(800):
+        plain = draw(SPEC, position, 1, SHAPE)
+        shifted = draw(replace(SPEC, noise_offset=offset), position, 1, SHAPE)
+        assert (plain.index, plain.view) == (shifted.index, shifted.view)
+        assert np.array_equal(plain.latent_noise, shifted.latent_noise)
+        difference = shifted.noise - plain.noise
+        shift = difference.mean((1, 2))
+        assert np.abs(difference - shift[:, None, None]).max() < 1e-5
+        shifts.append(shift / offset)
+    shifts = np.stack(shifts)
+    assert np.abs(shifts.mean(0)).max() < 5 / np.sqrt(800)
+    assert shifts.std(0) == pytest.approx(np.ones(4), abs=0.12)
+    assert np.abs(np.corrcoef(shifts.T) - np.eye(4)).max() < 5 / np.sqrt(800)
+
+
+def test_timesteps_come_uniformly_from_the_whole_schedule(settings):
+    run = prepare(settings(train_batch_size=600, noise_offset=0.1, dry_run=True))
+    batches = run.loader.batches()
+    batch = next(batches)
+    t = np.sort(batch.index.numpy())
+    batches.close()
+    assert (t.min() < 20, t.max() > 979) == (True, True)
+    assert np.abs(t / 1000 - np.arange(600) / 600).max() < 0.08  # Kolmogorov and Smirnov
+    assert batch.noise.mean((2, 3)).std() == pytest.approx((0.1**2 + 1 / 64) ** 0.5, rel=0.1)
+
+
+# ---- Training.
+
+
+def few_pictures(run):
+    """The run with the first four pictures of its cache alone."""
+    run.loader.order = replace(run.loader.order, sizes=(4,))
+    return run
+
+
+def fixed_loss(run) -> float:
+    """Over its pictures, with 64 timesteps and noises that training does not draw."""
+    loader = run.loader
+    order, spec = replace(loader.order, batch_size=64), replace(loader.spec, seed=12345)
+    probe = Loader(loader.buckets, order, spec, loader.latents, loader.unconditional).batches()
+    with torch.no_grad():
+        loss = float(run.objective(next(probe), run.empty, run.student))
+    probe.close()
+    return loss
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("lora", 2e-3), ("full", 3e-4)])
+def test_training_lowers_the_loss(settings, kind, rate):
+    run = few_pictures(prepare(settings(
+        student=kind, train_batch_size=8, max_train_steps=20, learning_rate=rate, lora_rank=8,
+    )))  # fmt: skip
+    before = fixed_loss(run)
+    distill(run)
+    assert fixed_loss(run) < 0.9 * before
+
+
+def test_a_full_student_is_the_only_network(tiny_sd, settings):
+    student = build_student(str(tiny_sd), settings(student="full"))
+    networks = {value for value in vars(student).values() if isinstance(value, nn.Module)}
+    assert networks == {student.unet}
+    assert student.exported() is student.unet
+    stock = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
+    assert set(student.trainable()) == set(dict(stock.named_parameters()))
+    assert set(student.state()) == set(stock.state_dict())
+    assert {p.dtype for p in student.trainable().values()} == {torch.float32}
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    folder = checkpoint.whole_checkpoints(run)[-1]
+    files = [*folder.glob("*.safetensors"), *run.glob("*.safetensors"), *run.glob("unet/*.safe*")]
+    return {f"{f.name}/{n}": v for f in files for n, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_resumed_run_is_the_uninterrupted_one(settings, kind):
+    rough = {"student": kind, "noise_offset": 0.1, "snr_gamma": 5.0,
+             "proportion_empty_prompts": 0.2, "lr_warmup_steps": 3}  # fmt: skip
+    if kind == "lora":
+        rough["lora_dropout"] = 0.3
+    distill(prepare(settings("whole", **rough)))
+    distill(prepare(settings("halves", max_train_steps=2, **rough)))
+    halves = settings("halves", resume_from_checkpoint="latest", **rough)
+    distill(prepare(halves))
+    first, second = tensors(settings("whole").run), tensors(halves.run)
+    assert len(first) > 100
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for change in ({"snr_gamma": 4.0}, {"noise_offset": 0.2}, {"objective": "lcd"}):
+        changed = {"noise_offset": 0.0, "snr_gamma": None} if "objective" in change else {}
+        with pytest.raises(UserError, match=rf"another run: .*{next(iter(change))} is"):
+            prepare(replace(halves, **changed, **change))
+
+
+# ---- What comes out of it.
+
+
+CASES = [("sd", "lora"), ("sd", "full"), ("xl", "lora")]
+PIPELINES = {"sd": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def made(request, tmp_path_factory):
+    """A finished run: family, kind, configuration, a prompt."""
+    family, kind = request.param
+    names = {"sd": ("tiny_cache", "tiny_sd"), "xl": ("tiny_xl_cache", "tiny_xl")}[family]
+    cache, model = map(request.getfixturevalue, names)
+    config = DistillConfig(
+        model=str(model), cache=cache, run=tmp_path_factory.mktemp("run"), objective="denoise",
+        student=kind, train_batch_size=4, max_train_steps=4, validation_steps=4, threads=1,
+        lora_rank=4, lora_alpha=6.0, learning_rate=1e-2 if kind == "lora" else 1e-3,
+    )  # fmt: skip
+    distill(prepare(config))
+    return family, kind, config, load_conditioning(CachePaths(cache).conditioning).prompts[1]
+
+
+def draw_stock(made, student: bool = True) -> np.ndarray:
+    """By diffusers alone, 6 DDIM steps at guidance 4."""
+    family, kind, config, prompt = made
+    more = {}
+    if student and kind == "full":
+        more["unet"] = UNet2DConditionModel.from_pretrained(config.run / "unet")
+    pipe = PIPELINES[family].from_pretrained(config.model, dtype=torch.float32, **more)
+    if student and kind == "lora":
+        pipe.load_lora_weights(config.run)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    seed = torch.Generator().manual_seed(2)
+    answer = pipe(prompt, num_inference_steps=6, guidance_scale=4.0, output_type="np",
+                  generator=seed, height=64, width=64)  # fmt: skip
+    return (answer.images[0] * 255).round().astype(int)
+
+
+def test_stock_diffusers_draws_what_train_sample_draws(made, cli, tmp_path):
+    _, kind, config, prompt = made
+    picture = tmp_path / "picture.png"
+    words = ("--steps", 6, "--guidance-scale", 4, "--seed", 2, "--threads", 1, "--output", picture)
+    answer = cli("train", "sample", "--run", config.run, "--prompt", prompt, *words)
+    assert answer.status == 0, answer.err
+    ours, stock = np.asarray(Image.open(picture)).astype(int), draw_stock(made)
+    assert np.abs(ours - stock).mean() < 1
+    assert np.abs(stock - draw_stock(made, student=False)).mean() > 2  # it is not the teacher
+    if kind == "full":
+        stored = json.loads((config.run / "unet" / "config.json").read_text())
+        assert stored["time_cond_proj_dim"] is None  # an ordinary UNet
+
+
+def test_previews_are_drawn_like_that(made):
+    _, _, config, _ = made
+    sheet = Image.open(config.run / "previews" / "step-00000004.png")
+    assert np.asarray(sheet).std() > 5
+    assert sheet.height > sheet.width  # a column of 25 steps, a row per prompt
+
+
+def test_exporting_again_gives_the_same(made, cli, tmp_path):
+    _, kind, config, _ = made
+    answer = cli("train", "export", "--run", config.run, "--output", tmp_path)
+    assert answer.status == 0, answer.err
+    name = "unet/diffusion_pytorch_model" if kind == "full" else "pytorch_lora_weights"
+    first, second = (load_file(at / f"{name}.safetensors") for at in (config.run, tmp_path))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_evaluate_draws_it_as_the_teachers_reference(settings, monkeypatch, tmp_path, tiny_cache):
+    """A student that has hardly moved has the figures of the teacher."""
+    config = settings(max_train_steps=1, learning_rate=1e-12)
+    distill(prepare(config))
+    teacher = (("ddim", 5), ("ddim", 1))
+    monkeypatch.setattr(evaluate, "REFERENCE", teacher[0])
+    monkeypatch.setattr(reference, "REFERENCE", teacher[0])
+    monkeypatch.setattr(reference, "SOLVER_ROWS", teacher[1:])
+    monkeypatch.setattr(reference, "TEACHER_ROWS", teacher)
+    monkeypatch.setattr(reference, "TRIED", 5)
+    monkeypatch.setattr(reference, "keep_reference", lambda *_: None)  # the cache is everybody's
+    monkeypatch.setattr(evaluate, "TIMED", 2)
+    evaluate.evaluate(EvaluateConfig(config.run, tiny_cache, num_samples=65, output=tmp_path,
+                                     threads=1))  # fmt: skip
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert [(row["sampler"], row["steps"]) for row in rows] == [*teacher, ("student", 5)]
+    assert rows[2]["fd"] == pytest.approx(rows[0]["fd"], rel=1e-3)
+    assert rows[2]["high_frequency"] == pytest.approx(1, rel=1e-3)
+
+
+# ---- As people type it.
+
+
+def typed(config: DistillConfig) -> list:
+    return ["distill", "--model", "tiny-sd", "--cache", config.cache, "--run", config.run,
+            "--threads", 1, "--validation-steps", 0, "--max-train-steps", 1,
+            "--train-batch-size", 2]  # fmt: skip
+
+
+def test_a_run_from_the_command_line(cli, settings):
+    config = settings()
+    answer = cli("train", *typed(config), "--objective", "denoise", "--noise-offset", 0.05,
+                 "--snr-gamma", 5, "--lora-rank", 2)  # fmt: skip
+    assert answer.status == 0, answer.err
+    assert answer.out == f"student: {config.run / 'pytorch_lora_weights.safetensors'}\n"
+    assert "t in [0, 999]" in answer.err
+    assert "w in" not in answer.err
+    stored = json.loads((config.run / "config.json").read_text())
+    assert [stored[name] for name in ("objective", "noise_offset", "snr_gamma")] == [
+        "denoise", 0.05, 5.0,
+    ]  # fmt: skip
+    assert stored["learning_rate"] == 1e-4
+
+
+def test_learning_rate_of_a_full_student_unless_given(settings):
+    run = prepare(settings(student="full", learning_rate=None, dry_run=True))
+    assert run.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--w-min", "1"], ["--w-min is for --objective lcd"]),
+        (["--num-ddim-timesteps", "20"], ["--num-ddim-timesteps", "leave it out"]),
+        (["--huber-c", "0.1"], ["--huber-c"]),
+        (["--loss-type", "l2"], ["--loss-type"]),
+        (["--ema-decay", "0.9"], ["--ema-decay"]),
+        (["--guidance-init", "random"], ["--guidance-init"]),
+        (["--snr-gamma", "0"], ["--snr-gamma 0 must be above 0"]),
+        (["--snr-gamma", "nan"], ["--snr-gamma nan"]),
+        (["--noise-offset", "-0.1"], ["--noise-offset -0.1"]),
+        (["--objective", "lcd", "--snr-gamma", "5"], ["--snr-gamma is for --objective denoise"]),
+        (["--objective", "lcd", "--noise-offset", "0.1"], ["--noise-offset", "--objective lcd"]),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_mistakes(cli, settings, words, parts):
+    config = settings()
+    answer = cli("train", *typed(config), "--objective", "denoise", *words)
+    assert answer.status == 1
+    line = answer.err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert all(part in line for part in parts)
+    assert not config.run.exists()
+
+
+def test_more_steps_than_the_schedule_has(made, cli, tmp_path):
+    *_, config, prompt = made
+    answer = cli("train", "sample", "--run", config.run, "--prompt", prompt, "--steps", 1001)
+    assert answer.status == 1
+    assert "--steps 1001 must be 1 to 1000" in answer.err

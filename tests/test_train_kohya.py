@@ -1,0 +1,135 @@
+"""The LoRA file for ComfyUI and kohya's tools, read back by diffusers' own converter."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from safetensors import safe_open
+from support_models import SD15, SD21, SDXL, weightless
+
+from train.export import export_student
+from train.kohya import kohya_tensors
+from train.student import lora_targets
+from train.teacher import load_unet
+
+RANK, ALPHA = 4, 6.0
+PIPELINES = {"tiny-sd": StableDiffusionPipeline, "tiny-xl": StableDiffusionXLPipeline}
+
+
+def with_adapter(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """An adapter of every kind of layer, as if it had been trained."""
+    unet.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=lora_targets(unet), lora_dropout=0.0)
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return unet
+
+
+def answer(unet: UNet2DConditionModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    width = unet.config.cross_attention_dim
+    added = None
+    if unet.config.addition_embed_type:
+        added = {
+            "text_embeds": noise(2, 64),
+            "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2),
+        }
+    with torch.inference_mode():
+        return unet(
+            noise(2, 4, 8, 8),
+            torch.tensor([999, 259]),
+            noise(2, 16, width),
+            added_cond_kwargs=added,
+        ).sample
+
+
+@pytest.mark.parametrize("model", ["tiny-sd", "tiny-xl"])
+@pytest.mark.parametrize("name", ["pytorch_lora_weights", "kohya_lora_weights"])
+def test_stock_diffusers_computes_what_training_computed(model, name, repo, tmp_path):
+    folder = repo / "data" / model
+    teacher = load_unet(str(folder))
+    bare = answer(teacher)
+    student = with_adapter(teacher)
+    wanted = answer(student)
+    assert (wanted - bare).abs().max() > 0.1
+    export_student(student, tmp_path)
+    pipe = PIPELINES[model].from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors")
+    torch.testing.assert_close(answer(pipe.unet), wanted, rtol=1e-5, atol=1e-5)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(answer(pipe.unet), bare, rtol=1e-5, atol=1e-5)
+
+
+# As files found in the wild call them.
+KNOWN = {
+    "sd15": [
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        "lora_unet_mid_block_attentions_0_proj_in",
+        "lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_ff_net_0_proj",
+        "lora_unet_down_blocks_0_downsamplers_0_conv",
+        "lora_unet_up_blocks_0_resnets_0_conv_shortcut",
+    ],
+    "sdxl": [
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "lora_unet_input_blocks_8_1_transformer_blocks_9_ff_net_2",
+        "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_out_0",
+        "lora_unet_output_blocks_5_1_proj_in",
+        "lora_unet_input_blocks_3_0_op",
+        "lora_unet_output_blocks_2_2_conv",
+        "lora_unet_output_blocks_5_2_conv",
+        "lora_unet_middle_block_2_out_layers_3",
+        "lora_unet_input_blocks_1_0_emb_layers_1",
+        "lora_unet_output_blocks_8_0_skip_connection",
+    ],
+}
+KNOWN["sd21"] = KNOWN["sd15"]
+
+
+@pytest.mark.parametrize(("name", "config"), [("sd15", SD15), ("sd21", SD21), ("sdxl", SDXL)])
+def test_every_module_of_the_published_models_is_found_again(name, config):
+    """Nothing is left over and nothing is missing when diffusers reads the names."""
+    unet = weightless(config)
+    targets = lora_targets(unet)
+    modules = dict(unet.named_modules())
+    adapter = {}
+    for target in targets:
+        weight = modules[target].weight
+        spatial = weight.shape[2:]
+        adapter[f"{target}.lora_A.weight"] = torch.zeros(1, weight.shape[1], *spatial)
+        adapter[f"{target}.lora_B.weight"] = torch.zeros(weight.shape[0], 1, *[1 for _ in spatial])
+    tensors = kohya_tensors(adapter, 0.5, 2 if name == "sdxl" else None)
+    assert len(tensors) == 3 * len(targets)
+    stems = {key.partition(".")[0] for key in tensors}
+    assert stems.issuperset(KNOWN[name])
+    pipeline = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
+    found, alphas = pipeline.lora_state_dict(tensors, unet_config=unet.config)
+    assert len(found) == 2 * len(targets)
+    assert len(alphas) == len(targets)
+    unet.load_lora_adapter(found, prefix="unet", network_alphas=alphas, low_cpu_mem_usage=True)
+    loaded = {n: m for n, m in unet.named_modules() if hasattr(m, "lora_A")}
+    assert sorted(loaded) == sorted(targets)
+    assert {m.scaling[key] for m in loaded.values() for key in m.scaling} == {0.5}  # alpha / 1
+    for target, layer in loaded.items():
+        (down,) = layer.lora_A.values()
+        assert down.weight.shape == adapter[f"{target}.lora_A.weight"].shape
+
+
+def test_the_file_says_what_it_is(repo, tmp_path):
+    export_student(with_adapter(load_unet(str(repo / "data/tiny-xl"))), tmp_path)
+    with safe_open(tmp_path / "kohya_lora_weights.safetensors", "pt") as file:
+        assert file.metadata()["ss_network_dim"] == str(RANK)
+        assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
+        keys = list(file.keys())
+        alphas = {float(file.get_tensor(key)) for key in keys if key.endswith(".alpha")}
+    assert alphas == {ALPHA}
+    assert {key.partition(".")[2] for key in keys} == {
+        "lora_down.weight", "lora_up.weight", "alpha",
+    }  # fmt: skip

@@ -1,0 +1,206 @@
+"""The model card: what a student is, how it did, and lines that draw with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from shared.cache import CachePaths, open_manifest
+from shared.conditioning import load_conditioning
+from shared.family import Family, resolve_model
+from shared.single_file import is_single_file
+from shared.storage import copy_durably, publish
+from train.objectives import OBJECTIVES
+
+CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
+SHOWN = (
+    "objective", "student", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler", "w_min", "w_max", "num_ddim_timesteps", "loss_type",
+    "lora_rank", "lora_alpha", "ema_decay", "noise_offset", "snr_gamma", "seed",
+)  # fmt: skip
+DEVICE = """device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.float16 if device == "cuda" else torch.float32
+"""
+
+
+def write_card(run: Path, folder: Path, config: Mapping[str, Any], name: str) -> Path:
+    """Write README.md beside an export, and the run's newest preview as `preview.png`.
+
+    `config` is the run's resolved configuration, `name` what a user loads the student by: a hub id
+    or the folder. Where the run was evaluated, the table is part of the card.
+    """
+    family = resolve_model(str(config["model"])).family
+    previews = sorted((run / "previews").glob("step-*.png"))
+    parts = [header(config), introduction(config, name)]
+    if previews:
+        copy_durably(previews[-1], folder / PREVIEW_FILE, folder / "tmp")
+        shown = "Prompts at 1, 2, 4 and 8 steps" if few_steps(config) else "Prompts"
+        parts.append(f"![{shown}]({PREVIEW_FILE})")
+    parts += ["## Use", f"```python\n{snippet(config, name, family)}```", guidance(config, family)]
+    if (run / "evaluation.json").is_file():
+        parts += ["## Evaluation", (run / "evaluation.md").read_text().strip()]
+    parts += ["## Training", settings(config), "## Licence", licence(config)]
+    publish(["\n\n".join(parts).encode() + b"\n"], folder / CARD_FILE, folder / "tmp")
+    return folder / CARD_FILE
+
+
+def header(config: Mapping[str, Any]) -> str:
+    """The YAML that the hub reads."""
+    lora = config["student"] == "lora"
+    data = ModelCardData(
+        base_model=hub_id(config),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[
+            "text-to-image",
+            "diffusers",
+            *(["latent-consistency"] if few_steps(config) else []),
+            *(["lora"] if lora else []),
+        ],
+        inference=False,  # a widget would draw with a sampler of its own
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def introduction(config: Mapping[str, Any], name: str) -> str:
+    """Title and a sentence."""
+    kind = "LoRA" if config["student"] == "lora" else "UNet"
+    if not few_steps(config):
+        return (
+            f"# {Path(name).name}\n\nA {kind} that fine-tunes {base_name(config)} with the "
+            "ordinary diffusion loss, trained with Latent Distillery."
+        )
+    return (
+        f"# {Path(name).name}\n\nA {kind} that lets {base_name(config)} draw in 1 to 8 steps: "
+        "[latent consistency distillation](https://arxiv.org/abs/2310.04378), trained with Latent "
+        "Distillery."
+    )
+
+
+def snippet(config: Mapping[str, Any], name: str, family: Family) -> str:
+    """Python that draws one picture with stock diffusers."""
+    source = str(config["model"])
+    kind = "StableDiffusionXLPipeline" if family.micro_conditioning else "StableDiffusionPipeline"
+    load = "from_single_file" if is_single_file(source) else "from_pretrained"
+    lora = config["student"] == "lora"
+    scheduler = "LCMScheduler" if few_steps(config) else "DDIMScheduler"
+    classes = [kind, scheduler, *([] if lora else ["UNet2DConditionModel"])]
+    lines = f"import torch\nfrom diffusers import {', '.join(sorted(classes))}\n\n{DEVICE}"
+    if not lora:
+        lines += (
+            "unet = UNet2DConditionModel.from_pretrained(\n"
+            f'    {quoted(name)}, subfolder="unet", torch_dtype=dtype\n)\n'
+        )
+    unet = "" if lora else "unet=unet, "
+    lines += f"pipe = {kind}.{load}({quoted(source)}, {unet}torch_dtype=dtype).to(device)\n"
+    if lora:
+        lines += f"pipe.load_lora_weights({quoted(name)})\n"
+    side = resolution(config, family)
+    built_in = lora and few_steps(config)
+    options = 'timestep_spacing="trailing",\n'
+    if few_steps(config):
+        options = (
+            f"original_inference_steps={config['num_ddim_timesteps']},\n"
+            f"    timestep_scaling={config['timestep_scaling_factor']},\n"
+        )
+    return lines + (
+        f"pipe.scheduler = {scheduler}.from_config(\n    pipe.scheduler.config,\n    {options})\n"
+        f"image = pipe(\n    {quoted(prompt(config))},\n"
+        f"    num_inference_steps={OBJECTIVES[config['objective']].sample_steps},\n"
+        f"    guidance_scale={1.0 if built_in else family.guidance_scale},\n"
+        f"    height={side},\n    width={side},\n).images[0]\n"
+        'image.save("picture.png")\n'
+    )
+
+
+def few_steps(config: Mapping[str, Any]) -> bool:
+    """Is it drawn by LCMScheduler in a few steps, or as its teacher is?"""
+    return OBJECTIVES[config["objective"]].few_steps
+
+
+def quoted(text: str) -> str:
+    """A Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def guidance(config: Mapping[str, Any], family: Family) -> str:
+    """What guidance_scale means for this student."""
+    if not few_steps(config):
+        return "`guidance_scale` means what it means for the model it was fine-tuned from."
+    low, high = w_range(config, family)
+    if config["student"] == "lora":
+        return (
+            f"The guidance is built in (w between {low:g} and {high:g} in training): leave "
+            "`guidance_scale` at 1. `kohya_lora_weights.safetensors` is the same LoRA for ComfyUI "
+            "and other tools that read kohya's names; there, too: LCM sampler, CFG 1."
+        )
+    return (
+        f"`guidance_scale` may lie between {low + 1:g} and {high + 1:g}, the range it was trained "
+        "for, and costs nothing: the UNet is told it, there is no second pass."
+    )
+
+
+def settings(config: Mapping[str, Any]) -> str:
+    """The settings that matter, as a table."""
+    other = "lora_" if config["student"] == "full" else "ema_"  # settings of the other kind
+    foreign = {
+        flag
+        for name, objective in OBJECTIVES.items()
+        for flag in objective.flags
+        if name != config["objective"]
+    }
+    rows = [
+        f"| {name} | {config[name]} |"
+        for name in SHOWN
+        if config[name] is not None and not name.startswith(other) and name not in foreign
+    ]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def licence(config: Mapping[str, Any]) -> str:
+    """Whose terms hold."""
+    return (
+        f"These weights derive from {base_name(config)} and are under its licence; read it before "
+        "you use or share them."
+    )
+
+
+def hub_id(config: Mapping[str, Any]) -> str | None:
+    """The teacher's repository, or None for a teacher of one's own."""
+    source = str(config["model"])
+    return None if Path(source).exists() else source
+
+
+def base_name(config: Mapping[str, Any]) -> str:
+    """The teacher as a reader knows it: its repository, or the name of its folder or file."""
+    source = hub_id(config)
+    if source is None:
+        return Path(str(config["model"])).stem
+    return f"[{source}](https://huggingface.co/{source})"
+
+
+def w_range(config: Mapping[str, Any], family: Family) -> tuple[float, float]:
+    """The w drawn in training: the flags, else the family's."""
+    low, high = config["w_min"], config["w_max"]
+    return family.w_min if low is None else low, family.w_max if high is None else high
+
+
+def prompt(config: Mapping[str, Any]) -> str:
+    """One that the run was watched with, else any."""
+    if config["validation_prompts"]:
+        return str(config["validation_prompts"][0])
+    conditioning = CachePaths(Path(config["cache"])).conditioning
+    stored = load_conditioning(conditioning).prompts if conditioning.is_file() else ()
+    return stored[0] if stored else "a photograph of a lighthouse at sunset"
+
+
+def resolution(config: Mapping[str, Any], family: Family) -> int:
+    """The pixels that the cache was made at; the family's where the cache is gone."""
+    cache = Path(config["cache"])
+    if not CachePaths(cache).manifest.is_file():
+        return family.resolution
+    return int(open_manifest(cache).identity["preprocessing"]["resolution"])

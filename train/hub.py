@@ -1,0 +1,85 @@
+"""Publishing an export on the Hugging Face hub. The token is used, and neither kept nor shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from shared.errors import UserError
+from train.config import DistillConfig, ExportConfig
+
+# What belongs to an export; checkpoints, metrics and the cache's path stay at home.
+FILES = [
+    "README.md", "preview.png", "evaluation.json", "evaluation.png",
+    "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors", "unet/*",
+]  # fmt: skip
+REMEDIES = {
+    401: "the hub does not accept the token: `hf auth login`, or another --hub-token",
+    403: "the token may not write there: take one with write access, or another --hub-model-id",
+    404: "there is no such account or repository: check --hub-model-id",
+}
+
+
+def check_push(config: DistillConfig | ExportConfig) -> None:
+    """Raise UserError for flags that could not publish, before any work is done."""
+    if not config.push_to_hub:
+        for flag in ("hub_model_id", "hub_token"):
+            if getattr(config, flag) is not None:
+                raise UserError(f"--{flag.replace('_', '-')} does nothing without --push-to-hub")
+        return
+    if not (config.hub_token or get_token()):
+        raise UserError(
+            "--push-to-hub needs a token with write access: `hf auth login`, HF_TOKEN in the "
+            "environment, or --hub-token"
+        )
+    try:
+        validate_repo_id(model_id(config))
+    except HFValidationError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"--hub-model-id {model_id(config)!r}: {first}") from None
+
+
+def model_id(config: DistillConfig | ExportConfig) -> str:
+    """The repository's name; that of the run unless given, under the token's own account."""
+    return config.hub_model_id or config.run.resolve().name
+
+
+def push(
+    config: DistillConfig | ExportConfig, folder: Path, write_card: Callable[[str], Any]
+) -> str:
+    """Make the repository, let `write_card` name it, upload the export; returns the address.
+
+    Raises UserError, in a line, for whatever the hub refuses; the export stays where it is.
+    """
+    api = HfApi(token=config.hub_token)
+    try:
+        repo = api.create_repo(model_id(config), exist_ok=True)
+        write_card(repo.repo_id)
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            allow_patterns=FILES,
+            commit_message="Publish a distilled student",
+        )
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--push-to-hub: {cause(error)}; the student is safe in {folder}, and "
+            f"`python -m train export --run {config.run} --push-to-hub --hub-model-id "
+            f"{model_id(config)}` publishes it"
+        ) from None
+    return str(repo)
+
+
+def cause(error: Exception) -> str:
+    """A hub error in half a line, with its remedy where one is known."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in REMEDIES:
+        return REMEDIES[status]
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    unreached = status is None and isinstance(error, HTTPError | OSError)
+    return f"the hub cannot be reached ({first}); check the connection" if unreached else first

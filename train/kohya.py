@@ -1,0 +1,100 @@
+"""A LoRA under the names that kohya's sd-scripts, ComfyUI and AUTOMATIC1111 know.
+
+A module is `lora_unet_` and its path with underscores; its tensors are `lora_down.weight`,
+`lora_up.weight` and `alpha`. For SD 1.x and 2.x the path is diffusers' own. For SDXL it is that of
+the original checkpoint, where blocks are counted through: `input_blocks.4.1` for
+`down_blocks.1.attentions.0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+KOHYA_FILE = "kohya_lora_weights.safetensors"
+RESNET_PARTS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def save_kohya(unet: UNet2DConditionModel, file: Path) -> None:
+    """Write the adapter of `unet` with its rank and alpha, fp32."""
+    adapter = unet.peft_config["default"]
+    xl = unet.config.addition_embed_type == "text_time"
+    tensors = kohya_tensors(
+        get_peft_model_state_dict(unet),
+        float(adapter.lora_alpha),
+        unet.config.layers_per_block if xl else None,
+    )
+    base = "sdxl_base_v1-0" if xl else "sd_v1"
+    if unet.config.cross_attention_dim == 1024:
+        base = "sd_v2"
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(adapter.r),
+        "ss_network_alpha": str(adapter.lora_alpha),
+        "ss_base_model_version": base,
+    }
+    save_file(tensors, file, metadata)
+
+
+def kohya_tensors(
+    adapter: Mapping[str, Tensor], alpha: float, layers_per_block: int | None
+) -> dict[str, Tensor]:
+    """peft's tensors of a UNet (`PATH.lora_A.weight`, `PATH.lora_B.weight`) under kohya's names.
+
+    With `layers_per_block`, paths become those of the original SDXL checkpoint.
+    """
+    tensors = {}
+    for name, tensor in adapter.items():
+        path, _, part = name.removesuffix(".weight").rpartition(".")
+        if layers_per_block is not None:
+            path = original_path(path, layers_per_block)
+        module = f"lora_unet_{path.replace('.', '_')}"
+        side = {"lora_A": "lora_down", "lora_B": "lora_up"}[part]
+        tensors[f"{module}.{side}.weight"] = tensor.detach().cpu().contiguous()
+        tensors[f"{module}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def original_path(path: str, layers_per_block: int) -> str:
+    """A module inside a UNet's blocks: from its diffusers path to that of the original checkpoint.
+
+    `input_blocks.0` is conv_in; then each down block counts its layers and its downsampler, each up
+    block its layers, one more than below. A layer's parts are 0 the resnet, 1 the attention (where
+    there is one), then the upsampler; the upsampler of an up block without attention is its 1,
+    which no SDXL has.
+    """
+    parts = path.split(".")
+    if parts[0] == "mid_block":
+        kind, number, rest = parts[1], int(parts[2]), parts[3:]
+        block = f"middle_block.{2 * number if kind == 'resnets' else 1}"
+        return ".".join([block, *_inner(kind, rest)])
+    level, kind, number, rest = int(parts[1]), parts[2], int(parts[3]), parts[4:]
+    if parts[0] == "down_blocks":
+        first = 1 + level * (layers_per_block + 1)
+        if kind == "downsamplers":
+            return f"input_blocks.{first + layers_per_block}.0.op"
+        block = f"input_blocks.{first + number}"
+    else:
+        assert parts[0] == "up_blocks", path
+        first = level * (layers_per_block + 1)
+        if kind == "upsamplers":
+            return f"output_blocks.{first + layers_per_block}.2.conv"
+        block = f"output_blocks.{first + number}"
+    return ".".join([block, "0" if kind == "resnets" else "1", *_inner(kind, rest)])
+
+
+def _inner(kind: str, rest: list[str]) -> list[str]:
+    return [RESNET_PARTS[rest[0]]] if kind == "resnets" else rest

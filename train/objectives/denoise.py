@@ -1,0 +1,79 @@
+"""The ordinary diffusion loss, for fine-tuning on one's own pictures (docs/finetuning.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shared.conditioning import TextEmbeds
+from shared.diffusion import Schedule, add_noise, velocity
+from shared.errors import UserError
+from train.batch import Batch
+from train.config import DistillConfig
+from train.objectives.objective import Objective
+
+
+class Networks(Protocol):
+    """The only network there is; its output is eps or v, fp32."""
+
+    def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """With gradients."""
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """The loss with its settings. `schedule` lies on the batch's device, in fp32."""
+
+    schedule: Schedule
+    snr_gamma: float | None
+
+    @property
+    def intervals(self) -> int:
+        """`batch.index` is the timestep itself, uniform over all of them."""
+        return self.schedule.num_train_timesteps
+
+    def __call__(self, batch: Batch, empty: TextEmbeds, networks: Networks) -> Tensor:
+        """Mean squared error of the predicted noise or velocity, a scalar."""
+        t = batch.index
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        output = networks.student(add_noise(batch.latents, batch.noise, alpha, sigma), t, batch)
+        wanted = batch.noise
+        if self.schedule.prediction_type == "v_prediction":
+            wanted = velocity(batch.latents, batch.noise, alpha, sigma)
+        errors = ((output - wanted) ** 2).flatten(1).mean(1)
+        return (self.weights(t) * errors).mean()
+
+    def weights(self, t: Tensor) -> Tensor:
+        """Min-SNR weights `[B]` (arXiv 2303.09556, section 3.4); ones without a gamma.
+
+        min(snr, gamma) / snr for eps; / (snr + 1) for v, which snr = 0 does not trouble.
+        """
+        if self.snr_gamma is None:
+            return torch.ones_like(t, dtype=self.schedule.alphas_cumprod.dtype)
+        abar = self.schedule.alphas_cumprod[t]
+        snr = abar / (1 - abar)
+        whole = snr + 1 if self.schedule.prediction_type == "v_prediction" else snr
+        return snr.clamp(max=self.snr_gamma) / whole
+
+
+def build(config: DistillConfig, schedule: Schedule) -> Denoise:
+    """The loss that the flags ask for. Raises UserError for numbers that cannot work."""
+    if not 0 <= config.noise_offset < 1:
+        raise UserError(f"--noise-offset {config.noise_offset:g} must be from 0 to below 1")
+    if config.snr_gamma is not None and not config.snr_gamma > 0:
+        raise UserError(f"--snr-gamma {config.snr_gamma:g} must be above 0; 5 is usual")
+    return Denoise(schedule, config.snr_gamma)
+
+
+OBJECTIVE = Objective(
+    build=build,
+    flags=("noise_offset", "snr_gamma"),
+    learning_rates={"lora": 1e-4, "full": 1e-5},
+    teacher=False,
+    few_steps=False,
+    preview_steps=(25,),
+    sample_steps=50,
+)
