@@ -32,7 +32,7 @@ from shared.cache import (
     write_manifest,
 )
 from shared.conditioning import Conditioning, TextEmbeds, save_conditioning
-from shared.family import FAMILIES, family_of_unet, load_config
+from shared.family import FAMILIES, force_zeros, load_config, resolve_model
 from shared.layout import TRAILER, Layout, cache_layout
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -127,7 +127,7 @@ def random_text_encoder(
     source: str, part: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """The text encoder in a model's folder `part`, frozen."""
-    config = CLIPTextConfig.from_pretrained(source, subfolder=part)
+    config = CLIPTextConfig.from_pretrained(source, subfolder=part, dtype=dtype)
     kind = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
     return frozen(lambda: kind(config), device, dtype)
 
@@ -153,6 +153,9 @@ def random_weights(device: torch.device) -> Iterator[None]:
         with torch.device(device):
             return build_student(*args)
 
+    def build_unet(source: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+        return random_unet(source, device, dtype)
+
     class TextEncoders:
         @staticmethod
         def from_pretrained(source: str, subfolder: str, **_: Any) -> nn.Module:
@@ -161,7 +164,7 @@ def random_weights(device: torch.device) -> Iterator[None]:
     with ExitStack() as patches:
         for name, value in (
             ("train.setup.build_student", build_there),
-            ("train.student.load_unet", lambda source: random_unet(source, device)),
+            ("train.student.load_unet", build_unet),
             ("prep.vae.load_vae", lambda source: random_vae(source, device)),
             ("prep.text.CLIPTextModel", TextEncoders),
             ("prep.text.CLIPTextModelWithProjection", TextEncoders),
@@ -172,14 +175,10 @@ def random_weights(device: torch.device) -> Iterator[None]:
 
 def text_shapes(source: Path) -> tuple[int, int, int | None]:
     """L and D of a model's prompt embeddings, and P of its pooled ones, if it has any."""
-    unet = load_config(str(source), "unet/config.json")
-    part = "text_encoder"
-    pooled = None
-    if family_of_unet(unet, str(source)).micro_conditioning:
-        part = "text_encoder_2"
-        pooled = load_config(str(source), f"{part}/config.json")["projection_dim"]
-    length = load_config(str(source), f"{part}/config.json")["max_position_embeddings"]
-    return length, unet["cross_attention_dim"], pooled
+    family = resolve_model(str(source)).family
+    config = load_config(str(source), f"{family.text_encoders[-1]}/config.json")
+    pooled = config["projection_dim"] if family.micro_conditioning else None
+    return config["max_position_embeddings"], family.cross_attention_dim, pooled
 
 
 def write_cache(source: Path, root: Path, resolution: int, count: int) -> Path:
@@ -209,14 +208,14 @@ def write_cache(source: Path, root: Path, resolution: int, count: int) -> Path:
         torch.zeros(1, length, width), None if pooled is None else torch.zeros(1, pooled)
     )
     save_conditioning(Conditioning(empty, (), empty[:0]), cache.conditioning, cache.tmp)
-    unet = load_config(str(source), "unet/config.json")
+    model = resolve_model(str(source))
     identity = {
         "format": 1,
-        "family": family_of_unet(unet, str(source)).name,
+        "family": model.family.name,
         "latents": "mean",
         "preprocessing": {"views": 1, "resolution": resolution},
         "vae": {"channels": channels, "scaling_factor": vae["scaling_factor"], "fingerprint": ""},
-        "text": {"width": width, "length": length},
+        "text": {"width": width, "length": length, "force_zeros": force_zeros(model)},
     }
     write_manifest(cache, fold(identity, read_units(cache), {}))
     return root

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from benchmarks._models import random_text_encoder, random_unet, random_vae
 from shared.conditioning import TextEmbeds
 from shared.family import resolve_model
-from train.loader import Batch
+from train.batch import Batch
 from train.loop import update
-from train.run import AUTOCAST, Distillation
-from train.student import FullStudent, Student
+from train.run import Distillation
+from train.student import AUTOCAST, FullStudent, Student
 from train.teacher import call_unet
 
 

@@ -7,7 +7,6 @@ import io
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch.utils.flop_counter import (
 )
 
 from benchmarks._models import random_weights
+from train.batch import Batch
 from train.config import DistillConfig
-from train.loader import Batch
 from train.loop import backward, update
 from train.optim import set_learning_rate
 from train.run import Distillation
@@ -47,11 +46,11 @@ class Cached:
     def __init__(self, run: Distillation) -> None:
         self.run, self.batches = run, run.loader.batches()
         self.waited = 0.0
-        # A copy: the loader fills its batches again.
         first = next(self.batches)
-        copies = {f.name: getattr(first, f.name) for f in fields(first)}
-        copies = {name: None if value is None else value.clone() for name, value in copies.items()}
-        self.resident = Batch(**copies).to(run.team.device)
+        # A copy: on a CPU the loader fills its batches again.
+        self.resident = Batch(
+            **{k: None if v is None else v.clone() for k, v in vars(first).items()}
+        )
 
     def fed(self) -> None:
         """A step with the loader's next batch; `waited` adds up the seconds until it came."""
