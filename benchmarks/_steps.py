@@ -108,12 +108,18 @@ def synchronize(device: torch.device) -> None:
 
 def seconds(step: Callable[[], object], device: torch.device, times: int = 1) -> float:
     """Wall time of a step, the mean of `times` in a row."""
+    return clocks(step, device, times)[0]
+
+
+def clocks(step: Callable[[], object], device: torch.device, times: int) -> tuple[float, float]:
+    """Wall and processor seconds of a step; the latter count this process's threads alone."""
     synchronize(device)
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     for _ in range(times):
         step()
     synchronize(device)
-    return (time.perf_counter() - began) / times
+    wall, processor = time.perf_counter() - began[0], time.process_time() - began[1]
+    return wall / times, processor / times
 
 
 def compare(
@@ -122,20 +128,26 @@ def compare(
     pairs: int,
     device: torch.device,
     times: int = 1,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Interleaved pairs, each other one in the other order: medians of the seconds and of the
-    ratio of a pair."""
+    ratio of a pair.
+
+    On a CPU also of processor time, which neighbours on the machine cannot take away.
+    """
     found = []
     for number in range(pairs):
         order = (step, other) if number % 2 == 0 else (other, step)
-        took = {action: seconds(action, device, times) for action in order}
+        took = {action: clocks(action, device, times) for action in order}
         found.append((took[step], took[other]))
-    ratios = sorted(a / b for a, b in found)
+    ratios = sorted(a / b for (a, _), (b, _) in found)
     quarter = len(ratios) // 4
-    return {
+    figures: dict[str, Any] = {
         "pairs": pairs,
-        "seconds": statistics.median(a for a, _ in found),
-        "other_seconds": statistics.median(b for _, b in found),
+        "seconds": statistics.median(a for (a, _), _ in found),
+        "other_seconds": statistics.median(b for _, (b, _) in found),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]],
     }
+    if device.type == "cpu":
+        figures["processor_ratio"] = statistics.median(a / b for (_, a), (_, b) in found)
+    return figures
