@@ -13,7 +13,7 @@ from prep.images import Framing
 from prep.pipeline import Encoders, Settings
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
-from shared.cache import FORMAT, CachePaths, claim_identity
+from shared.cache import FORMAT, CachePaths, OtherSettings, claim_identity
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
@@ -155,7 +155,7 @@ def claim(
     remedy = "give the same flags and model, or another --cache"
     try:
         claim_identity(cache, build_identity(model, encoders, settings, shapes), remedy)
-    except UserError:
+    except OtherSettings:
         recorded = load_json(cache.identity)["vae"]
         if begun or recorded["dtype"] != encoders.vae.dtype:
             raise

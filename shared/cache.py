@@ -141,17 +141,21 @@ class Manifest:
         }
 
 
+class OtherSettings(UserError):
+    """The cache was begun with settings that differ."""
+
+
 def claim_identity(cache: CachePaths, identity: Mapping[str, Any], remedy: str) -> None:
     """Create `identity.json`, or check that the one there says the same.
 
-    Model and VAE may lie elsewhere where their weights are the same. Raises UserError that names
-    what differs; `remedy` ends the sentence.
+    Model and VAE may lie elsewhere where their weights are the same. Raises OtherSettings that
+    names what differs; `remedy` ends the sentence.
     """
     if create_exclusively(dump_json(identity), cache.identity, cache.tmp):
         return
     stored = load_json(cache.identity)
     if differing := differences(_without_places(stored), _without_places(identity)):
-        raise UserError(f"{cache.root} was made with other settings: {differing}; {remedy}")
+        raise OtherSettings(f"{cache.root} was made with other settings: {differing}; {remedy}")
 
 
 def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import tyro
 
 from shared.errors import UserError
+from shared.flags import translate, translate_arguments
 from shared.places import Place, RemotePlace, place
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     ends the program with tyro's message and status 2.
     """
     toml, rest = _split_config(list(argv))
+    rest = translate_arguments(rest, typing.get_type_hints(kind))
     values = _read_toml(kind, toml) if toml else {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.default is field.default_factory is dataclasses.MISSING:
@@ -68,8 +70,12 @@ def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: {error.strerror or 'cannot be read'}") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise UserError(f"--config {path}: {error}") from None
-    values = {name.replace("-", "_"): value for name, value in stored.items()}
-    if unknown := sorted(set(values) - set(typing.get_type_hints(kind))):
+    known = set(typing.get_type_hints(kind))
+    values = {}
+    for name, value in stored.items():
+        ours, *implied = translate(name, known)
+        values[ours] = implied[0] if implied and value is True else value
+    if unknown := sorted(set(values) - known):
         raise UserError(f"--config {path}: no such setting: {', '.join(unknown)}")
     hints = typing.get_type_hints(kind)
     for name, value in values.items():

@@ -21,7 +21,7 @@ from shared.cache import CachePaths, open_manifest  # noqa: E402
 from shared.conditioning import load_conditioning  # noqa: E402
 from shared.errors import UserError  # noqa: E402
 from shared.storage import dump_json  # noqa: E402
-from train.loader import Bucket, open_buckets  # noqa: E402
+from train.bucket import Bucket, open_buckets  # noqa: E402
 
 
 def read_cache(root: Path) -> str:

@@ -13,7 +13,7 @@ from support_reader import read_bucket, read_cache
 
 from shared.cache import open_manifest
 from shared.errors import UserError
-from train.loader import open_buckets
+from train.bucket import open_buckets
 
 READER = Path(__file__).with_name("support_reader.py")
 DAY = 24 * 3600

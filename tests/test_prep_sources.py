@@ -285,7 +285,9 @@ def test_folder_with_a_txt_beside_each_picture(tmp_path):
     (folder / "a.txt").write_text("a star\n")
     (folder / "sub.v1" / "b.c.txt").write_text("a ring")
     cache = encode(folder, tmp_path / "cache")
-    assert account(cache) == {"a.png": "", "sub.v1/b.c.PNG": ""}
+    assert account(cache) == {
+        "a.png": "", "sub.v1/b.c.PNG": "", "no caption.png": "no caption"
+    }  # fmt: skip
     assert samples(cache)["sub.v1/b.c.PNG"].record["captions"] == ["a ring"]
 
 

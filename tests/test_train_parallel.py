@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 
 from shared.errors import UserError
 from train import checkpoint
-from train.team import Team
+from train.config import DistillConfig
+from train.team import Team, as_launched
 
 LCM = {
     "train_batch_size": 4, "max_train_steps": 2, "checkpointing_steps": 2, "lora_rank": 4,
@@ -190,3 +192,16 @@ def test_what_accelerate_can_launch_and_we_cannot_is_refused(monkeypatch, enviro
     with pytest.raises(UserError, match=message) as error:
         Team("cpu")
     assert "\n" not in str(error.value)
+
+
+def test_what_the_launcher_was_told_holds(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    config = DistillConfig("tiny-sd", cache=Path("c"), run=Path("r"))
+    told = as_launched(config)
+    assert (told.mixed_precision, told.gradient_accumulation_steps) == ("bf16", 4)
+    own = replace(config, mixed_precision="fp16", gradient_accumulation_steps=2)
+    assert as_launched(own) == own
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="fp8 is not for this trainer"):
+        as_launched(config)

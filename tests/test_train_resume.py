@@ -20,7 +20,6 @@ from shared.errors import UserError
 from train import checkpoint
 from train.config import DistillConfig
 from train.loop import distill
-from train.optim import learning_rate_factor
 from train.record import keep_until
 from train.run import Distillation
 from train.setup import prepare
@@ -414,14 +413,6 @@ def test_learning_rate_is_a_function_of_the_step(settings):
     spy_on_steps(run, seen)
     distill(run)
     assert [lr / 1e-3 for lr, _ in seen] == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25])
-    config = settings(lr_scheduler="cosine", max_train_steps=100)
-    assert learning_rate_factor(50, config) == pytest.approx(0.5)
-    factors = [learning_rate_factor(step, config) for step in range(1, 101)]
-    assert factors == sorted(factors, reverse=True)
-    assert factors[0] > 0.999
-    constant = settings(lr_warmup_steps=4)
-    found = [learning_rate_factor(step, constant) for step in range(1, 7)]
-    assert found == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,16 +1,21 @@
 """Both kinds of student on the tiny teachers: where they start, what moves, what stays."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import schedule_from_config
 from train.batch import Batch
 from train.config import DistillConfig
 from train.objectives.lcd import LCD
+from train.speed import autocast, check_speed, compile_blocks, speed_up
 from train.student import build_student
 
 CPU = torch.device("cpu")
@@ -307,3 +312,157 @@ def test_gradients_of_the_adapters_are_those_of_the_weights_they_stand_for(tiny_
     scale = float(gradient.abs().max())
     np.testing.assert_allclose(a.grad, 0.5 * b.detach().T @ gradient, rtol=1e-3, atol=1e-3 * scale)
     np.testing.assert_allclose(b.grad, 0.5 * gradient @ a.detach().T, rtol=1e-3, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_weights_compute_what_autocast_computes(model, kind):
+    """Frozen weights held in bf16 are those that autocast would cast in each forward: same bits."""
+    held, plain = build(model, kind, mixed_precision="bf16"), build(model, kind)
+    plain.load_state(held.state())
+    batch, empty = make_batch(held.unet)
+    t = torch.tensor([999, 419, 19])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        answers = [s.teacher(batch.latents, t, batch, empty) for s in (held, plain)]
+        assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+        for role in ("student", "target"):
+            found = (getattr(s, role)(batch.latents, t, batch) for s in (held, plain))
+            assert torch.equal(*found)
+    frozen = held.teacher_unet if kind == "full" else held.unet
+    halves = [p for p in frozen.parameters() if p.dtype == torch.bfloat16]
+    assert sum(p.numel() for p in halves) > 0.9 * sum(
+        p.numel() for p in frozen.parameters() if not p.requires_grad
+    )
+    assert {p.dtype for p in held.trainable().values()} == {torch.float32}
+    assert {p.dtype for p in held.exported().parameters() if kind == "full"} <= {torch.float32}
+
+
+def test_time_ids_are_never_rounded(tiny_xl):
+    """bf16 would make 1023 of 1024's neighbours; the UNet must see the difference."""
+    student = build(tiny_xl, "lora", mixed_precision="bf16")
+    batch, _ = make_batch(student.unet)
+    seen = []
+    student.unet.add_time_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ids = batch.time_ids.clone()
+    ids[:, 0] = 1023
+    with torch.autocast("cpu", torch.bfloat16):
+        student.target(batch.latents, batch.index, Batch(**{**vars(batch), "time_ids": ids}))
+    assert seen[0].dtype == torch.float32
+    assert seen[0][0] == 1023
+
+
+def test_a_unet_in_float64_answers_in_float64(tiny_sd):
+    student = build(tiny_sd, "lora")
+    batch, _ = make_batch(student.unet)
+    student.unet.double()
+    t = torch.tensor([999, 419, 19])
+    assert student.target(batch.latents.double(), t, batch).dtype == torch.float64
+
+
+def test_an_offloaded_average_is_the_average(tiny_sd):
+    """fp32 on the CPU; the network that draws and aims holds it in half precision."""
+    here = build(tiny_sd, "full", mixed_precision="bf16", ema_decay=0.9)
+    away = build(tiny_sd, "full", mixed_precision="bf16", ema_decay=0.9, offload_ema=True)
+    for step in range(3):
+        for student in (here, away):
+            disturb(student.trainable().values(), seed=step, scale=1e-3)
+            student.after_step()
+    wanted, found = here.state(), away.state()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+    assert torch.bfloat16 in {p.dtype for p in away.drawing().parameters()}
+    exported, kept = away.exported().state_dict(), here.exported().state_dict()
+    for name, tensor in kept.items():
+        torch.testing.assert_close(exported[name], tensor, rtol=1e-6, atol=1e-7)
+    batch, _ = make_batch(here.unet)
+    t = torch.tensor([999, 419, 19])
+    with torch.autocast("cpu", torch.bfloat16):
+        both = [student.target(batch.latents, t, batch) for student in (here, away)]
+    torch.testing.assert_close(*both, rtol=1e-2, atol=1e-2)
+    again = build(tiny_sd, "full", mixed_precision="bf16", offload_ema=True)
+    again.load_state(wanted)  # of a run without the flag
+    assert all(torch.equal(again.state()[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_teacher_whose_config_says_little(tiny_sd, tmp_path):
+    """Old repositories, SD 1.5's among them, leave out what was not known in their day."""
+    shutil.copytree(tiny_sd / "unet", tmp_path / "unet")
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    assert config.pop("time_cond_proj_dim", 0) is None
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    student = build(tmp_path, "full")
+    assert student.unet.config.time_cond_proj_dim == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_compiled_again_and_again(tiny_sd, kind):
+    """Student, target and teacher take turns, adapters on and off: compiled once each."""
+    student, plain = build(tiny_sd, kind), build(tiny_sd, kind)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for unet in student.networks():
+        compile_blocks(unet, counter)
+    lcd, batch, empty = lcd_for(tiny_sd, student)
+    losses, graphs = [], []
+    for _ in range(3):
+        losses.append(lcd(batch, empty, student))
+        losses[-1].backward()
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 3
+    assert graphs[0] == graphs[1] == graphs[2]
+    torch.testing.assert_close(losses[-1], lcd(batch, empty, plain), rtol=1e-4, atol=1e-6)
+    assert student.state().keys() == plain.state().keys()
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(tiny_sd):
+    """Real code for the CPU, where a C++ compiler is at hand."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    student, plain = build(tiny_sd, "lora"), build(tiny_sd, "lora")
+    torch._dynamo.reset()
+    for unet in student.networks():
+        compile_blocks(unet)
+    lcd, batch, empty = lcd_for(tiny_sd, student)
+    loss, wanted = lcd(batch, empty, student), lcd(batch, empty, plain)
+    torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=1e-5)
+    loss.backward()
+    wanted.backward()
+    for name, parameter in student.trainable().items():
+        if ".lora_B." in name:
+            torch.testing.assert_close(
+                parameter.grad, plain.trainable()[name].grad, rtol=1e-2, atol=1e-5
+            )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["xformers", "compile", "both", "tf32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_faster_ways_give_the_same_loss(model, kind, how):
+    """On a GPU, in bf16: attention by xformers, blocks compiled by inductor, TF32."""
+    device = torch.device("cuda")
+    if how in ("xformers", "both"):
+        pytest.importorskip("xformers")
+    config = DistillConfig(
+        str(model), None, None, student=kind, lora_rank=4, mixed_precision="bf16",
+        attention="xformers" if how in ("xformers", "both") else "sdpa",
+        compile=how in ("compile", "both"), allow_tf32=how == "tf32",
+    )  # fmt: skip
+    check_speed(config, device)
+    torch._dynamo.reset()
+    before, losses = torch.get_float32_matmul_precision(), []
+    for faster in (False, True):
+        student = build_student(str(model), config, device)
+        if faster:
+            speed_up(student.networks(), config, device)
+        schedule = schedule_from_config(DDIMScheduler.load_config(model / "scheduler")).to(device)
+        batch, empty = make_batch(student.unet)
+        lcd = LCD(schedule, 50, 10.0, "huber", 1e-3)
+        with autocast("bf16", device):
+            loss = lcd(batch.to(device), empty.to(device), student)
+        loss.backward()
+        losses.append(loss.item())
+    torch.set_float32_matmul_precision(before)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

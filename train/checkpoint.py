@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shared.cache import differences
 from shared.errors import UserError
 from shared.storage import dump_json, guard, load_json, move, publish, sync_folder, temporary
-from train.shards import like
+from train.optim import restored, saved
 
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
 
@@ -137,7 +137,7 @@ def optimizer_state(
 ) -> dict[str, Tensor]:
     """AdamW's tensors as `PARAMETER/exp_avg` and so on."""
     return {
-        f"{name}/{key}": torch.as_tensor(value)
+        f"{name}/{key}": saved(key, value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -149,12 +149,7 @@ def restore_optimizer(
     stored: Mapping[str, Tensor],
 ) -> None:
     """The inverse of `optimizer_state`."""
-    fused = {id(p): group.get("fused") for group in optimizer.param_groups for p in group["params"]}
     for path, tensor in stored.items():
         name, _, key = path.rpartition("/")
-        parameter = parameters[name]
-        if key == "step":  # a scalar, which only a fused optimizer wants on the device
-            placed = tensor.to(parameter.device if fused[id(parameter)] else "cpu")
-        else:
-            placed = like(parameter, tensor)
-        optimizer.state[parameter][key] = placed
+        weight = parameters[name]
+        optimizer.state[weight][key] = restored(optimizer, key, tensor, weight)

@@ -32,11 +32,24 @@ class DistillConfig:
     """Samples per optimizer step over all processes; a resumed run keeps its own unless given."""
     max_train_steps: int = 1000
     """Optimizer steps."""
+    num_train_epochs: int | None = None
+    """Passes over the cache, from which the steps follow; instead of --max-train-steps."""
     seed: int = 0
     learning_rate: float | None = None
     """1e-4 for lora, 8e-6 (lcd) or 1e-5 (denoise) for full unless given."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    scale_lr: bool = False
+    """Multiply the learning rate by the samples of a step, over all processes."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """diffusers' schedules; every one of them begins with --lr-warmup-steps."""
     lr_warmup_steps: int = 0
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Exponent of polynomial."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's two averages in 8 bits (bitsandbytes, an extra: pip install '.[gpu]')."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.0
@@ -52,6 +65,9 @@ class DistillConfig:
     timestep_scaling_factor: float = 10.0
     ema_decay: float = 0.95
     """Of the full student's target network."""
+    offload_ema: bool = False
+    """Keep the full student's average in fp32 on the CPU, and a half-precision copy on the
+    device."""
     guidance_init: Literal["zero", "random"] = "zero"
     """Of the guidance embedding's projection; with zero the student starts as the teacher."""
     unet_time_cond_proj_dim: int = 256
@@ -64,9 +80,18 @@ class DistillConfig:
     lora_alpha: float | None = None
     """The rank unless given."""
     lora_dropout: float = 0.0
+    lora_target_modules: str | None = None
+    """Ends of the names of the layers to adapt, comma-separated; LCM's fourteen unless given."""
     proportion_empty_prompts: float = 0.0
     """Share of captions replaced by the unconditional embedding."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """torch's own attention, or xformers' (an extra: pip install '.[gpu]')."""
+    compile: bool = False
+    """torch.compile the blocks of the networks; the first steps take minutes."""
+    allow_tf32: bool = False
+    """Let fp32 matrix products on the GPU use TF32."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast dtype of student, teacher and target alike; trainables and losses stay fp32."""
     checkpointing_steps: int = 500

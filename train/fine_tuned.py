@@ -37,5 +37,8 @@ class FineTuned:
         for name, tensor in self.unet.state_dict().items():
             restore(tensor, state[name])
 
+    def drawing(self) -> UNet2DConditionModel:  # noqa: D102
+        return self.unet
+
     def exported(self) -> UNet2DConditionModel:  # noqa: D102
         return self.unet

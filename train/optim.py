@@ -2,48 +2,119 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import math
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from shared.errors import UserError
 from train.config import DistillConfig
 from train.objectives import OBJECTIVES
+from train.shards import like
 
-
-def base_learning_rate(config: DistillConfig) -> float:
-    """The flag, else what the objective uses for this kind of student."""
-    return config.learning_rate or OBJECTIVES[config.objective].learning_rates[config.student]
+POLYNOMIAL_END = 1e-7  # diffusers' lr_end: where a polynomial schedule ends
 
 
 def build_optimizer(
-    config: DistillConfig, parameters: dict[str, nn.Parameter]
+    config: DistillConfig, parameters: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """AdamW over fp32 trainables."""
-    return torch.optim.AdamW(
-        parameters.values(),
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
+    """AdamW, or bitsandbytes' AdamW8bit. Raises UserError where bitsandbytes is not installed."""
+    settings: dict[str, Any] = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    weights = list(parameters.values())
+    if not config.use_8bit_adam:
+        kind = "fused" if weights[0].is_cuda else "foreach"
+        return torch.optim.AdamW(weights, **settings, **{kind: True})
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "--use-8bit-adam wants bitsandbytes; `pip install bitsandbytes`, or leave it out"
+        ) from None
+    return AdamW8bit(weights, **settings)
+
+
+def saved(key: str, value: Any) -> Tensor:
+    """A value of an optimizer's state as a checkpoint holds it."""
+    tensor = torch.as_tensor(value)
+    # bitsandbytes shares its tables of 256 numbers between weights; safetensors shares nothing.
+    return tensor.clone() if key.startswith("qmap") else tensor
+
+
+def restored(optimizer: torch.optim.Optimizer, key: str, value: Tensor, weight: Tensor) -> Any:
+    """A checkpoint's value of an optimizer's state as the optimizer itself would hold it."""
+    if key != "step":  # bitsandbytes' tables have shapes of their own
+        return like(weight, value) if value.shape == weight.shape else value.to(weight.device)
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return int(value)  # bitsandbytes counts in Python
+    return value.to(weight.device if optimizer.param_groups[0]["fused"] else "cpu")
+
+
+def check_schedule(config: DistillConfig) -> None:
+    """Raise UserError for numbers of the learning rate that cannot work or would do nothing."""
+    for name, schedule in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+        if value <= 0:
+            raise UserError(f"{flag} {value} must be above 0")
+        if value != 1 and config.lr_scheduler != schedule:
+            raise UserError(f"{flag} is for --lr-scheduler {schedule} only; leave it out")
+    if config.lr_warmup_steps < 0:
+        raise UserError(f"--lr-warmup-steps {config.lr_warmup_steps} must not be negative")
+    if config.learning_rate is not None and config.learning_rate <= 0:
+        raise UserError(f"--learning-rate {config.learning_rate:g} must be above 0")
+    base = base_learning_rate(config)
+    if config.lr_scheduler == "polynomial" and base <= POLYNOMIAL_END:
+        raise UserError(
+            f"--learning-rate {base:g} is not above {POLYNOMIAL_END:g}, where polynomial ends"
+        )
+
+
+def base_learning_rate(config: DistillConfig, batch_size: int = 1) -> float:
+    """The flag, else what the objective uses; with --scale-lr times the samples of a step."""
+    rate = config.learning_rate or OBJECTIVES[config.objective].learning_rates[config.student]
+    return rate * batch_size if config.scale_lr else rate
 
 
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, base: float, step: int, config: DistillConfig
 ) -> float:
     """Set and return the rate of optimizer step `step` (1, 2, ...)."""
-    rate = base * learning_rate_factor(step, config)
+    rate = base * learning_rate_factor(step, config, base)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
 
 
-def learning_rate_factor(step: int, config: DistillConfig) -> float:
-    """A pure function of the step: linear warm-up, then constant, linear or cosine to zero."""
-    warmup, total = config.lr_warmup_steps, config.max_train_steps
+def learning_rate_factor(step: int, config: DistillConfig, base: float) -> float:
+    """What optimizer step `step` (1, 2, ...) multiplies the rate `base` by.
+
+    After the warm-up these are the numbers of diffusers.optimization.get_scheduler, which calls
+    the first step 0. During it ours is ahead by one step: step s of W has s / W of the rate, where
+    diffusers' first step has none at all and does nothing.
+    """
+    warmup = config.lr_warmup_steps
     if step <= warmup:
         return step / warmup
-    done = (step - warmup) / max(total - warmup, 1)
-    if config.lr_scheduler == "linear":
-        return 1 - done + 1 / max(total - warmup, 1)
-    if config.lr_scheduler == "cosine":
-        return float(0.5 * (1 + torch.cos(torch.tensor(done * torch.pi))))
-    return 1.0
+    done = min((step - 1 - warmup) / max(config.max_train_steps - warmup, 1), 1.0)
+    match config.lr_scheduler:
+        case "linear":
+            return 1 - done
+        case "cosine":
+            return half_cosine(done)
+        case "cosine_with_restarts":
+            return half_cosine(config.lr_num_cycles * done % 1.0) if done < 1 else 0.0
+        case "polynomial":
+            end = POLYNOMIAL_END / base
+            return (1 - end) * (1 - done) ** config.lr_power + end
+        case _:
+            return 1.0
+
+
+def half_cosine(done: float) -> float:
+    """From 1 at 0 to 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * done))

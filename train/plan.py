@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from shared.cache import Manifest
+from shared.errors import UserError
+from shared.family import Model, load_config
 from train.config import DistillConfig
 from train.loader import Loader
 from train.objectives import OBJECTIVES
 
 
+def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillConfig:
+    """The same with `max_train_steps` for as many passes as `--num-train-epochs` asks for."""
+    epochs = config.num_train_epochs
+    if epochs is None:
+        return config
+    if epochs < 1:
+        raise UserError(f"--num-train-epochs {epochs} must be at least 1")
+    if config.max_train_steps != DistillConfig.max_train_steps:
+        raise UserError("--num-train-epochs and --max-train-steps exclude each other; give one")
+    samples = min(samples, config.max_train_samples or samples)
+    return replace(config, max_train_steps=math.ceil(epochs * samples / batch_size))
+
+
 def plan(
     config: DistillConfig,
-    manifest: Manifest,
     parameters: dict[str, nn.Parameter],
     loader: Loader,
     resumed: Path | None,
     world: int,
+    learning_rate: float,
 ) -> str:
     """What is about to happen, in two lines."""
     samples, batch = sum(loader.order.sizes), loader.order.batch_size
@@ -34,8 +52,27 @@ def plan(
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
         f"{origin}\n{config.max_train_steps} steps of {batch} samples{over}, "
-        f"{passes:.1f} passes over {samples} samples, {drawn}"
+        f"{passes:.1f} passes over {samples} samples, {drawn}, learning rate {learning_rate:g}"
     )
+
+
+def say_memory(
+    config: DistillConfig, model: Model, manifest: Manifest, device: torch.device
+) -> None:
+    """On a GPU, print what the largest latents will take, before anything is loaded there.
+
+    Raises UserError where not even the weights have room.
+    """
+    if device.type != "cuda":
+        return
+    sizes = [manifest.layouts[number].latent_size for number in set(manifest.shard_layouts)]
+    if not sizes:
+        return
+    from train.memory import memory_line  # which takes torch's slower tools
+
+    unet = load_config(model.source, "unet/config.json")
+    free, _ = torch.cuda.mem_get_info(device)
+    print(memory_line(unet, config, max(sizes, key=math.prod), free), file=sys.stderr)
 
 
 def warn_of_small_buckets(loader: Loader) -> None:

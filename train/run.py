@@ -19,7 +19,8 @@ from train.objectives.objective import Loss
 from train.preview import Previews
 from train.record import Recorder
 from train.shards import local
-from train.student import AUTOCAST, Student
+from train.speed import autocast
+from train.student import Student
 from train.team import Team
 
 
@@ -46,8 +47,7 @@ class Distillation:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The one dtype in which all networks compute."""
-        dtype = AUTOCAST.get(self.config.mixed_precision)
-        return torch.autocast(self.team.device.type, dtype, enabled=dtype is not None)
+        return autocast(self.config.mixed_precision, self.team.device)
 
     def save(self) -> None:
         """Write a checkpoint, unless the weights are no longer finite. All processes enter it."""
@@ -80,7 +80,7 @@ class Distillation:
     def preview(self) -> None:
         """Draw the preview prompts with the student as it stands. All processes enter it."""
         if self.previews is not None:
-            columns = self.previews.draw(self.student.exported())
+            columns = self.previews.draw(self.student.drawing())
             if self.team.main:
                 path, sheet = self.previews.write(columns, self.step)
                 self.recorder.picture(self.step, sheet)

@@ -21,20 +21,22 @@ from train.hub import check_push
 from train.loader import LatentSpec, Loader
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Loss
-from train.optim import base_learning_rate, build_optimizer
+from train.optim import base_learning_rate, build_optimizer, check_schedule
 from train.order import Order
-from train.plan import plan, warn_of_small_buckets
+from train.plan import plan, say_memory, warn_of_small_buckets, with_steps
 from train.preview import open_previews
 from train.record import Recorder
 from train.run import Distillation
+from train.speed import check_speed, speed_up
 from train.student import build_student
 from train.teacher import check_fit, load_schedule
-from train.team import Team
+from train.team import Team, as_launched
 from train.terms import divide, run_terms
 
 
 def prepare(config: DistillConfig) -> Distillation:
     """Check and load everything. Raises UserError for what does not fit together."""
+    config = as_launched(config)
     manifest = open_manifest(config.cache)
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
@@ -47,8 +49,13 @@ def prepare(config: DistillConfig) -> Distillation:
     set_threads(config.threads)
     team = Team(config.device)
     batch_size, accumulation = divide(config, team.world, len(manifest.layouts), before)
+    config = with_steps(config, batch_size, manifest.totals["written"])
+    check_speed(config, team.device, team.sharded)
+    if team.main:
+        say_memory(config, model, manifest, team.device)
     objective = build_objective(config, model, team.device)
     student = build_student(model.source, config)
+    speed_up(student.networks(), config, team.device)
     team.share(student)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
@@ -64,9 +71,10 @@ def prepare(config: DistillConfig) -> Distillation:
         position, team,
     )  # fmt: skip
     done = 0 if before is None else before.step
+    learning_rate = base_learning_rate(config, batch_size)
     if team.main:
         warn_of_small_buckets(loader)
-        print(plan(config, manifest, parameters, loader, resumed, team.world), file=sys.stderr)
+        print(plan(config, parameters, loader, resumed, team.world, learning_rate), file=sys.stderr)
         if not config.dry_run:
             begin_run_folder(config, model)
     team.wait()
@@ -80,7 +88,7 @@ def prepare(config: DistillConfig) -> Distillation:
         optimizer=optimizer,
         scaler=scaler,
         parameters=parameters,
-        learning_rate=base_learning_rate(config),
+        learning_rate=learning_rate,
         accumulation=accumulation,
         step=done,
         position=position,
@@ -99,6 +107,7 @@ def check_flags(config: DistillConfig) -> None:
                  "logging_steps", "dataloader_num_workers", "lora_rank"):  # fmt: skip
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    check_schedule(config)
     if config.seed < 0:
         raise UserError(f"--seed {config.seed} must not be negative")
     if config.num_ddim_timesteps < 1 or 1000 % config.num_ddim_timesteps:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
+from shared.errors import UserError
 from train.batch import Batch
 from train.config import DistillConfig
+from train.ema import OffloadedAverage
 from train.fine_tuned import FineTuned
 from train.objectives import OBJECTIVES
 from train.shards import local, restore
+from train.speed import hold_frozen
 from train.teacher import call_unet, load_unet, twice
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -55,8 +57,11 @@ class Student(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
 
+    def drawing(self) -> UNet2DConditionModel:
+        """The network that previews are drawn with, on the device."""
+
     def exported(self) -> UNet2DConditionModel:
-        """The network that people will draw with."""
+        """The network that people will draw with, fp32."""
 
 
 class FullStudent:
@@ -71,6 +76,10 @@ class FullStudent:
         self.target_unet.load_state_dict(self.unet.state_dict())
         self.unet.train().requires_grad_(True)
         self.live: nn.Module = self.unet
+        hold_frozen(self.teacher_unet, config.mixed_precision)
+        self.average = None
+        if config.offload_ema:
+            self.average = OffloadedAverage(self.target_unet, config.mixed_precision)
 
     def networks(self) -> list[UNet2DConditionModel]:  # noqa: D102
         return [self.unet, self.target_unet, self.teacher_unet]
@@ -97,41 +106,42 @@ class FullStudent:
 
     @torch.no_grad()
     def after_step(self) -> None:  # noqa: D102
+        if self.average is not None:
+            self.average.move(self.unet.state_dict(), self.decay)
+            return
         averages = [local(p) for p in self.target_unet.parameters()]
         weights = [local(p) for p in self.unet.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:  # noqa: D102
         student = {f"student.{k}": v for k, v in self.unet.state_dict().items()}
-        return student | {f"target.{k}": v for k, v in self.target_unet.state_dict().items()}
+        target = self.target_unet.state_dict() if self.average is None else self.average.weights
+        return student | {f"target.{k}": v for k, v in target.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: D102
-        for prefix, unet in (("student.", self.unet), ("target.", self.target_unet)):
-            for name, tensor in unet.state_dict().items():
-                restore(tensor, state[prefix + name])
+        for name, tensor in self.unet.state_dict().items():
+            restore(tensor, state[f"student.{name}"])
+        if self.average is not None:
+            self.average.load({name: state[f"target.{name}"] for name in self.average.weights})
+            return
+        for name, tensor in self.target_unet.state_dict().items():
+            restore(tensor, state[f"target.{name}"])
+
+    def drawing(self) -> UNet2DConditionModel:  # noqa: D102
+        return self.target_unet
 
     def exported(self) -> UNet2DConditionModel:  # noqa: D102
-        return self.target_unet
+        return self.target_unet if self.average is None else self.average.network()
 
 
 class LoraStudent:
     """One UNet in memory: the student is it with adapters, the teacher without."""
 
     def __init__(self, source: str, config: DistillConfig) -> None:
-        # The frozen weights need no more than the dtype they compute in.
-        self.unet = load_unet(source, AUTOCAST.get(config.mixed_precision, torch.float32))
-        alpha = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+        self.unet = load_unet(source)
         torch.manual_seed(config.seed)  # peft initialises lora_A at random, lora_B at zero
-        self.unet.add_adapter(
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=lora_targets(self.unet),
-            )
-        )
-        for parameter in self.trainable().values():
-            parameter.data = parameter.data.float()  # peft makes them like their layer
+        add_adapters(self.unet, config)
+        hold_frozen(self.unet, config.mixed_precision)
         self.unet.train()
         self.live: nn.Module = self.unet
         self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
@@ -177,6 +187,9 @@ class LoraStudent:
         for name, parameter in self.trainable().items():
             restore(parameter, state[name])
 
+    def drawing(self) -> UNet2DConditionModel:  # noqa: D102
+        return self.unet
+
     def exported(self) -> UNet2DConditionModel:  # noqa: D102
         return self.unet
 
@@ -199,7 +212,9 @@ def guided_copy(
     With "zero" the new projection starts at zero, so the copy computes what the teacher computes;
     "random" is the paper's way.
     """
-    copy = UNet2DConditionModel.from_config({**teacher.config, "time_cond_proj_dim": dim})
+    config = {**teacher.config, "time_cond_proj_dim": dim}
+    config.pop("_use_default_values", None)  # which would undo it where the teacher's is not set
+    copy = UNet2DConditionModel.from_config(config)
     missing, unexpected = copy.load_state_dict(teacher.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"], missing
     assert not unexpected, unexpected
@@ -208,11 +223,32 @@ def guided_copy(
     return copy.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def lora_targets(unet: UNet2DConditionModel) -> list[str]:
-    """Full names of the layers that LCM adapts, so that nothing else matches by accident."""
+def add_adapters(unet: UNet2DConditionModel, config: DistillConfig) -> None:
+    """LoRA on the layers that the flags name. Raises UserError for a name that fits none."""
+    wanted = LORA_TARGETS
+    if config.lora_target_modules is not None:
+        wanted = tuple(name.strip() for name in config.lora_target_modules.split(","))
+        for name in wanted:
+            if not lora_targets(unet, (name,)):
+                raise UserError(
+                    f"--lora-target-modules: no layer's name ends in {name!r}; "
+                    f"LCM's are {','.join(LORA_TARGETS)}"
+                )
+    unet.add_adapter(
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=lora_targets(unet, wanted),
+        )
+    )
+
+
+def lora_targets(unet: UNet2DConditionModel, wanted: Sequence[str] = LORA_TARGETS) -> list[str]:
+    """Full names of the layers to adapt, so that nothing else matches by accident."""
     return [
         name
         for name, module in unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
-        and any(name == target or name.endswith(f".{target}") for target in LORA_TARGETS)
+        and any(name == target or name.endswith(f".{target}") for target in wanted)
     ]

@@ -77,15 +77,17 @@ def call_unet(
     time_ids: Tensor | None,
     guidance: Tensor | None = None,
 ) -> Tensor:
-    """The UNet's output `[B, C, h, w]` in the dtype of z (fp32 in training).
+    """The UNet's output `[B, C, h, w]` in the dtype of `z`, which is fp32 outside of tests.
 
     `guidance` is the embedding `[B, time_cond_proj_dim]`, for students that take one. time_ids
-    stay fp32: bf16 would turn 1023 into 1024.
+    take z's dtype too: bf16 would turn 1023 into 1024.
     """
+    assert z.dtype in (torch.float32, torch.float64)
     added: dict[str, Any] | None = None
     if text.pooled_prompt_embeds is not None:
         assert time_ids is not None
-        added = {"text_embeds": text.pooled_prompt_embeds.to(z.dtype), "time_ids": time_ids.float()}
+        pooled = text.pooled_prompt_embeds.to(z.dtype)
+        added = {"text_embeds": pooled, "time_ids": time_ids.to(z.dtype)}
     output = unet(
         z, t, text.prompt_embeds.to(z.dtype), timestep_cond=guidance, added_cond_kwargs=added
     ).sample

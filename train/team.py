@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from shared.device import pick_device
 from shared.errors import UserError
+from train.config import DistillConfig
 from train.student import Student
 
 SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # each is gathered by itself
@@ -99,6 +101,22 @@ def refuse_launchers() -> None:
             raise UserError(f"{why}; launch with --multi_gpu, or --use_fsdp --fsdp_version 2")
     if asked("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP here is torch's fully_shard; add --fsdp_version 2 to the launcher")
+
+
+def as_launched(config: DistillConfig) -> DistillConfig:
+    """The flags, and where they were left alone what accelerate's launcher was told.
+
+    Raises UserError for a precision that the trainer does not have.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp8":
+        raise UserError("--mixed_precision fp8 is not for this trainer; launch with bf16")
+    if config.mixed_precision == "no" and precision != "no":
+        config = replace(config, mixed_precision=precision)
+    accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    if config.gradient_accumulation_steps == 1 and accumulation > 1:
+        config = replace(config, gradient_accumulation_steps=accumulation)
+    return config
 
 
 def asked(name: str) -> bool:

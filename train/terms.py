@@ -17,7 +17,7 @@ from train.objectives import OBJECTIVES
 # Besides the objective's own flags; everything else may change.
 TERMS = (
     "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
-    "max_train_samples",
+    "max_train_samples", "lora_target_modules", "use_8bit_adam",
 )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ OBJECTIVE = Objective(
     build=build,
     flags=(
         "w_min", "w_max", "num_ddim_timesteps", "loss_type", "huber_c", "timestep_scaling_factor",
-        "ema_decay", "guidance_init", "unet_time_cond_proj_dim",
+        "ema_decay", "offload_ema", "guidance_init", "unet_time_cond_proj_dim",
     ),
     learning_rates={"lora": 1e-4, "full": 8e-6},
     teacher=True,

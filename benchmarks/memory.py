@@ -1,0 +1,98 @@
+"""`python -m benchmarks.memory`: which flags fit which card; writes docs/memory.md.
+
+No weights and no GPU are needed: `train.memory` counts the published configurations on torch's
+meta device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.public_unets import SD15, SDXL
+from train.config import DistillConfig
+from train.memory import ROOM, Estimate, estimate
+
+CARDS = (12, 24, 48, 80)
+RESERVED = 0.5e9  # what CUDA itself and the VAE of the previews take
+MODELS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "SD 1.5, 512 px": (SD15, (64, 64)),
+    "SDXL, 1024 px": (SDXL, (128, 128)),
+}
+# From what changes least to what costs most time.
+BF16 = {"mixed_precision": "bf16"}
+CHECKPOINTED = BF16 | {"gradient_checkpointing": True}
+SMALL_ADAM = CHECKPOINTED | {"use_8bit_adam": True}
+LADDERS: dict[str, list[dict[str, Any]]] = {
+    "lora": [BF16, CHECKPOINTED, SMALL_ADAM],
+    "full": [BF16, CHECKPOINTED, SMALL_ADAM, SMALL_ADAM | {"offload_ema": True}],
+}
+ENOUGH = 4  # a micro-batch that fills a GPU's cores; below it, memory is saved instead
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
+
+
+def flags(change: dict[str, Any]) -> str:
+    """As they are typed."""
+    words = []
+    for name, value in change.items():
+        words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return " ".join(words)
+
+
+class Counted:
+    """Estimates for every micro-batch from those for 1 and 2: a step's bytes grow evenly."""
+
+    def __init__(self, one: Estimate, two: Estimate) -> None:
+        self.one, self.slope = one, two.peak - one.peak
+
+    def peak(self, batch: int) -> int:
+        """Bytes at peak."""
+        return self.one.peak + (batch - 1) * self.slope
+
+    def largest(self, room: float) -> int:
+        """The largest micro-batch in `room` bytes, 0 for none."""
+        return max(int((room - self.one.peak) // self.slope) + 1, 0)
+
+
+def count(unet: dict[str, Any], size: tuple[int, int], student: str, change: Any) -> Counted:
+    """With accumulation, so that gradients are there all the time: the larger number."""
+    config = DistillConfig(
+        model="", cache=Path(), run=Path(), student=student, gradient_accumulation_steps=2, **change
+    )  # type: ignore[arg-type]
+    one, two = (estimate(unet, replace(config, train_batch_size=batch), size) for batch in (1, 2))
+    return Counted(one, two)
+
+
+def rows(name: str, student: str) -> list[str]:
+    """A line per card: the first flags with which at least ENOUGH samples fit, else the most."""
+    unet, size = MODELS[name]
+    counted = [(change, count(unet, size, student, change)) for change in LADDERS[student]]
+    lines = []
+    for card in CARDS:
+        room = card * 1e9 * ROOM - RESERVED
+        fitting = [(change, one, one.largest(room)) for change, one in counted]
+        enough = [found for found in fitting if found[2] >= ENOUGH]
+        change, one, batch = enough[0] if enough else max(fitting, key=lambda found: found[2])
+        what = "LoRA, rank 64" if student == "lora" else "full"
+        if batch == 0:
+            needed = f"{min(one.peak(1) for _, one in counted) / 1e9:.1f} GB for one sample"
+            lines.append(f"| {name} | {what} | {card} GB | does not fit ({needed}) | - | - |")
+            continue
+        lines.append(
+            f"| {name} | {what} | {card} GB | `{flags(change)}` | {batch} | "
+            f"{one.peak(batch) / 1e9:.1f} GB |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Write the table between the document's head and its foot."""
+    table = [row for name in MODELS for student in LADDERS for row in rows(name, student)]
+    print("\n".join(table))
+    head, mark, _ = DOCUMENT.read_text().partition("|---|---|---|---|---|---|\n")
+    DOCUMENT.write_text(head + mark + "\n".join(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The memory estimate against independent counts: real networks, saved tensors and states."""
+
+import json
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from shared.conditioning import TextEmbeds
+from shared.errors import UserError
+from train.config import DistillConfig
+from train.loader import Batch
+from train.memory import estimate, forward, memory_line, meta_networks
+from train.meta import LiveBytes, MetaAutocast, fused_attention
+from train.optim import build_optimizer
+from train.student import build_student
+
+SIZE, COUNT = (32, 32), 3
+MODELS = ["tiny_sd", "tiny_xl"]
+KINDS = ["full", "lora"]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def config(model, kind: str, **more) -> DistillConfig:
+    return DistillConfig(
+        str(model), None, None, student=kind, lora_rank=8, train_batch_size=COUNT, **more
+    )
+
+
+def unet_config(model) -> dict:
+    return json.loads((model / "unet" / "config.json").read_text())
+
+
+def bytes_of(tensors) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def make_batch(unet, device="cpu") -> Batch:
+    xl = unet.config.addition_embed_type == "text_time"
+    latents = torch.randn(COUNT, 4, *SIZE)
+    batch = Batch(
+        latents=latents,
+        prompt_embeds=torch.randn(COUNT, 77, unet.config.cross_attention_dim).half(),
+        pooled_prompt_embeds=torch.randn(COUNT, 64).half() if xl else None,
+        time_ids=torch.ones(COUNT, 6, dtype=torch.int32) if xl else None,
+        noise=torch.randn_like(latents),
+        index=torch.arange(COUNT),
+        w=torch.ones(COUNT),
+    )
+    return batch.to(torch.device(device))
+
+
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_optimizer_are_those_of_the_run(model, kind, mixed):
+    settings = config(model, kind, mixed_precision=mixed)
+    found = estimate(unet_config(model), settings, SIZE)
+    student = build_student(str(model), settings, torch.device("cpu"))
+    weights = [t for unet in student.networks() for t in unet.state_dict().values()]
+    assert found.weights == bytes_of(weights)
+    trainable = student.trainable()
+    optimizer = build_optimizer(settings, trainable)
+    for parameter in trainable.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    averages = [state[k] for state in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    assert found.optimizer == bytes_of(averages)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_those_that_a_real_forward_saves(model, kind, checkpointing):
+    """Counted on the CPU with autograd's own hooks, each storage once, weights left out."""
+    settings = config(model, kind, gradient_checkpointing=checkpointing)
+    student = build_student(str(model), settings, torch.device("cpu"))
+    known = {t.untyped_storage().data_ptr() for t in student.unet.state_dict().values()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch = make_batch(student.unet)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = student.student(batch.latents, batch.index, batch)
+    wanted = bytes_of(saved.values())
+    del output
+
+    networks, live = meta_networks(unet_config(model), settings), LiveBytes()
+    if checkpointing:
+        networks.student.enable_gradient_checkpointing()
+    live.note(networks.tensors())
+    weights = live.now
+    attention = patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
+    with attention, live:
+        loss = forward(networks, settings, unet_config(model), SIZE)
+        # The meta device does not follow channels_last, which costs the CPU a few copies.
+        assert live.now - weights == pytest.approx(wanted, rel=0.1)
+        assert live.peak > live.now  # the teacher took more for a moment, and gave it back
+        loss.backward()
+    del loss
+    gradients = sum(p.grad.nbytes for p in networks.trainable())
+    assert live.now - weights == gradients  # the rest is free again
+
+
+def test_the_peak_grows_with_the_batch_and_shrinks_with_the_flags(tiny_sd):
+    unet, settings = unet_config(tiny_sd), config(tiny_sd, "full")
+
+    def peak(**more) -> int:
+        return estimate(unet, replace(settings, **more), SIZE).peak
+
+    plain = peak()
+    assert peak(train_batch_size=2 * COUNT) > 1.5 * plain
+    assert peak(gradient_checkpointing=True) < 0.8 * plain
+    half = peak(mixed_precision="bf16")
+    assert half < plain
+    assert peak(mixed_precision="bf16", offload_ema=True) < half
+    assert peak(use_8bit_adam=True) < plain
+    assert peak(student="lora") < plain
+    assert peak(gradient_accumulation_steps=2) > plain  # gradients lie there from the start
+
+
+def test_autocast_casts_as_cuda_does():
+    """Products in half precision, norms in fp32, a trained weight once."""
+    weight = torch.nn.Parameter(torch.empty(8, 8, device="meta"))
+    x = torch.empty(2, 8, device="meta")
+    with MetaAutocast("bf16") as autocast:
+        y = torch.nn.functional.linear(x, weight)
+        assert y.dtype == torch.bfloat16
+        assert torch.nn.functional.layer_norm(y, (8,)).dtype == torch.float32
+        assert (x + y).dtype == torch.float32
+        torch.nn.functional.linear(x, weight)
+    assert len(autocast.copies) == 1
+    with MetaAutocast("no"):
+        assert torch.nn.functional.linear(x, weight).dtype == torch.float32
+
+
+def test_what_a_user_reads(tiny_sd):
+    unet, settings = unet_config(tiny_sd), config(tiny_sd, "full")
+    peak = estimate(unet, settings, SIZE).peak
+    roomy = memory_line(unet, settings, SIZE, 2 * peak)
+    assert "\n" not in roomy
+    assert roomy.startswith("memory: about 0.")
+    tight = memory_line(unet, settings, SIZE, int(0.9 * peak))
+    assert "warning: that is too much for the device: it fits with --mixed-precision bf16" in tight
+    checkpointed = replace(settings, mixed_precision="bf16", gradient_checkpointing=True)
+    less = estimate(unet, checkpointed, SIZE).peak
+    smaller = memory_line(unet, checkpointed, SIZE, int(less * 0.9))
+    assert "--train-batch-size 1 --gradient-accumulation-steps 3" in smaller
+    with pytest.raises(UserError, match=r"weights and optimizer take .* are free: "):
+        memory_line(unet, settings, SIZE, 1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_estimate_is_what_a_gpu_takes(tmp_path, kind, checkpointing, mixed):
+    """SD 1.5's size at 512 px, random weights: within 15% of torch.cuda.max_memory_allocated."""
+    from diffusers import UNet2DConditionModel
+
+    from benchmarks.public_unets import SD15
+    from shared.diffusion import schedule_from_config
+    from train.objectives.lcd import LCD
+    from train.speed import autocast
+
+    UNet2DConditionModel.from_config(SD15).save_pretrained(tmp_path / "unet")
+    settings = DistillConfig(
+        str(tmp_path), None, None, student=kind, train_batch_size=2, mixed_precision=mixed,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    unet, device = json.loads((tmp_path / "unet" / "config.json").read_text()), torch.device("cuda")
+    wanted = estimate(unet, settings, (64, 64)).peak
+    torch.cuda.empty_cache()
+    student = build_student(str(tmp_path), settings, device)
+    optimizer = build_optimizer(settings, student.trainable())
+    schedule = schedule_from_config({"beta_schedule": "scaled_linear"}).to(device)
+    lcd, rng = LCD(schedule, 50, 10.0, "huber", 1e-3), torch.Generator(device).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, device=device, generator=rng)
+
+    text = normal(2, 77, 768).half()
+    batch = Batch(normal(2, 4, 64, 64), text, None, None, normal(2, 4, 64, 64),
+                  torch.tensor([0, 49], device=device), torch.ones(2, device=device))  # fmt: skip
+    for step in range(2):
+        if step:  # the optimizer's state is there from now on
+            torch.cuda.reset_peak_memory_stats()
+        with autocast(mixed, device):
+            loss = lcd(batch, TextEmbeds(text[:1]), student)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    assert wanted == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)

@@ -1,0 +1,106 @@
+"""How small and how fast the networks run: precision, attention, compilation, TF32."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from shared.errors import UserError
+from train.config import DistillConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILED = ("BasicTransformerBlock", "ResnetBlock2D")  # where a UNet's time goes
+RECOMPILES = 64  # torch's limit of 8 is for one network, not for blocks of all sizes in three roles
+
+
+def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The one dtype in which all networks compute."""
+    dtype = DTYPES.get(mixed_precision, torch.bfloat16)
+    return torch.autocast(device.type, dtype, enabled=mixed_precision in DTYPES)
+
+
+def hold_frozen(unet: nn.Module, mixed_precision: str) -> None:
+    """Keep the frozen weights of linear layers and convolutions in the autocast dtype.
+
+    Autocast would round just these, in just this way, in every forward: results stay the same to
+    the bit, at half the memory. Norms and whatever is trained stay fp32.
+    """
+    dtype = DTYPES.get(mixed_precision)
+    if dtype is None:
+        return
+    for module in unet.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def check_speed(config: DistillConfig, device: torch.device, sharded: bool = False) -> None:
+    """Raise UserError for flags that cannot work here, or would do nothing."""
+    if device.type != "cuda":
+        for flag, given in (("--allow-tf32", config.allow_tf32),
+                            ("--attention xformers", config.attention == "xformers")):  # fmt: skip
+            if given:
+                raise UserError(
+                    f"{flag} wants a CUDA device, this is a {device.type}; leave it out"
+                )
+        if config.compile and not shutil.which(os.environ.get("CXX", "g++")):
+            raise UserError("--compile wants a C++ compiler (g++, or CXX); leave it out")
+    for flag, given in (("--offload-ema", config.offload_ema),
+                        ("--use-8bit-adam", config.use_8bit_adam)):  # fmt: skip
+        if given and sharded:
+            raise UserError(f"{flag} does not work on weights that FSDP has sharded; leave it out")
+    if config.offload_ema and config.student == "lora":
+        raise UserError("--offload-ema: a LoRA's target is the student itself; leave it out")
+    if config.offload_ema and config.mixed_precision not in DTYPES:
+        raise UserError(
+            "--offload-ema saves memory by a half-precision copy on the device, which wants "
+            "--mixed-precision bf16"
+        )
+
+
+def speed_up(
+    unets: Sequence[UNet2DConditionModel], config: DistillConfig, device: torch.device
+) -> None:
+    """Give all networks of a run the attention and compilation that the flags ask for.
+
+    Raises UserError where xformers is not installed.
+    """
+    if config.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    for unet in unets:
+        if config.attention == "xformers":
+            use_xformers(unet)
+        if config.compile:
+            compile_blocks(unet)
+
+
+def use_xformers(unet: UNet2DConditionModel) -> None:
+    """Raise UserError where xformers is not installed, or not for this GPU."""
+    try:
+        unet.enable_xformers_memory_efficient_attention()
+    except (ImportError, NotImplementedError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--attention xformers cannot be used ({first}); `pip install xformers` for this "
+            "torch, or leave it out: torch's own attention is as fast on recent GPUs"
+        ) from None
+
+
+def compile_blocks(unet: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile a UNet's repeated blocks in place, each kind and size once for all its places.
+
+    The student, the target and the teacher (no gradients, or adapters off) each get code of their
+    own the first time; after that nothing is compiled again.
+    """
+    torch._dynamo.config.recompile_limit = RECOMPILES
+    for module in unet.modules():
+        if type(module).__name__ in COMPILED:
+            module.compile(backend=backend, dynamic=False)
