@@ -21,7 +21,8 @@ from shared.family import resolve_model
 from train.batch import Batch
 from train.loop import update
 from train.run import Distillation
-from train.student import AUTOCAST, FullStudent, Student
+from train.speed import DTYPES
+from train.student import FullStudent, Student
 from train.teacher import call_unet
 
 
@@ -99,7 +100,7 @@ def build_teacher(run: Distillation) -> UNet2DConditionModel:
     """The teacher beside the student: a full student has one already, a LoRA needs a second."""
     if isinstance(run.student, FullStudent):
         return run.student.teacher_unet
-    dtype = AUTOCAST.get(run.config.mixed_precision, torch.float32)
+    dtype = DTYPES.get(run.config.mixed_precision, torch.float32)
     return random_unet(run.config.model, run.team.device, dtype)
 
 
@@ -111,7 +112,7 @@ class Online:
     ) -> None:
         self.run, self.draws = run, draws
         device, size = run.team.device, len(draws.latents)
-        dtype = AUTOCAST.get(run.config.mixed_precision, torch.float32)
+        dtype = DTYPES.get(run.config.mixed_precision, torch.float32)
         source = Path(run.config.model)
         self.encoders = build_encoders(source, device, dtype, vae_dtype or dtype)
         self.networks = TwoCalls(run.student, build_teacher(run))

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks._gpu_rows import DTYPES, Bench, Row, matmul_tflops, measure
+from benchmarks._gpu_rows import Bench, Row, matmul_tflops, measure
 from benchmarks._machine import save
 from shared.device import pick_device
+from train.speed import DTYPES
 
 # The most telling rows first: on a slow machine the last ones are left out.
 ORDER = (
