@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS is pasted as typed, so that quotes inside it work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce prep train evaluate sample test test-slow test-gpu lint bench clean-demo
+.PHONY: help setup demo reproduce prep train evaluate sample test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -68,6 +68,9 @@ bench: $(STAMP) ## run every module of benchmarks/ in turn
 	  test -f "$$file" || { echo 'benchmarks/ holds no module yet' >&2; exit 1; }; \
 	  (set -x; $(PY) -m "benchmarks.$$(basename "$$file" .py)" $(args)) || exit 1; \
 	done
+
+bench-gpu: $(STAMP) ## SD1.5 and SDXL size on one GPU, under nine minutes, offline
+	$(PY) -m benchmarks.gpu $(args)
 
 clean-demo: ## remove what `make demo` wrote
 	rm -rf demo

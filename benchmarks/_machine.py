@@ -13,7 +13,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def record(name: str, figures: dict[str, Any]) -> Path:
-    """Write `results/NAME-HARDWARE.json`: figures, hardware, versions and commit."""
+    """Write `results/NAME-HARDWARE.json`: figures, hardware, versions and commit; say where."""
+    path = save(name, figures)
+    print(path)
+    return path
+
+
+def save(name: str, figures: dict[str, Any]) -> Path:
+    """What `record` does, without a word."""
     import torch
 
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
@@ -28,7 +35,6 @@ def record(name: str, figures: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}-{kind}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path)
     return path
 
 

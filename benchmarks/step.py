@@ -1,0 +1,162 @@
+"""Stage two: does a training step cost more than its own arithmetic?
+
+`python -m benchmarks.step` prints, as medians over interleaved pairs of steps,
+
+- loader: a step fed by the loader relative to one with a batch that lies there (the goal is 1.05
+  on a CPU), and the share of it spent waiting for the loader (1%).
+- online: a step that runs the VAE and the text encoders, and asks a teacher of its own twice,
+  relative to the cached one; beside it the ratio of their floating-point operations.
+- memory: the peak of a LoRA step that holds a teacher beside the student, and of ours, whose
+  teacher is the student without its adapters; each in a process of its own.
+
+On the tiny teacher and on one of SD 1.5's size with random weights. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._machine import record
+from benchmarks._memory import peak_bytes
+from benchmarks._models import model_folder, write_cache
+from benchmarks._online import Online, TwoCalls, build_teacher
+from benchmarks._steps import Cached, compare, flops, open_run
+from shared.device import pick_device
+
+REPO = Path(__file__).resolve().parent.parent
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a step is taken with, and how often."""
+
+    model: str
+    resolution: int
+    batch: int
+    pairs: int
+    threads: int | None = None
+
+
+def cached(case: Case, root: Path, device: torch.device) -> Cached:
+    """The trainer with a cache of its own for this case."""
+    source = model_folder(case.model, root)
+    cache = root / f"{case.model}-cache"
+    if not cache.exists():
+        write_cache(source, cache, case.resolution, max(64, 4 * case.batch))
+    run = open_run(
+        source, cache, root / f"{case.model}-run", device, train_batch_size=case.batch,
+        threads=case.threads,
+        mixed_precision="bf16" if device.type == "cuda" else "no",
+    )  # fmt: skip
+    return Cached(run)
+
+
+def measure_loader(case: Case, root: Path, device: torch.device) -> dict[str, Any]:
+    """The loader's share of a step."""
+    trainer = cached(case, root, device)
+    for _ in range(WARM_UP):
+        trainer.fed()
+        trainer.with_resident()
+    trainer.waited = 0.0
+    found = compare(trainer.fed, trainer.with_resident, case.pairs, device)
+    trainer.close()
+    waited = trainer.waited / case.pairs / found["seconds"]
+    return {**vars(case), **found, "waited": waited}
+
+
+def measure_online(case: Case, root: Path, device: torch.device) -> dict[str, Any]:
+    """The online baseline beside the cached step."""
+    trainer = cached(case, root, device)
+    online = Online(trainer.run, trainer.resident, case.resolution)
+    counted = flops(online.step), flops(trainer.fed)  # which warms up, too
+    found = compare(online.step, trainer.fed, case.pairs, device)
+    trainer.close()
+    return {
+        **vars(case),
+        **found,
+        "tflop": [count / 1e12 for count in counted],
+        "ratio_by_flops": counted[0] / counted[1],
+    }
+
+
+def measure_memory(case: Case, root: Path, device: torch.device, kind: str) -> dict[str, float]:
+    """The peak of this process after two LoRA steps; `kind` is one_unet or separate_teacher."""
+    trainer = cached(case, root, device)
+    if kind == "separate_teacher":
+        networks = TwoCalls(trainer.run.student, build_teacher(trainer.run))
+        objective = trainer.run.objective
+        trainer.run.objective = lambda batch, empty, _: objective(batch, empty, networks)
+    for _ in range(2):
+        trainer.fed()
+    trainer.close()
+    return {"peak_gb": peak_bytes(device) / 1e9}
+
+
+def in_child(kind: str, case: Case, root: Path, device: torch.device) -> dict[str, float]:
+    """`measure_memory` in a process of its own."""
+    words = [kind, case.model, case.resolution, case.batch, case.threads or 0, root, device]
+    command = [sys.executable, "-m", "benchmarks.step", "--child", *map(str, words)]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=REPO)
+    return json.loads(answer.stdout)
+
+
+def child(words: list[str]) -> None:
+    """What `in_child` starts."""
+    kind, model, resolution, batch, threads, root, device = words
+    case = Case(model, int(resolution), int(batch), 0, int(threads) or None)
+    print(json.dumps(measure_memory(case, Path(root), torch.device(device), kind)))
+
+
+def say(what: str, found: dict[str, Any]) -> None:
+    """A line for people."""
+    figures = {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
+    print(f"{what}: {figures}", flush=True)
+
+
+def main() -> None:
+    """Measure everything and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="of the networks; all cores unless given")
+    parser.add_argument("--pairs", type=int, default=100, help="with the tiny teacher")
+    parser.add_argument(
+        "--large", default="sd15", help="the model of real size, `tiny-xl` for a trial"
+    )
+    parser.add_argument("--large-resolution", type=int, default=256)
+    parser.add_argument("--large-pairs", type=int, default=3)
+    parser.add_argument("--child", nargs=7, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child)
+        return
+    device = pick_device(args.device)
+    tiny = Case("tiny-sd", 64, 8, args.pairs, args.threads)
+    large = Case(args.large, args.large_resolution, 1, args.large_pairs, args.threads)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        found["loader"] = {"tiny": measure_loader(tiny, root, device)}
+        say("loader", found["loader"]["tiny"])
+        found["online"] = {}
+        for name, case in (("tiny", tiny), ("large", large)):
+            found["online"][name] = measure_online(case, root, device)
+            say(f"online, {case.model}", found["online"][name])
+        found["memory"] = vars(large) | {
+            kind: in_child(kind, large, root, device) for kind in ("one_unet", "separate_teacher")
+        }
+        say(f"memory, {large.model}", found["memory"])
+    record("step", found)
+
+
+if __name__ == "__main__":
+    main()
