@@ -36,8 +36,9 @@ def is_permanent(error: BaseException) -> bool:
     status = status_of(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 409, 429)
-    if error.__cause__ is not None and isinstance(error, FileNotFoundError):
-        return False
+    inner = error.__cause__
+    if isinstance(error, FileNotFoundError) and not isinstance(inner, KeyError | None):
+        return False  # fsspec's HTTP says so of a connection that broke, too; memory:// looks up
     return type(error).__name__ in KEYLESS or isinstance(
         error,
         FileNotFoundError | PermissionError | IsADirectoryError | ImportError | NotImplementedError,
