@@ -9,14 +9,13 @@ from typing import Any
 
 from fsspec.asyn import AsyncFileSystem
 
+from shared.access import is_permanent, without_password
 from shared.errors import UserError
 from train.reader import Span
 
 ATTEMPTS = 6
 PAUSE = 0.5  # seconds before the second attempt; doubled from one to the next
 TIMEOUT = 60.0  # seconds for all ranges of one call
-# What another attempt would not change.
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class RemoteReader:
@@ -62,7 +61,7 @@ class RemoteReader:
     def _check_final(self, failed: Sequence[tuple[Span, Any]], attempt: int) -> None:
         """Raise UserError where trying again is of no use."""
         for span, answer in failed:
-            if isinstance(answer, FINAL):
+            if isinstance(answer, Exception) and is_permanent(answer):
                 raise UserError(f"{self._complaint(span, answer)}; is the cache complete?")
         if attempt == ATTEMPTS:
             raise UserError(
@@ -76,7 +75,8 @@ class RemoteReader:
             why = f"{len(answer)} bytes came where {span.nbytes} were asked for"
         else:
             why = (str(answer).strip().splitlines() or [type(answer).__name__])[0]
-        return f"{self.names[span.shard]} sample {span.offset // self.stride}: {why}"
+        name = without_password(self.names[span.shard])
+        return f"{name} sample {span.offset // self.stride}: {why}"
 
     def close(self) -> None:
         """Connections belong to fsspec."""
