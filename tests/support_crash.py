@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ sys.path.insert(0, str(ROOT))  # run by path, so the repository is not on it
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from support_calls import KILLED, Calls, forked, in_child  # noqa: E402
 from support_prep import captioned, write_tar  # noqa: E402
 from support_reader import read_cache  # noqa: E402
 
@@ -40,78 +40,7 @@ from prep import commands, config, gc, pack, unpack, verify  # noqa: E402
 from prep.archive import SUMS, read_sums  # noqa: E402
 from shared.errors import UserError  # noqa: E402
 
-KILLED = 137
-# Killed at each of these.
-CHANGING = (
-    "write", "fsync", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "utime",
-    "truncate", "ftruncate",
-)  # fmt: skip
 SMALL_BATCHES = {"vae_batch_size": 2, "text_batch_size": 2}  # a unit takes several of them
-
-
-class Calls:
-    """Wraps the functions of `os` that change files below `root`, counts them, dies at one."""
-
-    def __init__(self, root: Path, die_at: int | None = None, mode: str = "") -> None:
-        self.root, self.die_at, self.mode = str(root), die_at, mode
-        self.paths: dict[int, str] = {}  # of file descriptors
-        self.log: list[tuple[str, ...]] = []
-
-    def install(self) -> None:
-        real_open = os.open
-
-        def open(path: Any, *args: Any, **options: Any) -> int:
-            fd = real_open(path, *args, **options)
-            self.paths[fd] = os.fspath(path)
-            return fd
-
-        os.open = open
-        for name in CHANGING:
-            setattr(os, name, self._counted(name, getattr(os, name)))
-
-    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            on_fd = name in ("write", "fsync")
-            paths = [str(arg) for arg in args[:2] if isinstance(arg, str | Path)]
-            touched = [self.paths.get(args[0], "")] if on_fd else paths
-            there = name == "mkdir" and os.path.isdir(touched[0])
-            if there or not any(path.startswith(self.root) for path in touched):
-                return real(*args, **options)
-            here = len(self.log) == self.die_at
-            self.log.append((name, *(os.path.relpath(path, self.root) for path in touched)))
-            if here and self.mode == "before":
-                os._exit(KILLED)
-            if here and self.mode == "half":
-                real(args[0], memoryview(args[1])[: len(args[1]) // 2])
-                os._exit(KILLED)
-            try:
-                return real(*args, **options)
-            finally:
-                if here and self.mode == "after":
-                    os._exit(KILLED)
-
-        return call
-
-
-def forked(work: Callable[[], None], log: Path) -> int:
-    """Run `work` in a child; its exit status, 1 for an exception. What it prints goes to `log`."""
-    child = os.fork()
-    if not child:
-        os._exit(in_child(work, log))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def in_child(work: Callable[[], None], log: Path) -> int:
-    """Run `work`, with what it prints in `log`; 0, or 1 for an exception."""
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
-    try:
-        work()
-    except BaseException:
-        os.write(2, traceback.format_exc().encode())
-        return 1
-    return 0
 
 
 @dataclass(frozen=True)

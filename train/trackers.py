@@ -38,7 +38,7 @@ class Trackers:
         """`done` steps are behind; TensorBoard forgets what lies beyond them."""
         # That it keeps no configuration is said to whoever runs the command, at every start.
         logging.getLogger("accelerate.tracking").setLevel(logging.ERROR)
-        accelerator = Accelerator(log_with=list(names), project_dir=folder)
+        accelerator = Accelerator(log_with=list(names) or None, project_dir=folder)
         accelerator.init_trackers(
             project, init_kwargs={"tensorboard": {"purge_step": done + 1}} if names else {}
         )
