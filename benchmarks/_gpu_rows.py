@@ -67,8 +67,9 @@ def measure(row: Row, bench: Bench, ceiling: float) -> dict[str, Any]:
 
     Where not even one sample fits, the answer says so.
     """
-    batch = bench.batch[row.model]
-    kind = encoders if row.student == "encode" else training
+    batch, kind = bench.batch[row.model], training
+    if row.student == "encode":  # which keeps no activations
+        batch, kind = 2 * batch, encoders
     while batch:
         found = unless_out_of_memory(partial(kind, row, bench, batch, ceiling))
         release(bench.device)

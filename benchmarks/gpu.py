@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._gpu_rows import Bench, Row, matmul_tflops, measure
+from benchmarks._gpu_rows import Bench, Row, matmul_tflops, measure, release
 from benchmarks._machine import save
 from shared.device import pick_device
 from train.speed import DTYPES
@@ -80,6 +80,7 @@ class Table:
                 found = measure(row, bench, ceiling[row.precision])
             except Exception as error:  # one row costs no other its place
                 found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+            release(bench.device)
             took = time.perf_counter() - began
             kind = row.model, row.compile
             self.took[kind] = max(took, self.took.get(kind, 0.0))
@@ -98,7 +99,7 @@ class Table:
         self.figures["total_seconds"] = time.perf_counter() - self.began
         print(line(row, found), flush=True)
         if self.write:
-            save("train", self.figures)
+            save("real-size", self.figures)
 
 
 def line(row: Row, found: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._machine import record
+from benchmarks._machine import record, save
 from benchmarks._memory import peak_bytes
 from benchmarks._models import model_folder, write_cache
 from benchmarks._online import Online, TwoCalls, build_teacher
@@ -142,19 +142,23 @@ def main() -> None:
     device = pick_device(args.device)
     tiny = Case("tiny-sd", 64, 8, args.pairs, args.threads)
     large = Case(args.large, args.large_resolution, 1, args.large_pairs, args.threads)
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        found["loader"] = {"tiny": measure_loader(tiny, root, device)}
-        say("loader", found["loader"]["tiny"])
-        found["online"] = {}
-        for name, case in (("tiny", tiny), ("large", large)):
-            found["online"][name] = measure_online(case, root, device)
-            say(f"online, {case.model}", found["online"][name])
-        found["memory"] = vars(large) | {
-            kind: in_child(kind, large, root, device) for kind in ("one_unet", "separate_teacher")
-        }
-        say(f"memory, {large.model}", found["memory"])
+        measure_all(tiny, large, Path(folder), device)
+
+
+def measure_all(tiny: Case, large: Case, root: Path, device: torch.device) -> None:
+    """Everything, written down part by part: the large step takes long."""
+    found: dict[str, Any] = {"loader": measure_loader(tiny, root, device)}
+    say("loader", found["loader"])
+    found["memory"] = vars(large) | {
+        kind: in_child(kind, large, root, device) for kind in ("one_unet", "separate_teacher")
+    }
+    say(f"memory, {large.model}", found["memory"])
+    found["online"] = {}
+    for name, case in (("tiny", tiny), ("large", large)):
+        found["online"][name] = measure_online(case, root, device)
+        say(f"online, {case.model}", found["online"][name])
+        save("step", found)
     record("step", found)
 
 
