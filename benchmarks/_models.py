@@ -20,7 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import train.setup
-from benchmarks.public_unets import SD15, SDXL
+from benchmarks._public_unets import SD15, SDXL
 from shared.cache import (
     CachePaths,
     ChannelSums,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.public_unets import SD15, SDXL
+from benchmarks._public_unets import SD15, SDXL
 from train.config import DistillConfig
 from train.memory import ROOM, Estimate, estimate
 

@@ -166,7 +166,7 @@ def test_the_estimate_is_what_a_gpu_takes(tmp_path, kind, checkpointing, mixed):
     """SD 1.5's size at 512 px, random weights: within 15% of torch.cuda.max_memory_allocated."""
     from diffusers import UNet2DConditionModel
 
-    from benchmarks.public_unets import SD15
+    from benchmarks._public_unets import SD15
     from shared.diffusion import schedule_from_config
     from train.objectives.lcd import LCD
     from train.speed import autocast
