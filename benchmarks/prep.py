@@ -58,14 +58,16 @@ def originals():
             yield found[extension], extension, found["txt"].decode()
 
 
-def measure(tar: Path, model: str, cache: Path) -> dict[str, float]:
+def measure(tar: Path, model: str, cache: Path, resolution: int | None) -> dict[str, float]:
     """One encode in this process, and the encoders alone on its first pictures."""
     from prep import commands, identity
     from prep.config import EncodeConfig
     from prep.images import prepare
     from shared.family import resolve_model
 
-    config = EncodeConfig((str(tar),), model=model, cache=cache, report=False)
+    config = EncodeConfig(
+        (str(tar),), model=model, cache=cache, resolution=resolution, report=False
+    )
     resolved = resolve_model(model)
     shapes = identity.choose_shapes(config, commands.CachePaths(cache))
     settings = identity.choose_settings(config, resolved, keep_logvar=False)
@@ -86,9 +88,9 @@ def measure(tar: Path, model: str, cache: Path) -> dict[str, float]:
         encoders.text.encode([f"{caption}, {n}" for n, (_, _, caption) in enumerate(few)])
 
     encode_all()  # warms up
-    start = time.perf_counter()
+    cpu, start = time.process_time(), time.perf_counter()
     encode_all()
-    alone = len(few) / (time.perf_counter() - start)
+    seconds, cpu_alone = time.perf_counter() - start, time.process_time() - cpu
     with contextlib.redirect_stdout(io.StringIO()):
         cpu, start = time.process_time(), time.perf_counter()
         commands.encode(config)
@@ -98,8 +100,9 @@ def measure(tar: Path, model: str, cache: Path) -> dict[str, float]:
         "images": written,
         "wall_seconds": wall,
         "images_per_second": written / wall,
-        "encoder_images_per_second": alone,
-        "of_encoder": written / wall / alone,
+        "encoder_images_per_second": len(few) / seconds,
+        "of_encoder": written / wall / (len(few) / seconds),
+        "encoder_busy": cpu_alone / (seconds * (os.cpu_count() or 1)),
         "busy": cpu / (wall * (os.cpu_count() or 1)),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
@@ -110,10 +113,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-sd")
     parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--resolution", type=int, help="pixels; the model's own unless given")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.child[0], args.model, args.child[1])))
+        tar, cache = args.child
+        print(json.dumps(measure(tar, args.model, cache, args.resolution)))
         return
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -121,6 +126,8 @@ def main() -> None:
             tar, cache = Path(folder) / f"{rows}.tar", Path(folder) / f"cache-{rows}"
             write_rows(tar, rows)
             command = [sys.executable, "-m", "benchmarks.prep", "--model", args.model]
+            if args.resolution:
+                command += ["--resolution", str(args.resolution)]
             answer = subprocess.run(
                 [*command, "--child", tar, cache], check=True, stdout=subprocess.PIPE, cwd=REPO
             )
@@ -128,7 +135,8 @@ def main() -> None:
             print(name, {key: round(value, 3) for key, value in found[name].items()})
     growth = found[f"{TIMES} times"]["peak_mb"] / found["once"]["peak_mb"]
     print(f"memory at {TIMES} times the data: {growth:.3f} of that at once")
-    record("prep", {"model": args.model, **found, "memory_growth": growth})
+    name = f"prep-{args.resolution}px" if args.resolution else "prep"
+    record(name, {"model": args.model, **found, "memory_growth": growth})
 
 
 if __name__ == "__main__":
