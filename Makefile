@@ -49,7 +49,7 @@ sample: $(STAMP) ## draw with a student: RUN= PROMPT='a red circle on a blue fie
 	$(PY) -m train sample --run $(call quote,RUN) --prompt $(call quote,PROMPT) $(args)
 
 test: lint ## lint, then the fast tests ([ARGS='-k shards'])
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 $(args)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(args)
 
 test-slow: $(STAMP) ## the tests that take long
 	$(PY) -m pytest -m slow --timeout 1800 $(args)
