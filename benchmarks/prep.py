@@ -5,6 +5,8 @@ rows, each in a process of its own, and prints
 
 - busy: CPU seconds (encoding and everything else, OpenMP's waiting included) by wall seconds times
   cores. 1 is a machine that never waits.
+- wall_by_work: wall seconds by those of the encoder alone plus all other CPU seconds divided by the
+  cores. On a CPU, where decoding shares the cores with it, at most 1.05 is wanted.
 - encoder: the encoder's own rate on preloaded pictures, in one process with the pipeline's. On a
   GPU the pipeline should reach 0.95 of it; on a CPU decoding shares the cores with it.
 - memory: peak resident memory at 20 times the data, relative to that at once.
@@ -95,15 +97,18 @@ def measure(tar: Path, model: str, cache: Path, resolution: int | None) -> dict[
         cpu, start = time.process_time(), time.perf_counter()
         commands.encode(config)
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    cores = os.cpu_count() or 1
     written = json.loads((cache / "manifest.json").read_text())["totals"]["written"]
+    encoding, spent = (one * written / len(few) for one in (seconds, cpu_alone))
     return {
         "images": written,
         "wall_seconds": wall,
         "images_per_second": written / wall,
         "encoder_images_per_second": len(few) / seconds,
         "of_encoder": written / wall / (len(few) / seconds),
-        "encoder_busy": cpu_alone / (seconds * (os.cpu_count() or 1)),
-        "busy": cpu / (wall * (os.cpu_count() or 1)),
+        "encoder_busy": cpu_alone / (seconds * cores),
+        "busy": cpu / (wall * cores),
+        "wall_by_work": wall / (encoding + (cpu - spent) / cores),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
