@@ -4,9 +4,11 @@ import contextlib
 import importlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +57,22 @@ def tiny_cache(tmp_path_factory) -> Path:
 def tiny_xl_cache(tmp_path_factory) -> Path:
     """24 pictures for tiny-xl, posterior. Do not write into it."""
     return encode_some("tiny-xl", "posterior", 24, tmp_path_factory.mktemp("tiny-xl"))
+
+
+@pytest.fixture
+def ray(monkeypatch, tmp_path):
+    """Ray with its files in a folder of its own, without tokens, usage reports or a dashboard."""
+    ray = pytest.importorskip("ray")
+    short = tempfile.mkdtemp(dir="/tmp")  # Ray's sockets are in it: 107 characters at most
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # workers import what is tested
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield ray
+    ray.shutdown()
+    shutil.rmtree(short, ignore_errors=True)
 
 
 class Answer(NamedTuple):

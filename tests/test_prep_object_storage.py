@@ -210,6 +210,6 @@ def test_a_process_killed_while_it_uploads_leaves_the_cache_as_it_was(
 
 
 @pytest.mark.slow
-def test_ray_workers_write_the_same_bytes(url, local):
+def test_ray_workers_write_the_same_bytes(url, local, ray):
     encode(url, "--engine", "ray", "--cpus-per-worker", "1")
     assert objects(url) == local

@@ -1,35 +1,17 @@
 """The Ray engine writes what the local one writes, even when a node dies under it; so do parts."""
 
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from support_prep import ROOT, captioned, encode, prep, refusal, tree, units, write_tar
+from support_prep import captioned, encode, prep, refusal, tree, units, write_tar
 
 RAY_FLAGS = ["--engine", "ray", "--cpus-per-worker", 1]
-
-
-@pytest.fixture
-def ray(monkeypatch, tmp_path):
-    """Ray with its files in a folder of its own, without tokens, usage reports or a dashboard."""
-    ray = pytest.importorskip("ray")
-    short = tempfile.mkdtemp(dir="/tmp")  # Ray's sockets are in it: 107 characters at most
-    monkeypatch.setenv("RAY_TMPDIR", short)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # workers import what is tested
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    yield ray
-    ray.shutdown()
-    shutil.rmtree(short, ignore_errors=True)
 
 
 @pytest.fixture
@@ -161,7 +143,7 @@ def test_a_unit_that_every_worker_dies_of_ends_the_command_and_is_named(ray, tar
 @pytest.mark.slow
 def test_workers_that_do_not_see_the_cache_refuse(ray, tars, tmp_path, monkeypatch):
     """One machine sees it or does not, so the command is made to go on without creating it."""
-    monkeypatch.setattr("prep.commands.claim_identity", lambda *_: None)
+    monkeypatch.setattr("prep.identity.claim_identity", lambda *_: None)
     line = refusal("encode", "--cache", tmp_path / "c", *words(tars[:1], *RAY_FLAGS))
     assert f"{socket.gethostname()} does not see {tmp_path / 'c' / 'identity.json'}" in line
     assert line.endswith("must be on a file system that all workers see")
