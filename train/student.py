@@ -40,7 +40,7 @@ class Student(Protocol):
     live: nn.Module  # what the student's own forward goes through: `unet`, or DDP around it
 
     def networks(self) -> list[UNet2DConditionModel]:
-        """Every UNet in memory."""
+        """Every UNet in memory; the last has the teacher's weights, where any are frozen."""
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """With gradients."""

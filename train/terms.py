@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,19 +73,18 @@ def run_terms(
         **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
-        "teacher": frozen_signs(student.networks()),
+        "teacher": frozen_signs(student.networks()[-1]),
     }
 
 
-def frozen_signs(networks: Sequence[nn.Module]) -> str:
+def frozen_signs(network: nn.Module) -> str:
     """16 hex digits over the signs of the weights that are not trained: the teacher's.
 
     Signs do not change when weights are rounded to half precision, so a run may go on with another
     --mixed-precision; some do in any further training of a teacher.
     """
     digest = hashlib.sha256()
-    for network in networks:
-        for parameter in network.parameters():
-            if not parameter.requires_grad:
-                digest.update(np.packbits(torch.signbit(parameter).numpy().ravel()).data)
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            digest.update(np.packbits(torch.signbit(parameter).numpy().ravel()).data)
     return digest.hexdigest()[:16]
