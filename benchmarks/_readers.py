@@ -6,13 +6,16 @@ arrays; webdataset, which knows no places, reads as many from the start.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +33,8 @@ from train.order import Order
 from train.ring import Ring
 
 LAYOUT = cache_layout((1, 4, 64, 64), (1, 77, 768))  # SD1.5 at 512 px, mean only
-PAYLOAD = sum(field.nbytes for field in LAYOUT.fields)
+FIELDS = LAYOUT.fields
+PAYLOAD = sum(field.nbytes for field in FIELDS)
 BATCH = 16
 PLACES = 5
 
@@ -193,6 +197,43 @@ def dataloader(samples: Samples, workers: int) -> Read:
             next(stream)
 
     return read
+
+
+def mds(samples: Samples, workers: int) -> Read:
+    """mosaicml-streaming's own format and shuffle, in a DataLoader with worker processes.
+
+    Raises ImportError where the package is not at hand.
+    """
+    streaming = import_streaming()
+    folder = samples.folder / f"mds-{workers}"
+    names = {field.name: f"ndarray:float16:{','.join(map(str, field.shape))}" for field in FIELDS}
+    with streaming.MDSWriter(out=str(folder), columns=names) as writer:
+        for number in range(1600):
+            row = {field.name: np.empty(field.shape, field.dtype) for field in FIELDS}
+            for name, array in row.items():
+                samples.bucket.read(number, name, 0, array[0])
+            writer.write(row)
+    dataset = streaming.StreamingDataset(
+        local=str(folder), shuffle=True, batch_size=BATCH, epoch_size=100_000
+    )
+    stream = iter(torch.utils.data.DataLoader(dataset, BATCH, num_workers=workers))
+
+    def read(ids: Sequence[int]) -> None:
+        for _ in range(0, len(ids), BATCH):
+            next(stream)
+
+    return read
+
+
+def import_streaming() -> ModuleType:
+    """`streaming.base` alone: the package's front door imports torchvision, which it can spare."""
+    found = importlib.util.find_spec("streaming")
+    if found is None:
+        raise ImportError("no module named streaming")
+    package = ModuleType("streaming")
+    package.__path__ = list(found.submodule_search_locations or ())
+    sys.modules.setdefault("streaming", package)
+    return importlib.import_module("streaming.base")
 
 
 def parquet(samples: Samples) -> Read:
