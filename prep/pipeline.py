@@ -206,11 +206,10 @@ def embed(chunk: list[Sample], memo: CaptionMemo, settings: Settings) -> list[Sa
     distinct = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
     if not distinct:
         return chunk
-    arrays = dict(zip(distinct, memo.encode(distinct), strict=True))
-    truncated = dict(zip(distinct, memo.encoder.truncated(distinct), strict=True))
+    encoded = dict(zip(distinct, memo.encode(distinct), strict=True))
     for sample, kept in zip(batch, texts, strict=True):
-        sample.truncated_captions = sum(truncated[text] for text in kept)
-        rows = [arrays[kept[i % len(kept)]] for i in range(settings.max_captions)]
+        sample.truncated_captions = sum(encoded[text].truncated for text in kept)
+        rows = [encoded[kept[i % len(kept)]].arrays for i in range(settings.max_captions)]
         for name in rows[0]:
             sample.arrays[name] = np.stack([row[name] for row in rows])
         if not all(np.isfinite(sample.arrays[name]).all() for name in rows[0]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
+    BatchEncoding,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedModel,
@@ -30,6 +33,8 @@ from shared.fingerprint import fingerprint
 from shared.single_file import config_folder, is_single_file, whole
 
 logging.disable_progress_bar()  # one bar at a time
+# A batch of captions is tokenized sooner than further threads wake up, which others keep busy.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
 SMALLEST_VOCABULARY = 256  # bytes
@@ -89,41 +94,52 @@ class TextEncoder:
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """Of each caption: has it more tokens than the encoder reads?"""
-        ids = self.tokenizers[0](list(captions)).input_ids
-        return [len(row) > self.length for row in ids]
+        return _truncated(self._tokens(self.tokenizers[0], captions)) if captions else []
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextEmbeds:
         """fp16 embeddings of any number of captions, `[N, L, D]` and `[N, P]`."""
+        return self._encode(captions, self.clip_skip)[0]
+
+    @torch.inference_mode()
+    def encode_and_count(self, captions: Sequence[str]) -> tuple[TextEmbeds, list[bool]]:
+        """What `encode` and `truncated` say, in one pass."""
         return self._encode(captions, self.clip_skip)
 
     @torch.inference_mode()
-    def _encode(self, captions: Sequence[str], clip_skip: int) -> TextEmbeds:
-        parts = []
+    def _encode(self, captions: Sequence[str], clip_skip: int) -> tuple[TextEmbeds, list[bool]]:
+        parts, truncated = [], list[bool]()
         for start in range(0, len(captions), self.batch_size):
             chunk = list(captions[start : start + self.batch_size])
             padded = chunk + [""] * (self.batch_size - len(chunk))
-            parts.append(self._encode_batch(padded, clip_skip)[: len(chunk)])
-        return TextEmbeds.cat(parts)
+            embeds, longer = self._encode_batch(padded, clip_skip)
+            parts.append(embeds[: len(chunk)])
+            truncated += longer[: len(chunk)]
+        return TextEmbeds.cat(parts), truncated
 
-    def _encode_batch(self, captions: list[str], clip_skip: int) -> TextEmbeds:
+    def _encode_batch(self, captions: list[str], clip_skip: int) -> tuple[TextEmbeds, list[bool]]:
         states, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            ids = tokenizer(
-                captions, padding="max_length", max_length=self.length, truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self.device)  # fmt: skip
+        tokens = [self._tokens(tokenizer, captions) for tokenizer in self.tokenizers]
+        for one, encoder in zip(tokens, self.encoders, strict=True):
+            ids = torch.tensor(one.input_ids).to(self.device)
             output = encoder(ids, output_hidden_states=True)
             state = output.hidden_states[self.family.hidden_state - clip_skip]
             states.append(_final_norm(encoder)(state) if self.family.hidden_state == -1 else state)
             pooled = getattr(output, "text_embeds", None)
-        return TextEmbeds(
+        embeds = TextEmbeds(
             torch.cat(states, dim=-1).half().cpu(), None if pooled is None else pooled.half().cpu()
+        )
+        return embeds, _truncated(tokens[0])
+
+    def _tokens(self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> BatchEncoding:
+        """The ids of `length` tokens a caption, `[N, L]`, and what did not fit beside them."""
+        return tokenizer(
+            list(captions), padding="max_length", max_length=self.length, truncation=True
         )
 
     def unconditional(self, force_zeros: bool) -> TextEmbeds:
         """The empty prompt's embedding, or zeros where the model's config says so."""
-        empty = self._encode([""], clip_skip=0)
+        empty, _ = self._encode([""], clip_skip=0)
         if not force_zeros:
             return empty
         pooled = empty.pooled_prompt_embeds
@@ -191,6 +207,14 @@ def _from_single_file(kind: Any, source: str, part: str) -> PreTrainedModel:
     return whole(encoder, source, part)
 
 
+@dataclass(frozen=True)
+class Caption:
+    """A caption's arrays, `prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]`."""
+
+    arrays: Arrays
+    truncated: bool  # has it more tokens than the encoder reads?
+
+
 class CaptionMemo:
     """Encodes equal captions once, as far as `MEMO_CAPTIONS` remember; `encoded` counts them.
 
@@ -199,29 +223,35 @@ class CaptionMemo:
 
     def __init__(self, encoder: TextEncoder, known: Known) -> None:
         self.encoder, self.known = encoder, known
-        self.memory: dict[str, Arrays] = {}
+        self.memory: dict[str, Caption] = {}
         self.encoded = 0
 
-    def encode(self, captions: Sequence[str]) -> list[Arrays]:
-        """Arrays `prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` for each caption."""
+    def encode(self, captions: Sequence[str]) -> list[Caption]:
+        """What is to be known of each caption."""
         unmet = [text for text in dict.fromkeys(captions) if text not in self.memory]
         found = {text: arrays for text in unmet if (arrays := self.known.caption(text))}
-        fresh = [text for text in unmet if text not in found]
-        if fresh:
+        counted = zip(found.items(), self.encoder.truncated(list(found)), strict=True)
+        for (text, arrays), truncated in counted:
+            self.memory[text] = Caption(arrays, truncated)
+        if fresh := [text for text in unmet if text not in found]:
             self.encoded += len(fresh)
-            embeds = self.encoder.encode(fresh)
-            found.update({text: _arrays(embeds[i]) for i, text in enumerate(fresh)})
-        self.memory.update(found)
-        arrays = [self.memory[text] for text in captions]
+            embeds, longer = self.encoder.encode_and_count(fresh)
+            for i, (text, truncated) in enumerate(zip(fresh, longer, strict=True)):
+                self.memory[text] = Caption(_arrays(embeds[i]), truncated)
+        found_all = [self.memory[text] for text in captions]
         while len(self.memory) > MEMO_CAPTIONS:
             del self.memory[next(iter(self.memory))]  # the oldest
-        return arrays
+        return found_all
 
 
 def _final_norm(encoder: CLIPTextModel) -> torch.nn.Module:
     """The norm behind the last layer; before transformers 5 it lay one level deeper."""
     norm: torch.nn.Module = getattr(encoder, "text_model", encoder).final_layer_norm
     return norm
+
+
+def _truncated(tokens: BatchEncoding) -> list[bool]:
+    return [bool(encoding.overflowing) for encoding in tokens.encodings]
 
 
 def _arrays(embeds: TextEmbeds) -> Arrays:

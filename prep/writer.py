@@ -72,6 +72,8 @@ class UnitWriter:
     def add(self, samples: Sequence[Sample]) -> int:
         """Take finished and rejected samples; returns how many."""
         rows = [self._add(sample) for sample in samples]
+        for spool in self.spools.values():
+            spool.write()
         self.accounts.append(pa.RecordBatch.from_pylist(rows, ACCOUNT))
         self.read += len(rows)
         self.fp32_retries += sum(sample.fp32_retries for sample in samples)
@@ -238,17 +240,23 @@ class Spool:
     def __init__(self, layout: Layout, tmp: Path) -> None:
         self.layout = layout
         self.keys = Keys()
+        self.unwritten: list[bytes] = []
         tmp.mkdir(parents=True, exist_ok=True)
         self.path = temporary(tmp, "-spool")
         with guard(tmp):
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
 
     def add(self, key: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-        """Append one sample."""
+        """Append one sample; `write` brings it to the disk."""
         whole = record | {"crc32": self.layout.crc32(arrays)}
-        with guard(self.path.parent):
-            write_all(self.fd, self.layout.pack(key, whole, arrays))
+        self.unwritten.append(self.layout.pack(key, whole, arrays))
         self.keys.add(key)
+
+    def write(self) -> None:
+        """Write what was added: many at once, for each call waits for Python's lock again."""
+        with guard(self.path.parent):
+            write_all(self.fd, b"".join(self.unwritten))
+        self.unwritten.clear()
 
     def sorted_samples(self) -> Iterator[bytes]:
         """The samples' bytes by key, then the end of the tar."""

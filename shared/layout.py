@@ -13,7 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from shared.places import Place
 
 BLOCK = 512  # tar's unit
+NAME_BYTES = 100  # of a tar's header, which begins with the name
+CHECKSUM_AT = 148  # in the header: the sum of its bytes, six octal digits
+CHECKSUM = b"chksum"
 NPY_HEADER = 128  # np.lib.format v1.0, for every shape that occurs here
 TRAILER = bytes(2 * BLOCK)  # the end of a tar
 RECORD_BYTES = 1024
@@ -95,12 +98,14 @@ class Layout:
         self, key: str, record: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> bytes:
         """One sample's `stride` bytes. Arrays must have the layout's shapes; dtypes are cast."""
-        parts = [_member(f"{key}.json", fit_record(record, self.record_bytes))]
+        parts = [_header(f"{key}.json", self.record_bytes), fit_record(record, self.record_bytes)]
+        parts.append(_padding(self.record_bytes))
         for field in self.fields:
             array = np.ascontiguousarray(arrays[field.name], dtype=field.dtype)
             assert array.shape == field.shape, (field, array.shape)
-            data = self._npy_headers[field.name] + array.tobytes()
-            parts.append(_member(f"{key}.{field.name}.npy", data))
+            size = NPY_HEADER + field.nbytes
+            parts.append(_header(f"{key}.{field.name}.npy", size))
+            parts += self._npy_headers[field.name], array.tobytes(), _padding(size)
         sample = b"".join(parts)
         assert len(sample) == self.stride
         return sample
@@ -235,12 +240,30 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _member(name: str, data: bytes) -> bytes:
-    """A tar member: header (mode 644, owner 0, time 0) and data, both padded to blocks."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
+def _padding(size: int) -> bytes:
+    return bytes(_padded(size) - size)
+
+
+def _header(name: str, size: int) -> bytes:
+    """A member's header: mode 644, owner 0, time 0."""
+    written = name.encode()
+    assert len(written) <= NAME_BYTES, name
+    nameless, total = _nameless_header(size)
+    checksum = b"%06o" % (total + sum(written))
+    return written.ljust(NAME_BYTES, b"\0") + nameless.replace(CHECKSUM, checksum, 1)
+
+
+@cache
+def _nameless_header(size: int) -> tuple[bytes, int]:
+    """What follows the name, with a mark for the checksum, and the sum of all bytes without it.
+
+    tarfile takes a tenth of a millisecond for each, which is much where a picture takes two.
+    """
+    info = tarfile.TarInfo("")
+    info.size = size
     header = info.tobuf(format=tarfile.USTAR_FORMAT)
-    return header + data + bytes(_padded(len(data)) - len(data))
+    total = int(header[CHECKSUM_AT : CHECKSUM_AT + 6], 8)
+    return header[NAME_BYTES:CHECKSUM_AT] + CHECKSUM + header[CHECKSUM_AT + 6 :], total
 
 
 def _check_member(view: memoryview, start: int, suffix: str, size: int) -> str:

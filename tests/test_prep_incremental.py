@@ -26,18 +26,18 @@ from prep.vae import VaeEncoder
 def encoded(monkeypatch):
     """Pictures and captions that reach the encoders from here on; call it to read and reset."""
     count = {"pictures": 0, "captions": 0}
-    vae, text = VaeEncoder.start, TextEncoder.encode
+    vae, text = VaeEncoder.start, TextEncoder._encode_batch
 
     def vae_start(self, pixels):
         count["pictures"] += len(pixels)
         return vae(self, pixels)
 
-    def text_encode(self, captions):
-        count["captions"] += len(captions)
-        return text(self, captions)
+    def text_encode(self, captions, clip_skip):
+        count["captions"] += sum(map(bool, captions))  # the rest pads the batch
+        return text(self, captions, clip_skip)
 
     monkeypatch.setattr(VaeEncoder, "start", vae_start)
-    monkeypatch.setattr(TextEncoder, "encode", text_encode)
+    monkeypatch.setattr(TextEncoder, "_encode_batch", text_encode)
 
     def read():
         found = (count["pictures"], count["captions"])
