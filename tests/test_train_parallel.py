@@ -36,7 +36,8 @@ def launch(repo, tiny_cache, tiny_sd, tmp_path):
         run = tmp_path / name
         (tmp_path / f"{name}-spied").mkdir(exist_ok=True)
         base = {"model": str(tiny_sd), "cache": str(tiny_cache), "run": str(run)}
-        wanted = {"flags": base | LCM | flags, "spied": f"{run}-spied", "double": double}
+        given = {k: v for k, v in (base | LCM | flags).items() if v is not None}
+        wanted = {"flags": given, "spied": f"{run}-spied", "double": double}
         (tmp_path / "flags.json").write_text(json.dumps(wanted))
         answer = torchrun(repo, world, ["tests.support_ranks", tmp_path / "flags.json"],
                           environment)  # fmt: skip
@@ -110,6 +111,13 @@ def test_two_processes_take_the_step_of_one(launch, kind, environment):
     two = launch("two", 2, environment, double=True, student=kind, **TWO)
     assert relative(gradients(two), gradients(one)) < 1e-9
     assert (two / "metrics.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_in_fp32_two_processes_round_as_one_does(launch, kind):
+    flags = {"objective": "denoise", "student": kind, "unet_time_cond_proj_dim": None}
+    one, two = launch("one", 1, **flags), launch("two", 2, **flags, **TWO)
+    assert relative(gradients(two), gradients(one)) < 1e-5
 
 
 @pytest.mark.slow
