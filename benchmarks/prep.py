@@ -1,14 +1,13 @@
 """Stage one: does the encoder wait, and does memory grow with the data?
 
-`python -m benchmarks.prep` encodes one tar of the project's pictures and one of 20 times as many
-rows, each in a process of its own, and prints
+`python -m benchmarks.prep` encodes a tar of the project's pictures, 20 such tars, and a tar of 20
+times as many rows, each case in a process of its own, and prints
 
-- busy: CPU seconds (encoding and everything else, OpenMP's waiting included) by wall seconds times
-  cores. 1 is a machine that never waits.
-- wall_by_work: wall seconds by those of the encoder alone plus all other CPU seconds divided by the
-  cores. On a CPU, where decoding shares the cores with it, at most 1.05 is wanted.
-- encoder: the encoder's own rate on preloaded pictures, in one process with the pipeline's. On a
-  GPU the pipeline should reach 0.95 of it; on a CPU decoding shares the cores with it.
+- encoder: the encoders' own rate on preloaded pictures and captions, measured before and after the
+  pipeline's in the same process. On a GPU the pipeline should reach 0.95 of it.
+- wall_by_work: wall seconds by those of the encoders alone plus all other CPU seconds divided by
+  the cores; the latter are those of the same job with the networks left out. On a CPU, where
+  decoding shares the cores with the encoders, at most 1.05 is wanted.
 - memory: peak resident memory at 20 times the data, relative to that at once.
 """
 
@@ -17,30 +16,47 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from benchmarks._machine import record
+from prep import commands, identity
+from prep.config import EncodeConfig
+from prep.images import prepare
+from prep.pipeline import Encoders
+from prep.text import TextEncoder
+from prep.vae import VaeEncoder
+from shared.cache import CachePaths
+from shared.family import resolve_model
 
 REPO = Path(__file__).resolve().parent.parent
 SOURCES = sorted((REPO / "data" / "pictures" / "train").glob("*.tar"))
-TIMES = 20
+ALONE_SECONDS = 4
 
 
-def write_rows(path: Path, rows: int) -> None:
+def write_rows(path: Path, first: int, rows: int) -> None:
     """A tar of `rows` samples, the project's pictures over and over under new names."""
     samples = list(originals())
     with tarfile.open(path, "w") as tar:
-        for row in range(rows):
+        for row in range(first, first + rows):
             picture, extension, caption = samples[row % len(samples)]
-            # Another comment behind the picture is another picture to the cache.
             for suffix, content in ((extension, picture), ("txt", f"{caption}, {row}".encode())):
                 info = tarfile.TarInfo(f"{row:08d}.{suffix}")
                 info.size = len(content)
@@ -60,56 +76,95 @@ def originals():
             yield found[extension], extension, found["txt"].decode()
 
 
-def measure(tar: Path, model: str, cache: Path, resolution: int | None) -> dict[str, float]:
-    """One encode in this process, and the encoders alone on its first pictures."""
-    from prep import commands, identity
-    from prep.config import EncodeConfig
-    from prep.images import prepare
-    from shared.family import resolve_model
+@dataclass(frozen=True)
+class Alone:
+    """The encoders and what they are measured with: preloaded pictures and captions."""
 
-    config = EncodeConfig(
-        (str(tar),), model=model, cache=cache, resolution=resolution, report=False
-    )
-    resolved = resolve_model(model)
-    shapes = identity.choose_shapes(config, commands.CachePaths(cache))
-    settings = identity.choose_settings(config, resolved, keep_logvar=False)
-    vae = identity.choose_vae(config, commands.CachePaths(cache), resolved, shapes.device)
-    encoders = identity.load_encoders(resolved, shapes, vae, 0)
-    few = [sample for _, sample in zip(range(8 * shapes.vae_batch_size), originals(), strict=False)]
+    encoders: Encoders
+    pixels: list[NDArray[np.uint8]]
+    captions: list[str]
+
+    def encode(self) -> None:
+        """All of them once."""
+        vae, running = self.encoders.vae, None
+        for start in range(0, len(self.pixels), vae.batch_size):
+            # One batch is fetched while the next is computed, as in the pipeline.
+            begun = vae.start(self.pixels[start : start + vae.batch_size])
+            if running is not None:
+                vae.finish(running)
+            running = begun
+        vae.finish(running)
+        self.encoders.text.encode(self.captions)
+
+    def seconds(self) -> float:
+        """Wall seconds for a picture with its caption."""
+        self.encode()  # warms up
+        took, began = [], time.perf_counter()
+        while time.perf_counter() - began < ALONE_SECONDS:
+            start = time.perf_counter()
+            self.encode()
+            took.append(time.perf_counter() - start)
+        return statistics.median(took) / len(self.pixels)
+
+
+def load_alone(config: EncodeConfig, cache: CachePaths) -> Alone:
+    """The encoders of a job, with the first pictures of the project."""
+    model = resolve_model(config.model)
+    shapes = identity.choose_shapes(config, cache)
+    settings = identity.choose_settings(config, model, keep_logvar=False)
+    vae = identity.choose_vae(config, cache, model, shapes.device)
+    encoders = identity.load_encoders(model, shapes, vae, 0)
+    count = max(8 * shapes.vae_batch_size, shapes.text_batch_size)
+    few = list(itertools.islice(originals(), count))
     pixels = [prepare(picture, settings.framing)[0].pixels for picture, _, _ in few]
     encoders.vae.calibrate(pixels[: shapes.vae_batch_size])
+    return Alone(encoders, pixels, [f"{text}, {n}" for n, (_, _, text) in enumerate(few)])
 
-    def encode_all() -> None:
-        running = None  # one batch is fetched while the next is computed, as in the pipeline
-        for start in range(0, len(pixels), shapes.vae_batch_size):
-            begun = encoders.vae.start(pixels[start : start + shapes.vae_batch_size])
-            if running is not None:
-                encoders.vae.finish(running)
-            running = begun
-        encoders.vae.finish(running)
-        encoders.text.encode([f"{caption}, {n}" for n, (_, _, caption) in enumerate(few)])
 
-    encode_all()  # warms up
-    cpu, start = time.process_time(), time.perf_counter()
-    encode_all()
-    seconds, cpu_alone = time.perf_counter() - start, time.process_time() - cpu
+@contextlib.contextmanager
+def networks_left_out(alone: Alone) -> Iterator[None]:
+    """Every batch is answered with the same latents and embeddings: all else remains to be done."""
+    vae, text = alone.encoders.vae, alone.encoders.text
+    images = torch.zeros(vae.batch_size, 3, *alone.pixels[0].shape[:2], device=vae.device)
+    with torch.inference_mode():
+        latents = vae._parameters(vae.working, images)
+        embeds = text._encode_batch([""] * text.batch_size, 0)
+    with (
+        patch.object(VaeEncoder, "_parameters", lambda *_: latents),
+        patch.object(TextEncoder, "_encode_batch", lambda *_: embeds),
+    ):
+        yield
+
+
+def timed(job: Callable[[], None]) -> tuple[float, float]:
+    """Wall and CPU seconds of a job that says nothing."""
     with contextlib.redirect_stdout(io.StringIO()):
         cpu, start = time.process_time(), time.perf_counter()
-        commands.encode(config)
-        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-    cores = os.cpu_count() or 1
+        job()
+        return time.perf_counter() - start, time.process_time() - cpu
+
+
+def measure(shards: str, model: str, cache: Path, resolution: int | None) -> dict[str, float]:
+    """One encode in this process, the encoders alone before and after, and all but them."""
+    config = EncodeConfig((shards,), model=model, cache=cache, resolution=resolution, report=False)
+    alone = load_alone(config, CachePaths(cache))
+    before = alone.seconds()
+    wall, _ = timed(lambda: commands.encode(config))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    encoder = (before + alone.seconds()) / 2
     written = json.loads((cache / "manifest.json").read_text())["totals"]["written"]
-    encoding, spent = (one * written / len(few) for one in (seconds, cpu_alone))
+    with networks_left_out(alone):
+        again = replace(config, cache=cache.with_name(f"{cache.name}-again"))
+        _, others = timed(lambda: commands.encode(again))
     return {
         "images": written,
         "wall_seconds": wall,
         "images_per_second": written / wall,
-        "encoder_images_per_second": len(few) / seconds,
-        "of_encoder": written / wall / (len(few) / seconds),
-        "encoder_busy": cpu_alone / (seconds * cores),
-        "busy": cpu / (wall * cores),
-        "wall_by_work": wall / (encoding + (cpu - spent) / cores),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "encoder_images_per_second": 1 / encoder,
+        "of_encoder": written / wall * encoder,
+        "other_cpu_ms": 1000 * others / written,
+        "wall_by_work": wall / (written * encoder + others / (os.cpu_count() or 1)),
+        "peak_mb": peak,
     }
 
 
@@ -117,31 +172,40 @@ def main() -> None:
     """Run both sizes and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-sd")
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=512, help="of a tar")
     parser.add_argument("--resolution", type=int, help="pixels; the model's own unless given")
-    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        tar, cache = args.child
-        print(json.dumps(measure(tar, args.model, cache, args.resolution)))
+        shards, cache = args.child
+        print(json.dumps(measure(shards, args.model, Path(cache), args.resolution)))
         return
+    cases = {"once": (1, args.rows), "20 tars": (20, args.rows), "a tar of 20": (1, 20 * args.rows)}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, rows in (("once", args.rows), (f"{TIMES} times", TIMES * args.rows)):
-            tar, cache = Path(folder) / f"{rows}.tar", Path(folder) / f"cache-{rows}"
-            write_rows(tar, rows)
-            command = [sys.executable, "-m", "benchmarks.prep", "--model", args.model]
-            if args.resolution:
-                command += ["--resolution", str(args.resolution)]
-            answer = subprocess.run(
-                [*command, "--child", tar, cache], check=True, stdout=subprocess.PIPE, cwd=REPO
-            )
-            found[name] = json.loads(answer.stdout)
+        for name, (tars, rows) in cases.items():
+            sources = Path(folder) / name
+            sources.mkdir()
+            for number in range(tars):
+                write_rows(sources / f"{number:02d}.tar", number * rows, rows)
+            found[name] = in_child(args, sources)
             print(name, {key: round(value, 3) for key, value in found[name].items()})
-    growth = found[f"{TIMES} times"]["peak_mb"] / found["once"]["peak_mb"]
-    print(f"memory at {TIMES} times the data: {growth:.3f} of that at once")
+            shutil.rmtree(sources)
+    once = found["once"]["peak_mb"]
+    growth = {name: row["peak_mb"] / once for name, row in found.items() if name != "once"}
+    print("memory, relative to that at once:", {k: round(v, 3) for k, v in growth.items()})
     name = f"prep-{args.resolution}px" if args.resolution else "prep"
     record(name, {"model": args.model, **found, "memory_growth": growth})
+
+
+def in_child(args: argparse.Namespace, sources: Path) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.prep", "--model", args.model]
+    if args.resolution:
+        command += ["--resolution", str(args.resolution)]
+    command += ["--child", str(sources / "*.tar"), str(sources / "cache")]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=REPO)
+    return json.loads(answer.stdout)
 
 
 if __name__ == "__main__":

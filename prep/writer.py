@@ -26,6 +26,7 @@ from shared.layout import TRAILER, Layout, cache_layout
 from shared.storage import guard, move, stage, temporary, write_all
 from shared.sums import ChannelSums
 
+ROW_GROUP = 4096  # rows of the accounts that are sorted and compressed at once
 LONGEST_KEY = 256  # characters; a longer one stands in samples/ alone
 
 ACCOUNT = pa.schema(
@@ -175,12 +176,14 @@ class UnitWriter:
             )
 
     def _publish_accounts(self) -> tuple[str, str]:
-        rows = pa.Table.from_batches(self.accounts, ACCOUNT)
+        rows = pa.Table.from_batches(self.accounts, ACCOUNT).combine_chunks()
         self.accounts.clear()  # so that only one copy is held
-        rows = rows.take(pc.sort_indices(rows["key"])).combine_chunks()
+        order = pc.sort_indices(rows["key"])
         buffer = io.BytesIO()
-        pq.write_table(rows, buffer, compression="zstd")
-        staged, digest = stage([buffer.getvalue()], self.cache.tmp)
+        with pq.ParquetWriter(buffer, ACCOUNT, compression="zstd") as file:
+            for start in range(0, max(1, len(order)), ROW_GROUP):
+                file.write_table(rows.take(order[start : start + ROW_GROUP]))
+        staged, digest = stage([buffer.getbuffer()], self.cache.tmp)
         name = f"{self.unit.name}-{digest[:12]}.parquet"
         move(staged, self.cache.samples / name)
         return f"samples/{name}", digest

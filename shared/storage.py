@@ -41,7 +41,7 @@ def publish(chunks: Iterable[bytes], path: Place, tmp: Path) -> str:
     return digest
 
 
-def stage(chunks: Iterable[bytes], tmp: Path) -> tuple[Path, str]:
+def stage(chunks: Iterable[bytes | memoryview], tmp: Path) -> tuple[Path, str]:
     """Write `chunks` to a fresh, fsynced file in `tmp`; returns it with its sha256 in hex.
 
     For content-addressed files, whose name is known only after their bytes.
