@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +30,9 @@ UNET_FOLDER = "unet"
 def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     """Write a UNet folder, or `pytorch_lora_weights.safetensors` with rank and alpha.
 
-    Beside the latter lies `kohya_lora_weights.safetensors` for ComfyUI and its like. The former
-    export is replaced only when the new one is whole. Returns what was written.
+    Beside the latter lies `kohya_lora_weights.safetensors` for ComfyUI and its like, unless it
+    cannot express a layer. The former export is replaced only when the new one is whole. Returns
+    what was written.
     """
     tmp = folder / "tmp"
     sweep(tmp)
@@ -38,9 +40,14 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     building.mkdir(parents=True)
     if getattr(unet, "peft_config", None):
         save_lora(unet, building)
-        save_kohya(unet, building / KOHYA_FILE)
-        for name in (KOHYA_FILE, LORA_FILE):
-            copy_durably(building / name, folder / name, tmp)
+        try:
+            save_kohya(unet, building / KOHYA_FILE)
+        except UserError as error:
+            print(f"note: {KOHYA_FILE} is left out: {error}", file=sys.stderr)
+            (folder / KOHYA_FILE).unlink(missing_ok=True)  # of a former export
+        else:
+            copy_durably(building / KOHYA_FILE, folder / KOHYA_FILE, tmp)
+        copy_durably(building / LORA_FILE, folder / LORA_FILE, tmp)
         shutil.rmtree(building)
         return folder / LORA_FILE
     unet.save_pretrained(building)
