@@ -109,7 +109,8 @@ def test_export_publishes_card_and_weights(run, cli, hub, tmp_path):
         "lora": {"pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"},
         "full": {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"},
     }[kind]
-    assert set(hub.files) == {"README.md", "preview.png", *weights}
+    scheduler = "scheduler/scheduler_config.json"
+    assert set(hub.files) == {"README.md", "preview.png", scheduler, *weights}
     for name, content in hub.files.items():
         assert content == (out / name).read_bytes()
     card = hub.files["README.md"].decode()

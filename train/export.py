@@ -7,24 +7,32 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
 
+from shared.cache import Manifest
 from shared.config import coerce
 from shared.errors import UserError
-from shared.storage import copy_durably, load_json, move, sweep, sync_tree, temporary
+from shared.family import load_config, resolve_model
+from shared.storage import copy_durably, load_json, move, publish, sweep, sync_tree, temporary
 from train.card import write_card
-from train.checkpoint import find_checkpoint, load_networks
+from train.checkpoint import check_terms, find_checkpoint, load_networks, read_progress
 from train.config import DistillConfig, ExportConfig
 from train.hub import check_push, push
 from train.kohya import KOHYA_FILE, save_kohya
+from train.objectives import OBJECTIVES
+from train.sample import student_scheduler, teacher_scheduler
 from train.student import build_student
 from train.teacher import load_unet
+from train.terms import run_terms
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNET_FOLDER = "unet"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+NO_CACHE = Manifest({"family": None}, (), (), (), {}, {}, {})
 
 
 def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
@@ -80,38 +88,63 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 def export_checkpoint(config: ExportConfig) -> Path:
     """Export a checkpoint of a run, with its card; publish it if asked to.
 
-    Raises UserError where there is none, or where the hub refuses.
+    Raises UserError where there is none, where it is of another run, or where the hub refuses.
     """
     check_push(config)
     stored = run_config(config.run)
-    folder = find_checkpoint(config.run, config.checkpoint)
-    if folder is None:
-        raise UserError(f"{config.run} has no checkpoint yet")
+    checkpoint = wanted_checkpoint(config)
     distilled = DistillConfig(**coerce(DistillConfig, stored))
-    student = build_student(distilled.model, distilled)
-    student.load_state(load_networks(folder))
+    model = resolve_model(distilled.model)
+    student = build_student(model.source, distilled)
+    before = read_progress(checkpoint).terms
+    terms = run_terms(distilled, NO_CACHE, model, student)
+    # Its cache may have grown or be gone: an export does not need it.
+    check_terms(checkpoint, before, {**terms, "cache": before.get("cache")})
+    student.load_state(load_networks(checkpoint))
     folder = config.output or config.run
     path = export_student(student.exported(), folder)
     publish_export(config, folder)
     return path
 
 
+def wanted_checkpoint(config: ExportConfig) -> Path:
+    """The checkpoint to export. Raises UserError where there is none."""
+    try:
+        folder = find_checkpoint(config.run, config.checkpoint)
+    except UserError as error:  # which names the flag of `distill`
+        raise UserError(str(error).replace("--resume-from-checkpoint", "--checkpoint")) from None
+    if folder is None:
+        raise UserError(f"{config.run} has no checkpoint yet")
+    return folder
+
+
 def publish_export(config: DistillConfig | ExportConfig, folder: Path) -> None:
-    """Write the model card of an export; with --push-to-hub, upload both and print the address."""
-    write = partial(write_card, config.run, folder, run_config(config.run))
+    """Write an export's scheduler and model card; with --push-to-hub, upload all and say where."""
+    stored = run_config(config.run)
+    scheduler = drawing_scheduler(stored).to_json_string()
+    publish([scheduler.encode()], folder / SCHEDULER_FILE, folder / "tmp")
+    write = partial(write_card, config.run, folder, stored)
     write(str(folder))
     if config.push_to_hub:
         print(f"published: {push(config, folder, write)}")
 
 
-def run_config(run: Path) -> dict[str, object]:
+def drawing_scheduler(config: dict[str, Any]) -> Any:
+    """The scheduler that the student of a run with this `config` is drawn with."""
+    teacher = load_config(config["model"], SCHEDULER_FILE)
+    if OBJECTIVES[config["objective"]].few_steps:
+        return student_scheduler(teacher, config)
+    return teacher_scheduler("ddim", "trailing", teacher)
+
+
+def run_config(run: Path) -> dict[str, Any]:
     """A run's resolved configuration. Raises UserError where the folder is no run."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run (no config.json); `train distill --run {run}` makes one")
     return {"objective": "lcd", **load_json(run / "config.json")}  # older runs name no objective
 
 
-def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, object]]:
+def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, Any]]:
     """An exported student, ready to draw, and the configuration it was distilled with.
 
     Raises UserError where the run has no export.
