@@ -305,6 +305,11 @@ def test_a_checkpoint_of_another_run_is_not_exported(run, cli, tmp_path, tiny_sd
         assert [path.name for path in folder.iterdir()] == ["config.json"]
     answer = cli("train", "export", "--run", run.folder, "--checkpoint", tmp_path)
     assert answer.err.startswith(f"error: --checkpoint {tmp_path}: not a whole checkpoint")
+    file = tmp_path / "0/config.json"
+    answer = cli("train", "export", "--run", run.folder, "--output", file)
+    assert answer.err == (
+        f"error: {file}: part of the path is a file, not a folder; choose another path\n"
+    )
 
 
 def test_an_export_needs_no_cache(run, cli, tmp_path):

@@ -30,14 +30,16 @@ dtype = torch.float16 if device == "cuda" else torch.float32
 """
 
 
-def write_card(run: Path, folder: Path, config: Mapping[str, Any], name: str) -> Path:
-    """Write README.md beside an export, and the run's newest preview as `preview.png`.
+def write_card(run: Path, folder: Path, config: Mapping[str, Any], latest: bool, name: str) -> Path:
+    """Write README.md beside an export, and the newest preview up to its step as `preview.png`.
 
-    `config` is the run's resolved configuration, `name` what a user loads the student by: a hub id
-    or the folder. Where the run was evaluated, the table is part of the card.
+    `config` is the run's resolved configuration, its `max_train_steps` those that the student
+    took; `name` is what a user loads it by: a hub id or the folder. Where the run was evaluated
+    and the student is its `latest`, the table is part of the card.
     """
     family = resolve_model(str(config["model"])).family
-    previews = sorted((run / "previews").glob("step-*.png"))
+    last = f"step-{config['max_train_steps']:08d}.png"
+    previews = sorted(p for p in (run / "previews").glob("step-*.png") if p.name <= last)
     parts = [header(config), introduction(config, name)]
     if previews:
         copy_durably(previews[-1], folder / PREVIEW_FILE, folder / "tmp")
@@ -46,7 +48,7 @@ def write_card(run: Path, folder: Path, config: Mapping[str, Any], name: str) ->
     parts += ["## Use", f"```python\n{snippet(config, name, family)}```", guidance(config, family)]
     if (folder / KOHYA_FILE).is_file():
         parts.append(kohya(config))
-    if (run / "evaluation.json").is_file():
+    if latest and (run / "evaluation.json").is_file():
         parts += ["## Evaluation", (run / "evaluation.md").read_text().strip()]
     parts += ["## Training", settings(config), "## Licence", licence(config)]
     publish(["\n\n".join(parts).encode() + b"\n"], folder / CARD_FILE, folder / "tmp")
@@ -107,7 +109,9 @@ def snippet(config: Mapping[str, Any], name: str, family: Family) -> str:
         load = "from_single_file"
         parts.insert(0, f"config={quoted(pipeline_config(source, family))}")
     lines += (
-        f"pipe = {kind}.{load}(\n    {quoted(source)},\n    {', '.join(parts)},\n).to(device)\n"
+        f"pipe = {kind}.{load}(\n"
+        + "".join(f"    {part},\n" for part in [quoted(source), *parts])
+        + ").to(device)\n"
     )
     if lora:
         lines += f"pipe.load_lora_weights({quoted(name)})\n"

@@ -17,9 +17,24 @@ from shared.cache import Manifest
 from shared.config import coerce
 from shared.errors import UserError
 from shared.family import load_config, resolve_model
-from shared.storage import copy_durably, load_json, move, publish, sweep, sync_tree, temporary
+from shared.storage import (
+    copy_durably,
+    guard,
+    load_json,
+    move,
+    publish,
+    sweep,
+    sync_tree,
+    temporary,
+)
 from train.card import write_card
-from train.checkpoint import check_terms, find_checkpoint, load_networks, read_progress
+from train.checkpoint import (
+    check_terms,
+    find_checkpoint,
+    load_networks,
+    read_progress,
+    whole_checkpoints,
+)
 from train.config import DistillConfig, ExportConfig
 from train.hub import check_push, push
 from train.kohya import KOHYA_FILE, save_kohya
@@ -93,17 +108,20 @@ def export_checkpoint(config: ExportConfig) -> Path:
     check_push(config)
     stored = run_config(config.run)
     checkpoint = wanted_checkpoint(config)
+    folder = config.output or config.run
+    with guard(folder):
+        (folder / "tmp").mkdir(parents=True, exist_ok=True)
     distilled = DistillConfig(**coerce(DistillConfig, stored))
     model = resolve_model(distilled.model)
     student = build_student(model.source, distilled)
-    before = read_progress(checkpoint).terms
+    before = read_progress(checkpoint)
     terms = run_terms(distilled, NO_CACHE, model, student)
     # Its cache may have grown or be gone: an export does not need it.
-    check_terms(checkpoint, before, {**terms, "cache": before.get("cache")})
+    check_terms(checkpoint, before.terms, {**terms, "cache": before.terms.get("cache")})
     student.load_state(load_networks(checkpoint))
-    folder = config.output or config.run
     path = export_student(student.exported(), folder)
-    publish_export(config, folder)
+    latest = [path.resolve() for path in whole_checkpoints(config.run)[-1:]]
+    publish_export(config, folder, before.step, checkpoint.resolve() in latest)
     return path
 
 
@@ -118,12 +136,18 @@ def wanted_checkpoint(config: ExportConfig) -> Path:
     return folder
 
 
-def publish_export(config: DistillConfig | ExportConfig, folder: Path) -> None:
-    """Write an export's scheduler and model card; with --push-to-hub, upload all and say where."""
+def publish_export(
+    config: DistillConfig | ExportConfig, folder: Path, step: int | None = None, latest: bool = True
+) -> None:
+    """Write an export's scheduler and model card; with --push-to-hub, upload all and say where.
+
+    `step` is that of the student, the run's last unless given.
+    """
     stored = run_config(config.run)
+    stored["max_train_steps"] = step or stored["max_train_steps"]
     scheduler = drawing_scheduler(stored).to_json_string()
     publish([scheduler.encode()], folder / SCHEDULER_FILE, folder / "tmp")
-    write = partial(write_card, config.run, folder, stored)
+    write = partial(write_card, config.run, folder, stored, latest)
     write(str(folder))
     if config.push_to_hub:
         print(f"published: {push(config, folder, write)}")
