@@ -302,7 +302,7 @@ def test_a_checkpoint_of_another_run_is_not_exported(run, cli, tmp_path, tiny_sd
         assert answer.err.startswith(f"error: {checkpoint} belongs to another run: ")
         assert said in answer.err
         assert answer.err.count("\n") == 1
-        assert [path.name for path in folder.iterdir()] == ["config.json"]
+        assert [path.name for path in folder.iterdir() if path.is_file()] == ["config.json"]
     answer = cli("train", "export", "--run", run.folder, "--checkpoint", tmp_path)
     assert answer.err.startswith(f"error: --checkpoint {tmp_path}: not a whole checkpoint")
     file = tmp_path / "0/config.json"
