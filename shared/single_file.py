@@ -45,17 +45,20 @@ def config_folder(source: str, file: str) -> Path:
 def single_file_config(source: str, file: str) -> dict[str, Any]:
     """What a diffusers folder with the same model would have as `file`.
 
-    The keys `v_pred` and `ztsnr` mark SDXL models that predict v, with zero terminal SNR.
+    The keys `v_pred` and `ztsnr` mark SDXL models that predict v, with zero terminal SNR. A
+    scheduler's config beside the file goes first; what it does not say is the family's.
     """
     folder = config_folder(source, file)
     config = dict(load_json(folder / file))
-    if file.startswith("scheduler/") and CONFIGS in folder.parents:
-        keys = _shapes(source)
-        if "v_pred" in keys:
-            config["prediction_type"] = "v_prediction"
-        if "ztsnr" in keys:
-            config["rescale_betas_zero_snr"] = True
-    return config
+    if not file.startswith("scheduler/"):
+        return config
+    published = load_json(CONFIGS / family_name(source) / file)
+    keys, marked = _shapes(source), dict[str, Any]()
+    if "v_pred" in keys:
+        marked["prediction_type"] = "v_prediction"
+    if "ztsnr" in keys:
+        marked["rescale_betas_zero_snr"] = True
+    return {**published, **marked, **({} if CONFIGS in folder.parents else config)}
 
 
 def family_name(source: str) -> str:

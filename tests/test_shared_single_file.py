@@ -152,8 +152,15 @@ def test_what_lies_beside_the_file_goes_first(tmp_path):
     source = write_hints(tmp_path / "model.safetensors", **FIRST)
     own = tmp_path / "model/scheduler/scheduler_config.json"
     own.parent.mkdir(parents=True)
-    own.write_text(json.dumps({"beta_schedule": "linear", "prediction_type": "v_prediction"}))
-    assert load_schedule(source).prediction_type == "v_prediction"
+    published = load_schedule(source)
+    own.write_text(json.dumps({"prediction_type": "v_prediction"}))
+    schedule = load_schedule(source)
+    assert schedule.prediction_type == "v_prediction"
+    assert torch.equal(schedule.alphas_cumprod, published.alphas_cumprod)  # of which it is silent
+    own.write_text(json.dumps({"beta_schedule": "linear"}))
+    schedule = load_schedule(source)
+    betas = torch.linspace(0.00085, 0.012, 1000)
+    torch.testing.assert_close(schedule.alphas_cumprod, torch.cumprod(1 - betas, 0))
     assert resolve_model(source).family.name == "sd15"
 
 

@@ -266,9 +266,58 @@ def test_the_export_replaces_the_former_one(run, cli, tmp_path):
     assert (first.status, second.status) == (0, 0)
     assert first.out == second.out
     assert sorted(path.name for path in again.iterdir()) in (
-        ["README.md", "tmp", "unet"],
-        ["README.md", "kohya_lora_weights.safetensors", "pytorch_lora_weights.safetensors", "tmp"],
+        ["README.md", "scheduler", "tmp", "unet"],
+        [
+            "README.md",
+            "kohya_lora_weights.safetensors",
+            "pytorch_lora_weights.safetensors",
+            "scheduler",
+            "tmp",
+        ],
     )
+
+
+def edited(run, folder, **changes) -> Path:
+    """A run that differs in its settings and has no checkpoint."""
+    config = json.loads((run.folder / "config.json").read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_a_checkpoint_of_another_run_is_not_exported(run, cli, tmp_path, tiny_sd, tiny_xl):
+    other = {"lora": "full", "full": "lora"}[run.kind]
+    model = str({"sd": tiny_xl, "xl": tiny_sd}[run.family])
+    checkpoint = next((run.folder / "checkpoints").iterdir())
+    for number, (said, changes) in enumerate({
+        "lora_rank is 4 there, 2 here": {"lora_rank": 2},
+        "lora_alpha is 6.0 there, 1.0 here": {"lora_alpha": 1.0},
+        "seed is 0 there, 5 here": {"seed": 5},
+        f"student is {run.kind} there, {other} here": {"student": other},
+        "teacher is ": {"model": model},
+    }.items()):  # fmt: skip
+        folder = edited(run, tmp_path / str(number), **changes)
+        answer = cli("train", "export", "--run", folder, "--checkpoint", checkpoint)
+        assert answer.status == 1
+        assert answer.err.startswith(f"error: {checkpoint} belongs to another run: ")
+        assert said in answer.err
+        assert answer.err.count("\n") == 1
+        assert [path.name for path in folder.iterdir() if path.is_file()] == ["config.json"]
+    answer = cli("train", "export", "--run", run.folder, "--checkpoint", tmp_path)
+    assert answer.err.startswith(f"error: --checkpoint {tmp_path}: not a whole checkpoint")
+    file = tmp_path / "0/config.json"
+    answer = cli("train", "export", "--run", run.folder, "--output", file)
+    assert answer.err == (
+        f"error: {file}: part of the path is a file, not a folder; choose another path\n"
+    )
+
+
+def test_an_export_needs_no_cache(run, cli, tmp_path):
+    folder = edited(run, tmp_path / "run", cache=str(tmp_path / "gone"))
+    checkpoint = next((run.folder / "checkpoints").iterdir())
+    answer = cli("train", "export", "--run", folder, "--checkpoint", checkpoint)
+    assert answer.status == 0, answer.err
+    assert "a photograph of a lighthouse" in (folder / "README.md").read_text()
 
 
 def test_sampling_before_the_end_says_what_to_do(run, cli, tmp_path):

@@ -1,7 +1,9 @@
 """Model cards whose lines run, and publishing them, against a hub on loopback."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -109,13 +111,30 @@ def test_export_publishes_card_and_weights(run, cli, hub, tmp_path):
         "lora": {"pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"},
         "full": {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"},
     }[kind]
-    assert set(hub.files) == {"README.md", "preview.png", *weights}
+    scheduler = "scheduler/scheduler_config.json"
+    assert set(hub.files) == {"README.md", "preview.png", scheduler, *weights}
     for name, content in hub.files.items():
         assert content == (out / name).read_bytes()
     card = hub.files["README.md"].decode()
     assert "| student | 12.5 |" in card
     assert '"somebody/lightning"' in card  # what the snippet loads
     assert str(tmp_path) not in card.partition("from_pretrained")[0]
+
+
+def test_the_card_of_an_earlier_checkpoint_tells_nothing_of_the_later(run, cli, tmp_path):
+    folder, _ = run
+    (folder / "evaluation.json").write_text('{"rows": []}')
+    (folder / "evaluation.md").write_text("| student | 12.5 |\n")
+    earlier = shutil.copytree(folder / "checkpoints/step-00000002", tmp_path / "step-00000001")
+    state = json.loads((earlier / "state.json").read_text())
+    (earlier / "state.json").write_text(json.dumps({**state, "step": 1}))
+    out = tmp_path / "out"
+    answer = cli("train", "export", "--run", folder, "--checkpoint", earlier, "--output", out)
+    assert answer.status == 0, answer.err
+    card = (out / "README.md").read_text()
+    assert "| max_train_steps | 1 |" in card
+    assert "12.5" not in card
+    assert not (out / "preview.png").exists()  # the run's only one is of step 2
 
 
 def test_distill_publishes_at_its_end_and_keeps_no_token(

@@ -1,26 +1,33 @@
 """The LoRA file for ComfyUI and kohya's tools, read back by diffusers' own converter."""
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import load_file
 from support_models import SD15, SD21, SDXL, weightless
+from torch import nn
 
 from train.export import export_student
-from train.kohya import kohya_tensors
-from train.student import lora_targets
+from train.kohya import kohya_metadata, kohya_tensors
+from train.student import guided_copy
 from train.teacher import load_unet
 
 RANK, ALPHA = 4, 6.0
 PIPELINES = {"tiny-sd": StableDiffusionPipeline, "tiny-xl": StableDiffusionXLPipeline}
 
 
+def every_layer(unet: UNet2DConditionModel) -> list[str]:
+    """All that `--lora-target-modules` can name."""
+    return [n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
 def with_adapter(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """An adapter of every kind of layer, as if it had been trained."""
-    unet.add_adapter(
-        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=lora_targets(unet), lora_dropout=0.0)
-    )
+    """An adapter on every layer, as if it had been trained."""
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=every_layer(unet)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in unet.parameters():
@@ -76,6 +83,9 @@ KNOWN = {
         "lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_ff_net_0_proj",
         "lora_unet_down_blocks_0_downsamplers_0_conv",
         "lora_unet_up_blocks_0_resnets_0_conv_shortcut",
+        "lora_unet_conv_in",
+        "lora_unet_conv_out",
+        "lora_unet_time_embedding_linear_1",
     ],
     "sdxl": [
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
@@ -88,6 +98,12 @@ KNOWN = {
         "lora_unet_middle_block_2_out_layers_3",
         "lora_unet_input_blocks_1_0_emb_layers_1",
         "lora_unet_output_blocks_8_0_skip_connection",
+        "lora_unet_input_blocks_0_0",
+        "lora_unet_out_2",
+        "lora_unet_time_embed_0",
+        "lora_unet_time_embed_2",
+        "lora_unet_label_emb_0_0",
+        "lora_unet_label_emb_0_2",
     ],
 }
 KNOWN["sd21"] = KNOWN["sd15"]
@@ -97,7 +113,7 @@ KNOWN["sd21"] = KNOWN["sd15"]
 def test_every_module_of_the_published_models_is_found_again(name, config):
     """Nothing is left over and nothing is missing when diffusers reads the names."""
     unet = weightless(config)
-    targets = lora_targets(unet)
+    targets = every_layer(unet)
     modules = dict(unet.named_modules())
     adapter = {}
     for target in targets:
@@ -122,11 +138,46 @@ def test_every_module_of_the_published_models_is_found_again(name, config):
         assert down.weight.shape == adapter[f"{target}.lora_A.weight"].shape
 
 
-def test_the_file_says_what_it_is(repo, tmp_path):
-    export_student(with_adapter(load_unet(str(repo / "data/tiny-xl"))), tmp_path)
+def test_a_layer_without_a_name_there_costs_that_file_alone(tiny_xl, tmp_path, capsys):
+    """The original SDXL has no guidance embedding; diffusers' file holds it all the same."""
+    export_student(with_adapter(load_unet(str(tiny_xl))), tmp_path)
+    assert (tmp_path / "kohya_lora_weights.safetensors").is_file()
+    guided = guided_copy(load_unet(str(tiny_xl)), 32, "zero")
+    export_student(with_adapter(guided), tmp_path)
+    assert capsys.readouterr().err == (
+        "note: kohya_lora_weights.safetensors is left out: "
+        "the original SDXL has no layer time_embedding.cond_proj\n"
+    )
+    assert not (tmp_path / "kohya_lora_weights.safetensors").exists()  # nor the former one
+    stored = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert "unet.time_embedding.cond_proj.lora_A.weight" in stored
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "v2"),
+    [(SD15, "sd_v1", "False"), (SD21, "sd_v2", "True"), (SDXL, "sdxl_base_v1-0", "False")],
+)
+def test_the_file_says_what_it_is(config, base, v2):
+    """By what sd-scripts and the web UIs ask for."""
+    unet = weightless(config)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q"]))
+    told = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(RANK),
+        "ss_network_alpha": str(ALPHA),
+        "ss_base_model_version": base,
+        "ss_v2": v2,
+    }
+    assert kohya_metadata(unet, {"x": torch.zeros(4, 320)}) == told
+    convolved = kohya_metadata(unet, {"x": torch.zeros(4, 320, 3, 3)})
+    assert json.loads(convolved.pop("ss_network_args")) == {"conv_dim": "4", "conv_alpha": "6.0"}
+    assert convolved == told
+
+
+def test_what_the_file_holds(tiny_xl, tmp_path):
+    export_student(with_adapter(load_unet(str(tiny_xl))), tmp_path)
     with safe_open(tmp_path / "kohya_lora_weights.safetensors", "pt") as file:
         assert file.metadata()["ss_network_dim"] == str(RANK)
-        assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
         keys = list(file.keys())
         alphas = {float(file.get_tensor(key)) for key in keys if key.endswith(".alpha")}
     assert alphas == {ALPHA}

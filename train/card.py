@@ -11,9 +11,12 @@ from huggingface_hub import ModelCardData
 
 from shared.cache import CachePaths, open_manifest
 from shared.conditioning import load_conditioning
+from shared.errors import UserError
 from shared.family import Family, resolve_model
+from shared.places import place
 from shared.single_file import is_single_file
 from shared.storage import copy_durably, publish
+from train.kohya import KOHYA_FILE
 from train.objectives import OBJECTIVES
 
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
@@ -27,21 +30,25 @@ dtype = torch.float16 if device == "cuda" else torch.float32
 """
 
 
-def write_card(run: Path, folder: Path, config: Mapping[str, Any], name: str) -> Path:
-    """Write README.md beside an export, and the run's newest preview as `preview.png`.
+def write_card(run: Path, folder: Path, config: Mapping[str, Any], latest: bool, name: str) -> Path:
+    """Write README.md beside an export, and the newest preview up to its step as `preview.png`.
 
-    `config` is the run's resolved configuration, `name` what a user loads the student by: a hub id
-    or the folder. Where the run was evaluated, the table is part of the card.
+    `config` is the run's resolved configuration, its `max_train_steps` those that the student
+    took; `name` is what a user loads it by: a hub id or the folder. Where the run was evaluated
+    and the student is its `latest`, the table is part of the card.
     """
     family = resolve_model(str(config["model"])).family
-    previews = sorted((run / "previews").glob("step-*.png"))
+    last = f"step-{config['max_train_steps']:08d}.png"
+    previews = sorted(p for p in (run / "previews").glob("step-*.png") if p.name <= last)
     parts = [header(config), introduction(config, name)]
     if previews:
         copy_durably(previews[-1], folder / PREVIEW_FILE, folder / "tmp")
         shown = "Prompts at 1, 2, 4 and 8 steps" if few_steps(config) else "Prompts"
         parts.append(f"![{shown}]({PREVIEW_FILE})")
     parts += ["## Use", f"```python\n{snippet(config, name, family)}```", guidance(config, family)]
-    if (run / "evaluation.json").is_file():
+    if (folder / KOHYA_FILE).is_file():
+        parts.append(kohya(config))
+    if latest and (run / "evaluation.json").is_file():
         parts += ["## Evaluation", (run / "evaluation.md").read_text().strip()]
     parts += ["## Training", settings(config), "## Licence", licence(config)]
     publish(["\n\n".join(parts).encode() + b"\n"], folder / CARD_FILE, folder / "tmp")
@@ -85,36 +92,44 @@ def snippet(config: Mapping[str, Any], name: str, family: Family) -> str:
     """Python that draws one picture with stock diffusers."""
     source = str(config["model"])
     kind = "StableDiffusionXLPipeline" if family.micro_conditioning else "StableDiffusionPipeline"
-    load = "from_single_file" if is_single_file(source) else "from_pretrained"
     lora = config["student"] == "lora"
     scheduler = "LCMScheduler" if few_steps(config) else "DDIMScheduler"
     classes = [kind, scheduler, *([] if lora else ["UNet2DConditionModel"])]
     lines = f"import torch\nfrom diffusers import {', '.join(sorted(classes))}\n\n{DEVICE}"
+    lines += f'scheduler = {scheduler}.from_pretrained({quoted(name)}, subfolder="scheduler")\n'
+    parts = ["scheduler=scheduler", "torch_dtype=dtype"]
     if not lora:
         lines += (
             "unet = UNet2DConditionModel.from_pretrained(\n"
             f'    {quoted(name)}, subfolder="unet", torch_dtype=dtype\n)\n'
         )
-    unet = "" if lora else "unet=unet, "
-    lines += f"pipe = {kind}.{load}({quoted(source)}, {unet}torch_dtype=dtype).to(device)\n"
+        parts.insert(0, "unet=unet")
+    load = "from_pretrained"
+    if is_single_file(source):
+        load = "from_single_file"
+        parts.insert(0, f"config={quoted(pipeline_config(source, family))}")
+    lines += (
+        f"pipe = {kind}.{load}(\n"
+        + "".join(f"    {part},\n" for part in [quoted(source), *parts])
+        + ").to(device)\n"
+    )
     if lora:
         lines += f"pipe.load_lora_weights({quoted(name)})\n"
     side = resolution(config, family)
     built_in = lora and few_steps(config)
-    options = 'timestep_spacing="trailing",\n'
-    if few_steps(config):
-        options = (
-            f"original_inference_steps={config['num_ddim_timesteps']},\n"
-            f"    timestep_scaling={config['timestep_scaling_factor']},\n"
-        )
     return lines + (
-        f"pipe.scheduler = {scheduler}.from_config(\n    pipe.scheduler.config,\n    {options})\n"
         f"image = pipe(\n    {quoted(prompt(config))},\n"
         f"    num_inference_steps={OBJECTIVES[config['objective']].sample_steps},\n"
         f"    guidance_scale={1.0 if built_in else family.guidance_scale},\n"
         f"    height={side},\n    width={side},\n).images[0]\n"
         'image.save("picture.png")\n'
     )
+
+
+def pipeline_config(source: str, family: Family) -> str:
+    """Where diffusers finds what a single file does not say: beside it, else the family's own."""
+    beside = Path(source).with_suffix("")
+    return str(beside) if (beside / "model_index.json").is_file() else family.pretrained
 
 
 def few_steps(config: Mapping[str, Any]) -> bool:
@@ -135,12 +150,19 @@ def guidance(config: Mapping[str, Any], family: Family) -> str:
     if config["student"] == "lora":
         return (
             f"The guidance is built in (w between {low:g} and {high:g} in training): leave "
-            "`guidance_scale` at 1. `kohya_lora_weights.safetensors` is the same LoRA for ComfyUI "
-            "and other tools that read kohya's names; there, too: LCM sampler, CFG 1."
+            "`guidance_scale` at 1."
         )
     return (
         f"`guidance_scale` may lie between {low + 1:g} and {high + 1:g}, the range it was trained "
         "for, and costs nothing: the UNet is told it, there is no second pass."
+    )
+
+
+def kohya(config: Mapping[str, Any]) -> str:
+    """What the other LoRA file is for."""
+    use = "; there, too: LCM sampler, CFG 1" if few_steps(config) else ""
+    return (
+        f"`{KOHYA_FILE}` is the same LoRA for ComfyUI and other tools that read kohya's names{use}."
     )
 
 
@@ -193,14 +215,18 @@ def prompt(config: Mapping[str, Any]) -> str:
     """One that the run was watched with, else any."""
     if config["validation_prompts"]:
         return str(config["validation_prompts"][0])
-    conditioning = CachePaths(Path(config["cache"])).conditioning
-    stored = load_conditioning(conditioning).prompts if conditioning.is_file() else ()
+    try:
+        cache = CachePaths(place(str(config["cache"])))
+        stored = load_conditioning(cache.conditioning).prompts
+    except (OSError, UserError):  # gone or out of reach
+        stored = ()
     return stored[0] if stored else "a photograph of a lighthouse at sunset"
 
 
 def resolution(config: Mapping[str, Any], family: Family) -> int:
-    """The pixels that the cache was made at; the family's where the cache is gone."""
-    cache = Path(config["cache"])
-    if not CachePaths(cache).manifest.is_file():
+    """The pixels that the cache was made at; the family's where it cannot be read any more."""
+    try:
+        manifest = open_manifest(place(str(config["cache"])), check_sizes=False)
+    except (OSError, UserError):
         return family.resolution
-    return int(open_manifest(cache).identity["preprocessing"]["resolution"])
+    return int(manifest.identity["preprocessing"]["resolution"])

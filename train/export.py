@@ -4,33 +4,58 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
 
+from shared.cache import Manifest
 from shared.config import coerce
 from shared.errors import UserError
-from shared.storage import copy_durably, load_json, move, sweep, sync_tree, temporary
+from shared.family import load_config, resolve_model
+from shared.storage import (
+    copy_durably,
+    guard,
+    load_json,
+    move,
+    publish,
+    sweep,
+    sync_tree,
+    temporary,
+)
 from train.card import write_card
-from train.checkpoint import find_checkpoint, load_networks
+from train.checkpoint import (
+    check_terms,
+    find_checkpoint,
+    load_networks,
+    read_progress,
+    whole_checkpoints,
+)
 from train.config import DistillConfig, ExportConfig
 from train.hub import check_push, push
 from train.kohya import KOHYA_FILE, save_kohya
+from train.objectives import OBJECTIVES
+from train.sample import student_scheduler, teacher_scheduler
 from train.student import build_student
 from train.teacher import load_unet
+from train.terms import run_terms
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNET_FOLDER = "unet"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+NO_CACHE = Manifest({"family": None}, (), (), (), {}, {}, {})
 
 
 def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     """Write a UNet folder, or `pytorch_lora_weights.safetensors` with rank and alpha.
 
-    Beside the latter lies `kohya_lora_weights.safetensors` for ComfyUI and its like. The former
-    export is replaced only when the new one is whole. Returns what was written.
+    Beside the latter lies `kohya_lora_weights.safetensors` for ComfyUI and its like, unless it
+    cannot express a layer. The former export is replaced only when the new one is whole. Returns
+    what was written.
     """
     tmp = folder / "tmp"
     sweep(tmp)
@@ -38,9 +63,14 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     building.mkdir(parents=True)
     if getattr(unet, "peft_config", None):
         save_lora(unet, building)
-        save_kohya(unet, building / KOHYA_FILE)
-        for name in (KOHYA_FILE, LORA_FILE):
-            copy_durably(building / name, folder / name, tmp)
+        try:
+            save_kohya(unet, building / KOHYA_FILE)
+        except UserError as error:
+            print(f"note: {KOHYA_FILE} is left out: {error}", file=sys.stderr)
+            (folder / KOHYA_FILE).unlink(missing_ok=True)  # of a former export
+        else:
+            copy_durably(building / KOHYA_FILE, folder / KOHYA_FILE, tmp)
+        copy_durably(building / LORA_FILE, folder / LORA_FILE, tmp)
         shutil.rmtree(building)
         return folder / LORA_FILE
     unet.save_pretrained(building)
@@ -73,38 +103,72 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 def export_checkpoint(config: ExportConfig) -> Path:
     """Export a checkpoint of a run, with its card; publish it if asked to.
 
-    Raises UserError where there is none, or where the hub refuses.
+    Raises UserError where there is none, where it is of another run, or where the hub refuses.
     """
     check_push(config)
     stored = run_config(config.run)
-    folder = find_checkpoint(config.run, config.checkpoint)
-    if folder is None:
-        raise UserError(f"{config.run} has no checkpoint yet")
-    distilled = DistillConfig(**coerce(DistillConfig, stored))
-    student = build_student(distilled.model, distilled)
-    student.load_state(load_networks(folder))
+    checkpoint = wanted_checkpoint(config)
     folder = config.output or config.run
+    with guard(folder):
+        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    distilled = DistillConfig(**coerce(DistillConfig, stored))
+    model = resolve_model(distilled.model)
+    student = build_student(model.source, distilled)
+    before = read_progress(checkpoint)
+    terms = run_terms(distilled, NO_CACHE, model, student)
+    # Its cache may have grown or be gone: an export does not need it.
+    check_terms(checkpoint, before.terms, {**terms, "cache": before.terms.get("cache")})
+    student.load_state(load_networks(checkpoint))
     path = export_student(student.exported(), folder)
-    publish_export(config, folder)
+    latest = [path.resolve() for path in whole_checkpoints(config.run)[-1:]]
+    publish_export(config, folder, before.step, checkpoint.resolve() in latest)
     return path
 
 
-def publish_export(config: DistillConfig | ExportConfig, folder: Path) -> None:
-    """Write the model card of an export; with --push-to-hub, upload both and print the address."""
-    write = partial(write_card, config.run, folder, run_config(config.run))
+def wanted_checkpoint(config: ExportConfig) -> Path:
+    """The checkpoint to export. Raises UserError where there is none."""
+    try:
+        folder = find_checkpoint(config.run, config.checkpoint)
+    except UserError as error:  # which names the flag of `distill`
+        raise UserError(str(error).replace("--resume-from-checkpoint", "--checkpoint")) from None
+    if folder is None:
+        raise UserError(f"{config.run} has no checkpoint yet")
+    return folder
+
+
+def publish_export(
+    config: DistillConfig | ExportConfig, folder: Path, step: int | None = None, latest: bool = True
+) -> None:
+    """Write an export's scheduler and model card; with --push-to-hub, upload all and say where.
+
+    `step` is that of the student, the run's last unless given.
+    """
+    stored = run_config(config.run)
+    stored["max_train_steps"] = step or stored["max_train_steps"]
+    scheduler = drawing_scheduler(stored).to_json_string()
+    publish([scheduler.encode()], folder / SCHEDULER_FILE, folder / "tmp")
+    write = partial(write_card, config.run, folder, stored, latest)
     write(str(folder))
     if config.push_to_hub:
         print(f"published: {push(config, folder, write)}")
 
 
-def run_config(run: Path) -> dict[str, object]:
+def drawing_scheduler(config: dict[str, Any]) -> Any:
+    """The scheduler that the student of a run with this `config` is drawn with."""
+    teacher = load_config(config["model"], SCHEDULER_FILE)
+    if OBJECTIVES[config["objective"]].few_steps:
+        return student_scheduler(teacher, config)
+    return teacher_scheduler("ddim", "trailing", teacher)
+
+
+def run_config(run: Path) -> dict[str, Any]:
     """A run's resolved configuration. Raises UserError where the folder is no run."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run (no config.json); `train distill --run {run}` makes one")
     return {"objective": "lcd", **load_json(run / "config.json")}  # older runs name no objective
 
 
-def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, object]]:
+def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, Any]]:
     """An exported student, ready to draw, and the configuration it was distilled with.
 
     Raises UserError where the run has no export.

@@ -16,7 +16,7 @@ from train.config import DistillConfig, ExportConfig
 # What belongs to an export; checkpoints, metrics and the cache's path stay at home.
 FILES = [
     "README.md", "preview.png", "evaluation.json", "evaluation.png",
-    "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors", "unet/*",
+    "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors", "unet/*", "scheduler/*",
 ]  # fmt: skip
 REMEDIES = {
     401: "the hub does not accept the token: `hf auth login`, or another --hub-token",

@@ -8,6 +8,7 @@ the original checkpoint, where blocks are counted through: `input_blocks.4.1` fo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,17 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shared.errors import UserError
+
 KOHYA_FILE = "kohya_lora_weights.safetensors"
+OUTSIDE_BLOCKS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
 RESNET_PARTS = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -29,24 +40,37 @@ RESNET_PARTS = {
 
 
 def save_kohya(unet: UNet2DConditionModel, file: Path) -> None:
-    """Write the adapter of `unet` with its rank and alpha, fp32."""
-    adapter = unet.peft_config["default"]
+    """Write the adapter of `unet` with its rank and alpha, fp32.
+
+    Raises UserError for a layer that has no name there.
+    """
     xl = unet.config.addition_embed_type == "text_time"
     tensors = kohya_tensors(
         get_peft_model_state_dict(unet),
-        float(adapter.lora_alpha),
+        float(unet.peft_config["default"].lora_alpha),
         unet.config.layers_per_block if xl else None,
     )
-    base = "sdxl_base_v1-0" if xl else "sd_v1"
-    if unet.config.cross_attention_dim == 1024:
-        base = "sd_v2"
+    save_file(tensors, file, kohya_metadata(unet, tensors))
+
+
+def kohya_metadata(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What sd-scripts writes of a LoRA; web UIs sort by `ss_base_model_version` and `ss_v2`."""
+    adapter = unet.peft_config["default"]
+    rank, alpha = str(adapter.r), str(adapter.lora_alpha)
+    v2 = unet.config.cross_attention_dim == 1024
+    base = "sd_v2" if v2 else "sd_v1"
+    if unet.config.addition_embed_type == "text_time":
+        base = "sdxl_base_v1-0"
     metadata = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(adapter.r),
-        "ss_network_alpha": str(adapter.lora_alpha),
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
         "ss_base_model_version": base,
+        "ss_v2": str(v2),
     }
-    save_file(tensors, file, metadata)
+    if any(tensor.ndim == 4 and tensor.shape[-1] > 1 for tensor in tensors.values()):
+        metadata["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": alpha})
+    return metadata
 
 
 def kohya_tensors(
@@ -54,7 +78,8 @@ def kohya_tensors(
 ) -> dict[str, Tensor]:
     """peft's tensors of a UNet (`PATH.lora_A.weight`, `PATH.lora_B.weight`) under kohya's names.
 
-    With `layers_per_block`, paths become those of the original SDXL checkpoint.
+    With `layers_per_block`, paths become those of the original SDXL checkpoint; raises UserError
+    for one that has no counterpart there.
     """
     tensors = {}
     for name, tensor in adapter.items():
@@ -69,14 +94,18 @@ def kohya_tensors(
 
 
 def original_path(path: str, layers_per_block: int) -> str:
-    """A module inside a UNet's blocks: from its diffusers path to that of the original checkpoint.
+    """A module of a UNet: from its diffusers path to that of the original checkpoint.
 
     `input_blocks.0` is conv_in; then each down block counts its layers and its downsampler, each up
     block its layers, one more than below. A layer's parts are 0 the resnet, 1 the attention (where
     there is one), then the upsampler; the upsampler of an up block without attention is its 1,
-    which no SDXL has.
+    which no SDXL has. Raises UserError for what the original does not have.
     """
+    if path in OUTSIDE_BLOCKS:
+        return OUTSIDE_BLOCKS[path]
     parts = path.split(".")
+    if parts[0] not in ("down_blocks", "mid_block", "up_blocks"):
+        raise UserError(f"the original SDXL has no layer {path}")
     if parts[0] == "mid_block":
         kind, number, rest = parts[1], int(parts[2]), parts[3:]
         block = f"middle_block.{2 * number if kind == 'resnets' else 1}"
@@ -88,7 +117,6 @@ def original_path(path: str, layers_per_block: int) -> str:
             return f"input_blocks.{first + layers_per_block}.0.op"
         block = f"input_blocks.{first + number}"
     else:
-        assert parts[0] == "up_blocks", path
         first = level * (layers_per_block + 1)
         if kind == "upsamplers":
             return f"output_blocks.{first + layers_per_block}.2.conv"
