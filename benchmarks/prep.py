@@ -65,16 +65,18 @@ def measure(tar: Path, model: str, cache: Path, resolution: int | None) -> dict[
     from prep import commands, identity
     from prep.config import EncodeConfig
     from prep.images import prepare
+    from shared.cache import CachePaths
     from shared.family import resolve_model
 
     config = EncodeConfig(
         (str(tar),), model=model, cache=cache, resolution=resolution, report=False
     )
     resolved = resolve_model(model)
-    shapes = identity.choose_shapes(config, commands.CachePaths(cache))
-    settings = identity.choose_settings(config, resolved, keep_logvar=False)
-    vae = identity.choose_vae(config, commands.CachePaths(cache), resolved, shapes.device)
-    encoders = identity.load_encoders(resolved, shapes, vae, 0)
+    paths, settings = CachePaths(cache), identity.choose_settings(config, resolved, False)
+    device = identity.choose_device(config, paths)
+    shapes = identity.choose_shapes(config, paths, device, settings.framing.resolution)
+    vae = identity.choose_vae(config, paths, resolved, shapes.device)
+    encoders = identity.load_encoders(resolved, shapes, vae, 0, device)
     few = [sample for _, sample in zip(range(8 * shapes.vae_batch_size), originals(), strict=False)]
     pixels = [prepare(picture, settings.framing)[0].pixels for picture, _, _ in few]
     encoders.vae.calibrate(pixels[: shapes.vae_batch_size])

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import schedule_from_config
@@ -180,6 +184,44 @@ def test_everything_trainable_gets_a_gradient_in_fp32_and_nothing_else(model, ki
     rest = [p for n in networks for p in n.parameters() if id(p) not in trained]
     assert rest
     assert not any(p.requires_grad or p.grad is not None for p in rest)
+
+
+class MadeOfNumbers(TorchDispatchMode):
+    """Notes the operations whose tensors come neither from `known` ones nor from other operations:
+    Python has made those, and would copy them to a GPU, which waits for that."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.found = list(known), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if not {id(tensor) for tensor in tensors} <= set(map(id, self.known)):
+            self.found.append(str(func))
+        answer = func(*args, **(kwargs or {}))
+        self.known += tree_leaves(answer)
+        return answer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_sends_nothing_to_the_device(model, kind, monkeypatch):
+    """Watched on torch's meta device, which like a GPU has memory of its own."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which has no meta
+    student = build(model, kind)
+    for unet in student.networks():
+        unet.to(meta)
+    lcd, batch, empty = lcd_for(model, student)
+    lcd = replace(lcd, schedule=lcd.schedule.to(meta))
+    batch, empty = batch.to(meta), empty.to(meta)
+    weights = [t for unet in student.networks() for t in (*unet.parameters(), *unet.buffers())]
+    mode = MadeOfNumbers(
+        [*weights, *batch.tensors().values(), *vars(empty).values(), lcd.schedule.alphas_cumprod]
+    )
+    with mode:
+        loss = lcd(batch, empty, student)
+    assert loss.device == meta
+    assert mode.found == []
 
 
 def test_lora_adapts_all_of_the_unet_but_its_ends_and_embeddings(model):
