@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import schedule_from_config
+from shared.errors import UserError
 from train.batch import Batch
 from train.config import DistillConfig
 from train.objectives.lcd import LCD
@@ -435,6 +436,39 @@ def test_a_teacher_whose_config_says_little(tiny_sd, tmp_path):
     (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
     student = build(tmp_path, "full")
     assert student.unet.config.time_cond_proj_dim == 16
+
+
+def test_compilation_wants_its_tools(tmp_path, monkeypatch):
+    cuda, settings = torch.device("cuda"), DistillConfig("tiny-sd", None, None, compile=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"--compile wants a C\+\+ compiler \(g\+\+, or CXX\)"):
+        check_speed(settings, CPU)
+    with pytest.raises(UserError, match=r"--compile wants a C compiler \(gcc, clang, or CC\)"):
+        check_speed(settings, cuda)
+    (tmp_path / "clang").touch(mode=0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(UserError, match=r"--compile wants Python's headers \(Python.h, "):
+        check_speed(settings, cuda)
+    (tmp_path / "Python.h").touch()
+    check_speed(settings, cuda)
+    check_speed(replace(settings, compile=False), cuda, sizes=3)
+    with pytest.raises(UserError, match="is for latents of one size, and the cache has 3; leave"):
+        check_speed(settings, cuda, sizes=3)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_convolutions_use_tf32_only_where_it_is_allowed(monkeypatch, allowed):
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    try:
+        speed_up([], DistillConfig("tiny-sd", None, None, allow_tf32=allowed), CPU)
+        assert torch.backends.cudnn.allow_tf32 == allowed
+        assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 @pytest.mark.slow
