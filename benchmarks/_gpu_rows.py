@@ -121,16 +121,23 @@ def training(row: Row, bench: Bench, batch: int, ceiling: float) -> dict[str, An
         kind = row.model, row.student
         if kind not in bench.work and not row.compile:  # the counter does not see compiled code
             bench.work[kind] = flops(trainer.fed) / batch / 1e12
-        if kind in bench.work:
-            work = bench.work[kind]
-            share = work * found["samples_per_second"] / ceiling
-            found |= {"tflop_per_sample": work, "of_matmul": share}
+        found |= share_of_matmul(row, bench, found, ceiling)
         if row.precision == "bf16" and not row.compile:
             baseline = partial(online, trainer, bench, row, batch)
             found["online"] = unless_out_of_memory(baseline) or {"out_of_memory": True}
     finally:
         trainer.close()
     return found
+
+
+def share_of_matmul(
+    row: Row, bench: Bench, found: dict[str, Any], ceiling: float
+) -> dict[str, float]:
+    """Where an eager row of the same model and student has been counted."""
+    work = bench.work.get((row.model, row.student))
+    if work is None or "samples_per_second" not in found:
+        return {}
+    return {"tflop_per_sample": work, "of_matmul": work * found["samples_per_second"] / ceiling}
 
 
 def cached(trainer: Cached, bench: Bench, batch: int) -> dict[str, Any]:
