@@ -191,6 +191,7 @@ def online(trainer: Cached, bench: Bench, row: Row, batch: int) -> dict[str, Any
     }
     if baseline.encoders.micro_conditioning:
         del baseline
+        torch.backends.cudnn.allow_tf32 = True  # torch's default, which common scripts leave alone
         slow = Online(trainer.run, trainer.resident, resolution, vae_dtype=torch.float32)
         slow.step()
         answer["seconds_with_fp32_vae"] = seconds(slow.step, bench.device, max(times // 2, 1))

@@ -20,7 +20,7 @@ from shared.errors import UserError
 from train.batch import Batch
 from train.config import DistillConfig
 from train.objectives.lcd import LCD
-from train.speed import autocast, check_speed, compile_blocks, speed_up
+from train.speed import COMPILED, autocast, check_speed, compile_blocks, speed_up
 from train.student import build_student
 
 CPU = torch.device("cpu")
@@ -458,17 +458,13 @@ def test_compilation_wants_its_tools(tmp_path, monkeypatch):
         check_speed(settings, cuda, sizes=3)
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("allowed", [False, True])
-def test_convolutions_use_tf32_only_where_it_is_allowed(monkeypatch, allowed):
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+def test_convolutions_use_tf32_only_where_it_is_allowed(allowed):
     torch.backends.cudnn.allow_tf32 = True  # torch's default
-    try:
-        speed_up([], DistillConfig("tiny-sd", None, None, allow_tf32=allowed), CPU)
-        assert torch.backends.cudnn.allow_tf32 == allowed
-        assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
-    finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
+    speed_up([], DistillConfig("tiny-sd", None, None, allow_tf32=allowed), CPU)
+    assert torch.backends.cudnn.allow_tf32 == allowed
+    assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
 
 
 @pytest.mark.slow
@@ -513,7 +509,38 @@ def test_compiled_by_inductor(tiny_sd):
             )
 
 
+@pytest.fixture
+def exact():
+    """fp32 that is fp32 when a test begins, and what it was when it has ended."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.backends.cudnn.allow_tf32 = before[0]
+    torch.set_float32_matmul_precision(before[1])
+
+
+def effects(student) -> set[str]:
+    """What has come of the flags for speed, as torch and diffusers tell it; all or nothing."""
+    processors = [p for unet in student.networks() for p in unet.attn_processors.values()]
+    blocks = [
+        block._compiled_call_impl is not None
+        for unet in student.networks()
+        for block in unet.modules()
+        if type(block).__name__ in COMPILED
+    ]
+    tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+    told = {
+        "xformers": [type(processor).__name__.startswith("XFormers") for processor in processors],
+        "compile": blocks,
+        "tf32": tf32,
+    }
+    assert all(len(set(each)) == 1 for each in told.values()), told
+    return {name for name, each in told.items() if each[0]}
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("how", ["xformers", "compile", "both", "tf32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_faster_ways_give_the_same_loss(model, kind, how):
@@ -528,7 +555,7 @@ def test_faster_ways_give_the_same_loss(model, kind, how):
     )  # fmt: skip
     check_speed(config, device)
     torch._dynamo.reset()
-    before, losses = torch.get_float32_matmul_precision(), []
+    losses = []
     for faster in (False, True):
         student = build_student(str(model), config)
         for unet in student.networks():
@@ -542,5 +569,8 @@ def test_faster_ways_give_the_same_loss(model, kind, how):
             loss = lcd(batch.to(device), empty.to(device), student)
         loss.backward()
         losses.append(loss.item())
-    torch.set_float32_matmul_precision(before)
+        took = effects(student)
+        wanted = {"xformers": {"xformers"}, "compile": {"compile"}, "tf32": {"tf32"},
+                  "both": {"xformers", "compile"}}  # fmt: skip
+        assert took == (wanted[how] if faster else set())
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
