@@ -118,6 +118,8 @@ def training(row: Row, bench: Bench, batch: int, ceiling: float) -> dict[str, An
     trainer = Cached(run)
     try:
         found = cached(trainer, bench, batch)
+        if not row.compile:  # of which the estimate, which takes seconds, does not know
+            found["estimated_gb"] = estimated_bytes(trainer) / 1e9
         kind = row.model, row.student
         if kind not in bench.work and not row.compile:  # the counter does not see compiled code
             bench.work[kind] = flops(trainer.fed) / batch / 1e12
@@ -156,7 +158,6 @@ def cached(trainer: Cached, bench: Bench, batch: int) -> dict[str, Any]:
         "seconds": found["seconds"],
         "samples_per_second": batch / found["seconds"],
         "peak_gb": peak_bytes(bench.device) / 1e9,
-        "estimated_gb": estimated_bytes(trainer) / 1e9,
         "to_resident": found["ratio"],
         "waited": trainer.waited / (bench.pairs * times * found["seconds"]),
     }

@@ -76,7 +76,7 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bo
     Raises UserError where they overflow at every scale. Only fp16 waits for the device here, once.
     """
     one = torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
-    before = scaler.scale(one)
+    before = scaler.scale(one)  # on the device: to read it would be a wait of its own
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
