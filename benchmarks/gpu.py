@@ -111,7 +111,8 @@ class Table:
         if (row.model, row.compile) in self.took:
             return self.took[row.model, row.compile]
         smaller = self.took.get(("sd15", row.compile), EXPECTED[row.compile])
-        return smaller * (LARGER if row.model == "sdxl" else 1.0)
+        guess = smaller * (LARGER if row.model == "sdxl" else 1.0)
+        return min(guess, COMPILED) if row.compile else guess
 
     def add(self, row: Row, found: dict[str, Any]) -> None:
         """Note a row, write the file anew."""
@@ -132,15 +133,15 @@ def in_child(row: Row, bench: Bench, seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.gpu", *options]
     # A file: inductor's processes hold a pipe open longer than the one that is waited for.
     with tempfile.TemporaryFile() as answer:
-        child = subprocess.Popen(command, cwd=REPO, stdout=answer, start_new_session=True)
+        process = subprocess.Popen(command, cwd=REPO, stdout=answer, start_new_session=True)
         try:
-            status = child.wait(seconds)
+            status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {seconds:.0f} seconds"}
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         answer.seek(0)
         lines = answer.read().decode().splitlines()
     found: dict[str, Any] = json.loads(lines[-1]) if status == 0 else {"failed": f"exit {status}"}

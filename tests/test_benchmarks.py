@@ -227,6 +227,8 @@ def test_a_guess_for_sdxl_follows_what_sd15_took(tmp_path):
     assert table.expected(larger) == 40 * gpu.LARGER
     table.took["sdxl", False] = 70.0
     assert table.expected(larger) == 70
+    table.took["sd15", True] = 149.0  # the next one would be ended as soon
+    assert table.expected(Row("sdxl", "lora", "bf16", compile=True)) == gpu.COMPILED
 
 
 def test_the_estimate_of_memory_decides_nothing_here(tmp_path, monkeypatch):
