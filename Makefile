@@ -55,7 +55,7 @@ test-slow: $(STAMP) ## the tests that take long
 	$(PY) -m pytest -m slow --timeout 1800 $(args)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
-	$(PY) -m pytest -m gpu $(args)
+	$(PY) -m pytest -m gpu --timeout 1800 $(args)
 
 lint: $(STAMP) ## ruff, mypy, import contracts
 	$(VENV)/bin/ruff check

@@ -118,19 +118,28 @@ def training(row: Row, bench: Bench, batch: int, ceiling: float) -> dict[str, An
     trainer = Cached(run)
     try:
         found = cached(trainer, bench, batch)
+        if not row.compile:  # of which the estimate, which takes seconds, does not know
+            found["estimated_gb"] = estimated_bytes(trainer) / 1e9
         kind = row.model, row.student
         if kind not in bench.work and not row.compile:  # the counter does not see compiled code
             bench.work[kind] = flops(trainer.fed) / batch / 1e12
-        if kind in bench.work:
-            work = bench.work[kind]
-            share = work * found["samples_per_second"] / ceiling
-            found |= {"tflop_per_sample": work, "of_matmul": share}
+        found |= share_of_matmul(row, bench, found, ceiling)
         if row.precision == "bf16" and not row.compile:
             baseline = partial(online, trainer, bench, row, batch)
             found["online"] = unless_out_of_memory(baseline) or {"out_of_memory": True}
     finally:
         trainer.close()
     return found
+
+
+def share_of_matmul(
+    row: Row, bench: Bench, found: dict[str, Any], ceiling: float
+) -> dict[str, float]:
+    """Where an eager row of the same model and student has been counted."""
+    work = bench.work.get((row.model, row.student))
+    if work is None or "samples_per_second" not in found:
+        return {}
+    return {"tflop_per_sample": work, "of_matmul": work * found["samples_per_second"] / ceiling}
 
 
 def cached(trainer: Cached, bench: Bench, batch: int) -> dict[str, Any]:
@@ -149,7 +158,6 @@ def cached(trainer: Cached, bench: Bench, batch: int) -> dict[str, Any]:
         "seconds": found["seconds"],
         "samples_per_second": batch / found["seconds"],
         "peak_gb": peak_bytes(bench.device) / 1e9,
-        "estimated_gb": estimated_bytes(trainer) / 1e9,
         "to_resident": found["ratio"],
         "waited": trainer.waited / (bench.pairs * times * found["seconds"]),
     }
@@ -184,6 +192,7 @@ def online(trainer: Cached, bench: Bench, row: Row, batch: int) -> dict[str, Any
     }
     if baseline.encoders.micro_conditioning:
         del baseline
+        torch.backends.cudnn.allow_tf32 = True  # torch's default, which common scripts leave alone
         slow = Online(trainer.run, trainer.resident, resolution, vae_dtype=torch.float32)
         slow.step()
         answer["seconds_with_fp32_vae"] = seconds(slow.step, bench.device, max(times // 2, 1))

@@ -51,5 +51,8 @@ def cpu_name() -> str:
 def commit() -> str:
     """The commit measured, marked where files were changed since."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    answer = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent)
+    try:
+        answer = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent)
+    except FileNotFoundError:  # no git
+        return "unknown"
     return answer.stdout.strip() or "unknown"

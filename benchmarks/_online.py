@@ -43,7 +43,7 @@ class TwoCalls:
     def teacher(
         self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
     ) -> tuple[Tensor, Tensor]:
-        nothing = empty[[0] * len(z)]
+        nothing = empty.expand(len(z))
         return (
             call_unet(self.teacher_unet, z, t, batch.text, batch.time_ids),
             call_unet(self.teacher_unet, z, t, nothing, batch.time_ids),

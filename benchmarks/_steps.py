@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import (
@@ -36,7 +37,9 @@ def open_run(
         model=str(source), cache=cache, run=run, device=str(device), validation_steps=0,
         report_to=(), **flags,
     )  # fmt: skip
-    with random_weights(device), contextlib.redirect_stderr(io.StringIO()):
+    # What the step will take is found out by taking it, and the estimate would cost seconds.
+    quiet = patch("train.setup.say_memory"), contextlib.redirect_stderr(io.StringIO())
+    with random_weights(device), quiet[0], quiet[1]:
         return prepare(config)
 
 

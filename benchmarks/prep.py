@@ -110,10 +110,11 @@ class Alone:
 def load_alone(config: EncodeConfig, cache: CachePaths) -> Alone:
     """The encoders of a job, with the first pictures of the project."""
     model = resolve_model(config.model)
-    shapes = identity.choose_shapes(config, cache)
     settings = identity.choose_settings(config, model, keep_logvar=False)
+    device = identity.choose_device(config, cache)
+    shapes = identity.choose_shapes(config, cache, device, settings.framing.resolution)
     vae = identity.choose_vae(config, cache, model, shapes.device)
-    encoders = identity.load_encoders(model, shapes, vae, 0)
+    encoders = identity.load_encoders(model, shapes, vae, 0, device)
     count = max(8 * shapes.vae_batch_size, shapes.text_batch_size)
     few = list(itertools.islice(originals(), count))
     pixels = [prepare(picture, settings.framing)[0].pixels for picture, _, _ in few]

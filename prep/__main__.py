@@ -109,9 +109,15 @@ COMMANDS = {
 }
 
 
+LESS_MEMORY = (
+    "encode needs less of it with a smaller --vae-batch-size or --text-batch-size (of a new cache: "
+    "one that is begun keeps its own)"
+)
+
+
 def main() -> None:
     """Entry point of `distillery-prep`."""
-    run_main(lambda: dispatch("python -m prep", COMMANDS))
+    run_main(lambda: dispatch("python -m prep", COMMANDS), LESS_MEMORY)
 
 
 if __name__ == "__main__":

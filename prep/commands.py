@@ -35,10 +35,11 @@ def encode(config: config.EncodeConfig) -> None:
     cache = CachePaths(config.cache)
     records = read_units(cache)
     stale = share(stale_units(cache, records, units, config.prune), config.part)
-    shapes = identity.choose_shapes(config, cache)
-    vae = identity.choose_vae(config, cache, model, shapes.device)
+    device = identity.choose_device(config, cache)
     settings = identity.choose_settings(config, model, keep_logvar(config, cache))
-    encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip)
+    shapes = identity.choose_shapes(config, cache, device, settings.framing.resolution)
+    vae = identity.choose_vae(config, cache, model, shapes.device)
+    encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip, device)
     todo = plan.pending(cache, share(units, config.part), records)
     captions: list[str] = []
     seconds = None

@@ -19,6 +19,7 @@ from prep.engine import Job, Outcome, encode_unit
 from prep.identity import load_encoders
 from prep.pipeline import Encoders
 from prep.sources import Unit
+from shared.device import pick_device
 from shared.errors import UserError
 from shared.progress import Progress
 
@@ -49,7 +50,8 @@ class Worker:
                 "starts in, the cache and the sources must be on a file system that all workers see"
             ) from None
         job = self.job
-        return load_encoders(job.model, job.shapes, job.vae, job.settings.clip_skip)
+        device = pick_device(job.shapes.device)  # Ray shows each worker a GPU of its own
+        return load_encoders(job.model, job.shapes, job.vae, job.settings.clip_skip, device)
 
     def ready(self) -> None:
         """Answers when the encoders are loaded."""

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from prep.buckets import choose_buckets
 from prep.config import EncodeConfig
 from prep.filters import Filters
@@ -24,7 +26,10 @@ from shared.storage import load_json
 
 @dataclass(frozen=True)
 class Shapes:
-    """Batch shapes and threads: with them the encoders give the same bytes every time."""
+    """Batch shapes and threads: with them the encoders give the same bytes every time.
+
+    `device` is the kind alone: which of a machine's GPUs it is makes no difference.
+    """
 
     vae_batch_size: int
     text_batch_size: int
@@ -32,17 +37,32 @@ class Shapes:
     device: str
 
 
-def choose_shapes(config: EncodeConfig, cache: CachePaths) -> Shapes:
+def choose_device(config: EncodeConfig, cache: CachePaths) -> torch.device:
+    """The flag, else the kind that the cache was begun on, else a GPU where there is one."""
+    if config.device == "auto" and cache.identity.exists():
+        return pick_device(load_json(cache.identity)["shapes"]["device"])
+    return pick_device(config.device)
+
+
+def choose_shapes(
+    config: EncodeConfig, cache: CachePaths, device: torch.device, resolution: int
+) -> Shapes:
     """The flags, else what the cache was begun with, else defaults."""
     stored = load_json(cache.identity)["shapes"] if cache.identity.exists() else {}
-    device = pick_device(stored.get("device", "auto") if config.device == "auto" else config.device)
-    default = 8 if device.type == "cpu" else 16
+    default = default_vae_batch_size(device, resolution)
     return Shapes(
         config.vae_batch_size or stored.get("vae_batch_size", default),
         config.text_batch_size or stored.get("text_batch_size", 32),
         config.threads or stored.get("threads") or config.cpus_per_worker or os.cpu_count() or 1,
         device.type,
     )
+
+
+def default_vae_batch_size(device: torch.device, resolution: int) -> int:
+    """On a GPU 16 pictures of 512 px, or as many larger ones as have so many pixels."""
+    if device.type == "cpu":
+        return 8
+    return min(16, max(1, 16 * 512**2 // resolution**2))
 
 
 @dataclass(frozen=True)
@@ -66,13 +86,15 @@ def choose_vae(config: EncodeConfig, cache: CachePaths, model: Model, device: st
     )
 
 
-def load_encoders(model: Model, shapes: Shapes, vae: VaeChoice, clip_skip: int) -> Encoders:
-    """Both encoders on the recorded device, with the recorded number of threads.
+def load_encoders(
+    model: Model, shapes: Shapes, vae: VaeChoice, clip_skip: int, device: torch.device
+) -> Encoders:
+    """Both encoders on `device`, with the recorded batch shapes and number of threads.
 
     Raises UserError for a VAE whose latents the model does not take.
     """
     set_threads(shapes.threads)
-    device = pick_device(shapes.device)
+    torch.backends.cudnn.allow_tf32 = False  # torch's default: 10 bits where fp32 has 23
     encoder = VaeEncoder(vae.source, device, shapes.vae_batch_size, vae.dtype, vae.rescale)
     wanted = load_config(model.source, "unet/config.json")["in_channels"]
     if vae.source != model.source and encoder.channels != wanted:

@@ -18,14 +18,15 @@ PATIENCE = 5.0  # seconds that an unwanted reader has to end
 
 
 def mapped(
-    function: Callable[[S], T], items: Iterable[S], workers: int, ahead: int, name: str
-) -> Generator[T, None, None]:
+    function: Callable[[S], T], items: Iterable[S], workers: int, ahead: int, name: str,
+    begin: Callable[[], None] | None = None,
+) -> Generator[T, None, None]:  # fmt: skip
     """`function` of each item, in `workers` threads, at most `ahead` items waiting; in order.
 
-    What the function or the items raise is raised here, once. When the consumer stops early, what
-    has begun is waited for, and the rest is not begun.
+    Each thread calls `begin` first. What the function or the items raise is raised here, once. When
+    the consumer stops early, what has begun is waited for, and the rest is not begun.
     """
-    with ThreadPoolExecutor(workers, thread_name_prefix=name) as pool:
+    with ThreadPoolExecutor(workers, name, initializer=begin) as pool:
         waiting: deque[Future[T]] = deque()
         try:
             for item in items:

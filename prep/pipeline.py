@@ -24,6 +24,7 @@ from prep.reuse import NOTHING, Known
 from prep.sources import Row, Unit
 from prep.text import CaptionMemo, TextEncoder
 from prep.vae import Started, VaeEncoder
+from shared.device import use_device
 
 T = TypeVar("T")
 
@@ -189,8 +190,10 @@ def embedded(
     OpenMP's each would only take the same cores in turns.
     """
     work = partial(embed, memo=memo, settings=settings)
-    if memo.encoder.device.type == "cuda":
-        yield from mapped(work, chunked, 1, CHUNKS_AHEAD, "captions")
+    device = memo.encoder.device
+    if device.type == "cuda":
+        begin = partial(use_device, device)
+        yield from mapped(work, chunked, 1, CHUNKS_AHEAD, "captions", begin)
     else:
         yield from map(work, chunked)
 

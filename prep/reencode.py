@@ -65,12 +65,12 @@ def disagreements(
 def encoders_of(config: VerifyConfig, identity: Mapping[str, object]) -> Encoders:
     """The cache's encoders, on this machine's device, with the recorded batch shapes."""
     model = resolve_model(config.model or str(identity["model"]))
-    shapes = dict(identity["shapes"])  # type: ignore[call-overload]
+    shapes = Shapes(**identity["shapes"])  # type: ignore[arg-type]
     made = identity["vae"]
     assert isinstance(made, Mapping)
     vae = VaeChoice(vae_source(identity, config), made["dtype"], made["rescale"])
-    shapes["device"] = str(pick_device(config.device))
-    encoders = load_encoders(model, Shapes(**shapes), vae, settings_of(identity).clip_skip)
+    device, clip_skip = pick_device(config.device), settings_of(identity).clip_skip
+    encoders = load_encoders(model, shapes, vae, clip_skip, device)
     for part, wanted in (("vae", encoders.vae.identity()), ("text", encoders.text.identity())):
         made = identity[part]
         assert isinstance(made, Mapping)

@@ -141,7 +141,7 @@ class VaeEncoder:
         copied = None
         if cuda:
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(self.device))
         return Started(images, moments, finite, copied)
 
     @torch.inference_mode()

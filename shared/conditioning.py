@@ -36,6 +36,14 @@ class TextEmbeds:
         pooled = self.pooled_prompt_embeds
         return TextEmbeds(self.prompt_embeds[rows], None if pooled is None else pooled[rows])
 
+    def expand(self, count: int) -> TextEmbeds:
+        """One row as `count`, without a copy. (An index would be sent to the GPU, which waits.)"""
+        pooled = self.pooled_prompt_embeds
+        return TextEmbeds(
+            self.prompt_embeds.expand(count, -1, -1),
+            None if pooled is None else pooled.expand(count, -1),
+        )
+
     def to(self, device: torch.device) -> TextEmbeds:
         """The same on a device."""
         pooled = self.pooled_prompt_embeds

@@ -14,10 +14,11 @@ class UserError(Exception):
     """A mistake or bad data that the user can mend: one line with cause and remedy."""
 
 
-def run_main(main: Callable[[], int | None]) -> None:
+def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
     """Run a command's `main`; a UserError, Ctrl-C or SIGTERM ends it in one line.
 
-    Exits 0 on success, 1 on a UserError, 130 on Ctrl-C, 143 on SIGTERM.
+    So does a GPU whose memory is full: `less_memory` says which flags need less of it. Exits 0 on
+    success, 1 on an error, 130 on Ctrl-C, 143 on SIGTERM.
     """
     terminated: list[bool] = []
     try:
@@ -25,6 +26,11 @@ def run_main(main: Callable[[], int | None]) -> None:
             sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {on_one_line(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: the GPU's memory is full; {less_memory}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(
@@ -35,6 +41,12 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `python -m prep stats | head`
         sys.stderr.close()
         sys.exit(141)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Is it torch's error for a full GPU? Without torch, which takes a while to load, it is not."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def on_one_line(text: str) -> str:

@@ -18,6 +18,9 @@ from shared.rescale import RESCALE_FILE, restore
 from shared.single_file import is_single_file, load_part
 from shared.storage import load_json
 
+DECODED = 25  # latents decoded at once, at most
+DECODED_VALUES = 128 * 128  # of one channel, over all of them
+
 
 def load_vae(source: str) -> AutoencoderKL:
     """A VAE, fp32, frozen, channels last: a model's own (folder, hub id, one file), or a VAE's.
@@ -71,8 +74,18 @@ def _find(source: str, folder: str, name: str) -> Path | None:
 
 @torch.inference_mode()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
-    """Raw, unscaled latents `[N, C, h, w]` to RGB pixels `[N, H, W, 3]`."""
-    return to_pixels(vae.decode(latents.to(vae.device, vae.dtype)).sample)
+    """Raw, unscaled latents `[N, C, h, w]` to RGB pixels `[N, H, W, 3]`, a few at a time."""
+    parts = torch.split(latents, decoded_at_once(latents.shape[-2], latents.shape[-1]))
+    decoded = (vae.decode(part.to(vae.device, vae.dtype)).sample for part in parts)
+    return np.concatenate([to_pixels(images) for images in decoded])
+
+
+def decoded_at_once(height: int, width: int) -> int:
+    """How many latents of a size: 25 small ones, 4 of 64 x 64, one of 128 x 128.
+
+    In fp32 a picture of 1024 px takes some 4 GB while it is decoded.
+    """
+    return min(DECODED, max(1, DECODED_VALUES // (height * width)))
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:

@@ -17,6 +17,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config):
+    """The other tests are about a CPU: hide the GPUs unless -m asks for the tests that need one."""
+    chosen = config.option.markexpr
+    if chosen and "gpu" not in chosen.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return ROOT

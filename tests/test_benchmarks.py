@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import train.setup
 from benchmarks import _gpu_rows, gpu
 from benchmarks._gpu_rows import Row
 from benchmarks._models import (
@@ -159,9 +162,79 @@ def test_a_row_that_fails_costs_no_other(monkeypatch, tmp_path):
         return {"out_of_memory": True}
 
     monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "in_child", lambda row, bench, seconds: measure(row, bench, 1.0))
     found = gpu.main(["--tiny", "--device", "cpu", "--threads", "1", "--only", "tiny-sd"])
     assert found["rows"]["tiny-sd full bf16 eager"]["failed"] == "RuntimeError: no compiler"
     assert found["not_measured"] == []
+
+
+COMPILED = Row("tiny-sd", "lora", "bf16", compile=True)
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """Let a row's child be a shell script."""
+
+    def answers(script: str) -> gpu.Bench:
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        return gpu.open_bench(True, CPU, tmp_path, 1)
+
+    return answers
+
+
+def runs(pid: int) -> bool:
+    """Until it has died, whether or not anyone has asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_compiled_row_is_ended_in_time_with_all_that_it_started(answers, tmp_path):
+    bench = answers(f"sleep 60 & echo $! > {tmp_path}/pid; wait")
+    began = time.monotonic()
+    assert gpu.in_child(COMPILED, bench, 0.5) == {"failed": "not done after 0 seconds"}
+    assert time.monotonic() - began < 5
+    pid = int((tmp_path / "pid").read_text())
+    while runs(pid):
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+
+
+def test_a_compiled_row_is_measured_in_a_process_of_its_own(answers, monkeypatch, capsys, tmp_path):
+    bench = answers('echo compiling; echo \'{"batch": 4, "samples_per_second": 8.0}\'')
+    found = gpu.in_child(COMPILED, bench, 20)
+    assert found == {"batch": 4, "samples_per_second": 8.0}
+    assert _gpu_rows.share_of_matmul(COMPILED, bench, found, 100.0) == {}
+    bench.work["tiny-sd", "lora"] = 2.5  # counted in an eager row
+    share = {"tflop_per_sample": 2.5, "of_matmul": 0.2}
+    assert _gpu_rows.share_of_matmul(COMPILED, bench, found, 100.0) == share
+    assert gpu.in_child(COMPILED, answers("exit 3"), 20) == {"failed": "exit 3"}
+    # And the child's own side.
+    monkeypatch.setattr(gpu, "measure", lambda row, bench, ceiling: {"row": row.name})
+    words = ["--tiny", "--device", "cpu", "--only", COMPILED.name, "--child", str(tmp_path)]
+    gpu.main(words)
+    assert json.loads(capsys.readouterr().out) == {"row": COMPILED.name}
+
+
+def test_a_guess_for_sdxl_follows_what_sd15_took(tmp_path):
+    table = gpu.Table(gpu.rows(("sd15", "sdxl")), 1.0, write=False)
+    larger = Row("sdxl", "full", "bf16")
+    assert table.expected(larger) == gpu.EXPECTED[False] * gpu.LARGER
+    table.took["sd15", False] = 40.0
+    assert table.expected(larger) == 40 * gpu.LARGER
+    table.took["sdxl", False] = 70.0
+    assert table.expected(larger) == 70
+    table.took["sd15", True] = 149.0  # the next one would be ended as soon
+    assert table.expected(Row("sdxl", "lora", "bf16", compile=True)) == gpu.COMPILED
+
+
+def test_the_estimate_of_memory_decides_nothing_here(tmp_path, monkeypatch):
+    """It refuses what has no room; here the batch is halved instead, until it has."""
+    monkeypatch.setattr(train.setup, "say_memory", lambda *_: pytest.fail("not wanted"))
+    open_trainer(tmp_path, "tiny-sd", train_batch_size=2).close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

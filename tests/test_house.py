@@ -6,7 +6,9 @@ import re
 import subprocess
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +55,17 @@ def test_functions_stay_short():
 
 def test_data_stays_small():
     assert sum(path.stat().st_size for path in repository_files("data")) <= DATA_BYTES
+
+
+@pytest.mark.parametrize(
+    ("expression", "hidden"),
+    [("not slow and not gpu", True), ("slow", True), ("gpu", False), ("slow or gpu", False),
+     ("", False)],
+)  # fmt: skip
+def test_only_tests_that_need_a_gpu_see_one(monkeypatch, expression, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=expression)))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "0")
 
 
 def test_tests_are_flat():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 from shared.config import coerce, dispatch, parse, to_dict
 from shared.errors import UserError, run_main
@@ -149,11 +150,15 @@ def test_dispatch_lists_commands_and_refuses_others(program, capsys):
     assert capsys.readouterr().err == line
 
 
+FULL = "error: the GPU's memory is full; take less\n"
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "said"),
     [
         (UserError("no such cache"), 1, "error: no such cache\n"),
         (KeyboardInterrupt(), 130, "interrupted: what was committed is safe; "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), 1, FULL),
     ],
 )
 def test_errors_end_in_one_line(raised, status, said, capsys):
@@ -161,7 +166,7 @@ def test_errors_end_in_one_line(raised, status, said, capsys):
         raise raised
 
     with pytest.raises(SystemExit) as end:
-        run_main(main)
+        run_main(main, "take less")
     captured = capsys.readouterr()
     assert end.value.code == status
     assert captured.err.startswith(said)
@@ -169,9 +174,10 @@ def test_errors_end_in_one_line(raised, status, said, capsys):
     assert captured.out == ""
 
 
-def test_other_errors_keep_their_traceback():
+@pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError])
+def test_other_errors_keep_their_traceback(kind):
     def main():
-        raise ZeroDivisionError
+        raise kind
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(kind):
         run_main(main)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from shared.cache import CachePaths, open_manifest
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
+from shared.vae import decode_latents, to_pixels
 from train import evaluate, reference
 from train.artist import Artist, open_artist
 from train.config import DistillConfig, EvaluateConfig
@@ -206,6 +208,30 @@ def test_heldout_is_read_in_order_and_scaled(tiny_cache):
         assert torch.equal(heldout.texts.prompt_embeds[number], text)
     empty = load_conditioning(CachePaths(tiny_cache).conditioning).unconditional
     assert torch.equal(heldout.empty.prompt_embeds, empty.prompt_embeds)
+
+
+@pytest.mark.parametrize(
+    ("side", "drawn", "decoded"),
+    [(8, 100, 25), (32, 64, 16), (64, 16, 4), (128, 4, 1), (300, 1, 1)],
+)
+def test_as_many_pictures_at_once_as_a_gpu_has_room_for(tmp_path, side, drawn, decoded):
+    config = EvaluateConfig(run=tmp_path, eval_cache=tmp_path)
+    assert evaluate.with_batch_size(config, (4, side, side)).batch_size == drawn
+    asked = dataclasses.replace(config, batch_size=7)
+    assert evaluate.with_batch_size(asked, (4, side, side)).batch_size == 7
+    with pytest.raises(UserError, match="--batch-size 0 must be at least 1"):
+        evaluate.with_batch_size(dataclasses.replace(config, batch_size=0), (4, side, side))
+    seen = []
+
+    def decode(latents):
+        seen.append(len(latents))
+        return SimpleNamespace(sample=latents[:, :3])
+
+    vae = SimpleNamespace(decode=decode, device=torch.device("cpu"), dtype=torch.float32)
+    latents = torch.rand(26, 4, side, side) * 2 - 1
+    assert np.array_equal(decode_latents(vae, latents), to_pixels(latents[:, :3]))
+    assert max(seen) == decoded
+    assert sum(seen) == 26
 
 
 def test_too_few_pictures_are_refused(tiny_xl_cache, tiny_cache):

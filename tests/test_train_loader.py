@@ -454,10 +454,25 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     assert open_files(root) == 0
 
 
+def test_readers_begin_on_the_device_of_their_batches(posterior, monkeypatch):
+    """A new thread's current device is cuda:0, where it would take memory of another process."""
+    told = []
+    monkeypatch.setattr(
+        "train.loader.use_device",
+        lambda device: told.append((device.type, threading.current_thread().name)),
+    )
+    take(open_loader(posterior, threads=2), 8)
+    assert ("cpu", "loader_0") in told
+    assert len(set(told)) == len(told) <= 2
+
+
 @pytest.mark.gpu
-def test_batches_on_the_gpu_are_those_of_the_cpu(posterior):
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_batches_on_the_gpu_are_those_of_the_cpu(posterior, name):
     """A slot must not be filled again while its copy is under way."""
-    device = torch.device("cuda")
+    device = torch.device(name)
+    if (device.index or 0) >= torch.cuda.device_count():
+        pytest.skip("one GPU only")
     wanted = take(open_loader(posterior, batch_size=6), 60)
     batches = iter(open_loader(posterior, batch_size=6, threads=4, device=device))
     kept = [next(batches) for _ in range(60)]  # as fast as they come, all of them kept

@@ -1,5 +1,6 @@
 """The memory estimate against independent counts: real networks, saved tensors and states."""
 
+import gc
 import json
 from dataclasses import replace
 from unittest.mock import patch
@@ -11,12 +12,13 @@ from shared.conditioning import TextEmbeds
 from shared.errors import UserError
 from train.config import DistillConfig
 from train.loader import Batch
-from train.memory import estimate, forward, memory_line, meta_networks
+from train.memory import ROOM, estimate, forward, memory_line, meta_networks
 from train.meta import LiveBytes, MetaAutocast, fused_attention
 from train.optim import build_optimizer
 from train.student import build_student
 
 SIZE, COUNT = (32, 32), 3
+WORKSPACE = 300_000_000  # bytes that kernels may take for themselves
 MODELS = ["tiny_sd", "tiny_xl"]
 KINDS = ["full", "lora"]
 
@@ -158,28 +160,42 @@ def test_what_a_user_reads(tiny_sd):
         memory_line(unet, settings, SIZE, 1000)
 
 
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    """A UNet of SD 1.5's size with random weights: 3.4 GB, so it is written once."""
+    from diffusers import UNet2DConditionModel
+
+    from benchmarks._public_unets import SD15
+
+    folder = tmp_path_factory.mktemp("sd15")
+    UNet2DConditionModel.from_config(SD15).save_pretrained(folder / "unet")
+    return folder
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixed", ["no", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_estimate_is_what_a_gpu_takes(tmp_path, kind, checkpointing, mixed):
-    """SD 1.5's size at 512 px, random weights: within 15% of torch.cuda.max_memory_allocated."""
-    from diffusers import UNet2DConditionModel
-
-    from benchmarks._public_unets import SD15
+def test_the_estimate_is_what_a_gpu_takes(sd15, kind, checkpointing, mixed):
+    """SD 1.5's size at 512 px: within 15% of what torch allocates, the workspace of cuBLAS and
+    cuDNN, which no estimate sees, left aside."""
     from shared.diffusion import schedule_from_config
     from train.objectives.lcd import LCD
     from train.speed import autocast
 
-    UNet2DConditionModel.from_config(SD15).save_pretrained(tmp_path / "unet")
     settings = DistillConfig(
-        str(tmp_path), None, None, student=kind, train_batch_size=2, mixed_precision=mixed,
+        str(sd15), None, None, student=kind, train_batch_size=2, mixed_precision=mixed,
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    unet, device = json.loads((tmp_path / "unet" / "config.json").read_text()), torch.device("cuda")
-    wanted = estimate(unet, settings, (64, 64)).peak
+    device = torch.device("cuda")
+    wanted = estimate(unet_config(sd15), settings, (64, 64)).peak
+    gc.collect()
     torch.cuda.empty_cache()
-    student = build_student(str(tmp_path), settings)
+    free, _ = torch.cuda.mem_get_info(device)
+    if wanted + WORKSPACE > ROOM * free:
+        pytest.skip(f"wants {wanted / 1e9:.1f} GB, {free / 1e9:.1f} are free")
+    before = torch.cuda.memory_allocated()
+    student = build_student(str(sd15), settings)
     for unet in student.networks():
         unet.to(device)
     optimizer = build_optimizer(settings, student.trainable())
@@ -200,4 +216,5 @@ def test_the_estimate_is_what_a_gpu_takes(tmp_path, kind, checkpointing, mixed):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    assert wanted == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    found = torch.cuda.max_memory_allocated() - before
+    assert 0.85 * found - WORKSPACE < wanted < 1.15 * found

@@ -12,6 +12,7 @@ from train.metrics import (
     frechet_distance,
     high_frequency_share,
     luma,
+    portions,
 )
 
 
@@ -53,6 +54,17 @@ def test_frechet_distance_is_scipys(rng, size):
         a, b = random_gaussian(rng, size), random_gaussian(rng, size)
         assert frechet_distance(a, b) == pytest.approx(reference(a, b), rel=1e-8)
         assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-8)
+
+
+def test_large_pictures_are_measured_a_few_at_a_time(pictures, monkeypatch):
+    """With the same result: what pictures of 1024 px would take all at once, no machine has."""
+    assert len(portions(np.broadcast_to(np.uint8(0), (1000, 64, 64, 3)))) == 1
+    assert len(portions(np.broadcast_to(np.uint8(0), (9, 1024, 1024, 3)))) == 3
+    wanted = features(pictures), high_frequency_share(pictures)
+    monkeypatch.setattr("train.metrics.PORTION", 3 * 64 * 64)
+    assert len(portions(pictures)) == 27
+    np.testing.assert_allclose(features(pictures), wanted[0], rtol=1e-12)
+    assert high_frequency_share(pictures) == pytest.approx(wanted[1], rel=1e-12)
 
 
 def test_frechet_distance_of_known_gaussians():

@@ -12,6 +12,7 @@ from shared.errors import UserError
 from train import checkpoint
 from train.config import DistillConfig
 from train.optim import base_learning_rate, build_optimizer, set_learning_rate
+from train.student import build_student
 
 STEPS, WARMUP, BASE = 23, 5, 3e-4
 SCHEDULES = {
@@ -93,11 +94,15 @@ def test_scaled_by_the_global_batch():
     assert base_learning_rate(full, 6) == pytest.approx(6e-6)
 
 
-def parameters(seed: int = 0, device: str = "cpu") -> dict[str, nn.Parameter]:
-    """Two large enough for 8 bits, one not."""
+def parameters(
+    seed: int = 0, device: str = "cpu", conv=torch.channels_last
+) -> dict[str, nn.Parameter]:
+    """Three large enough for 8 bits, one not; the convolution's lies as `conv` says."""
     rng = torch.Generator().manual_seed(seed)
-    shapes = {"a": (96, 64), "b": (10,), "c": (64, 96)}
-    return {n: nn.Parameter(torch.randn(s, generator=rng).to(device)) for n, s in shapes.items()}
+    shapes = {"a": (96, 64), "b": (10,), "c": (64, 96), "conv": (32, 16, 3, 3)}
+    values = {name: torch.randn(shape, generator=rng).to(device) for name, shape in shapes.items()}
+    values["conv"] = values["conv"].to(memory_format=conv)
+    return {name: nn.Parameter(value) for name, value in values.items()}
 
 
 def train(optimizer, weights, steps) -> None:
@@ -108,17 +113,24 @@ def train(optimizer, weights, steps) -> None:
         optimizer.step()
 
 
+def lies(value) -> tuple:
+    """What the fused AdamW insists on: kind, dtype and strides."""
+    return (type(value), *((value.dtype, value.stride()) if torch.is_tensor(value) else ()))
+
+
 def continued(settings: DistillConfig, tmp_path, device: str = "cpu") -> None:
     """Six steps, and three steps, a checkpoint, and three more: the same bits."""
-    straight = parameters(device=device)
+    # As `build_student` leaves it.
+    conv = torch.contiguous_format if settings.use_8bit_adam else torch.channels_last
+    straight = parameters(device=device, conv=conv)
     train(build_optimizer(settings, straight), straight, range(6))
-    first = parameters(device=device)
+    first = parameters(device=device, conv=conv)
     optimizer = build_optimizer(settings, first)
     train(optimizer, first, range(3))
     state = checkpoint.optimizer_state(optimizer, first)
     progressed = checkpoint.Progressed(3, 3, 1, {})
     folder = checkpoint.save_checkpoint(tmp_path, progressed, first, state, None)
-    second = parameters(seed=9, device=device)
+    second = parameters(seed=9, device=device, conv=conv)
     again = build_optimizer(settings, second)
     with torch.no_grad():
         for name, weight in second.items():
@@ -127,7 +139,7 @@ def continued(settings: DistillConfig, tmp_path, device: str = "cpu") -> None:
     for name, weight in second.items():
         mine, before = again.state[weight], optimizer.state[first[name]]
         assert mine.keys() == before.keys()
-        assert {k: type(v) for k, v in mine.items()} == {k: type(v) for k, v in before.items()}
+        assert {k: lies(v) for k, v in mine.items()} == {k: lies(v) for k, v in before.items()}
     train(again, second, range(3, 6))
     for name, weight in second.items():
         assert torch.equal(weight, straight[name])
@@ -146,6 +158,15 @@ def test_without_bitsandbytes(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match="--use-8bit-adam wants bitsandbytes; `pip install"):
         build_optimizer(config(use_8bit_adam=True), parameters())
+
+
+@pytest.mark.parametrize("objective", ["lcd", "denoise"])
+def test_weights_lie_as_8_bit_adam_reads_them(tiny_sd, objective):
+    """It goes through weights and averages linearly, and makes averages as the weights lie."""
+    for in_8_bits in (False, True):
+        settings = config(student="full", objective=objective, use_8bit_adam=in_8_bits)
+        weights = build_student(str(tiny_sd), settings).trainable().values()
+        assert all(weight.is_contiguous() for weight in weights) == in_8_bits
 
 
 def test_8_bit_adam_goes_on_where_it_was(tmp_path):

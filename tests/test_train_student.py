@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +11,16 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import schedule_from_config
+from shared.errors import UserError
 from train.batch import Batch
 from train.config import DistillConfig
 from train.objectives.lcd import LCD
-from train.speed import autocast, check_speed, compile_blocks, speed_up
+from train.speed import COMPILED, autocast, check_speed, compile_blocks, speed_up
 from train.student import build_student
 
 CPU = torch.device("cpu")
@@ -180,6 +185,44 @@ def test_everything_trainable_gets_a_gradient_in_fp32_and_nothing_else(model, ki
     rest = [p for n in networks for p in n.parameters() if id(p) not in trained]
     assert rest
     assert not any(p.requires_grad or p.grad is not None for p in rest)
+
+
+class MadeOfNumbers(TorchDispatchMode):
+    """Notes the operations whose tensors come neither from `known` ones nor from other operations:
+    Python has made those, and would copy them to a GPU, which waits for that."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.found = list(known), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if not {id(tensor) for tensor in tensors} <= set(map(id, self.known)):
+            self.found.append(str(func))
+        answer = func(*args, **(kwargs or {}))
+        self.known += tree_leaves(answer)
+        return answer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_sends_nothing_to_the_device(model, kind, monkeypatch):
+    """Watched on torch's meta device, which like a GPU has memory of its own."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which has no meta
+    student = build(model, kind)
+    for unet in student.networks():
+        unet.to(meta)
+    lcd, batch, empty = lcd_for(model, student)
+    lcd = replace(lcd, schedule=lcd.schedule.to(meta))
+    batch, empty = batch.to(meta), empty.to(meta)
+    weights = [t for unet in student.networks() for t in (*unet.parameters(), *unet.buffers())]
+    mode = MadeOfNumbers(
+        [*weights, *batch.tensors().values(), *vars(empty).values(), lcd.schedule.alphas_cumprod]
+    )
+    with mode:
+        loss = lcd(batch, empty, student)
+    assert loss.device == meta
+    assert mode.found == []
 
 
 def test_lora_adapts_all_of_the_unet_but_its_ends_and_embeddings(model):
@@ -395,6 +438,35 @@ def test_a_teacher_whose_config_says_little(tiny_sd, tmp_path):
     assert student.unet.config.time_cond_proj_dim == 16
 
 
+def test_compilation_wants_its_tools(tmp_path, monkeypatch):
+    cuda, settings = torch.device("cuda"), DistillConfig("tiny-sd", None, None, compile=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"--compile wants a C\+\+ compiler \(g\+\+, or CXX\)"):
+        check_speed(settings, CPU)
+    with pytest.raises(UserError, match=r"--compile wants a C compiler \(gcc, clang, or CC\)"):
+        check_speed(settings, cuda)
+    (tmp_path / "clang").touch(mode=0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(UserError, match=r"--compile wants Python's headers \(Python.h, "):
+        check_speed(settings, cuda)
+    (tmp_path / "Python.h").touch()
+    check_speed(settings, cuda)
+    check_speed(replace(settings, compile=False), cuda, sizes=3)
+    with pytest.raises(UserError, match="is for latents of one size, and the cache has 3; leave"):
+        check_speed(settings, cuda, sizes=3)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("allowed", [False, True])
+def test_convolutions_use_tf32_only_where_it_is_allowed(allowed):
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    speed_up([], DistillConfig("tiny-sd", None, None, allow_tf32=allowed), CPU)
+    assert torch.backends.cudnn.allow_tf32 == allowed
+    assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_compiled_again_and_again(tiny_sd, kind):
@@ -437,7 +509,38 @@ def test_compiled_by_inductor(tiny_sd):
             )
 
 
+@pytest.fixture
+def exact():
+    """fp32 that is fp32 when a test begins, and what it was when it has ended."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.backends.cudnn.allow_tf32 = before[0]
+    torch.set_float32_matmul_precision(before[1])
+
+
+def effects(student) -> set[str]:
+    """What has come of the flags for speed, as torch and diffusers tell it; all or nothing."""
+    processors = [p for unet in student.networks() for p in unet.attn_processors.values()]
+    blocks = [
+        block._compiled_call_impl is not None
+        for unet in student.networks()
+        for block in unet.modules()
+        if type(block).__name__ in COMPILED
+    ]
+    tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+    told = {
+        "xformers": [type(processor).__name__.startswith("XFormers") for processor in processors],
+        "compile": blocks,
+        "tf32": tf32,
+    }
+    assert all(len(set(each)) == 1 for each in told.values()), told
+    return {name for name, each in told.items() if each[0]}
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("how", ["xformers", "compile", "both", "tf32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_faster_ways_give_the_same_loss(model, kind, how):
@@ -452,7 +555,7 @@ def test_faster_ways_give_the_same_loss(model, kind, how):
     )  # fmt: skip
     check_speed(config, device)
     torch._dynamo.reset()
-    before, losses = torch.get_float32_matmul_precision(), []
+    losses = []
     for faster in (False, True):
         student = build_student(str(model), config)
         for unet in student.networks():
@@ -466,5 +569,8 @@ def test_faster_ways_give_the_same_loss(model, kind, how):
             loss = lcd(batch.to(device), empty.to(device), student)
         loss.backward()
         losses.append(loss.item())
-    torch.set_float32_matmul_precision(before)
+        took = effects(student)
+        wanted = {"xformers": {"xformers"}, "compile": {"compile"}, "tf32": {"tf32"},
+                  "both": {"xformers", "compile"}}  # fmt: skip
+        assert took == (wanted[how] if faster else set())
     assert losses[1] == pytest.approx(losses[0], rel=0.05)

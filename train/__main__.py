@@ -52,9 +52,16 @@ COMMANDS = {
 }
 
 
+LESS_MEMORY = (
+    "distill needs less of it with --mixed-precision bf16, --gradient-checkpointing or a smaller "
+    "--train-batch-size (docs/memory.md), evaluate with a smaller --batch-size, sample with fewer "
+    "--num-images"
+)
+
+
 def main() -> None:
     """Entry point of `distillery-train`."""
-    run_main(lambda: dispatch("python -m train", COMMANDS))
+    run_main(lambda: dispatch("python -m train", COMMANDS), LESS_MEMORY)
 
 
 if __name__ == "__main__":

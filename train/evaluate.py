@@ -23,7 +23,9 @@ from train.reference import REFERENCE, STEPS, teacher_calls, teacher_reference, 
 from train.table import write_report
 
 STUDENT_ROWS = tuple(("student", steps) for steps in STEPS)
-TIMED = 16  # pictures per timing
+MOST_DRAWN = 100  # pictures drawn at once
+DRAWN_VALUES = 4 * 128 * 128  # of one channel of their latents
+TIMED = 16  # pictures per timing, at most
 SHOWN = 6  # captions in the picture
 
 
@@ -36,6 +38,7 @@ def evaluate(config: EvaluateConfig) -> None:
     manifest = open_manifest(config.eval_cache)
     artist.check_cache(manifest, config.eval_cache)
     heldout = load_heldout(config.eval_cache, manifest, config.num_samples)
+    config = with_batch_size(config, heldout.shape)
     artist = artist.with_teacher(heldout.empty).for_shape(heldout.shape)
     student_rows = rows_of_student(artist)
     calls = teacher_calls(len(heldout)) + unet_calls(student_rows, len(heldout))
@@ -48,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> None:
             judge.row(*row, draw_all(artist, row, heldout, config, progress), artist)
             for row in student_rows
         ]
-    rows = timed([*teacher, *student], artist, heldout)
+    rows = timed([*teacher, *student], artist, heldout.first(config.batch_size))
     result = {
         "features": FEATURES,
         "num_samples": len(heldout),
@@ -59,6 +62,16 @@ def evaluate(config: EvaluateConfig) -> None:
     }
     folder = config.output or config.run
     write_report(folder, result, showcase(artist, heldout, config), heldout.captions)
+
+
+def with_batch_size(config: EvaluateConfig, shape: tuple[int, int, int]) -> EvaluateConfig:
+    """The same with as many latents `(C, h, w)` as a GPU has room for, unless a flag says."""
+    if config.batch_size is None:
+        fitting = DRAWN_VALUES // (shape[1] * shape[2])
+        return replace(config, batch_size=min(MOST_DRAWN, max(1, fitting)))
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size {config.batch_size} must be at least 1")
+    return config
 
 
 def rows_of_student(artist: Artist) -> Sequence[tuple[str, int]]:

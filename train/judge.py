@@ -73,7 +73,6 @@ def draw_all(
     return torch.cat(parts)
 
 
-def decode_all(artist: Artist, latents: Tensor, batch_size: int = 25) -> NDArray[np.uint8]:
+def decode_all(artist: Artist, latents: Tensor) -> NDArray[np.uint8]:
     """Scaled latents to pixels."""
-    raw = latents / artist.vae.config.scaling_factor
-    return np.concatenate([decode_latents(artist.vae, part) for part in raw.split(batch_size)])
+    return decode_latents(artist.vae, latents / artist.vae.config.scaling_factor)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.conditioning import TextEmbeds
+from shared.device import use_device
 from shared.errors import UserError
 from shared.layout import Layout
 from train.batch import Batch, Slot, allocate
@@ -88,7 +90,8 @@ class Loader:
     def batches(self) -> Generator[Batch, None, None]:
         """The endless stream; closing it ends the threads."""
         places = [RingPlace(self._allocate()) for _ in range(self.ahead + 1)]
-        self._ring = Ring(self._fill_and_send, places, self.threads)
+        begin = partial(use_device, self.device)
+        self._ring = Ring(self._fill_and_send, places, self.threads, begin)
         stream = self._ring.run(self.start)
         try:
             for batch, copied in stream:

@@ -73,13 +73,14 @@ def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
     """Take the optimizer's step; False where fp16 gradients overflowed and it was skipped.
 
-    Raises UserError where they overflow at every scale. Only fp16 waits for the device here.
+    Raises UserError where they overflow at every scale. Only fp16 waits for the device here, once.
     """
-    before = scaler.get_scale()
+    one = torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
+    before = scaler.scale(one)  # on the device: to read it would be a wait of its own
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    taken = scaler.get_scale() >= before
+    taken = not scaler.is_enabled() or bool(scaler.scale(one) >= before)
     if not taken and scaler.get_scale() < SMALLEST_SCALE:
         raise UserError(
             "gradients overflow fp16 at every loss scale; use --mixed-precision bf16, or no"

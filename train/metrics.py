@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 # The feature space's name stands in evaluation.json; a change of the features needs a new name.
 FEATURES = "thumb48-edges16-percent"
 THUMB = 4  # cells per side
+PORTION = 2**22  # pixels measured at once
 HIGH_FREQUENCY = 0.25  # cycles per pixel; the Nyquist limit is 0.5
 
 
@@ -19,6 +20,10 @@ def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
 
     Colours and their places are in the first part, edges and their loss to blur in the second.
     """
+    return np.concatenate([_features(portion) for portion in portions(images)])
+
+
+def _features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     pixels = images.astype(np.float64) / 2.55
     light = luma(pixels)
     down = np.diff(light, axis=1, append=light[:, -1:])
@@ -26,6 +31,12 @@ def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     edges = np.sqrt(cell_means((down**2 + right**2)[..., None]))
     parts = [cell_means(pixels), edges]
     return np.concatenate([part.reshape(len(images), -1) for part in parts], axis=1)
+
+
+def portions(images: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """A few pictures at a time: in float64 a thousand of 1024 px would take 70 GB."""
+    count = max(1, PORTION // (images.shape[1] * images.shape[2]))
+    return [images[start : start + count] for start in range(0, len(images), count)]
 
 
 def luma(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -68,9 +79,13 @@ def high_frequency_share(images: NDArray[np.uint8]) -> float:
 
     Blur lowers it. Summed over all pictures before dividing, so that flat ones do not count much.
     """
-    light = luma(images.astype(np.float64))
-    spectrum = np.abs(np.fft.fft2(light - light.mean((1, 2), keepdims=True))) ** 2
     frequency = np.hypot(
-        np.fft.fftfreq(light.shape[1])[:, None], np.fft.fftfreq(light.shape[2])[None, :]
+        np.fft.fftfreq(images.shape[1])[:, None], np.fft.fftfreq(images.shape[2])[None, :]
     )
-    return float(spectrum[:, frequency > HIGH_FREQUENCY].sum() / spectrum.sum())
+    high = total = 0.0
+    for portion in portions(images):
+        light = luma(portion.astype(np.float64))
+        spectrum = np.abs(np.fft.fft2(light - light.mean((1, 2), keepdims=True))) ** 2
+        high += spectrum[:, frequency > HIGH_FREQUENCY].sum()
+        total += spectrum.sum()
+    return float(high / total)

@@ -101,7 +101,7 @@ class Recorder:
             pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = pinned.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(values.device))
         now, waited = time.perf_counter(), self.loader.waited
         window = Window(
             tuple(self.steps), values, arrived, now - self.since, waited - self.waited, rate

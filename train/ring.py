@@ -17,20 +17,24 @@ class Ring(Generic[Place, Result]):
 
     One place is in use by the consumer, the others are being filled. A place is filled again when
     the consumer asks for the next result. An exception comes where its result would have come.
-    `waited` counts the seconds that the consumer has waited.
+    `waited` counts the seconds that the consumer has waited. Each thread calls `begin` first.
     """
 
     def __init__(
-        self, fill: Callable[[int, Place], Result], places: Sequence[Place], threads: int
+        self,
+        fill: Callable[[int, Place], Result],
+        places: Sequence[Place],
+        threads: int,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         assert len(places) > 1
-        self.fill, self.places, self.threads = fill, places, threads
+        self.fill, self.places, self.threads, self.begin = fill, places, threads, begin
         self.waited = 0.0
 
     def run(self, start: int) -> Generator[Result, None, None]:
         """The stream from `start` on; closing it ends the threads."""
         waiting: deque[Future[Result]] = deque()
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="loader") as pool:
+        with ThreadPoolExecutor(self.threads, "loader", initializer=self.begin) as pool:
 
             def submit(index: int) -> None:
                 place = self.places[index % len(self.places)]

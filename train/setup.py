@@ -47,7 +47,7 @@ def prepare(config: DistillConfig) -> Distillation:
     team = Team(config.device)
     batch_size, accumulation = divide(config, team.world, len(manifest.layouts), before)
     config = with_steps(config, batch_size, manifest.totals["written"])
-    check_speed(config, team.device, team.sharded)
+    check_speed(config, team.device, team.sharded, len(manifest.layouts))
     if team.main:
         say_memory(config, model, manifest, team.device)
     objective = build_objective(config, model, team.device)

@@ -24,9 +24,9 @@ def restore(into: Tensor, value: Tensor) -> None:
 
 
 def like(tensor: Tensor, value: Tensor) -> Tensor:
-    """`value`, which every process has whole, on the device and in the shards of `tensor`."""
-    value = value.to(device=tensor.device)
+    """`value`, which every process has whole, as `tensor` lies: its device, shards and strides."""
     if isinstance(tensor, DTensor):
+        value = value.to(device=tensor.device)
         # Nothing is sent: each takes its part of what it has read itself.
         return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    return value
+    return torch.empty_like(tensor, dtype=value.dtype).copy_(value)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +44,14 @@ def hold_frozen(unet: nn.Module, mixed_precision: str) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def check_speed(config: DistillConfig, device: torch.device, sharded: bool = False) -> None:
-    """Raise UserError for flags that cannot work here, or would do nothing."""
+def check_speed(
+    config: DistillConfig, device: torch.device, sharded: bool = False, sizes: int = 1
+) -> None:
+    """Raise UserError for flags that cannot work here, or would do nothing.
+
+    `sizes` is how many latent sizes the cache has. Each would be compiled by itself, for minutes,
+    until torch's limit leaves the rest as they are.
+    """
     if device.type != "cuda":
         for flag, given in (("--allow-tf32", config.allow_tf32),
                             ("--attention xformers", config.attention == "xformers")):  # fmt: skip
@@ -51,8 +59,12 @@ def check_speed(config: DistillConfig, device: torch.device, sharded: bool = Fal
                 raise UserError(
                     f"{flag} wants a CUDA device, this is a {device.type}; leave it out"
                 )
-        if config.compile and not shutil.which(os.environ.get("CXX", "g++")):
-            raise UserError("--compile wants a C++ compiler (g++, or CXX); leave it out")
+    if config.compile and sizes > 1:
+        raise UserError(
+            f"--compile is for latents of one size, and the cache has {sizes}; leave it out"
+        )
+    if config.compile:
+        check_compiler(device)
     for flag, given in (("--offload-ema", config.offload_ema),
                         ("--use-8bit-adam", config.use_8bit_adam)):  # fmt: skip
         if given and sharded:
@@ -66,13 +78,30 @@ def check_speed(config: DistillConfig, device: torch.device, sharded: bool = Fal
         )
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile would find no compiler for what it writes."""
+    if device.type != "cuda":
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            raise UserError("--compile wants a C++ compiler (g++, or CXX); leave it out")
+        return
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # as Triton looks
+    if not any(map(shutil.which, compilers)):
+        raise UserError("--compile wants a C compiler (gcc, clang, or CC); leave it out")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise UserError(
+            "--compile wants Python's headers (Python.h, of a package such as python3-dev); "
+            "install them, or leave it out"
+        )
+
+
 def speed_up(
     unets: Sequence[UNet2DConditionModel], config: DistillConfig, device: torch.device
 ) -> None:
-    """Give all networks of a run the attention and compilation that the flags ask for.
+    """Give all networks of a run the attention, compilation and precision that the flags ask for.
 
     Raises UserError where xformers is not installed.
     """
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32  # convolutions use it by torch's default
     if config.allow_tf32:
         torch.set_float32_matmul_precision("high")
     for unet in unets:

@@ -201,6 +201,9 @@ def build_student(source: str, config: DistillConfig) -> Student:
     student: Student = kind(source, config)
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
+    if config.use_8bit_adam:  # bitsandbytes goes through weights and averages as they lie in memory
+        for parameter in student.trainable().values():
+            parameter.data = parameter.data.contiguous()
     return student
 
 

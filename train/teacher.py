@@ -104,7 +104,7 @@ def twice(
 ) -> tuple[Tensor, Tensor]:
     """Conditional and unconditional output in one batched forward; `empty` has one row."""
     with torch.autocast(z.device.type, enabled=False):  # which cannot join fp16 on a CPU
-        both = TextEmbeds.cat([text, empty[[0] * len(z)]])
+        both = TextEmbeds.cat([text, empty.expand(len(z))])
     ids = None if time_ids is None else torch.cat([time_ids, time_ids])
     cond, uncond = call_unet(unet, torch.cat([z, z]), torch.cat([t, t]), both, ids).chunk(2)
     return cond, uncond

@@ -11,10 +11,15 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,6 +29,8 @@ from shared.errors import UserError
 from train.config import DistillConfig
 from train.student import Student
 
+# The others wait while one saves, draws previews or uploads; NCCL would give up after ten minutes.
+PATIENCE = timedelta(hours=6)
 SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # each is gathered by itself
 LAUNCHERS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed has not been tested with this trainer",
@@ -41,10 +48,18 @@ class Team:
         self.accelerator = Accelerator(
             cpu=alone.type == "cpu",  # or it would not see the other processes
             mixed_precision="no",  # the trainer has one explicit autocast of its own
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.rank == 0
+        if self.world > 1 and alone.index is not None:
+            raise UserError(
+                f"--device {device}: each of {self.world} processes takes a GPU of its own; "
+                "leave the number out"
+            )
         self.device = alone if self.world == 1 else self.accelerator.device
         self.sharded = self.world > 1 and asked("ACCELERATE_USE_FSDP")
 

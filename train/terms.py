@@ -86,5 +86,5 @@ def frozen_signs(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in network.parameters():
         if not parameter.requires_grad:
-            digest.update(np.packbits(torch.signbit(parameter).numpy().ravel()).data)
+            digest.update(np.packbits(torch.signbit(parameter).cpu().numpy().ravel()).data)
     return digest.hexdigest()[:16]
