@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,10 +30,13 @@ from train.preview import open_previews
 from train.record import Recorder
 from train.run import Distillation
 from train.speed import check_speed, speed_up
-from train.student import build_student
+from train.student import Student, build_student
 from train.teacher import check_fit, load_schedule
 from train.team import Team, as_launched
 from train.terms import divide, run_terms
+from train.trackers import check_trackers
+
+LAST_SEED = 2**63 - 1  # NumPy's Philox takes the seed and a position as 64-bit integers
 
 
 def prepare(config: DistillConfig) -> Distillation:
@@ -58,11 +63,9 @@ def prepare(config: DistillConfig) -> Distillation:
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
     scaler = torch.amp.GradScaler(team.device.type, enabled=config.mixed_precision == "fp16")
-    if before is not None:
-        checkpoint.check_terms(resumed, before.terms, terms)
-        student.load_state(checkpoint.load_networks(resumed))
-        checkpoint.restore_optimizer(optimizer, parameters, checkpoint.load_optimizer(resumed))
-        scaler.load_state_dict(dict(before.scaler))
+    if resumed is not None and before is not None:
+        check_resumed(resumed, before, terms, config)
+        go_on(resumed, before, student, optimizer, scaler)
     conditioning = load_conditioning(CachePaths(config.cache).conditioning)
     begun = before or checkpoint.Progressed(0, 0, batch_size, terms)
     loader = build_loader(
@@ -70,13 +73,7 @@ def prepare(config: DistillConfig) -> Distillation:
         begun.position, team,
     )  # fmt: skip
     learning_rate = base_learning_rate(config, batch_size)
-    if team.main:
-        warn_of_small_buckets(loader)
-        print(plan(config, parameters, loader, resumed, team.world, learning_rate), file=sys.stderr)
-        if not config.dry_run:
-            begin_run_folder(config, model)
-    team.wait()
-    return Distillation(
+    run = Distillation(
         config=config,
         team=team,
         student=student,
@@ -94,11 +91,19 @@ def prepare(config: DistillConfig) -> Distillation:
         recorder=Recorder(config, team, loader, begun.step),
         previews=open_previews(config, model, manifest, conditioning, team.device),
     )
+    if team.main:
+        warn_of_small_buckets(loader)
+        print(plan(config, parameters, loader, resumed, team.world, learning_rate), file=sys.stderr)
+        if not config.dry_run:
+            run.branch = begin_run_folder(config, model, resumed)
+    team.wait()
+    return run
 
 
 def check_flags(config: DistillConfig) -> None:
     """Raise UserError for numbers that cannot work."""
     check_push(config)
+    check_trackers(config.report_to)
     if config.max_train_samples is not None and config.max_train_samples < 1:
         raise UserError("--max-train-samples must be at least 1")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps",
@@ -106,8 +111,11 @@ def check_flags(config: DistillConfig) -> None:
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     check_schedule(config)
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed} must not be negative")
+    if not 0 <= config.seed <= LAST_SEED:
+        raise UserError(f"--seed {config.seed} must be from 0 to {LAST_SEED}")
+    for name in ("checkpointing_steps", "validation_steps"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative")
     if config.num_ddim_timesteps < 1 or 1000 % config.num_ddim_timesteps:
         raise UserError(f"--num-ddim-timesteps {config.num_ddim_timesteps} must divide 1000")
     for name, other in OBJECTIVES.items():
@@ -118,6 +126,33 @@ def check_flags(config: DistillConfig) -> None:
                     f"--{flag.replace('_', '-')} is for --objective {name} and means nothing to "
                     f"--objective {config.objective}; leave it out"
                 )
+
+
+def check_resumed(
+    folder: Path, before: checkpoint.Progressed, terms: dict[str, Any], config: DistillConfig
+) -> None:
+    """Raise UserError where a checkpoint is another run's, or further than this one is to go."""
+    checkpoint.check_terms(folder, before.terms, terms)
+    if before.step > config.max_train_steps:
+        raise UserError(
+            f"{folder} has {before.step} steps behind it, more than --max-train-steps "
+            f"{config.max_train_steps}; give more, or an earlier checkpoint"
+        )
+
+
+def go_on(
+    folder: Path,
+    before: checkpoint.Progressed,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Put networks, optimizer and fp16 scale into the state of a checkpoint."""
+    student.load_state(checkpoint.load_networks(folder))
+    moments = checkpoint.load_optimizer(folder)
+    checkpoint.restore_optimizer(optimizer, student.trainable(), moments)
+    if before.scaler:  # empty where the run was not in fp16 before
+        scaler.load_state_dict(dict(before.scaler))
 
 
 def build_objective(config: DistillConfig, model: Model, device: torch.device) -> Loss:
@@ -167,9 +202,13 @@ def guidance_range(config: DistillConfig, w_min: float, w_max: float) -> tuple[f
     return low, high
 
 
-def begin_run_folder(config: DistillConfig, model: Model) -> None:
-    """Make the folder and save the resolved configuration, the model's source in it."""
+def begin_run_folder(config: DistillConfig, model: Model, resumed: Path | None) -> int:
+    """Make the folder and save the resolved configuration, the model's source in it.
+
+    Returns the branch of the checkpoints to come (train/checkpoint.py).
+    """
     sweep(config.run / "tmp")
     resolved = {**to_dict(config), "model": model.source}
     resolved["learning_rate"] = base_learning_rate(config)
     publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
+    return checkpoint.begin_branch(config.run, resumed)

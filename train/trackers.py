@@ -21,12 +21,16 @@ KNOWN = (
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for a tracker that accelerate does not know or that is not installed."""
+    if "none" in names:
+        if len(names) > 1:
+            raise UserError(f"--report-to {' '.join(names)}: leave out none, or the others")
+        return
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     for name in names:
         if name not in KNOWN:
-            raise UserError(f"--report-to {name!r} is not one of {', '.join(KNOWN)}, none")
+            raise UserError(f"--report-to {name}: not one of {', '.join(KNOWN)}, none")
         if name not in installed:
-            raise UserError(f"--report-to {name}: the package is not installed; pip install {name}")
+            raise UserError(f"--report-to {name} is not installed; pip install {name}, or use none")
 
 
 class Trackers:
@@ -35,13 +39,19 @@ class Trackers:
     def __init__(
         self, names: Sequence[str], folder: Path, project: str, config: Mapping[str, Any], done: int
     ) -> None:
-        """`done` steps are behind; TensorBoard forgets what lies beyond them."""
+        """`done` steps are behind; TensorBoard forgets what lies beyond them.
+
+        Raises UserError where a service cannot be had.
+        """
         # That it keeps no configuration is said to whoever runs the command, at every start.
         logging.getLogger("accelerate.tracking").setLevel(logging.ERROR)
         accelerator = Accelerator(log_with=list(names) or None, project_dir=folder)
-        accelerator.init_trackers(
-            project, init_kwargs={"tensorboard": {"purge_step": done + 1}} if names else {}
-        )
+        options = {"tensorboard": {"purge_step": done + 1}} if names else {}
+        try:
+            accelerator.init_trackers(project, init_kwargs=options)
+        except Exception as error:  # each has kinds of its own: no key, no server, no such project
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"--report-to {' '.join(names)}: {said[0]}; or use none") from None
         self.trackers = accelerator.trackers
         plain = {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)}
         for tracker in self.trackers:
