@@ -50,7 +50,7 @@ class Trackers:
         try:
             accelerator.init_trackers(project, init_kwargs=options)
         except Exception as error:  # each has kinds of its own: no key, no server, no such project
-            said = str(error).strip().splitlines() or [type(error).__name__]
+            said = str(error).strip(". \n").splitlines() or [type(error).__name__]
             raise UserError(f"--report-to {' '.join(names)}: {said[0]}; or use none") from None
         self.trackers = accelerator.trackers
         plain = {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)}
