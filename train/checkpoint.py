@@ -109,6 +109,8 @@ def age(folder: Path) -> tuple[int, int]:
 
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint's files, going by their sizes; nothing if it is whole."""
+    if not (folder / STATE).is_file():
+        return f"no {STATE}"
     try:
         state = load_json(folder / STATE)
     except UserError as error:
@@ -129,9 +131,9 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
     nobody asked to resume from.
     """
     if wanted is None:
-        if existing := whole_checkpoints(run):
+        if existing := sorted((run / "checkpoints").glob(f"step-*/{STATE}")):
             raise UserError(
-                f"{run} already holds checkpoints up to {existing[-1].name}; go on with "
+                f"{run} already holds checkpoints up to {existing[-1].parent.name}; go on with "
                 "--resume-from-checkpoint latest, or choose another --run"
             )
         return None
