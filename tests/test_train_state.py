@@ -279,7 +279,7 @@ def test_a_service_that_refuses_is_one_line(settings, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-class Slow:
+class Second:
     """A tracker that writes down what it is given, in its order."""
 
     name = "wandb"
@@ -296,34 +296,31 @@ class Slow:
 
     def finish(self):
         self.got.append(("finished", 0))
+        raise ConnectionError("gone.\nAsk your administrator.")
 
 
 @pytest.fixture
-def reported(settings, tmp_path, monkeypatch):
+def reported(settings, monkeypatch, capsys):
     """A run with TensorBoard and a second tracker, whose numbers lag behind as on a GPU."""
-    real, pauses = record.Recorder._close_window, []
+    close, begin, second = record.Recorder._close_window, trackers.Trackers.__init__, Second()
 
     class Event:
         def synchronize(self):
             pass
 
-    monkeypatch.setattr(
-        record.Recorder, "_close_window", lambda *a: replace(real(*a), arrived=Event())
-    )
+    def close_later(*args):
+        return replace(close(*args), arrived=Event())
+
+    def begin_with_another(self, *args):
+        begin(self, *args)
+        self.trackers.append(second)
+
+    monkeypatch.setattr(record.Recorder, "_close_window", close_later)
+    monkeypatch.setattr(trackers.Trackers, "__init__", begin_with_another)
     flags = {"validation_steps": 2, "checkpointing_steps": 0, "max_train_steps": 5}
-    run = prepare(settings(report_to=("tensorboard",), **flags))
-    second = Slow()
-    draw, begin = run.preview, run.recorder.__class__.__enter__
-
-    def enter(recorder):
-        begin(recorder)
-        recorder.trackers.trackers.append(second)
-        return recorder
-
-    monkeypatch.setattr(record.Recorder, "__enter__", enter)
-    monkeypatch.setattr(run, "preview", lambda: (pauses.append(run.step), draw()))
-    distill(run)
-    assert pauses == [2, 4, 5]
+    run = train(settings(report_to=("tensorboard",), **flags))
+    assert "note: wandb did not finish: gone\n" in capsys.readouterr().err
+    assert (run.config.run / "pytorch_lora_weights.safetensors").is_file()
     return run, second
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class Trackers:
         try:
             accelerator.init_trackers(project, init_kwargs=options)
         except Exception as error:  # each has kinds of its own: no key, no server, no such project
-            said = str(error).strip(". \n").splitlines() or [type(error).__name__]
-            raise UserError(f"--report-to {' '.join(names)}: {said[0]}; or use none") from None
+            said = first_line(error)
+            raise UserError(f"--report-to {' '.join(names)}: {said}; or use none") from None
         self.trackers = accelerator.trackers
         plain = {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)}
         for tracker in self.trackers:
@@ -69,9 +70,18 @@ class Trackers:
             log_picture(tracker, name, sheet, step)
 
     def close(self) -> None:
-        """Let them write what they hold."""
+        """Let them write what they hold. One that fails now is told, for the export is to come."""
         for tracker in self.trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as error:
+                print(f"note: {tracker.name} did not finish: {first_line(error)}", file=sys.stderr)
+
+
+def first_line(error: Exception) -> str:
+    """What a service says is wrong, without its advice and without a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ")
 
 
 def log_picture(tracker: GeneralTracker, name: str, sheet: NDArray[np.uint8], step: int) -> None:
