@@ -206,9 +206,6 @@ def test_a_run_may_go_on_in_fp16(settings):
 
 def test_any_usual_seed_will_do(settings):
     train(settings(seed=2**63 - 1, max_train_steps=1))
-    for seed in (-1, 2**63):
-        with pytest.raises(UserError, match="must be from 0 to 9223372036854775807"):
-            prepare(settings(seed=seed))
 
 
 def test_the_dropout_of_small_seeds_is_what_it_was():

@@ -108,4 +108,4 @@ def split(value: Tensor | None, count: int) -> list[Tensor | None]:
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Dropout is torch's only random draw in a step; keyed by it, a resume repeats it."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)  # all that torch takes
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)

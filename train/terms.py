@@ -96,5 +96,5 @@ def signs(parameters: Iterable[nn.Parameter]) -> str:
     """
     digest = hashlib.sha256()
     for parameter in parameters:
-        digest.update(np.packbits(torch.signbit(parameter).numpy().ravel()).data)
+        digest.update(np.packbits(torch.signbit(parameter).cpu().numpy().ravel()).data)
     return digest.hexdigest()[:16]
