@@ -22,10 +22,10 @@ KNOWN = (
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for a tracker that accelerate does not know or that is not installed."""
-    if "none" in names:
-        if len(names) > 1:
-            raise UserError(f"--report-to {' '.join(names)}: leave out none, or the others")
+    if set(names) == {"none"}:
         return
+    if "none" in names:
+        raise UserError(f"--report-to {' '.join(names)}: leave out none, or the others")
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     for name in names:
         if name not in KNOWN:
