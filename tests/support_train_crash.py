@@ -3,8 +3,8 @@
     python tests/support_train_crash.py SCENARIO... --work FOLDER [--modes before half after]
     python tests/support_train_crash.py lora full --work FOLDER --cache CACHE --signal KILL|TERM
 
-The scenarios `save` and `save again` write checkpoints of small tensors; `lora` and `full` are
-whole runs. Everything is imported once and a child is forked per crash. After each crash every
+`save`, `save again` and `branch` write checkpoints of small tensors; `lora` and `full` are whole
+runs. Everything is imported once and a child is forked per crash. After each crash every
 checkpoint in sight must be whole; the same command, undisturbed, must then end with the same files.
 Prints JSON for each scenario: the calls of an undisturbed run or the statuses of those signalled,
 and what went wrong.
@@ -50,9 +50,9 @@ class Scenario:
     begin: Callable[[], None] = lambda: None
 
 
-def fake(step: int, limit: int | None = None) -> None:
+def fake(step: int, limit: int | None = None, branch: int = 0) -> None:
     """A checkpoint as the trainer writes it, of tensors that take no time."""
-    progressed = checkpoint.Progressed(step, 4 * step, 4, {"seed": 0})
+    progressed = checkpoint.Progressed(step, 4 * step, 4, {"seed": 0}, branch=branch)
     networks = {name: torch.full((3,), float(step)) for name in "ab"}
     checkpoint.save_checkpoint(RUN, progressed, networks, {"a/step": torch.ones(step)}, limit)
 
@@ -72,6 +72,19 @@ def save_again() -> None:
     fake(3)
 
 
+def branch_off() -> None:
+    """From step 1 once more to step 2, where an attempt that is now abandoned came to 3."""
+    sweep(RUN / "tmp")
+    resumed = checkpoint.find_checkpoint(RUN, "latest")
+    if checkpoint.read_progress(resumed).branch == 0:
+        resumed = checkpoint.checkpoint_folder(RUN, 1)
+    branch = checkpoint.begin_branch(RUN, resumed)
+    assert checkpoint.find_checkpoint(RUN, "latest") == resumed
+    for step in range(checkpoint.read_progress(resumed).step + 1, 3):
+        fake(step, 2, branch)
+    assert checkpoint.find_checkpoint(RUN, "latest") == checkpoint.checkpoint_folder(RUN, 2)
+
+
 def distilling(student: str, cache: Path, **flags: Any) -> Callable[[], None]:
     config = DistillConfig(
         model=str(ROOT / "data" / "tiny-sd"), cache=cache, run=RUN, student=student, device="cpu",
@@ -88,11 +101,11 @@ def whole_files(folder: Path) -> dict[str, str]:
 
     Checkpoints beyond the limit may be left where the last one was saved and nothing pruned.
     """
-    newest = max((path.name for path in folder.glob("checkpoints/*")), default="")
+    newest = checkpoint.latest_checkpoint(folder)
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        older = name.startswith("checkpoints/") and newest not in name
+        older = name.startswith("checkpoints/") and newest not in path.parents
         if name.startswith("tmp/"):
             found[name] = "a stray"
         if path.is_dir() or older or name.startswith(("logs/", "tmp/")):
@@ -113,7 +126,7 @@ def whole_files(folder: Path) -> dict[str, str]:
 def look() -> None:
     """Every checkpoint in sight is whole."""
     seen = sorted(Path("run/checkpoints").glob("*"))
-    assert seen == checkpoint.whole_checkpoints(RUN), seen
+    assert seen == sorted(checkpoint.whole_checkpoints(RUN)), seen
     for folder in seen:
         step = checkpoint.read_progress(folder).step
         assert folder.name == f"step-{step:08d}"
@@ -288,6 +301,7 @@ def main() -> None:
     scenarios = {
         "save": Scenario(lambda: save_on(3, 1)),
         "save again": Scenario(save_again, lambda: save_on(3, 3)),
+        "branch": Scenario(branch_off, lambda: save_on(3, 3)),
     }
     if args.cache:
         watched = {"report_to": ("tensorboard",), "max_train_steps": 12, "checkpointing_steps": 3}

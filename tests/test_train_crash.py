@@ -39,13 +39,14 @@ def drive(folder: Path, scenarios: list[str], *flags: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def saving(tmp_path_factory) -> dict[str, Any]:
-    """Three checkpoints of which one is kept; and one that is written in the place of another."""
-    return drive(tmp_path_factory.mktemp("saving"), ["save", "save again"])
+    """Three checkpoints of which one is kept; one in the place of another; and a branch."""
+    return drive(tmp_path_factory.mktemp("saving"), ["save", "save again", "branch"])
 
 
 def test_killed_before_in_and_after_every_call_of_saving(saving):
     assert saving["save"]["crashes"] > 100
     assert saving["save again"]["crashes"] > 30
+    assert saving["branch"]["crashes"] > 40
     for scenario in saving.values():
         assert scenario["problems"] == []
 

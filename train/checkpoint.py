@@ -1,21 +1,36 @@
-"""Checkpoints that are whole or absent: written beside, fsynced, renamed; only then the old go."""
+"""Checkpoints that are whole or absent: written beside, fsynced, renamed; only then the old go.
+
+A run that goes on from an older checkpoint begins a branch. The branch's number, which is in each
+state.json, comes before the step where `latest` and the oldest are told.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from shared.cache import differences
 from shared.errors import UserError
-from shared.storage import dump_json, guard, load_json, move, publish, sync_folder, temporary
+from shared.storage import (
+    dump_json,
+    file_sizes,
+    guard,
+    load_json,
+    move,
+    publish,
+    sync_folder,
+    temporary,
+)
 from train.optim import restored, saved
 
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
@@ -30,6 +45,7 @@ class Progressed:
     batch_size: int  # samples a step, over all processes
     terms: Mapping[str, Any]
     scaler: Mapping[str, Any] = field(default_factory=dict)  # of the fp16 loss, where there is one
+    branch: int = 0  # one more whenever a run goes on from another checkpoint than its latest
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -53,7 +69,8 @@ def save_checkpoint(
     for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):
         content = {key: tensor.contiguous() for key, tensor in tensors.items()}
         publish([save(content)], building / name, tmp)
-    publish([dump_json(vars(progressed))], building / STATE, tmp)
+    state = {**vars(progressed), "files": file_sizes(building)}
+    publish([dump_json(state)], building / STATE, tmp)
     sync_folder(building)
     if final.exists():  # of an earlier, longer run that was resumed from before it
         remove(final, tmp)
@@ -79,36 +96,97 @@ def remove(folder: Path, tmp: Path) -> None:
 
 
 def whole_checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted(path.parent for path in (run / "checkpoints").glob(f"step-*/{STATE}"))
+    """The run's checkpoints in the order in which they came about, oldest first."""
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((folder for folder in folders if not damage(folder)), key=age)
+
+
+def age(folder: Path) -> tuple[int, int]:
+    """What a whole checkpoint is sorted by: its branch, then its step."""
+    state = load_json(folder / STATE)
+    return state.get("branch", 0), state["step"]
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, going by their sizes; nothing if it is whole."""
+    if not (folder / STATE).is_file():
+        return f"no {STATE}"
+    try:
+        state = load_json(folder / STATE)
+    except UserError as error:
+        return str(error)
+    wanted, found = state.get("files", {}), file_sizes(folder)
+    for name in (NETWORKS, OPTIMIZER):
+        if name not in found:
+            return f"no {name}"
+        if found[name] != wanted.get(name, found[name]):  # older checkpoints do not tell
+            return f"{name} has {found[name]:,} of {wanted[name]:,} bytes"
+    return ""
 
 
 def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
     """The checkpoint to resume from: None, `latest` (None if there is none yet) or a folder.
 
-    Raises UserError where the folder is no checkpoint, or where the run has checkpoints that
+    Raises UserError where the folder is no whole checkpoint, or where the run has checkpoints that
     nobody asked to resume from.
     """
-    existing = whole_checkpoints(run)
     if wanted is None:
-        if existing:
+        if existing := sorted((run / "checkpoints").glob(f"step-*/{STATE}")):
             raise UserError(
-                f"{run} already holds checkpoints up to {existing[-1].name}; go on with "
+                f"{run} already holds checkpoints up to {existing[-1].parent.name}; go on with "
                 "--resume-from-checkpoint latest, or choose another --run"
             )
         return None
     if wanted == "latest":
-        return existing[-1] if existing else None
+        for folder in sorted((run / "checkpoints").glob("step-*")):
+            if problem := damage(folder):
+                print(f"note: {folder} is damaged ({problem}) and left out", file=sys.stderr)
+        return latest_checkpoint(run)
     folder = Path(wanted)
-    if not (folder / STATE).is_file():
-        raise UserError(f"--resume-from-checkpoint {folder}: not a whole checkpoint (no {STATE})")
+    if problem := damage(folder):
+        raise UserError(
+            f"--resume-from-checkpoint {folder}: not a whole checkpoint ({problem}); "
+            "choose another, or latest for the last whole one"
+        )
     return folder
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The last whole checkpoint, if there is any."""
+    existing = whole_checkpoints(run)
+    return existing[-1] if existing else None
+
+
+def begin_branch(run: Path, resumed: Path | None) -> int:
+    """The branch on which a run goes on from `resumed`; its checkpoint moves to that branch.
+
+    Where the run has checkpoints that came after it, a line says what becomes of them. The branch
+    begins with the checkpoint resumed from, which is the latest at once: whatever happens before
+    the next is written, `latest` and metrics.jsonl agree.
+    """
+    latest = latest_checkpoint(run)
+    if resumed is None or latest is None:
+        return 0
+    branch = age(latest)[0]
+    if resumed.resolve() == latest.resolve():
+        return branch
+    if resumed.resolve().parent == latest.resolve().parent:
+        state = {**load_json(resumed / STATE), "branch": branch + 1}
+        publish([dump_json(state)], resumed / STATE, run / "tmp")
+    print(
+        f"note: the run goes on from {resumed}, so {latest.name} is no longer its latest; it stays "
+        "until --checkpoints-total-limit or a new checkpoint of its step removes it",
+        file=sys.stderr,
+    )
+    return branch + 1
 
 
 def read_progress(folder: Path) -> Progressed:
     """A checkpoint's state.json. Raises UserError for one that another version wrote."""
+    state = load_json(folder / STATE)
+    state.pop("files", None)
     try:
-        return Progressed(**load_json(folder / STATE))
+        return Progressed(**state)
     except TypeError:
         raise UserError(
             f"{folder} was written by another version of this trainer; export it with that one, "
@@ -117,21 +195,36 @@ def read_progress(folder: Path) -> Progressed:
 
 
 def check_terms(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UserError, naming what differs, where a run would not be the same run."""
-    if differing := differences(stored, wanted):
+    """Raise UserError, naming what differs, where a run would not be the same run.
+
+    An older version remembered fewer terms: what only one side has is not compared.
+    """
+    both = stored.keys() & wanted.keys()
+    before, here = ({name: terms[name] for name in both} for terms in (stored, wanted))
+    if differing := differences(before, here):
         raise UserError(
             f"{folder} belongs to another run: {differing}; give the same flags, or another --run"
         )
 
 
 def load_networks(folder: Path) -> dict[str, Tensor]:
-    """What `Student.state` gave."""
-    return load_file(folder / NETWORKS)
+    """What `Student.state` gave. Raises UserError for a damaged file."""
+    return load_tensors(folder / NETWORKS)
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
-    """What `optimizer_state` gave."""
-    return load_file(folder / OPTIMIZER)
+    """What `optimizer_state` gave. Raises UserError for a damaged file."""
+    return load_tensors(folder / OPTIMIZER)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises UserError, naming it, where it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); resume from another checkpoint, or restore it"
+        ) from None
 
 
 def optimizer_state(

@@ -23,7 +23,7 @@ SMALLEST_SCALE = 2.0**-10  # of the fp16 loss; torch begins at 2**16
 def distill(run: Distillation) -> None:
     """Take optimizer steps from where the run stands to `max_train_steps`, or to SIGTERM."""
     config, student = run.config, run.student
-    began = run.step
+    saved = run.step
     with Stop(run.team) as stop:
         with closing(run.loader.batches()) as batches, run.recorder:
             while run.step < config.max_train_steps and not stop.asked():
@@ -43,9 +43,9 @@ def distill(run: Distillation) -> None:
                     run.preview()
                 if due(run.step, config.checkpointing_steps, config):
                     run.save()
+                    saved = run.step
             finished = run.step == config.max_train_steps
-            saved = run.step == began or due(run.step, config.checkpointing_steps, config)
-            if not finished and not saved:
+            if run.step != saved:
                 run.save()
         if finished:  # and SIGTERM waits for what is left to do
             run.export()
@@ -109,4 +109,4 @@ def split(value: Tensor | None, count: int) -> list[Tensor | None]:
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Dropout is torch's only random draw in a step; keyed by it, a resume repeats it."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)

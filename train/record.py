@@ -6,6 +6,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -76,7 +78,8 @@ class Recorder:
     def record(self, step: int, batch: int, loss: Tensor, norm: Tensor, rate: float) -> None:
         """Note a step: its global batch, loss, gradient norm and learning rate.
 
-        Raises UserError, at the next line or the one after, where the loss has lost its way.
+        Raises UserError, at the next line or the one after, where the loss has lost its way or a
+        gradient is not finite.
         """
         self.steps.append((step, batch))
         self.values.append(torch.stack([loss.double(), whole(norm).double()]))
@@ -90,9 +93,23 @@ class Recorder:
     def flush(self) -> None:
         """Write all that has been noted, durably: the checkpoint that follows vouches for it."""
         self._turn(self._close_window(self.rate) if self.values else None)
-        self._turn(None)
+        self.catch_up()
         if self.team.main:
             os.fsync(self.file.fileno())
+
+    def catch_up(self) -> None:
+        """Write the line that is due, so that trackers get what follows in the order of steps."""
+        self._turn(None)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done meanwhile is no training: its time does not count as the steps'."""
+        if self.team.device.type == "cuda":
+            torch.cuda.synchronize(self.team.device)  # steps still under way do count
+        began = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self.since += now - max(began, self.since)  # a window may have been closed in between
 
     def _close_window(self, rate: float) -> Window:
         """The steps since the last line; their numbers set out for the CPU."""
@@ -120,9 +137,11 @@ class Recorder:
         if window.arrived is not None:
             window.arrived.synchronize()  # a window ago: it is there
         losses, norms = window.values.tolist()
-        for (step, batch), loss in zip(window.steps, losses, strict=True):
+        for (step, batch), loss, norm in zip(window.steps, losses, norms, strict=True):
             if not math.isfinite(loss) or loss > EXPLODED:
                 raise UserError(self.diverged(f"the loss is {loss:g}", step, batch))
+            if not math.isfinite(norm):
+                raise UserError(self.diverged(f"the gradient norm is {norm:g}", step, batch))
         if not self.team.main:
             return ""
         step = window.steps[-1][0]

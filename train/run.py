@@ -44,6 +44,7 @@ class Distillation:
     terms: dict[str, Any]
     recorder: Recorder
     previews: Previews | None
+    branch: int = 0  # of the checkpoints that the main process will write
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The one dtype in which all networks compute."""
@@ -51,20 +52,26 @@ class Distillation:
 
     def save(self) -> None:
         """Write a checkpoint, unless the weights are no longer finite. All processes enter it."""
+        with self.recorder.aside():
+            self._save()
+
+    def _save(self) -> None:
         self.recorder.flush()
         self._check_weights()
         networks = self.team.gather(self.student.state())
         optimizer = self.team.gather(checkpoint.optimizer_state(self.optimizer, self.parameters))
         if self.team.main:
-            batch = self.loader.order.batch_size
+            progressed = checkpoint.Progressed(
+                step=self.step,
+                position=self.position,
+                batch_size=self.loader.order.batch_size,
+                terms=self.terms,
+                scaler=self.scaler.state_dict(),
+                branch=self.branch,
+            )
+            limit = self.config.checkpoints_total_limit
             folder = checkpoint.save_checkpoint(
-                self.config.run,
-                checkpoint.Progressed(
-                    self.step, self.position, batch, self.terms, self.scaler.state_dict()
-                ),
-                networks,
-                optimizer,
-                self.config.checkpoints_total_limit,
+                self.config.run, progressed, networks, optimizer, limit
             )
             self.recorder.say(f"saved {folder}")
         self.team.wait()
@@ -79,7 +86,10 @@ class Distillation:
 
     def preview(self) -> None:
         """Draw the preview prompts with the student as it stands. All processes enter it."""
-        if self.previews is not None:
+        if self.previews is None:
+            return
+        with self.recorder.aside():
+            self.recorder.catch_up()
             columns = self.previews.draw(self.student.drawing())
             if self.team.main:
                 path, sheet = self.previews.write(columns, self.step)

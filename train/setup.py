@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,10 +30,11 @@ from train.preview import open_previews
 from train.record import Recorder
 from train.run import Distillation
 from train.speed import check_speed, speed_up
-from train.student import build_student
+from train.student import Student, build_student
 from train.teacher import check_fit, load_schedule
 from train.team import Team, as_launched
 from train.terms import divide, run_terms
+from train.trackers import check_trackers
 
 
 def prepare(config: DistillConfig) -> Distillation:
@@ -41,6 +44,7 @@ def prepare(config: DistillConfig) -> Distillation:
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
     check_flags(config)
+    check_trackers(config.report_to)
     resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
     before = None if resumed is None else checkpoint.read_progress(resumed)
     set_threads(config.threads)
@@ -58,11 +62,9 @@ def prepare(config: DistillConfig) -> Distillation:
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
     scaler = torch.amp.GradScaler(team.device.type, enabled=config.mixed_precision == "fp16")
-    if before is not None:
-        checkpoint.check_terms(resumed, before.terms, terms)
-        student.load_state(checkpoint.load_networks(resumed))
-        checkpoint.restore_optimizer(optimizer, parameters, checkpoint.load_optimizer(resumed))
-        scaler.load_state_dict(dict(before.scaler))
+    if resumed is not None and before is not None:
+        check_resumed(resumed, before, terms, config)
+        go_on(resumed, before, student, optimizer, scaler)
     conditioning = load_conditioning(CachePaths(config.cache).conditioning)
     begun = before or checkpoint.Progressed(0, 0, batch_size, terms)
     loader = build_loader(
@@ -70,13 +72,7 @@ def prepare(config: DistillConfig) -> Distillation:
         begun.position, team,
     )  # fmt: skip
     learning_rate = base_learning_rate(config, batch_size)
-    if team.main:
-        warn_of_small_buckets(loader)
-        print(plan(config, parameters, loader, resumed, team.world, learning_rate), file=sys.stderr)
-        if not config.dry_run:
-            begin_run_folder(config, model)
-    team.wait()
-    return Distillation(
+    run = Distillation(
         config=config,
         team=team,
         student=student,
@@ -94,6 +90,13 @@ def prepare(config: DistillConfig) -> Distillation:
         recorder=Recorder(config, team, loader, begun.step),
         previews=open_previews(config, model, manifest, conditioning, team.device),
     )
+    if team.main:
+        warn_of_small_buckets(loader)
+        print(plan(config, parameters, loader, resumed, team.world, learning_rate), file=sys.stderr)
+        if not config.dry_run:
+            run.branch = begin_run_folder(config, model, resumed)
+    team.wait()
+    return run
 
 
 def check_flags(config: DistillConfig) -> None:
@@ -118,6 +121,33 @@ def check_flags(config: DistillConfig) -> None:
                     f"--{flag.replace('_', '-')} is for --objective {name} and means nothing to "
                     f"--objective {config.objective}; leave it out"
                 )
+
+
+def check_resumed(
+    folder: Path, before: checkpoint.Progressed, terms: dict[str, Any], config: DistillConfig
+) -> None:
+    """Raise UserError where a checkpoint is another run's, or further than this one is to go."""
+    checkpoint.check_terms(folder, before.terms, terms)
+    if before.step > config.max_train_steps:
+        raise UserError(
+            f"{folder} has {before.step} steps behind it, more than --max-train-steps "
+            f"{config.max_train_steps}; give more, or an earlier checkpoint"
+        )
+
+
+def go_on(
+    folder: Path,
+    before: checkpoint.Progressed,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Put networks, optimizer and fp16 scale into the state of a checkpoint."""
+    student.load_state(checkpoint.load_networks(folder))
+    moments = checkpoint.load_optimizer(folder)
+    checkpoint.restore_optimizer(optimizer, student.trainable(), moments)
+    if before.scaler:  # empty where the run was not in fp16 before
+        scaler.load_state_dict(dict(before.scaler))
 
 
 def build_objective(config: DistillConfig, model: Model, device: torch.device) -> Loss:
@@ -167,9 +197,13 @@ def guidance_range(config: DistillConfig, w_min: float, w_max: float) -> tuple[f
     return low, high
 
 
-def begin_run_folder(config: DistillConfig, model: Model) -> None:
-    """Make the folder and save the resolved configuration, the model's source in it."""
+def begin_run_folder(config: DistillConfig, model: Model, resumed: Path | None) -> int:
+    """Make the folder and save the resolved configuration, the model's source in it.
+
+    Returns the branch of the checkpoints to come (train/checkpoint.py).
+    """
     sweep(config.run / "tmp")
     resolved = {**to_dict(config), "model": model.source}
     resolved["learning_rate"] = base_learning_rate(config)
     publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
+    return checkpoint.begin_branch(config.run, resumed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from shared.cache import Manifest
 from shared.config import to_dict
 from shared.errors import UserError
-from shared.family import Model
+from shared.family import Model, load_config
 from shared.storage import dump_json
 from train.checkpoint import Progressed
 from train.config import DistillConfig
@@ -24,6 +25,11 @@ TERMS = (
     "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
     "max_train_samples", "lora_target_modules", "use_8bit_adam",
 )  # fmt: skip
+# Of the scheduler's config what decides the noise schedule, with diffusers' defaults.
+SCHEDULE = {
+    "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear",
+    "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None, "rescale_betas_zero_snr": False,
+}  # fmt: skip
 
 
 def divide(
@@ -68,23 +74,27 @@ def run_terms(
     """What a checkpoint remembers and a resume must repeat; `student` is as it was built."""
     shards = [[shard.file, shard.count] for shard in manifest.shards]
     content = dump_json([manifest.identity["family"], shards])
+    scheduler = load_config(model.source, "scheduler/scheduler_config.json")
     flags = to_dict(config)
+    unet = student.networks()[-1]
+    frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
     return {
         **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
-        "teacher": frozen_signs(student.networks()[-1]),
+        **{name: scheduler.get(name, default) for name, default in SCHEDULE.items()},
+        # A full fine-tuning has no teacher beside it, but weights that it began with.
+        **({"teacher": signs(frozen)} if frozen else {"model": signs(unet.parameters())}),
     }
 
 
-def frozen_signs(network: nn.Module) -> str:
-    """16 hex digits over the signs of the weights that are not trained: the teacher's.
+def signs(parameters: Iterable[nn.Parameter]) -> str:
+    """16 hex digits over the signs of weights, by which a teacher is told.
 
     Signs do not change when weights are rounded to half precision, so a run may go on with another
     --mixed-precision; some do in any further training of a teacher.
     """
     digest = hashlib.sha256()
-    for parameter in network.parameters():
-        if not parameter.requires_grad:
-            digest.update(np.packbits(torch.signbit(parameter).cpu().numpy().ravel()).data)
+    for parameter in parameters:
+        digest.update(np.packbits(torch.signbit(parameter).cpu().numpy().ravel()).data)
     return digest.hexdigest()[:16]

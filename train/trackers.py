@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ KNOWN = (
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError for a tracker that accelerate does not know or that is not installed."""
+    if set(names) == {"none"}:
+        return
+    if "none" in names:
+        raise UserError(f"--report-to {' '.join(names)}: leave out none, or the others")
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     for name in names:
         if name not in KNOWN:
-            raise UserError(f"--report-to {name!r} is not one of {', '.join(KNOWN)}, none")
+            raise UserError(f"--report-to {name}: not one of {', '.join(KNOWN)}, none")
         if name not in installed:
-            raise UserError(f"--report-to {name}: the package is not installed; pip install {name}")
+            raise UserError(f"--report-to {name} is not installed; pip install {name}, or use none")
 
 
 class Trackers:
@@ -35,13 +40,19 @@ class Trackers:
     def __init__(
         self, names: Sequence[str], folder: Path, project: str, config: Mapping[str, Any], done: int
     ) -> None:
-        """`done` steps are behind; TensorBoard forgets what lies beyond them."""
+        """`done` steps are behind; TensorBoard forgets what lies beyond them.
+
+        Raises UserError where a service cannot be had.
+        """
         # That it keeps no configuration is said to whoever runs the command, at every start.
         logging.getLogger("accelerate.tracking").setLevel(logging.ERROR)
         accelerator = Accelerator(log_with=list(names) or None, project_dir=folder)
-        accelerator.init_trackers(
-            project, init_kwargs={"tensorboard": {"purge_step": done + 1}} if names else {}
-        )
+        options = {"tensorboard": {"purge_step": done + 1}} if names else {}
+        try:
+            accelerator.init_trackers(project, init_kwargs=options)
+        except Exception as error:  # each has kinds of its own: no key, no server, no such project
+            said = first_line(error)
+            raise UserError(f"--report-to {' '.join(names)}: {said}; or use none") from None
         self.trackers = accelerator.trackers
         plain = {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)}
         for tracker in self.trackers:
@@ -59,9 +70,18 @@ class Trackers:
             log_picture(tracker, name, sheet, step)
 
     def close(self) -> None:
-        """Let them write what they hold."""
+        """Let them write what they hold. One that fails now is told, for the export is to come."""
         for tracker in self.trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as error:
+                print(f"note: {tracker.name} did not finish: {first_line(error)}", file=sys.stderr)
+
+
+def first_line(error: Exception) -> str:
+    """What a service says is wrong, without its advice and without a full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(". ")
 
 
 def log_picture(tracker: GeneralTracker, name: str, sheet: NDArray[np.uint8], step: int) -> None:
