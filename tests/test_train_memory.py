@@ -9,9 +9,10 @@ import torch
 
 from shared.conditioning import TextEmbeds
 from shared.errors import UserError
+from train.advice import memory_line
 from train.config import DistillConfig
 from train.loader import Batch
-from train.memory import estimate, forward, memory_line, meta_networks
+from train.memory import estimate, forward, meta_networks
 from train.meta import LiveBytes, MetaAutocast, fused_attention
 from train.optim import build_optimizer
 from train.student import build_student

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -66,7 +67,7 @@ def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
             run.scaler.scale(loss / run.accumulation).backward()
         losses.append(loss.detach())
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf)
     return torch.stack(losses).mean(), norm
 
 
@@ -108,4 +109,4 @@ def split(value: Tensor | None, count: int) -> list[Tensor | None]:
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Dropout is torch's only random draw in a step; keyed by it, a resume repeats it."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)

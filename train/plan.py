@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from shared.cache import Manifest
-from shared.errors import UserError
 from shared.family import Model, load_config
 from train.config import DistillConfig
 from train.loader import Loader
 from train.objectives import OBJECTIVES
+from train.team import Team
 
 
 def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillConfig:
@@ -23,10 +23,6 @@ def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillC
     epochs = config.num_train_epochs
     if epochs is None:
         return config
-    if epochs < 1:
-        raise UserError(f"--num-train-epochs {epochs} must be at least 1")
-    if config.max_train_steps != DistillConfig.max_train_steps:
-        raise UserError("--num-train-epochs and --max-train-steps exclude each other; give one")
     samples = min(samples, config.max_train_samples or samples)
     return replace(config, max_train_steps=math.ceil(epochs * samples / batch_size))
 
@@ -56,23 +52,23 @@ def plan(
     )
 
 
-def say_memory(
-    config: DistillConfig, model: Model, manifest: Manifest, device: torch.device
-) -> None:
+def say_memory(config: DistillConfig, model: Model, manifest: Manifest, team: Team) -> None:
     """On a GPU, print what the largest latents will take, before anything is loaded there.
 
-    Raises UserError where not even the weights have room.
+    `config` has the accumulation steps that the run will take. Raises UserError where not even the
+    weights have room.
     """
-    if device.type != "cuda":
+    if team.device.type != "cuda":
         return
     sizes = [manifest.layouts[number].latent_size for number in set(manifest.shard_layouts)]
     if not sizes:
         return
-    from train.memory import memory_line  # which takes torch's slower tools
+    from train.advice import memory_line, sharing_of  # which take torch's slower tools
 
     unet = load_config(model.source, "unet/config.json")
-    free, _ = torch.cuda.mem_get_info(device)
-    print(memory_line(unet, config, max(sizes, key=math.prod), free), file=sys.stderr)
+    free, _ = torch.cuda.mem_get_info(team.device)
+    line = memory_line(unet, config, max(sizes, key=math.prod), free, sharing_of(team))
+    print(line, file=sys.stderr)
 
 
 def warn_of_small_buckets(loader: Loader) -> None:
