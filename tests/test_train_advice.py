@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from shared.config import parse
 from shared.errors import UserError
 from train.advice import apply, ladder, memory_line, words
 from train.config import DistillConfig
-from train.flags import check_accumulation, check_flags
+from train.flags import check_flags
 from train.memory import ALONE, Sharing, estimate
+from train.plan import batches
 from train.speed import check_speed
 from train.terms import divide
 
@@ -34,8 +36,7 @@ def check(config: DistillConfig, sharing: Sharing) -> None:
     """As `train.setup.prepare` does."""
     check_flags(config)
     check_speed(config, torch.device("cuda"), sharing.sharded)
-    _, accumulation = divide(config, sharing.world, 1, None)
-    check_accumulation(config, accumulation, resumed=False)
+    batches(config, SimpleNamespace(world=sharing.world, main=True), 1, None)
 
 
 @pytest.mark.parametrize("sharing", [ALONE, DDP, FSDP], ids=["alone", "ddp", "fsdp"])
@@ -50,7 +51,7 @@ def test_every_advice_is_taken(typed, sharing):
         return
     students = set()
     told = config_of_run(config, sharing)
-    for change in ladder(told, sharing):
+    for change in both(told, sharing):
         changed, left_out = apply(told, change)
         advice, _, without = words(change, left_out).partition(" and without ")
         kept = drop(typed, without.split())
@@ -77,8 +78,13 @@ def drop(typed: list[str], flags: list[str]) -> list[str]:
     return kept
 
 
+def both(config: DistillConfig, sharing: Sharing) -> list:
+    """The student's own ladder, and a LoRA's."""
+    return ladder(config, config.student, sharing) + ladder(config, "lora", sharing)
+
+
 def flags_in(config: DistillConfig, sharing: Sharing) -> set[str]:
-    return {name for change in ladder(config, sharing) for name in change}
+    return {name for change in both(config, sharing) for name in change}
 
 
 def test_what_is_offered_to_whom():
@@ -87,7 +93,7 @@ def test_what_is_offered_to_whom():
     assert not {"offload_ema", "use_8bit_adam"} & flags_in(full, FSDP)
     tuned = DistillConfig("m", Path("c"), Path("r"), student="full", objective="denoise")
     assert "offload_ema" not in flags_in(tuned, ALONE)
-    for change in ladder(full, ALONE):
+    for change in both(full, ALONE):
         assert not {"student", "offload_ema"} <= set(change)
 
 
@@ -100,7 +106,7 @@ def unet(tiny_sd):
 
 def test_a_lora_instead_of_a_full_student():
     config = parse(DistillConfig, [*BASE, "--student", "full", "--ema-decay", "0.9"], "prog")
-    change = next(change for change in ladder(config, ALONE) if "student" in change)
+    change = ladder(config, "lora", ALONE)[0]
     changed, left_out = apply(config, change)
     assert words(change, left_out) == "--student lora and without --ema-decay"
     assert changed.ema_decay == 0.95

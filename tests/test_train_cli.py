@@ -300,6 +300,14 @@ def test_a_number_of_steps_that_cannot_be(refused, run, tiny_cache, steps):
     assert steps in line
 
 
+@pytest.mark.parametrize("scale", ["1", "12"])
+def test_guidance_of_a_distilled_lora(refused, run, tiny_cache, scale):
+    """It would be drawn the same with every one."""
+    prompt = load_conditioning(CachePaths(tiny_cache).conditioning).prompts[0]
+    line = refused("sample", "--run", run, "--prompt", prompt, "--guidance-scale", scale)
+    assert "--guidance-scale: a distilled LoRA is drawn without guidance" in line
+
+
 def test_previews_of_a_student_with_few_solver_steps(cli, words, tmp_path):
     """The grid's 8 steps are more than such a student has; that must not end the training."""
     answer = cli("train", *words, "--num-ddim-timesteps", 4, "--validation-steps", 1)

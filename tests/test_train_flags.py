@@ -1,6 +1,8 @@
 """docs/flags.md against the real command lines: every flag people know is there, or refused."""
 
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,3 +185,31 @@ def test_adapters_go_where_they_are_told(tiny_sd):
     student = build_student(str(tiny_sd), config)
     adapted = {re.sub(r"\.lora_.*", "", name).rpartition(".")[2] for name in student.trainable()}
     assert adapted == {"to_q", "to_k"}
+
+
+@pytest.mark.parametrize(("limit", "length"), [(1.0, 1.0), (100.0, 5.0), (0.0, 5.0)])
+def test_gradients_are_clipped_unless_the_limit_is_0(limit, length):
+    """kohya's way; the norm before clipping is what is recorded."""
+    from train.batch import Batch
+    from train.config import DistillConfig
+    from train.loop import backward
+
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    run = SimpleNamespace(
+        config=DistillConfig("m", None, None, max_grad_norm=limit), accumulation=1, empty=None,
+        team=SimpleNamespace(accumulating=lambda student, last: nullcontext()), student=None,
+        autocast=nullcontext, objective=lambda *_: (weight**2).sum() / 2,
+        scaler=torch.amp.GradScaler(enabled=False), parameters={"weight": weight},
+        optimizer=torch.optim.SGD([weight]),
+    )  # fmt: skip
+    _, norm = backward(run, Batch(*[torch.zeros(1)] * 7))
+    assert norm.item() == 5.0
+    assert weight.grad.norm().item() == pytest.approx(length)
+
+
+def test_every_seed_that_is_taken_can_be_used():
+    from train.loop import seed_dropout
+
+    seed_dropout(7, step=5, rank=2)
+    assert torch.initial_seed() == (7 * 1_000_003 + 5) * 65_537 + 2  # runs of today go on the same
+    seed_dropout(2**63 - 1, step=10**6, rank=63)

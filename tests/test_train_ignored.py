@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 
 from shared.config import parse
 from shared.errors import UserError
+from train.checkpoint import Progressed
 from train.config import DistillConfig
-from train.flags import NOT_WITH, ONLY_WITH, check_accumulation, check_flags, dashed
+from train.flags import NOT_WITH, ONLY_WITH, check_flags, dashed
 from train.loop import distill
+from train.plan import batches
 from train.setup import prepare
 from train.speed import check_speed
 from train.team import as_launched
@@ -150,13 +153,16 @@ def test_what_was_typed_wins_over_the_launcher(monkeypatch):
 
 def test_accumulation_beside_a_global_batch(capsys):
     """Refused beside --global-batch-size where they disagree; a resumed run says what it does."""
-    words = ["--gradient-accumulation-steps", "3"]
-    check_accumulation(parsed(*words), 3, resumed=False)
-    check_accumulation(parsed("--global-batch-size", "16"), 2, resumed=False)
+    team, words = SimpleNamespace(world=2, main=True), ["--train-batch-size", "4"]
+    global_batch = [*words, "--global-batch-size", "16"]
+    three = ["--gradient-accumulation-steps", "3"]
+    assert batches(parsed(*words, *three), team, 1, None) == (24, 3)
+    assert batches(parsed(*global_batch), team, 1, None) == (16, 2)
     with pytest.raises(UserError, match="--global-batch-size 16 is 2 of them here; give one"):
-        check_accumulation(parsed(*words, "--global-batch-size", "16"), 2, resumed=False)
+        batches(parsed(*global_batch, *three), team, 1, None)
     assert capsys.readouterr().err == ""
-    check_accumulation(parsed(*words), 6, resumed=True)
+    before = Progressed(1, 48, 48, {})
+    assert batches(parsed(*words, *three), team, 1, before) == (48, 6)
     said = capsys.readouterr().err
     assert said.startswith("note: 6 accumulation steps instead of --gradient-accumulation-steps 3:")
     assert said.count("\n") == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from shared.errors import UserError
 from train.config import DistillConfig
 from train.flags import check_flags, dashed, ignored
-from train.memory import ALONE, Estimate, Sharing, estimate
+from train.memory import ALONE, Sharing, estimate
 from train.speed import check_speed
 from train.team import Team
 
@@ -45,7 +45,7 @@ def memory_line(
     better = fitting(unet_config, config, latent_size, room, sharing)
     advice = "no flags make it fit; take a larger device"
     if better is not None:
-        advice = f"it fits with {better[0]} (about {gigabytes(better[1].peak)})"
+        advice = f"it fits with {better[0]} (about {gigabytes(better[1])})"
     elif config.student == "full":
         more = "more processes" if sharing.sharded else "--use_fsdp --fsdp_version 2"
         advice += f", or `accelerate launch` with {more}"
@@ -84,26 +84,30 @@ def fitting(
     latent_size: tuple[int, int],
     room: int,
     sharing: Sharing,
-) -> tuple[str, Estimate] | None:
+) -> tuple[str, int] | None:
     """The first flags, one more at a time, with which a run fits into `room` bytes."""
-    for change in ladder(config, sharing):
-        changed, left_out = apply(config, change)
-        found = estimate(unet_config, changed, latent_size, sharing)
-        if found.peak <= room:
-            return words(change, left_out), found
+
+    def peak(change: Change) -> int:
+        return estimate(unet_config, apply(config, change)[0], latent_size, sharing).peak
+
+    for student in dict.fromkeys((config.student, "lora")):
+        changes = ladder(config, student, sharing)
+        if not changes or peak(changes[-1]) > room:
+            continue  # all of them together are not enough
+        change = next(change for change in changes if peak(change) <= room)
+        return words(change, apply(config, change)[1]), peak(change)
     return None
 
 
-def ladder(config: DistillConfig, sharing: Sharing) -> Iterator[Change]:
+def ladder(config: DistillConfig, student: str, sharing: Sharing) -> list[Change]:
     """Flags that save memory and that the trainer takes: what changes the run least comes first."""
-    for student in dict.fromkeys((config.student, "lora")):
-        change: Change = {} if student == config.student else {"student": student}
-        if change:
-            yield change
-        for saving in savings(config):
-            if accepted(apply(config, change | saving)[0], sharing):
-                change = change | saving
-                yield change
+    change: Change = {} if student == config.student else {"student": student}
+    changes = [change] if change else []
+    for saving in savings(config):
+        if accepted(apply(config, change | saving)[0], sharing):
+            change = change | saving
+            changes.append(change)
+    return changes
 
 
 def savings(config: DistillConfig) -> list[Change]:

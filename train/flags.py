@@ -6,8 +6,6 @@ also where the value is the default one: `DistillConfig.typed`.
 
 from __future__ import annotations
 
-import sys
-
 from shared.errors import UserError
 from train.config import DistillConfig
 from train.hub import check_push
@@ -61,28 +59,6 @@ def ignored(config: DistillConfig) -> dict[str, str]:
                 f"{dashed(name)} means nothing beside {dashed(flag)} {shown}; leave it out"
             )
     return {name: why for name, why in found.items() if name in config.typed}
-
-
-def check_accumulation(config: DistillConfig, accumulation: int, resumed: bool) -> None:
-    """What becomes of --gradient-accumulation-steps where they follow from a global batch.
-
-    Beside --global-batch-size, other ones are a UserError. A resumed run says that it keeps its
-    global batch, so that the same command may be given again on another number of processes.
-    """
-    wanted = config.gradient_accumulation_steps
-    if "gradient_accumulation_steps" not in config.typed or wanted == accumulation:
-        return
-    if config.global_batch_size is not None:
-        raise UserError(
-            f"--gradient-accumulation-steps {wanted}: --global-batch-size "
-            f"{config.global_batch_size} is {accumulation} of them here; give one of the two flags"
-        )
-    assert resumed
-    print(
-        f"note: {accumulation} accumulation steps instead of --gradient-accumulation-steps "
-        f"{wanted}: a resumed run keeps its global batch; --global-batch-size changes it",
-        file=sys.stderr,
-    )
 
 
 def dashed(name: str) -> str:

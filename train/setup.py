@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import torch
 
@@ -18,13 +17,13 @@ from train import checkpoint
 from train.bucket import open_buckets
 from train.config import DistillConfig
 from train.draws import DrawSpec
-from train.flags import check_accumulation, check_flags
+from train.flags import check_flags
 from train.loader import LatentSpec, Loader
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Loss
 from train.optim import base_learning_rate, build_optimizer
 from train.order import Order
-from train.plan import plan, say_memory, warn_of_small_buckets, with_steps
+from train.plan import batches, plan, say_memory, warn_of_small_buckets, with_steps
 from train.preview import open_previews
 from train.record import Recorder
 from train.run import Distillation
@@ -32,7 +31,7 @@ from train.speed import check_speed, speed_up
 from train.student import build_student
 from train.teacher import check_fit, load_schedule
 from train.team import Team, as_launched
-from train.terms import divide, run_terms
+from train.terms import run_terms
 
 
 def prepare(config: DistillConfig) -> Distillation:
@@ -46,12 +45,11 @@ def prepare(config: DistillConfig) -> Distillation:
     before = None if resumed is None else checkpoint.read_progress(resumed)
     set_threads(config.threads)
     team = Team(config.device)
-    batch_size, accumulation = divide(config, team.world, len(manifest.layouts), before)
+    batch_size, accumulation = batches(config, team, len(manifest.layouts), before)
     config = with_steps(config, batch_size, manifest.totals["written"])
     check_speed(config, team.device, team.sharded)
     if team.main:
-        check_accumulation(config, accumulation, before is not None)
-        say_memory(replace(config, gradient_accumulation_steps=accumulation), model, manifest, team)
+        say_memory(config, accumulation, model, manifest, team)
     objective = build_objective(config, model, team.device)
     student = build_student(model.source, config)
     terms = run_terms(config, manifest, model, student)
