@@ -17,7 +17,7 @@ from train.plan import batches
 from train.speed import check_speed
 from train.terms import divide
 
-SIZE = (32, 32)
+SIZE = (8, 8)
 DDP, FSDP = Sharing(4), Sharing(4, sharded=True)
 BASE = ["--model", "tiny-sd", "--cache", "c", "--run", "r"]
 TYPED = [
