@@ -112,7 +112,7 @@ class DistillConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast dtype of student, teacher and target alike; trainables and losses stay fp32."""
     checkpointing_steps: Natural = 500
-    """Steps between checkpoints; 0 for none but that of an interrupted run."""
+    """Steps between checkpoints; 0 for the last one alone."""
     checkpoints_total_limit: Count | None = None
     """Older checkpoints beyond this many are removed."""
     resume_from_checkpoint: str | None = None

@@ -57,11 +57,6 @@ def check_speed(config: DistillConfig, device: torch.device, sharded: bool = Fal
                         ("--use-8bit-adam", config.use_8bit_adam)):  # fmt: skip
         if given and sharded:
             raise UserError(f"{flag} does not work on weights that FSDP has sharded; leave it out")
-    if sharded and config.checkpointing_steps == 0:
-        raise UserError(
-            "--checkpointing-steps 0: what FSDP has sharded is exported from the last checkpoint; "
-            "give a number above 0"
-        )
     if config.offload_ema and config.mixed_precision not in DTYPES:
         raise UserError(
             "--offload-ema saves memory by a half-precision copy on the device, which wants "
