@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._public_unets import SD15, SDXL
+from train.advice import ROOM
 from train.config import DistillConfig
-from train.memory import ROOM, Estimate, estimate
+from train.memory import Estimate, estimate
 
 CARDS = (12, 24, 48, 80)
 RESERVED = 0.5e9  # what CUDA itself and the VAE of the previews take

@@ -111,18 +111,10 @@ def share(items: Sequence[T], part: str | None) -> list[T]:
 
 
 def check_flags(config: config.EncodeConfig) -> None:
-    """Raise UserError for numbers that cannot work."""
+    """Raise UserError for filters that cannot be understood, and flags that would be ignored."""
     Filters(config.where, config.max_pwatermark)
-    for name in (
-        "vae_batch_size", "text_batch_size", "threads", "decode_workers", "max_captions",
-        "cpus_per_worker", "max_image_bytes", "views",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    for name in ("seed", "min_size", "clip_skip"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is negative")
+    if config.ray_address is not None and config.engine != "ray":
+        raise UserError("--ray-address is for --engine ray; add that, or leave it out")
 
 
 def source_options(config: config.EncodeConfig) -> SourceOptions:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from prep.rows import MAX_IMAGE_BYTES
 from shared.config import PlaceFlag
+from shared.numbers import Count, Natural, Numbers, Share
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class EncodeConfig:
     """sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or one .safetensors file."""
     cache: PlaceFlag
     """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Pixels of a side; the model's own unless given."""
     center_crop: bool = True
     """Crop the centre of a picture; otherwise its top left corner."""
@@ -33,40 +34,40 @@ class EncodeConfig:
     """Crop a place drawn from the picture's content instead."""
     random_flip: bool = False
     """Mirror half of the views, drawn likewise."""
-    views: int = 1
+    views: Count = 1
     """Crops and flips kept per picture, of which training draws one each time."""
-    seed: int = 0
+    seed: Natural = 0
     """Of the random crops and flips; another one gives others."""
     buckets: bool = False
     """Keep aspect ratios: crop to the nearest of many sizes, all of about resolution² pixels."""
-    bucket_reso_steps: int | None = None
+    bucket_reso_steps: Count | None = None
     """Sides of buckets are multiples of it; 64, less for a resolution below 512."""
-    min_bucket_reso: int | None = None
+    min_bucket_reso: Count | None = None
     """Shortest side of a bucket; half the resolution unless given."""
-    max_bucket_reso: int | None = None
+    max_bucket_reso: Count | None = None
     """Longest side of a bucket; twice the resolution unless given."""
     bucket_no_upscale: bool = False
     """Never enlarge: a picture smaller than its bucket is cropped to multiples of the steps."""
-    min_size: int = 0
+    min_size: Natural = 0
     """Reject a picture whose shorter side has fewer pixels."""
     latents: str = "auto"
     """mean, posterior (mean and logvar, twice the bytes), or auto: posterior where it matters."""
-    max_captions: int = 1
+    max_captions: Count = 1
     """Captions kept per picture, where its json lists several."""
-    clip_skip: int = 0
+    clip_skip: Natural = 0
     """Layers of the text encoders left out at the end, as in diffusers: 1 where kohya says 2."""
     preview_prompts: tuple[str, ...] = ()
     """Prompts embedded for previews; the first captions of the data unless given."""
-    vae_batch_size: int | None = None
+    vae_batch_size: Count | None = None
     """Pictures per VAE call; a property of the cache once it is begun. 8 on a CPU; on a GPU 16 of
     512 px, 4 of 1024."""
-    text_batch_size: int | None = None
+    text_batch_size: Count | None = None
     """Captions per text-encoder call; likewise. 32."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads of the encoders; likewise. All cores."""
-    decode_workers: int = 4
+    decode_workers: Count = 4
     """Threads that read, decode and resize pictures ahead of the encoder."""
-    folder_units: int | None = None
+    folder_units: Count | None = None
     """Units of work of a folder, a power of two; about 1,000 pictures each unless given."""
     image_column: str | None = None
     """Column of a table that holds the pictures; guessed by its name and type unless given."""
@@ -78,14 +79,14 @@ class EncodeConfig:
     """Configuration of datasets of the hub that have several; hf://owner/name:CONFIG:SPLIT too."""
     streaming: bool = False
     """Read a dataset of the hub (hf://owner/name) shard by shard, without downloading it first."""
-    max_image_bytes: int = MAX_IMAGE_BYTES
+    max_image_bytes: Count = MAX_IMAGE_BYTES
     """Reject a picture whose file is larger, without reading it; another limit than the former
     one reads all units again, and encodes what it lets in."""
     where: str | None = None
     """Keep rows of which this holds or is unknown: "similarity > 0.3 and license != 'nc'"."""
-    max_pwatermark: float | None = None
+    max_pwatermark: Share | None = None
     """Reject rows whose pwatermark (LAION's) is above; rows without it are kept."""
-    max_reject_fraction: float = 0.5
+    max_reject_fraction: Share = 0.5
     """Stop when more than this share of a unit is rejected."""
     device: str = "auto"
     """cuda, cpu, or auto."""
@@ -93,7 +94,7 @@ class EncodeConfig:
     """local: this process. ray: a worker per GPU, or per --cpus-per-worker, of a Ray cluster."""
     ray_address: str | None = None
     """Address of a running Ray cluster (or `auto`); one is started on this machine otherwise."""
-    cpus_per_worker: int | None = None
+    cpus_per_worker: Count | None = None
     """CPU cores, and so threads, of a Ray worker without a GPU; as many as --threads."""
     part: str | None = None
     """I/N: only the I-th of N shares of the units (0/N .. N-1/N); `prep finish` after the last."""
@@ -135,11 +136,11 @@ class VerifyConfig:
     """Check a cache: records, sizes, hashes, checksums, finite values."""
 
     cache: PlaceFlag
-    reencode: int = 0
+    reencode: Natural = 0
     """Samples, drawn at random, that are encoded again from their source and compared."""
     repair: bool = False
     """Remove the records of damaged units, so that `prep encode` makes these units again."""
-    seed: int = 0
+    seed: Natural = 0
     """Draws the samples of --reencode."""
     model: str | None = None
     """Where the encoders of --reencode are; the cache's own model unless given."""
@@ -154,9 +155,9 @@ class DecodeConfig:
 
     cache: PlaceFlag
     output: Path = Path("contact-sheet.png")
-    count: int = 12
+    count: Count = 12
     """Pictures, drawn at random."""
-    seed: int = 0
+    seed: Natural = 0
     model: str | None = None
     """Where the VAE is; the cache's own model unless given."""
     vae: str | None = None
@@ -203,9 +204,9 @@ class PackConfig:
     cache: PlaceFlag
     output: Path
     """Folder of the archive; what is already there and right is kept."""
-    level: int = 3
+    level: Annotated[int, Numbers(int, 1, 19)] = 3
     """zstd's level, 1 to 19: fp16 tensors hardly get smaller above 3."""
-    threads: int | None = None
+    threads: Count | None = None
     """Threads that compress; all cores unless given."""
 
 

@@ -20,8 +20,6 @@ SHORTEST_SIDE = 192  # small pictures are enlarged by whole numbers up to here
 
 def decode(config: DecodeConfig) -> None:
     """Original and decoded latents side by side, with the PSNR between them."""
-    if config.count < 1:
-        raise UserError("--count must be at least 1")
     cache, manifest = CachePaths(config.cache), open_manifest(config.cache)
     vae = vae_of(manifest.identity, config)
     stored = draw(cache, manifest.shards, config.count, config.seed)

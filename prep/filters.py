@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from prep.where import Where, lookup
-from shared.errors import UserError
 
 PWATERMARK = "pwatermark above"
 WHERE = "where"
@@ -25,8 +23,6 @@ class Filters:
     def __post_init__(self) -> None:
         if self.where is not None:
             _ = self._predicate
-        if self.max_pwatermark is not None and math.isnan(self.max_pwatermark):
-            raise UserError("--max-pwatermark is not a number; it is a probability, such as 0.8")
 
     @cached_property
     def _predicate(self) -> Where | None:

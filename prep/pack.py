@@ -29,10 +29,6 @@ def pack(config: PackConfig) -> None:
 
     Raises UserError for a cache that is unfinished or damaged, or a full disk.
     """
-    if not 1 <= config.level <= 19:
-        raise UserError(f"--level {config.level} is not between 1 and 19")
-    if config.threads is not None and config.threads < 1:
-        raise UserError(f"--threads {config.threads} must be at least 1")
     cache, output = CachePaths(config.cache), config.output
     manifest = open_manifest(config.cache)
     units = read_units(cache)

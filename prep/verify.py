@@ -27,8 +27,6 @@ def verify(config: VerifyConfig) -> int:
     With `repair`, the records of damaged units are removed, so that `prep encode` makes these
     units again.
     """
-    if config.reencode < 0:
-        raise UserError("--reencode must be at least 0")
     cache = CachePaths(config.cache)
     manifest = open_manifest(config.cache, check_sizes=False)
     damaged: dict[Place, int] = {}  # a file that is to go, and how many damages say so

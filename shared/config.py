@@ -1,7 +1,8 @@
 """A frozen dataclass becomes a command line and a TOML file.
 
 Order of precedence: the command line, then `--config FILE.toml`, then the dataclass's defaults.
-Flags take dashes or underscores. Enumerations and help texts come from the dataclass itself.
+Flags take dashes or underscores. Enumerations, ranges of numbers (shared/numbers.py) and help texts
+come from the dataclass itself. One that has a field `typed` is told there which flags were given.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import tyro
 
 from shared.errors import UserError
 from shared.flags import translate, translate_arguments
+from shared.numbers import check_numbers
 from shared.places import Place, RemotePlace, place
 
 T = TypeVar("T")
+
+TYPED = "typed"  # a field that is no flag: the names of those that were given, whatever their value
 
 # The type of a flag that takes a folder's path or a URL.
 PlaceFlag = typing.Annotated[
@@ -39,16 +43,35 @@ PlaceFlag = typing.Annotated[
 def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     """Fill the dataclass `kind` from `argv` and the TOML file it may name.
 
-    Raises UserError for a TOML file that is missing, malformed or has unknown names; a wrong flag
-    ends the program with tyro's message and status 2.
+    Raises UserError for a TOML file that is missing, malformed or has unknown names, and for a
+    number out of its range; a wrong flag ends the program with tyro's message and status 2.
     """
     toml, rest = _split_config(list(argv))
-    rest = translate_arguments(rest, typing.get_type_hints(kind))
+    known = flags_of(kind)
+    rest = translate_arguments(rest, known)
     values = _read_toml(kind, toml) if toml else {}
+    given = set(values) | {name for word in rest for name in named(word) if name in known}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.default is field.default_factory is dataclasses.MISSING:
             values.setdefault(field.name, tyro.MISSING)
-    return tyro.cli(kind, args=rest, prog=prog, description=kind.__doc__, default=kind(**values))
+    config = tyro.cli(kind, args=rest, prog=prog, description=kind.__doc__, default=kind(**values))
+    check_numbers(config)
+    if hasattr(config, TYPED):
+        return dataclasses.replace(config, **{TYPED: frozenset(given)})  # type: ignore[type-var]
+    return config
+
+
+def flags_of(kind: type[Any]) -> set[str]:
+    """The names of a dataclass's fields that are flags."""
+    return {field.name for field in dataclasses.fields(kind)} - {TYPED}
+
+
+def named(word: str) -> list[str]:
+    """The fields that a word of the command line may stand for: `--no-x` is x, or a flag no_x."""
+    if not word.startswith("--"):
+        return []
+    name = word[2:].partition("=")[0].replace("-", "_")
+    return [name, name.removeprefix("no_")]
 
 
 def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -70,7 +93,7 @@ def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: {error.strerror or 'cannot be read'}") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise UserError(f"--config {path}: {error}") from None
-    known = set(typing.get_type_hints(kind))
+    known = flags_of(kind)
     values = {}
     for name, value in stored.items():
         ours, *implied = translate(name, known)
@@ -123,7 +146,7 @@ def _coerce(value: Any, hint: Any) -> Any:
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as JSON values; paths become strings.
 
-    Fields that repr hides are secrets, such as tokens, and are left out.
+    Fields that repr hides are left out: secrets, such as tokens, and what is no flag.
     """
     shown = {field.name for field in dataclasses.fields(config) if field.repr}
     return {

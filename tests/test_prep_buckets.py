@@ -226,7 +226,7 @@ def test_no_upscale_rejects_the_small_and_enlarges_none(tmp_path):
         (["--bucket-no-upscale"], "need --buckets"),
         (["--bucket-reso-steps", "8"], "need --buckets"),
         (["--buckets", "--bucket-reso-steps", "12"], "steps 12 is not a multiple of 8"),
-        (["--buckets", "--bucket-reso-steps", "0"], "steps 0 is not a multiple of 8"),
+        (["--buckets", "--bucket-reso-steps", "0"], "steps 0 must be at least 1"),
         (["--buckets", "--bucket-reso-steps", "128"], "is above --resolution 64"),
         (["--buckets", "--min-bucket-reso", "65"], "--min-bucket-reso 65, --resolution 64"),
         (["--buckets", "--max-bucket-reso", "63"], "--max-bucket-reso 63 must be in ascending"),

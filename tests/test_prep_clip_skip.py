@@ -72,7 +72,7 @@ def test_it_belongs_to_the_identity_and_embed_keeps_to_it(tar, tmp_path):
     cache = encode(tar, tmp_path / "cache", clip_skip=1)
     words = ["--shards", tar, "--model", "tiny-sd", "--cache", cache, "--threads", 1]
     assert "clip_skip is 1 there, 0 here" in refusal("encode", *words)
-    assert "--clip-skip -1 is negative" in refusal("encode", *words, "--clip-skip", -1)
+    assert "--clip-skip -1 must be at least 0" in refusal("encode", *words, "--clip-skip", -1)
     assert prep("embed", "--cache", cache, "--prompts", "a star").status == 0
     fresh = encode(tar, tmp_path / "fresh", clip_skip=1, preview_prompts=("a star",))
     added = load_file(cache / "conditioning.safetensors")["prompts.prompt_embeds"]

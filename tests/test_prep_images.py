@@ -213,7 +213,7 @@ def test_min_size_rejects_by_the_shorter_side(tmp_path):
     assert reasons == {"small": small, "right": "", "turned": small}
     words = ["encode", "--shards", tar, "--model", "tiny-sd", "--cache", cache, "--threads", 1]
     assert "min_size is 100 there, 0 here" in refusal(*words)
-    assert "--min-size -1 is negative" in refusal(*words, "--min-size", -1)
+    assert "--min-size -1 must be at least 0" in refusal(*words, "--min-size", -1)
 
 
 TURNS = {  # how a viewer turns what is stored

@@ -175,7 +175,7 @@ def test_the_same_cache_twice(tmp_path):
     [
         (["--views", "2"], "--views 2: all would be equal"),
         (["--views", "0", "--random-crop"], "--views 0 must be at least 1"),
-        (["--random-crop", "--seed", "-1"], "--seed -1 is negative"),
+        (["--random-crop", "--seed", "-1"], "--seed -1 must be at least 0"),
     ],
 )
 def test_flags_that_cannot_work_are_one_line(tmp_path, flags, words):

@@ -89,8 +89,8 @@ MISTAKES = [
     (["--model", "tinysd"], ["'tinysd'", "tiny-sd", "hub id"]),
     (["--model", "./nowhere"], ["'./nowhere'", "neither a folder"]),
     (["--cache", "nowhere"], ["nowhere is not a cache", "prep encode"]),
-    (["--max-train-steps", "0"], ["--max-train-steps must be at least 1"]),
-    (["--train-batch-size", "-2"], ["--train-batch-size must be at least 1"]),
+    (["--max-train-steps", "0"], ["--max-train-steps 0 must be at least 1"]),
+    (["--train-batch-size", "-2"], ["--train-batch-size -2 must be at least 1"]),
     (["--num-ddim-timesteps", "7"], ["--num-ddim-timesteps 7", "1000"]),
     (["--num-ddim-timesteps", "0"], ["--num-ddim-timesteps"]),
     (["--num-ddim-timesteps", "-50"], ["--num-ddim-timesteps"]),
@@ -193,7 +193,7 @@ def test_toml_holds_any_flag_and_the_command_line_wins(cli, tiny_cache, tmp_path
     toml.write_text(
         f'model = "tiny-sd"\ncache = "{tiny_cache}"\nrun = "{run}"\nstudent = "lora"\n'
         "lora-rank = 2\nmax_train_steps = 5\ntrain-batch-size = 2\nvalidation_steps = 0\n"
-        'learning_rate = 5e-4\nthreads = 1\nvalidation_prompts = ["a", "b"]\n'
+        'learning_rate = 5e-4\nthreads = 1\nreport_to = ["none", "none"]\n'
     )
     answer = cli("train", "distill", "--max-train-steps", 1, "--config", toml)
     assert answer.status == 0, answer.err
@@ -201,7 +201,7 @@ def test_toml_holds_any_flag_and_the_command_line_wins(cli, tiny_cache, tmp_path
     assert config["max_train_steps"] == 1  # the command line
     assert (config["lora_rank"], config["learning_rate"]) == (2, 5e-4)  # the file
     assert (config["seed"], config["huber_c"]) == (0, 1e-3)  # the defaults
-    assert config["validation_prompts"] == ["a", "b"]
+    assert config["report_to"] == ["none", "none"]
 
 
 @pytest.mark.parametrize(
@@ -298,6 +298,14 @@ def test_a_number_of_steps_that_cannot_be(refused, run, tiny_cache, steps):
     line = refused("sample", "--run", run, "--prompt", prompt, "--steps", steps)
     assert "--steps" in line
     assert steps in line
+
+
+@pytest.mark.parametrize("scale", ["1", "12"])
+def test_guidance_of_a_distilled_lora(refused, run, tiny_cache, scale):
+    """It would be drawn the same with every one."""
+    prompt = load_conditioning(CachePaths(tiny_cache).conditioning).prompts[0]
+    line = refused("sample", "--run", run, "--prompt", prompt, "--guidance-scale", scale)
+    assert "--guidance-scale: a distilled LoRA is drawn without guidance" in line
 
 
 def test_previews_of_a_student_with_few_solver_steps(cli, words, tmp_path):

@@ -39,13 +39,13 @@ def hub(monkeypatch):
 def distil(cli, model, cache, run, *words):
     return cli("train", "distill", "--model", model, "--cache", cache, "--run", run,
                "--train-batch-size", 4, "--lora-rank", 4, "--lora-alpha", 2, "--threads", 1,
-               "--unet-time-cond-proj-dim", 32, "--max-train-steps", 2, *words)  # fmt: skip
+               "--max-train-steps", 2, *words)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["lora", "full"])
 def run(request, tiny_sd, tiny_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "my-student"
-    words = f"--student {request.param} --max-train-steps 2 --train-batch-size 4 --lora-rank 4"
+    words = f"--student {request.param} --max-train-steps 2 --train-batch-size 4"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, "-m", "train", "distill", "--model", tiny_sd, "--cache", tiny_cache,

@@ -2,20 +2,28 @@
 
 import gc
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shared.conditioning import TextEmbeds
 from shared.errors import UserError
+from train.advice import ROOM, memory_line
 from train.config import DistillConfig
 from train.loader import Batch
-from train.memory import ROOM, estimate, forward, memory_line, meta_networks
+from train.memory import ALONE, Sharing, estimate, forward, meta_networks
 from train.meta import LiveBytes, MetaAutocast, fused_attention
 from train.optim import build_optimizer
+from train.shards import local
 from train.student import build_student
+from train.team import shard
 
 SIZE, COUNT = (32, 32), 3
 WORKSPACE = 300_000_000  # bytes that kernels may take for themselves
@@ -127,6 +135,68 @@ def test_the_peak_grows_with_the_batch_and_shrinks_with_the_flags(tiny_sd):
     assert peak(use_8bit_adam=True) < plain
     assert peak(student="lora") < plain
     assert peak(gradient_accumulation_steps=2) > plain  # gradients lie there from the start
+
+
+@pytest.fixture
+def group():
+    """Join a process group whose other members, where there are any, only seem to be there."""
+
+    def join(world: int) -> None:
+        backend, store = ("gloo", dist.HashStore()) if world == 1 else ("fake", FakeStore())
+        dist.init_process_group(backend, rank=0, world_size=world, store=store)
+
+    yield join
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_several_processes_each_holds_what_fully_shard_leaves_it(tiny_sd, kind, group):
+    group(4)
+    settings = config(tiny_sd, kind)
+    found = estimate(unet_config(tiny_sd), settings, (8, 8), Sharing(4, sharded=True))
+    student = build_student(str(tiny_sd), settings)
+    for unet in student.networks():
+        shard(unet.cpu(), FullyShardedDataParallelPlugin())
+    weights = [local(t) for unet in student.networks() for t in unet.state_dict().values()]
+    assert found.weights == sum(t.nbytes for t in weights)
+    assert found.optimizer == sum(2 * local(p).nbytes for p in student.trainable().values())
+    away = Sharing(4, sharded=True, offloaded=True)
+    there = estimate(unet_config(tiny_sd), settings, (8, 8), away)
+    assert (there.weights, there.optimizer) == (0, 0)
+    assert there.peak > 0
+
+
+def test_ddp_keeps_the_gradients_twice(tiny_sd, group):
+    """Its buckets are there all the time; micro-steps accumulate beside them."""
+    group(1)
+    settings = config(tiny_sd, "full")
+    student = build_student(str(tiny_sd), settings)
+    gradients = sum(p.nbytes for p in student.trainable().values())
+    live = LiveBytes()
+    live.note(list(student.unet.state_dict().values()))
+    weights, held = live.now, []
+    text = torch.zeros(1, 77, student.unet.config.cross_attention_dim)
+    told = (torch.zeros(1, 4, 8, 8), torch.zeros(1), text)
+    with live:
+        ddp = DistributedDataParallel(student.unet, gradient_as_bucket_view=True)
+        held.append(live.now - weights)
+        for waits in (ddp.no_sync, nullcontext):  # as `Team.accumulating` does
+            with waits():
+                loss = ddp(*told, timestep_cond=torch.zeros(1, 256)).sample.square().mean()
+                loss.backward()
+                del loss
+            held.append(live.now - weights)
+        student.unet.zero_grad(set_to_none=True)
+        held.append(live.now - weights)
+    assert [round(one / gradients, 1) for one in held] == [1, 2, 1, 1]
+
+    def peak(sharing: Sharing, accumulation: int) -> int:
+        more = replace(settings, gradient_accumulation_steps=accumulation)
+        return estimate(unet_config(tiny_sd), more, SIZE, sharing).peak
+
+    alone, ddp_alone = peak(ALONE, 1), peak(Sharing(2), 1)
+    assert ddp_alone - alone == gradients
+    assert peak(Sharing(2), 2) - alone == 2 * gradients
 
 
 def test_autocast_casts_as_cuda_does():

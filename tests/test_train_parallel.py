@@ -160,7 +160,7 @@ def test_all_enter_saving_and_previews_and_one_signal_ends_all(
     run = tmp_path / "run"
     words = [
         "train", "--", "distill", "--model", tiny_sd, "--cache", tiny_cache, "--run", run,
-        "--train-batch-size", 2, "--lora-rank", 4, "--logging-steps", 1, "--max-train-steps", 2000,
+        "--train-batch-size", 2, "--logging-steps", 1, "--max-train-steps", 2000,
         "--validation-steps", 2, "--checkpointing-steps", 2, "--student", "full",
         "--resume-from-checkpoint", "latest",
     ]  # fmt: skip

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from shared.config import PlaceFlag
+from shared.numbers import (
+    BelowOne,
+    Count,
+    Natural,
+    NotNegative,
+    Numbers,
+    Positive,
+    Seed,
+    Share,
+)
+
+Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1
 
 
 @dataclass(frozen=True)
@@ -25,17 +39,19 @@ class DistillConfig:
     """lora: adapters on the teacher. full: a UNet of its own, for lcd with guidance and EMA."""
     objective: Literal["lcd", "denoise"] = "lcd"
     """lcd: latent consistency distillation. denoise: the ordinary diffusion loss, to fine-tune."""
-    train_batch_size: int = 8
+    train_batch_size: Count = 8
     """Samples per device and micro-step."""
-    gradient_accumulation_steps: int = 1
-    global_batch_size: int | None = None
+    gradient_accumulation_steps: Count = 1
+    """Micro-steps of an optimizer step; they follow from --global-batch-size where that is given,
+    and from the run's own global batch where it is resumed."""
+    global_batch_size: Count | None = None
     """Samples per optimizer step over all processes; a resumed run keeps its own unless given."""
-    max_train_steps: int = 1000
+    max_train_steps: Count = 1000
     """Optimizer steps."""
-    num_train_epochs: int | None = None
+    num_train_epochs: Count | None = None
     """Passes over the cache, from which the steps follow; instead of --max-train-steps."""
-    seed: int = 0
-    learning_rate: float | None = None
+    seed: Seed = 0
+    learning_rate: Positive | None = None
     """1e-4 for lora, 8e-6 (lcd) or 1e-5 (denoise) for full unless given."""
     scale_lr: bool = False
     """Multiply the learning rate by the samples of a step, over all processes."""
@@ -43,46 +59,47 @@ class DistillConfig:
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
     """diffusers' schedules; every one of them begins with --lr-warmup-steps."""
-    lr_warmup_steps: int = 0
-    lr_num_cycles: int = 1
+    lr_warmup_steps: Natural = 0
+    lr_num_cycles: Count = 1
     """Restarts of cosine_with_restarts."""
-    lr_power: float = 1.0
+    lr_power: Positive = 1.0
     """Exponent of polynomial."""
     use_8bit_adam: bool = False
     """Keep AdamW's two averages in 8 bits (bitsandbytes, an extra: pip install '.[gpu]')."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 0.0
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    w_min: float | None = None
+    adam_beta1: BelowOne = 0.9
+    adam_beta2: BelowOne = 0.999
+    adam_weight_decay: NotNegative = 0.0
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: NotNegative = 1.0
+    """Gradients longer than that are shortened to it; 0 for never."""
+    w_min: Guidance | None = None
     """Smallest guidance w drawn; the family's unless given. diffusers' guidance_scale is w + 1."""
-    w_max: float | None = None
-    num_ddim_timesteps: int = 50
+    w_max: Guidance | None = None
+    num_ddim_timesteps: Count = 50
     """Solver steps N that the schedule is divided into."""
     loss_type: Literal["huber", "l2"] = "huber"
-    huber_c: float = 1e-3
-    timestep_scaling_factor: float = 10.0
-    ema_decay: float = 0.95
+    huber_c: Positive = 1e-3
+    timestep_scaling_factor: Positive = 10.0
+    ema_decay: BelowOne = 0.95
     """Of the full student's target network."""
     offload_ema: bool = False
     """Keep the full student's average in fp32 on the CPU, and a half-precision copy on the
     device."""
     guidance_init: Literal["zero", "random"] = "zero"
     """Of the guidance embedding's projection; with zero the student starts as the teacher."""
-    unet_time_cond_proj_dim: int = 256
+    unet_time_cond_proj_dim: Annotated[int, Numbers(int, 4)] = 256
     """Width of the guidance embedding."""
-    noise_offset: float = 0.0
+    noise_offset: BelowOne = 0.0
     """denoise: share of one normal number per channel added to the noise; 0.05 to 0.1 is usual."""
-    snr_gamma: float | None = None
+    snr_gamma: Positive | None = None
     """denoise: gamma of the min-SNR loss weights, usually 5; unweighted unless given."""
-    lora_rank: int = 64
-    lora_alpha: float | None = None
+    lora_rank: Count = 64
+    lora_alpha: Positive | None = None
     """The rank unless given."""
-    lora_dropout: float = 0.0
+    lora_dropout: BelowOne = 0.0
     lora_target_modules: str | None = None
     """Ends of the names of the layers to adapt, comma-separated; LCM's fourteen unless given."""
-    proportion_empty_prompts: float = 0.0
+    proportion_empty_prompts: Share = 0.0
     """Share of captions replaced by the unconditional embedding."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
@@ -94,28 +111,29 @@ class DistillConfig:
     """Let fp32 matrix products on the GPU use TF32."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast dtype of student, teacher and target alike; trainables and losses stay fp32."""
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int | None = None
+    checkpointing_steps: Natural = 500
+    """Steps between checkpoints; 0 for the last one alone."""
+    checkpoints_total_limit: Count | None = None
     """Older checkpoints beyond this many are removed."""
     resume_from_checkpoint: str | None = None
     """latest, or the folder of a checkpoint."""
-    validation_steps: int = 250
+    validation_steps: Natural = 250
     """Steps between preview pictures; 0 for none."""
     validation_prompts: tuple[str, ...] = ()
     """Prompts of the previews, of those embedded in the cache; its first four unless given."""
-    logging_steps: int = 10
+    logging_steps: Count = 10
     report_to: tuple[str, ...] = ("tensorboard",)
     """tensorboard, wandb and the other trackers that accelerate knows; none for no tracker."""
     logging_dir: Path | None = None
     """Of the trackers; RUN/logs unless given."""
     tracker_project_name: str = "latent-distillery"
-    dataloader_num_workers: int = 4
+    dataloader_num_workers: Count = 4
     """Reader threads. A remote cache has one for each batch that it reads ahead."""
-    max_train_samples: int | None = None
+    max_train_samples: Count | None = None
     """Train on the cache's first so many samples, in the order of its manifest."""
     local_cache: Path | None = None
     """Folder that keeps the samples read from a remote cache."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads of the networks; all cores unless given."""
     device: str = "auto"
     push_to_hub: bool = False
@@ -126,6 +144,9 @@ class DistillConfig:
     """A token with write access, never stored; the one of `hf auth login` unless given."""
     dry_run: bool = False
     """Check everything, print the plan, and stop."""
+    typed: tyro.conf.Suppress[frozenset[str]] = field(
+        default=frozenset(), repr=False, compare=False
+    )  # no flag; which were given, also with their default value: see train/flags.py
 
 
 @dataclass(frozen=True)
@@ -139,15 +160,15 @@ class EvaluateConfig:
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
     vae: str | None = None
     """The VAE that decodes; the run's unless given."""
-    num_samples: int = 1000
-    guidance_scale: float | None = None
+    num_samples: Annotated[int, Numbers(int, 65)] = 1000
+    guidance_scale: NotNegative | None = None
     """diffusers' meaning (w + 1), for teacher and student alike; the family's unless given."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Pictures drawn at once; unless given 16 of 512 px, 4 of 1024, up to 100 small ones."""
-    seed: int = 0
+    seed: Seed = 0
     output: Path | None = None
     """Folder for evaluation.json, evaluation.md and evaluation.png; the run's own unless given."""
-    threads: int | None = None
+    threads: Count | None = None
     device: str = "auto"
 
 
@@ -161,15 +182,15 @@ class SampleConfig:
     """Cache that holds the prompts' embeddings; the run's own unless given."""
     vae: str | None = None
     """The VAE that decodes; the run's unless given."""
-    steps: int | None = None
+    steps: Count | None = None
     """4 for a distilled student, 50 for a fine-tuned one (--objective denoise) unless given."""
-    guidance_scale: float | None = None
+    guidance_scale: NotNegative | None = None
     """diffusers' meaning (w + 1), not for a distilled LoRA; the family's unless given."""
-    seed: int = 0
-    num_images: int = 1
+    seed: Seed = 0
+    num_images: Count = 1
     """Pictures per prompt."""
     output: Path = Path("sample.png")
-    threads: int | None = None
+    threads: Count | None = None
     device: str = "auto"
 
 

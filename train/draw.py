@@ -12,21 +12,28 @@ from shared.vae import decode_latents
 from train.artist import open_artist
 from train.bucket import open_buckets
 from train.config import SampleConfig
+from train.export import run_config
+from train.objectives import OBJECTIVES
 from train.pictures import write_grid, write_picture
 from train.sample import most_steps
 
 
 def draw_prompts(config: SampleConfig) -> None:
     """Write one picture, or a grid where there are several. Raises UserError for a new prompt."""
+    stored = run_config(config.run)
+    few_steps = OBJECTIVES[str(stored["objective"])].few_steps
+    if config.guidance_scale is not None and few_steps and stored["student"] == "lora":
+        raise UserError(
+            "--guidance-scale: a distilled LoRA is drawn without guidance, which it has learned "
+            "(--w-min, --w-max); leave it out"
+        )
     artist = open_artist(
         config.run, config.threads, config.device, config.guidance_scale, config.vae
     )
     steps = artist.objective.sample_steps if config.steps is None else config.steps
     most = most_steps(artist.config, artist.scheduler_config)
-    if not 1 <= steps <= most:
+    if steps > most:
         raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")
-    if config.num_images < 1:
-        raise UserError("--num-images must be at least 1")
     cache = config.cache or place(str(artist.config["cache"]))
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)

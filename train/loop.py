@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -66,7 +67,7 @@ def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
             run.scaler.scale(loss / run.accumulation).backward()
         losses.append(loss.detach())
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf)
     return torch.stack(losses).mean(), norm
 
 

@@ -3,14 +3,15 @@
 The networks of the run are built on torch's meta device, which has shapes and no numbers, and take
 one step there: the student's forward, the teacher's with twice the batch, and the backward
 pass. `LiveBytes` adds up the storages alive at each moment; the optimizer's state comes on
-top. What it cannot see is the workspace of kernels, and fragmentation.
+top. Of several processes it is what each takes: `Sharing` knows what DDP adds and FSDP divides.
+What it cannot see is the workspace of kernels, and fragmentation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -21,16 +22,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared.conditioning import TextEmbeds
-from shared.errors import UserError
 from train.config import DistillConfig
 from train.meta import LiveBytes, MetaAutocast, fused_attention
 from train.objectives import OBJECTIVES
 from train.speed import hold_frozen
 from train.student import add_adapters, guided_copy
 from train.teacher import call_unet
+from train.team import SHARDED_BLOCKS
 
 TOKENS = 77
-ROOM = 0.95  # the rest is for the workspace of kernels, and for fragmentation
 META = torch.device("meta")
 
 
@@ -48,6 +48,31 @@ class Estimate:
         return self.peak - self.weights - self.optimizer
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """The processes of a run, as far as their memory goes; see `train.team`."""
+
+    world: int = 1
+    sharded: bool = False  # by FSDP; otherwise several processes are DDP's
+    offloaded: bool = False  # the shards lie on the CPU (--fsdp_offload_params)
+    gathered: bool = False  # and what was gathered stays (--fsdp_reshard_after_forward false)
+
+    def here(self, tensor: Tensor) -> int:
+        """Bytes of a weight, or its gradient, on a device between steps: the first, largest part.
+
+        fully_shard cuts the first dimension into equal parts, of which the last may be smaller.
+        """
+        if not self.sharded:
+            return tensor.nbytes
+        if self.offloaded:
+            return 0
+        rows = tensor.shape[0] if tensor.dim() else 1
+        return tensor.nbytes // rows * -(-rows // self.world)
+
+
+ALONE = Sharing()
+
+
 @dataclass
 class MetaNetworks:
     """The UNets of a run without their numbers; a LoRA's three are one."""
@@ -56,10 +81,13 @@ class MetaNetworks:
     target: UNet2DConditionModel
     teacher: UNet2DConditionModel
 
+    def unets(self) -> list[UNet2DConditionModel]:
+        """Each once."""
+        return list(dict.fromkeys((self.student, self.target, self.teacher)))
+
     def tensors(self) -> list[Tensor]:
         """All weights, each once."""
-        unets = (self.student, self.target, self.teacher)
-        return [t for unet in dict.fromkeys(unets) for t in unet.state_dict().values()]
+        return [tensor for unet in self.unets() for tensor in unet.state_dict().values()]
 
     def trainable(self) -> list[nn.Parameter]:
         """What the optimizer moves."""
@@ -87,18 +115,23 @@ def meta_networks(unet_config: Mapping[str, Any], config: DistillConfig) -> Meta
 
 
 def estimate(
-    unet_config: Mapping[str, Any], config: DistillConfig, latent_size: tuple[int, int]
+    unet_config: Mapping[str, Any],
+    config: DistillConfig,
+    latent_size: tuple[int, int],
+    sharing: Sharing = ALONE,
 ) -> Estimate:
     """Of a run with latents of that size. `unet_config` is the teacher's `unet/config.json`."""
     networks = meta_networks(unet_config, config)
     live = LiveBytes()
     live.note(networks.tensors())
-    weights = live.now
+    whole = live.now
     trainable = networks.trainable()
     if config.gradient_accumulation_steps > 1:  # gradients of the last micro-step lie there
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
         live.note([parameter.grad for parameter in trainable])
+    shared = share_gradients(trainable, sharing)
+    live.note(shared)
     autocast = MetaAutocast(config.mixed_precision)
     if config.gradient_checkpointing:
         networks.student.enable_gradient_checkpointing(partial(checkpointed, autocast))
@@ -107,8 +140,48 @@ def estimate(
         loss = forward(networks, config, unet_config, latent_size)
         autocast.copies.clear()
         loss.backward()
-    optimizer = sum(adam_bytes(p.numel(), config.use_8bit_adam) for p in trainable)
-    return Estimate(weights, optimizer, live.peak + optimizer)
+    weights = sum(map(sharing.here, networks.tensors()))
+    elements = (sharing.here(parameter) // parameter.itemsize for parameter in trainable)
+    optimizer = sum(adam_bytes(count, config.use_8bit_adam) for count in elements)
+    step = live.peak - whole + gathered_bytes(networks, sharing)
+    return Estimate(weights, optimizer, weights + optimizer + step)
+
+
+def share_gradients(parameters: Sequence[nn.Parameter], sharing: Sharing) -> list[Tensor]:
+    """Let backward() leave gradients where DDP or FSDP do; returns the list of what they hold.
+
+    DDP copies each into a bucket that is there all the time; FSDP keeps a shard.
+    """
+    held: list[Tensor] = []
+    if sharing.world == 1:
+        return held
+
+    def move(parameter: Tensor) -> None:
+        parameter.grad = None
+        if sharing.sharded:
+            held.append(torch.empty(sharing.here(parameter), dtype=torch.uint8, device=META))
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(move)
+    if not sharing.sharded:
+        held += [torch.empty_like(parameter) for parameter in parameters]
+    return held
+
+
+def gathered_bytes(networks: MetaNetworks, sharing: Sharing) -> int:
+    """What FSDP has whole at the most: weights that were gathered, gradients to be divided."""
+    if not sharing.sharded:
+        return 0
+    whole = [two_blocks(unet, lambda weight: weight.nbytes) for unet in networks.unets()]
+    weights = sum(t.nbytes for t in networks.tensors()) if sharing.gathered else max(whole)
+    return weights + two_blocks(networks.student, lambda w: w.nbytes if w.requires_grad else 0)
+
+
+def two_blocks(unet: UNet2DConditionModel, size: Callable[[Tensor], int]) -> int:
+    """The size of what lies in no block, and of two of the largest: the next is on its way."""
+    modules = [module for module in unet.modules() if type(module).__name__ in SHARDED_BLOCKS]
+    blocks = sorted(sum(map(size, module.parameters())) for module in modules)
+    return sum(map(size, unet.parameters())) - sum(blocks[:-2])
 
 
 def checkpointed(autocast: MetaAutocast, block: nn.Module, *inputs: Any) -> Any:
@@ -163,72 +236,3 @@ def caller(
         return call_unet(unet, empty(channels, *latent_size), empty().long(), text, ids, guidance)
 
     return call
-
-
-def fitting(
-    unet_config: Mapping[str, Any], config: DistillConfig, latent_size: tuple[int, int], room: int
-) -> tuple[str, Estimate] | None:
-    """The first flags, one more at a time, with which a run fits into `room` bytes."""
-    words: list[str] = []
-    for flags, change in savings(config):
-        config = replace(config, **change)
-        words.append(flags)
-        found = estimate(unet_config, config, latent_size)
-        if found.peak <= room:
-            return " ".join(words), found
-    return None
-
-
-def savings(config: DistillConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Flags that save memory and are not used yet; what changes the run least comes first."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    if config.mixed_precision == "no":
-        found.append(("--mixed-precision bf16", {"mixed_precision": "bf16"}))
-    if not config.gradient_checkpointing:
-        found.append(("--gradient-checkpointing", {"gradient_checkpointing": True}))
-    if config.train_batch_size > 1:
-        total = config.train_batch_size * config.gradient_accumulation_steps
-        found.append((
-            f"--train-batch-size 1 --gradient-accumulation-steps {total}",
-            {"train_batch_size": 1, "gradient_accumulation_steps": total},
-        ))  # fmt: skip
-    if not config.use_8bit_adam:
-        found.append(("--use-8bit-adam", {"use_8bit_adam": True}))
-    if config.student == "full" and not config.offload_ema:
-        found.append(("--offload-ema", {"offload_ema": True}))
-    if config.student == "full":
-        found.append(("--student lora", {"student": "lora", "offload_ema": False}))
-    return found
-
-
-def memory_line(
-    unet_config: Mapping[str, Any], config: DistillConfig, latent_size: tuple[int, int], free: int
-) -> str:
-    """What a run will take of a device with `free` bytes, and what to do if that is too much.
-
-    Raises UserError where not even the weights have room.
-    """
-    found = estimate(unet_config, config, latent_size)
-    line = (
-        f"memory: about {gigabytes(found.peak)} at peak (weights {gigabytes(found.weights)}, "
-        f"optimizer {gigabytes(found.optimizer)}, gradients and activations "
-        f"{gigabytes(found.step)}) of {gigabytes(free)} free; an estimate"
-    )
-    room = int(free * ROOM)
-    if found.peak <= room:
-        return line
-    better = fitting(unet_config, config, latent_size, room)
-    advice = "no flags make it fit; take a larger device"
-    if better is not None:
-        advice = f"it fits with {better[0]} (about {gigabytes(better[1].peak)})"
-    if found.weights + found.optimizer > free:
-        raise UserError(
-            f"weights and optimizer take {gigabytes(found.weights + found.optimizer)}, "
-            f"{gigabytes(free)} of the device are free: {advice}"
-        )
-    return f"{line}\nwarning: that is too much for the device: {advice}"
-
-
-def gigabytes(size: int) -> str:
-    """As people read it."""
-    return f"{size / 1e9:.1f} GB"

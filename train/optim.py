@@ -56,17 +56,7 @@ def restored(optimizer: torch.optim.Optimizer, key: str, value: Tensor, weight: 
 
 
 def check_schedule(config: DistillConfig) -> None:
-    """Raise UserError for numbers of the learning rate that cannot work or would do nothing."""
-    for name, schedule in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
-        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
-        if value <= 0:
-            raise UserError(f"{flag} {value} must be above 0")
-        if value != 1 and config.lr_scheduler != schedule:
-            raise UserError(f"{flag} is for --lr-scheduler {schedule} only; leave it out")
-    if config.lr_warmup_steps < 0:
-        raise UserError(f"--lr-warmup-steps {config.lr_warmup_steps} must not be negative")
-    if config.learning_rate is not None and config.learning_rate <= 0:
-        raise UserError(f"--learning-rate {config.learning_rate:g} must be above 0")
+    """Raise UserError for a learning rate that its schedule cannot end below."""
     base = base_learning_rate(config)
     if config.lr_scheduler == "polynomial" and base <= POLYNOMIAL_END:
         raise UserError(

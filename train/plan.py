@@ -13,9 +13,38 @@ from torch import nn
 from shared.cache import Manifest
 from shared.errors import UserError
 from shared.family import Model, load_config
+from train.checkpoint import Progressed
 from train.config import DistillConfig
 from train.loader import Loader
 from train.objectives import OBJECTIVES
+from train.team import Team
+from train.terms import divide
+
+
+def batches(
+    config: DistillConfig, team: Team, buckets: int, before: Progressed | None
+) -> tuple[int, int]:
+    """`divide`, and a word where --gradient-accumulation-steps was given and says otherwise.
+
+    Beside --global-batch-size that is a UserError. A resumed run keeps its global batch and tells
+    so, for the same command may be given again on another number of processes.
+    """
+    batch_size, accumulation = divide(config, team.world, buckets, before)
+    wanted = config.gradient_accumulation_steps
+    if "gradient_accumulation_steps" not in config.typed or wanted == accumulation:
+        return batch_size, accumulation
+    if config.global_batch_size is not None:
+        raise UserError(
+            f"--gradient-accumulation-steps {wanted}: --global-batch-size "
+            f"{config.global_batch_size} is {accumulation} of them here; give one of the two flags"
+        )
+    if team.main:
+        print(
+            f"note: {accumulation} accumulation steps instead of --gradient-accumulation-steps "
+            f"{wanted}: a resumed run keeps its global batch; --global-batch-size changes it",
+            file=sys.stderr,
+        )
+    return batch_size, accumulation
 
 
 def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillConfig:
@@ -23,10 +52,6 @@ def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillC
     epochs = config.num_train_epochs
     if epochs is None:
         return config
-    if epochs < 1:
-        raise UserError(f"--num-train-epochs {epochs} must be at least 1")
-    if config.max_train_steps != DistillConfig.max_train_steps:
-        raise UserError("--num-train-epochs and --max-train-steps exclude each other; give one")
     samples = min(samples, config.max_train_samples or samples)
     return replace(config, max_train_steps=math.ceil(epochs * samples / batch_size))
 
@@ -57,22 +82,24 @@ def plan(
 
 
 def say_memory(
-    config: DistillConfig, model: Model, manifest: Manifest, device: torch.device
+    config: DistillConfig, accumulation: int, model: Model, manifest: Manifest, team: Team
 ) -> None:
     """On a GPU, print what the largest latents will take, before anything is loaded there.
 
     Raises UserError where not even the weights have room.
     """
-    if device.type != "cuda":
+    if team.device.type != "cuda":
         return
     sizes = [manifest.layouts[number].latent_size for number in set(manifest.shard_layouts)]
     if not sizes:
         return
-    from train.memory import memory_line  # which takes torch's slower tools
+    from train.advice import memory_line, sharing_of  # which take torch's slower tools
 
     unet = load_config(model.source, "unet/config.json")
-    free, _ = torch.cuda.mem_get_info(device)
-    print(memory_line(unet, config, max(sizes, key=math.prod), free), file=sys.stderr)
+    config = replace(config, gradient_accumulation_steps=accumulation)  # also where it followed
+    free, _ = torch.cuda.mem_get_info(team.device)
+    line = memory_line(unet, config, max(sizes, key=math.prod), free, sharing_of(team))
+    print(line, file=sys.stderr)
 
 
 def warn_of_small_buckets(loader: Loader) -> None:

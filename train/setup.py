@@ -19,13 +19,13 @@ from train import checkpoint
 from train.bucket import open_buckets
 from train.config import DistillConfig
 from train.draws import DrawSpec
-from train.hub import check_push
+from train.flags import check_flags
 from train.loader import LatentSpec, Loader
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Loss
-from train.optim import base_learning_rate, build_optimizer, check_schedule
+from train.optim import base_learning_rate, build_optimizer
 from train.order import Order
-from train.plan import plan, say_memory, warn_of_small_buckets, with_steps
+from train.plan import batches, plan, say_memory, warn_of_small_buckets, with_steps
 from train.preview import open_previews
 from train.record import Recorder
 from train.run import Distillation
@@ -33,7 +33,7 @@ from train.speed import check_speed, speed_up
 from train.student import Student, build_student
 from train.teacher import check_fit, load_schedule
 from train.team import Team, as_launched
-from train.terms import divide, run_terms
+from train.terms import run_terms
 from train.trackers import check_trackers
 
 
@@ -49,11 +49,11 @@ def prepare(config: DistillConfig) -> Distillation:
     before = None if resumed is None else checkpoint.read_progress(resumed)
     set_threads(config.threads)
     team = Team(config.device)
-    batch_size, accumulation = divide(config, team.world, len(manifest.layouts), before)
+    batch_size, accumulation = batches(config, team, len(manifest.layouts), before)
     config = with_steps(config, batch_size, manifest.totals["written"])
     check_speed(config, team.device, team.sharded, len(manifest.layouts))
     if team.main:
-        say_memory(config, model, manifest, team.device)
+        say_memory(config, accumulation, model, manifest, team)
     objective = build_objective(config, model, team.device)
     student = build_student(model.source, config)
     terms = run_terms(config, manifest, model, student)
@@ -97,30 +97,6 @@ def prepare(config: DistillConfig) -> Distillation:
             run.branch = begin_run_folder(config, model, resumed)
     team.wait()
     return run
-
-
-def check_flags(config: DistillConfig) -> None:
-    """Raise UserError for numbers that cannot work."""
-    check_push(config)
-    if config.max_train_samples is not None and config.max_train_samples < 1:
-        raise UserError("--max-train-samples must be at least 1")
-    for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps",
-                 "logging_steps", "dataloader_num_workers", "lora_rank"):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    check_schedule(config)
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed} must not be negative")
-    if config.num_ddim_timesteps < 1 or 1000 % config.num_ddim_timesteps:
-        raise UserError(f"--num-ddim-timesteps {config.num_ddim_timesteps} must divide 1000")
-    for name, other in OBJECTIVES.items():
-        foreign = other.flags if name != config.objective else ()
-        for flag in foreign:
-            if getattr(config, flag) != getattr(DistillConfig, flag):
-                raise UserError(
-                    f"--{flag.replace('_', '-')} is for --objective {name} and means nothing to "
-                    f"--objective {config.objective}; leave it out"
-                )
 
 
 def check_resumed(

@@ -69,8 +69,6 @@ def check_speed(
                         ("--use-8bit-adam", config.use_8bit_adam)):  # fmt: skip
         if given and sharded:
             raise UserError(f"{flag} does not work on weights that FSDP has sharded; leave it out")
-    if config.offload_ema and config.student == "lora":
-        raise UserError("--offload-ema: a LoRA's target is the student itself; leave it out")
     if config.offload_ema and config.mixed_precision not in DTYPES:
         raise UserError(
             "--offload-ema saves memory by a half-precision copy on the device, which wants "

@@ -126,10 +126,11 @@ def as_launched(config: DistillConfig) -> DistillConfig:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp8":
         raise UserError("--mixed_precision fp8 is not for this trainer; launch with bf16")
-    if config.mixed_precision == "no" and precision != "no":
+    untyped = {"mixed_precision", "gradient_accumulation_steps"} - config.typed
+    if config.mixed_precision == "no" and "mixed_precision" in untyped:
         config = replace(config, mixed_precision=precision)
     accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
-    if config.gradient_accumulation_steps == 1 and accumulation > 1:
+    if config.gradient_accumulation_steps == 1 and "gradient_accumulation_steps" in untyped:
         config = replace(config, gradient_accumulation_steps=accumulation)
     return config
 

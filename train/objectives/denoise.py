@@ -10,7 +10,6 @@ from torch import Tensor
 
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, add_noise, velocity
-from shared.errors import UserError
 from train.batch import Batch
 from train.config import DistillConfig
 from train.objectives.objective import Objective
@@ -60,11 +59,7 @@ class Denoise:
 
 
 def build(config: DistillConfig, schedule: Schedule) -> Denoise:
-    """The loss that the flags ask for. Raises UserError for numbers that cannot work."""
-    if not 0 <= config.noise_offset < 1:
-        raise UserError(f"--noise-offset {config.noise_offset:g} must be from 0 to below 1")
-    if config.snr_gamma is not None and not config.snr_gamma > 0:
-        raise UserError(f"--snr-gamma {config.snr_gamma:g} must be above 0; 5 is usual")
+    """The loss that the flags ask for."""
     return Denoise(schedule, config.snr_gamma)
 
 

@@ -1,0 +1,66 @@
+"""Which flags of `train distill` mean something beside which: what would be ignored is refused.
+
+The table is that of docs/flags.md. It counts what was given, on the command line or in a TOML file,
+also where the value is the default one: `DistillConfig.typed`.
+"""
+
+from __future__ import annotations
+
+from shared.errors import UserError
+from train.config import DistillConfig
+from train.hub import check_push
+from train.objectives import OBJECTIVES
+from train.optim import check_schedule
+
+# (flag, value) -> the flags that mean something only with it.
+ONLY_WITH: dict[tuple[str, str], tuple[str, ...]] = {
+    **{("objective", name): objective.flags for name, objective in OBJECTIVES.items()},
+    ("student", "lora"): ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    ("student", "full"): (
+        "ema_decay", "offload_ema", "guidance_init", "unet_time_cond_proj_dim",
+    ),
+    ("loss_type", "huber"): ("huber_c",),
+    ("lr_scheduler", "cosine_with_restarts"): ("lr_num_cycles",),
+    ("lr_scheduler", "polynomial"): ("lr_power",),
+}  # fmt: skip
+# (flag, value) -> the flags that mean nothing beside it.
+NOT_WITH: dict[tuple[str, object], tuple[str, ...]] = {
+    ("validation_steps", 0): ("validation_prompts",),
+    ("report_to", ("none",)): ("logging_dir", "tracker_project_name"),
+}
+
+
+def check_flags(config: DistillConfig) -> None:
+    """Raise UserError for flags that do not go together, and numbers that cannot work."""
+    for why in ignored(config).values():
+        raise UserError(why)
+    if {"num_train_epochs", "max_train_steps"} <= config.typed:
+        raise UserError("--num-train-epochs and --max-train-steps exclude each other; give one")
+    check_push(config)
+    check_schedule(config)
+    if 1000 % config.num_ddim_timesteps:
+        raise UserError(f"--num-ddim-timesteps {config.num_ddim_timesteps} must divide 1000")
+
+
+def ignored(config: DistillConfig) -> dict[str, str]:
+    """The flags that were given and that others make meaningless, each with what is wrong."""
+    found = {}
+    for (flag, value), names in ONLY_WITH.items():
+        actual = getattr(config, flag)
+        for name in names if actual != value else ():
+            found[name] = (
+                f"{dashed(name)} is for {dashed(flag)} {value} and means nothing to "
+                f"{dashed(flag)} {actual}; leave it out"
+            )
+    for (flag, nothing), names in NOT_WITH.items():
+        for name in names if getattr(config, flag) == nothing else ():
+            shown = " ".join(nothing) if isinstance(nothing, tuple) else nothing
+            found[name] = (
+                f"{dashed(name)} means nothing beside {dashed(flag)} {shown}; leave it out"
+            )
+    return {name: why for name, why in found.items() if name in config.typed}
+
+
+def dashed(name: str) -> str:
+    """A flag as it is typed."""
+    return f"--{name.replace('_', '-')}"
