@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep.rows import CAPTION_KEYS, IMAGE_EXTENSIONS, TOO_LARGE, Row, captions_of, make_row
+from prep.rows import (
+    CAPTION_KEYS,
+    IMAGE_EXTENSIONS,
+    MAX_CAPTION,
+    TEXT_BYTES,
+    TOO_LARGE,
+    Row,
+    captions_of,
+    make_row,
+)
 from prep.units import UNIT_ROWS, SourceOptions, Unit, power_of_two, printable, unit_name
 from shared.errors import UserError
 
@@ -123,10 +132,17 @@ def _captions_beside(path: Path) -> list[dict[str, Any]]:
         if image.suffix[1:].lower() in IMAGE_EXTENSIONS:
             row = {"file_name": str(image.relative_to(path))}
             if (text := image.with_suffix(".txt")).is_file():
-                row["text"] = text.read_text("utf-8-sig", "replace").strip()
+                row["text"] = _caption_in(text)
                 captioned = True
             rows.append(row)
     return rows if captioned else []
+
+
+def _caption_in(path: Path) -> str:
+    """The text of a file; for one that is too large, unread, a text that is refused like it."""
+    if path.stat().st_size > TEXT_BYTES:
+        return "…" * (MAX_CAPTION + 1)
+    return path.read_text("utf-8-sig", "replace").strip()
 
 
 def _utf8(path: Path) -> str:

@@ -14,6 +14,9 @@ import zstandard
 
 from prep.rows import (
     IMAGE_EXTENSIONS,
+    LARGE_JSON,
+    LONG_CAPTION,
+    TEXT_BYTES,
     TOO_LARGE,
     Row,
     SourceError,
@@ -25,6 +28,7 @@ from prep.streams import LocalFile, Stream, decompressed
 
 CAPTION, METADATA = "txt", "json"
 READ_EXTENSIONS = (*IMAGE_EXTENSIONS, CAPTION, METADATA)
+JSON_WEIGHT = 50  # bytes of memory that a byte of json may take: an empty list does, for two
 HEADER_BYTES = 1 << 20  # of a long name or of PAX keywords; more is damage or an attack
 SAMPLE_BYTES = 4 << 20  # read of a tar to estimate its rows
 BUFFER_BYTES = 1 << 16
@@ -132,12 +136,15 @@ class TarReader:
                     raise tarfile.ReadError("it goes on after its end mark: several tars in one?")
 
     def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
-        if split_name(info.name)[1] not in READ_EXTENSIONS:
+        extension = split_name(info.name)[1]
+        if extension not in READ_EXTENSIONS:
             return Member(info.name, b"")
         if info.issparse():
             return Member(info.name, b"", "sparse file")
-        if info.size > self.max_image_bytes:
-            return Member(info.name, b"", TOO_LARGE)
+        text = {CAPTION: (TEXT_BYTES, LONG_CAPTION), METADATA: (TEXT_BYTES, LARGE_JSON)}
+        most, problem = text.get(extension, (self.max_image_bytes, TOO_LARGE))
+        if info.size > most:
+            return Member(info.name, b"", problem)
         file = tar.extractfile(info)
         assert file is not None
         return Member(info.name, file.read())
@@ -182,7 +189,9 @@ def _row(key: str, files: Mapping[str, Member]) -> Row:
     problem = next((member.problem for member in files.values() if member.problem), "")
     image = next((files[ext].content for ext in IMAGE_EXTENSIONS if ext in files), None)
     metadata: Mapping[str, Any] = {}
+    weight = 0
     if METADATA in files:
+        weight = JSON_WEIGHT * len(files[METADATA].content)
         try:
             loaded = json.loads(files[METADATA].content)
             metadata = loaded if isinstance(loaded, dict) else {}
@@ -190,4 +199,4 @@ def _row(key: str, files: Mapping[str, Member]) -> Row:
             metadata = {}  # the picture and its txt may still be good
     text = files[CAPTION].content.decode("utf-8-sig", "replace") if CAPTION in files else ""
     captions = as_captions(text) or captions_of(metadata)
-    return make_row(key, None if problem else image, captions, metadata, problem)
+    return make_row(key, None if problem else image, captions, metadata, problem, weight)

@@ -17,7 +17,6 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
-    BatchEncoding,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedModel,
@@ -37,6 +36,7 @@ logging.disable_progress_bar()  # one bar at a time
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
+ENOUGH = 4096  # characters that hold more tokens than an encoder reads, or are no caption
 SMALLEST_VOCABULARY = 256  # bytes
 
 
@@ -94,7 +94,7 @@ class TextEncoder:
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """Of each caption: has it more tokens than the encoder reads?"""
-        return _truncated(self._tokens(self.tokenizers[0], captions)) if captions else []
+        return self._tokens(self.tokenizers[0], captions)[1] if captions else []
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextEmbeds:
@@ -120,22 +120,34 @@ class TextEncoder:
     def _encode_batch(self, captions: list[str], clip_skip: int) -> tuple[TextEmbeds, list[bool]]:
         states, pooled = [], None
         tokens = [self._tokens(tokenizer, captions) for tokenizer in self.tokenizers]
-        for one, encoder in zip(tokens, self.encoders, strict=True):
-            ids = torch.tensor(one.input_ids).to(self.device)
-            output = encoder(ids, output_hidden_states=True)
+        for (ids, _), encoder in zip(tokens, self.encoders, strict=True):
+            output = encoder(torch.tensor(ids).to(self.device), output_hidden_states=True)
             state = output.hidden_states[self.family.hidden_state - clip_skip]
             states.append(_final_norm(encoder)(state) if self.family.hidden_state == -1 else state)
             pooled = getattr(output, "text_embeds", None)
         embeds = TextEmbeds(
             torch.cat(states, dim=-1).half().cpu(), None if pooled is None else pooled.half().cpu()
         )
-        return embeds, _truncated(tokens[0])
+        return embeds, tokens[0][1]
 
-    def _tokens(self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> BatchEncoding:
-        """The ids of `length` tokens a caption, `[N, L]`, and what did not fit beside them."""
-        return tokenizer(
-            list(captions), padding="max_length", max_length=self.length, truncation=True
-        )
+    def _tokens(
+        self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The ids of `length` tokens a caption, `[N, L]`, and which captions have more than that.
+
+        Of a long caption the first words are tokenized; the whole only where they are too few.
+        """
+        ids, longer = self._tokenize(tokenizer, [_first_words(text) for text in captions])
+        for i, text in enumerate(captions):
+            if not longer[i] and len(text) > ENOUGH:
+                (ids[i],), (longer[i],) = self._tokenize(tokenizer, [text])
+        return ids, longer
+
+    def _tokenize(
+        self, tokenizer: PreTrainedTokenizerBase, captions: list[str]
+    ) -> tuple[list[list[int]], list[bool]]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True)
+        return tokens.input_ids, [bool(encoding.overflowing) for encoding in tokens.encodings]
 
     def unconditional(self, force_zeros: bool) -> TextEmbeds:
         """The empty prompt's embedding, or zeros where the model's config says so."""
@@ -250,8 +262,9 @@ def _final_norm(encoder: CLIPTextModel) -> torch.nn.Module:
     return norm
 
 
-def _truncated(tokens: BatchEncoding) -> list[bool]:
-    return [bool(encoding.overflowing) for encoding in tokens.encodings]
+def _first_words(text: str) -> str:
+    """`text` up to a space before `ENOUGH` characters: no token of CLIP's reaches over a space."""
+    return text if len(text) <= ENOUGH else text[: text.rfind(" ", 0, ENOUGH) + 1]
 
 
 def _arrays(embeds: TextEmbeds) -> Arrays:

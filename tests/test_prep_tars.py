@@ -183,7 +183,7 @@ def nasty_members():
         member("fifo.png", type=tarfile.FIFOTYPE),
         sparse, member("sparse.txt", text),
         member("large.png", b"x" * 30_000), member("large.txt", text),
-        member("large text.png", PNG), member("large text.txt", b"x" * 30_000),
+        member("large text.png", PNG), member("large text.txt", b"x" * 1_000_001),
         member(f"{long}.png", PNG), member(f"{long}.txt", text),
         member("caf\udce9.png", PNG), member("caf\udce9.txt", text),
         member("v1.2/dots.png", PNG), member("v1.2/dots.txt", text),
@@ -198,7 +198,8 @@ def nasty_members():
     expected = {
         "good": "", "../../up": "", "/absolute": "", "link": "no picture", "hard": "no picture",
         "device": "no picture", "sparse": "sparse file", "large": "larger than --max-image-bytes",
-        "large text": "larger than --max-image-bytes", long: "", "caf?": "", "v1.2/dots": "",
+        "large text": "caption longer than 100,000 characters", long: "", "caf?": "",
+        "v1.2/dots": "",
         "UP": "", "again": "", "damaged": "cannot be decoded", "alone": "no caption",
         "only": "no picture", "empty": "cannot be decoded",
     }  # fmt: skip
