@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from prep.reuse import Arrays, Known
+from prep.tokens import tokenized, tokens_fingerprint
 from shared.conditioning import TextEmbeds
 from shared.errors import UserError
 from shared.family import Model
@@ -36,8 +37,9 @@ logging.disable_progress_bar()  # one bar at a time
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
-ENOUGH = 4096  # characters that hold more tokens than an encoder reads, or are no caption
 SMALLEST_VOCABULARY = 256  # bytes
+# What of an encoder's configuration decides its output and does not show in its weights.
+CONFIGURED = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 
 
 class TextEncoder:
@@ -82,8 +84,13 @@ class TextEncoder:
 
     def identity(self) -> dict[str, object]:
         """What the cache records of these encoders."""
+        parts = self.family.text_encoders
+        names = [part.replace("text_encoder", "tokenizer") for part in parts]
+        tokens = [tokens_fingerprint(tokenizer, self.length) for tokenizer in self.tokenizers]
         return {
             "fingerprints": [fingerprint(encoder) for encoder in self.encoders],
+            "tokenizers": dict(zip(names, tokens, strict=True)),
+            "configs": dict(zip(parts, map(_configuration, self.encoders), strict=True)),
             "hidden_state": self.family.hidden_state,
             "clip_skip": self.clip_skip,
             "length": self.length,
@@ -94,7 +101,7 @@ class TextEncoder:
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """Of each caption: has it more tokens than the encoder reads?"""
-        return self._tokens(self.tokenizers[0], captions)[1] if captions else []
+        return tokenized(self.tokenizers[0], captions, self.length)[1] if captions else []
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextEmbeds:
@@ -119,7 +126,7 @@ class TextEncoder:
 
     def _encode_batch(self, captions: list[str], clip_skip: int) -> tuple[TextEmbeds, list[bool]]:
         states, pooled = [], None
-        tokens = [self._tokens(tokenizer, captions) for tokenizer in self.tokenizers]
+        tokens = [tokenized(tokenizer, captions, self.length) for tokenizer in self.tokenizers]
         for (ids, _), encoder in zip(tokens, self.encoders, strict=True):
             output = encoder(torch.tensor(ids).to(self.device), output_hidden_states=True)
             state = output.hidden_states[self.family.hidden_state - clip_skip]
@@ -129,25 +136,6 @@ class TextEncoder:
             torch.cat(states, dim=-1).half().cpu(), None if pooled is None else pooled.half().cpu()
         )
         return embeds, tokens[0][1]
-
-    def _tokens(
-        self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
-    ) -> tuple[list[list[int]], list[bool]]:
-        """The ids of `length` tokens a caption, `[N, L]`, and which captions have more than that.
-
-        Of a long caption the first words are tokenized; the whole only where they are too few.
-        """
-        ids, longer = self._tokenize(tokenizer, [_first_words(text) for text in captions])
-        for i, text in enumerate(captions):
-            if not longer[i] and len(text) > ENOUGH:
-                (ids[i],), (longer[i],) = self._tokenize(tokenizer, [text])
-        return ids, longer
-
-    def _tokenize(
-        self, tokenizer: PreTrainedTokenizerBase, captions: list[str]
-    ) -> tuple[list[list[int]], list[bool]]:
-        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True)
-        return tokens.input_ids, [bool(encoding.overflowing) for encoding in tokens.encodings]
 
     def unconditional(self, force_zeros: bool) -> TextEmbeds:
         """The empty prompt's embedding, or zeros where the model's config says so."""
@@ -256,15 +244,18 @@ class CaptionMemo:
         return found_all
 
 
+def _configuration(encoder: PreTrainedModel) -> dict[str, object]:
+    """What its config.json says that its weights do not show."""
+    found = {name: getattr(encoder.config, name) for name in CONFIGURED}
+    if isinstance(encoder, CLIPTextModelWithProjection):  # where the pooled state is taken
+        found["eos_token_id"] = encoder.config.eos_token_id
+    return found
+
+
 def _final_norm(encoder: CLIPTextModel) -> torch.nn.Module:
     """The norm behind the last layer; before transformers 5 it lay one level deeper."""
     norm: torch.nn.Module = getattr(encoder, "text_model", encoder).final_layer_norm
     return norm
-
-
-def _first_words(text: str) -> str:
-    """`text` up to a space before `ENOUGH` characters: no token of CLIP's reaches over a space."""
-    return text if len(text) <= ENOUGH else text[: text.rfind(" ", 0, ENOUGH) + 1]
 
 
 def _arrays(embeds: TextEmbeds) -> Arrays:

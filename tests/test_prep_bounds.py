@@ -12,7 +12,7 @@ import pytest
 import torch
 from support_prep import TINY_XL, accounts, encode, png, write_tar
 
-from prep import pipeline, tables, text
+from prep import pipeline, tables, tokens
 from prep.images import Framing
 from prep.overlap import mapped
 from prep.pipeline import Settings, decoded
@@ -169,10 +169,8 @@ def encoder():
 
 def test_of_a_long_caption_the_first_words_are_tokenized(encoder, monkeypatch):
     seen = []
-    real = TextEncoder._tokenize
-    monkeypatch.setattr(
-        TextEncoder, "_tokenize", lambda *args: (seen.extend(args[2]), real(*args))[1]
-    )
+    real = tokens._tokenized
+    monkeypatch.setattr(tokens, "_tokenized", lambda *args: (seen.extend(args[1]), real(*args))[1])
     captions = ["word " * 20_000, " " * 90_000 + "a star", "a star", "x" * 100_000]
     assert encoder.truncated(captions) == [True, False, False, True]
     assert seen[0] == "word " * 819  # of the others all, one at a time
@@ -185,9 +183,9 @@ def test_cutting_a_caption_changes_neither_tokens_nor_what_is_counted(encoder, m
     texts = ["".join(draw.choices(chars, k=draw.randrange(90))) for _ in range(400)]
     texts += [text.replace("a", "<|endoftext|> ", 1) for text in texts[:100]]
     for tokenizer in encoder.tokenizers:
-        whole = encoder._tokens(tokenizer, texts)
+        whole = tokens.tokenized(tokenizer, texts, encoder.length)
         assert 50 < sum(whole[1]) < 450
         for enough in (9, 25, 40):
-            monkeypatch.setattr(text, "ENOUGH", enough)
-            assert encoder._tokens(tokenizer, texts) == whole
+            monkeypatch.setattr(tokens, "ENOUGH", enough)
+            assert tokens.tokenized(tokenizer, texts, encoder.length) == whole
         monkeypatch.undo()
