@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -30,7 +30,8 @@ CAPTION, METADATA = "txt", "json"
 READ_EXTENSIONS = (*IMAGE_EXTENSIONS, CAPTION, METADATA)
 JSON_WEIGHT = 50  # bytes of memory that a byte of json may take: an empty list does, for two
 HEADER_BYTES = 1 << 20  # of a long name or of PAX keywords; more is damage or an attack
-SAMPLE_BYTES = 4 << 20  # read of a tar to estimate its rows
+SAMPLE_BYTES = 4 << 20  # read of a tar, packed or not, to estimate its rows
+SAMPLE_UNPACKED = 64 << 20  # or so much, of what it unpacks to
 BUFFER_BYTES = 1 << 16
 EXTENDED = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
@@ -107,14 +108,19 @@ class TarReader:
             )
 
     def sample(self) -> tuple[int, int]:
-        """Pictures by the headers: of a whole plain file, of the first bytes of anything else."""
+        """Pictures by the headers: of a whole plain file, of the first bytes of anything else.
+
+        With them the bytes of the source that they take, which in a packed tar are packed ones.
+        """
         found = 0
-        with contextlib.suppress(SourceError), self._open(seek=True) as tar:
+        with contextlib.suppress(SourceError), self._open(seek=True) as (tar, packed):
             while (info := tar.next()) is not None:
                 tar.members = []
+                read = info.offset if packed is None else packed.tell()
+                enough = read > SAMPLE_BYTES or info.offset > SAMPLE_UNPACKED
+                if enough and not self._seekable:
+                    return found, read
                 found += info.isfile() and split_name(info.name)[1] in IMAGE_EXTENSIONS
-                if tar.offset > SAMPLE_BYTES and not self._seekable:
-                    return found, tar.offset
         return found, self.size or 0
 
     @property
@@ -123,7 +129,7 @@ class TarReader:
 
     def _members(self) -> Iterator[Member]:
         """Every regular file. Raises SourceError where the tar is cut or is none."""
-        with self._open() as tar:
+        with self._open() as (tar, _):
             while (info := tar.next()) is not None:
                 tar.members = []  # tarfile would remember them all
                 if info.isfile():
@@ -150,14 +156,15 @@ class TarReader:
         return Member(info.name, file.read())
 
     @contextlib.contextmanager
-    def _open(self, seek: bool = False) -> Iterator[tarfile.TarFile]:
+    def _open(self, seek: bool = False) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
+        """The tar, and the file that it is packed in, if it is."""
         try:
             with self.stream.open() as raw, decompressed(raw) as file:
                 mode = "r:" if seek and self._seekable and file is raw else "r|"
                 with tarfile.open(  # type: ignore[call-overload]
                     fileobj=file, mode=mode, tarinfo=StrictInfo, bufsize=BUFFER_BYTES
                 ) as tar:
-                    yield tar
+                    yield tar, None if file is raw else raw
         except (tarfile.TarError, EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
             words = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(

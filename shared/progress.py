@@ -49,7 +49,7 @@ class Progress:
     def _log(self) -> None:
         self._logged = time.monotonic()
         rate = (self.count - self.initial) / max(self._logged - self._started, 1e-9)
-        left = (self.total - self.count) / rate if rate else float("inf")
+        left = max(0, self.total - self.count) / rate if rate else float("inf")
         eta = f"{left:.0f} s left" if left < 3600 else f"{left / 3600:.1f} h left"
         line = (
             f"{self.what}: {self.count}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {eta}"
