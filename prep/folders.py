@@ -22,6 +22,7 @@ from prep.rows import (
     TEXT_BYTES,
     TOO_LARGE,
     Row,
+    as_captions,
     captions_of,
     make_row,
 )
@@ -37,12 +38,14 @@ class FolderReader:
     members: tuple[dict[str, Any], ...]
     max_image_bytes: int
     text_only: bool  # from a CSV, which has no numbers
+    caption_column: str | None  # None: the first of CAPTION_KEYS that a row has
 
     def rows(self) -> Iterator[Row]:
         """A row for each member, whether or not its picture is there."""
         folder = Path(self.folder).resolve()
         for member in self.members:
-            name, captions = member["file_name"], captions_of(member)
+            name, column = member["file_name"], self.caption_column
+            captions = as_captions(member.get(column)) if column else captions_of(member)
             metadata = _typed(member) if self.text_only else member
             image, problem = None, ""
             try:
@@ -69,6 +72,9 @@ def folder_units(path: Path, options: SourceOptions) -> list[Unit]:
     rows = _metadata(path)
     if not rows:
         raise UserError(f"{path}: its metadata lists no pictures")
+    column = options.caption_column
+    if column and not any(column in row for row in rows):
+        raise UserError(f"--caption-column {column!r}: {path} has the columns {', '.join(rows[0])}")
     wanted = options.folder_units or power_of_two(len(rows) / UNIT_ROWS)
     if wanted < 1 or wanted & (wanted - 1):
         raise UserError(f"--folder-units {wanted} is not a power of two")
@@ -81,8 +87,8 @@ def folder_units(path: Path, options: SourceOptions) -> list[Unit]:
         Unit(
             name=unit_name(f"{path.name}-{number}of{wanted}", str(path)),
             source=printable(str(path)),
-            state=_state(path, part),
-            reader=FolderReader(str(path), tuple(part), options.max_image_bytes, text_only),
+            state=_state(path, part) | ({"caption_column": column} if column else {}),
+            reader=FolderReader(str(path), tuple(part), options.max_image_bytes, text_only, column),
             rows_known=len(part),
         )
         for number, part in enumerate(parts)

@@ -85,6 +85,7 @@ class TarReader:
     stream: Stream
     size: int | None
     max_image_bytes: int
+    caption_column: str | None = None  # a key of the json; None: the txt, else the usual keys
 
     def rows(self) -> Iterator[Row]:
         """Consecutive files that share the name before the first dot, as in webdataset."""
@@ -95,12 +96,12 @@ class TarReader:
             if not extension:
                 continue
             if files and (stem != key or extension in files):
-                yield _row(key, files)
+                yield _row(key, files, self.caption_column)
                 files = {}
             key, empty = stem, False
             files[extension] = member
         if files:
-            yield _row(key, files)
+            yield _row(key, files, self.caption_column)
         if empty:
             raise SourceError(
                 f"{self.stream.source} holds no files of samples; {self.stream.remedy} or leave "
@@ -192,7 +193,7 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _row(key: str, files: Mapping[str, Member]) -> Row:
+def _row(key: str, files: Mapping[str, Member], column: str | None) -> Row:
     problem = next((member.problem for member in files.values() if member.problem), "")
     image = next((files[ext].content for ext in IMAGE_EXTENSIONS if ext in files), None)
     metadata: Mapping[str, Any] = {}
@@ -205,5 +206,10 @@ def _row(key: str, files: Mapping[str, Member]) -> Row:
         except (ValueError, RecursionError):
             metadata = {}  # the picture and its txt may still be good
     text = files[CAPTION].content.decode("utf-8-sig", "replace") if CAPTION in files else ""
-    captions = as_captions(text) or captions_of(metadata)
+    if column is None:
+        captions = as_captions(text) or captions_of(metadata)
+    else:
+        captions = as_captions(metadata.get(column))
+        if image is not None and not captions:
+            problem = problem or f"no caption in {column!r} of its json"
     return make_row(key, None if problem else image, captions, metadata, problem, weight)
