@@ -57,6 +57,7 @@ def write_rows(path: Path, first: int, rows: int) -> None:
     with tarfile.open(path, "w") as tar:
         for row in range(first, first + rows):
             picture, extension, caption = samples[row % len(samples)]
+            # The pictures recur, and nothing is copied: a new cache knows none. Captions differ.
             for suffix, content in ((extension, picture), ("txt", f"{caption}, {row}".encode())):
                 info = tarfile.TarInfo(f"{row:08d}.{suffix}")
                 info.size = len(content)

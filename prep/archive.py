@@ -9,7 +9,7 @@ SHA256SUMS              of all these, written last: `sha256sum -c SHA256SUMS` ch
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shared.errors import UserError
@@ -30,6 +30,16 @@ def write_sums(sums: dict[str, str]) -> bytes:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
 
 
+def refuse_names(names: Iterable[str]) -> None:
+    """Raise UserError for a name that `read_sums` would refuse."""
+    for name in names:
+        if not ALLOWED.fullmatch(name):
+            raise UserError(
+                f"{name!a} cannot be a name in an archive; run the same `prep encode` again, which "
+                "gives that unit a plainer one"
+            )
+
+
 def read_sums(archive: Path) -> dict[str, str]:
     """Digest by name. Raises UserError where the archive is unfinished or names other files."""
     path = archive / SUMS
@@ -41,7 +51,9 @@ def read_sums(archive: Path) -> dict[str, str]:
 
 
 def _parse(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+    # A name may hold what splitlines() takes for the end of a line.
+    lines = path.read_bytes().decode("utf-8", "replace").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
         digest, _, name = line.partition("  ")
         if not re.fullmatch(r"[0-9a-f]{64}", digest) or not ALLOWED.fullmatch(name):
             raise UserError(f"{path} line {number} is not of a `prep pack` archive; copy it again")

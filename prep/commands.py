@@ -181,7 +181,7 @@ def embed(config: config.EmbedConfig) -> None:
         model, pick_device(config.device), stored["shapes"]["text_batch_size"],
         stored["text"].get("clip_skip", 0),
     )  # fmt: skip
-    if encoder.identity()["fingerprints"] != stored["text"]["fingerprints"]:
+    if not identity.same_encoder(stored["text"], encoder.identity()):
         raise UserError(
             f"{config.cache} was made with other text encoders than {model.source}'s; "
             "pass --model with the one it was made with"

@@ -72,7 +72,8 @@ class EncodeConfig:
     image_column: str | None = None
     """Column of a table that holds the pictures; guessed by its name and type unless given."""
     caption_column: str | None = None
-    """Column of a table that holds the captions; caption, text, TEXT, prompt unless given."""
+    """Column of a table, or key of the json, that holds the captions; caption, text, TEXT, prompt
+    unless given, and of a tar the txt before them."""
     key_column: str | None = None
     """Column of a table that names its rows; the picture's path, id or url unless given."""
     dataset_config_name: str | None = None

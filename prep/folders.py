@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep.rows import CAPTION_KEYS, IMAGE_EXTENSIONS, TOO_LARGE, Row, captions_of, make_row
+from prep.rows import (
+    CAPTION_KEYS,
+    IMAGE_EXTENSIONS,
+    MAX_CAPTION,
+    TEXT_BYTES,
+    TOO_LARGE,
+    Row,
+    as_captions,
+    captions_of,
+    make_row,
+)
 from prep.units import UNIT_ROWS, SourceOptions, Unit, power_of_two, printable, unit_name
 from shared.errors import UserError
 
@@ -28,12 +38,14 @@ class FolderReader:
     members: tuple[dict[str, Any], ...]
     max_image_bytes: int
     text_only: bool  # from a CSV, which has no numbers
+    caption_column: str | None  # None: the first of CAPTION_KEYS that a row has
 
     def rows(self) -> Iterator[Row]:
         """A row for each member, whether or not its picture is there."""
         folder = Path(self.folder).resolve()
         for member in self.members:
-            name, captions = member["file_name"], captions_of(member)
+            name, column = member["file_name"], self.caption_column
+            captions = as_captions(member.get(column)) if column else captions_of(member)
             metadata = _typed(member) if self.text_only else member
             image, problem = None, ""
             try:
@@ -60,6 +72,9 @@ def folder_units(path: Path, options: SourceOptions) -> list[Unit]:
     rows = _metadata(path)
     if not rows:
         raise UserError(f"{path}: its metadata lists no pictures")
+    column = options.caption_column
+    if column and not any(column in row for row in rows):
+        raise UserError(f"--caption-column {column!r}: {path} has the columns {', '.join(rows[0])}")
     wanted = options.folder_units or power_of_two(len(rows) / UNIT_ROWS)
     if wanted < 1 or wanted & (wanted - 1):
         raise UserError(f"--folder-units {wanted} is not a power of two")
@@ -72,8 +87,8 @@ def folder_units(path: Path, options: SourceOptions) -> list[Unit]:
         Unit(
             name=unit_name(f"{path.name}-{number}of{wanted}", str(path)),
             source=printable(str(path)),
-            state=_state(path, part),
-            reader=FolderReader(str(path), tuple(part), options.max_image_bytes, text_only),
+            state=_state(path, part) | ({"caption_column": column} if column else {}),
+            reader=FolderReader(str(path), tuple(part), options.max_image_bytes, text_only, column),
             rows_known=len(part),
         )
         for number, part in enumerate(parts)
@@ -123,10 +138,17 @@ def _captions_beside(path: Path) -> list[dict[str, Any]]:
         if image.suffix[1:].lower() in IMAGE_EXTENSIONS:
             row = {"file_name": str(image.relative_to(path))}
             if (text := image.with_suffix(".txt")).is_file():
-                row["text"] = text.read_text("utf-8-sig", "replace").strip()
+                row["text"] = _caption_in(text)
                 captioned = True
             rows.append(row)
     return rows if captioned else []
+
+
+def _caption_in(path: Path) -> str:
+    """The text of a file; for one that is too large, unread, a text that is refused like it."""
+    if path.stat().st_size > TEXT_BYTES:
+        return "…" * (MAX_CAPTION + 1)
+    return path.read_text("utf-8-sig", "replace").strip()
 
 
 def _utf8(path: Path) -> str:

@@ -1,7 +1,9 @@
 """Rows of Hugging Face datasets: a `save_to_disk` folder, an `.arrow` file, or one of the hub.
 
-With `--key-column` rows go to units by hash of their key, so that adding or removing rows touches
-only their units. Without it units are ranges of 1,024 rows, which shift when rows are inserted.
+With `--key-column` rows go to units by hash of their key, so that inserting rows moves no other row
+to another unit. Without it units are ranges of 1,024 rows, which shift when rows are inserted. Of a
+dataset that has changed in either way all units are read again: it has one fingerprint. What the
+cache has of them is copied, and only new pictures and captions are encoded.
 With `--streaming` each of the dataset's own shards is a unit, and nothing is downloaded beforehand.
 """
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 
 from prep.remote import RemoteFile
 from prep.rows import Row, SourceError
+from prep.streams import LocalFile
 from prep.tables import OTHER, PICTURE, Columns, arrow_kind, choose_columns
 from prep.units import UNIT_ROWS, SourceOptions, Unit, power_of_two, printable, unit_name
 from shared.errors import UserError
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
 # `train[:10%]`. fsspec has hf://datasets/OWNER/NAME/FILE and the like.
 NAME = r"hf://(?!(?:datasets|spaces|models|buckets)/)([\w.-]+/[\w.-]+)"
 HUB = re.compile(NAME + r"(?::([\w.-]+)(?=:))?(?::(\S+))?")
-READ_ROWS = 16  # pictures in memory at a time
 SHARD_ROWS = 1 << 40  # more than a shard has: its rows' occurrences begin at a multiple
 
 
@@ -58,16 +60,16 @@ class RangeReader:
     part: tuple[int, int] | None = None  # instead of a range: hash of the key mod the second
 
     def rows(self) -> Iterator[Row]:
-        """The rows, some at a time."""
-        data = _open(self.dataset, self.columns)
+        """The rows, one at a time: their pictures may be large."""
         indices = self._indices()
-        for first in range(0, len(indices), READ_ROWS):
-            chunk = indices[first : first + READ_ROWS]
+        with _told(self.dataset.source, SourceError):
+            data = _load(self.dataset).select_columns(list(self.columns.read))
+            tables = data.select(indices).with_format("arrow").iter(1)
+        for number in indices:
             with _told(self.dataset.source, SourceError):
-                records = data.select(chunk).to_list()
-            for number, record in zip(chunk, records, strict=True):
-                _read_picture(record, self.columns.image)
-                yield self.columns.row(record, int(number), self.max_image_bytes)
+                (record,) = next(tables).to_pylist()
+            _read_picture(record, self.columns.image, self.max_image_bytes)
+            yield self.columns.row(record, int(number), self.max_image_bytes)
 
     def sample(self) -> tuple[int, int]:
         """Never asked: the rows are known."""
@@ -101,7 +103,7 @@ class ShardReader:
                 record = next(records, None)
             if record is None:
                 return
-            _read_picture(record, self.columns.image)
+            _read_picture(record, self.columns.image, self.max_image_bytes)
             kept = {name: record[name] for name in self.columns.read}
             yield self.columns.row(kept, number, self.max_image_bytes)
             number += 1
@@ -223,11 +225,6 @@ def _load(source: DatasetSource) -> datasets.Dataset:
     return data
 
 
-def _open(source: DatasetSource, columns: Columns) -> datasets.Dataset:
-    with _told(source.source, SourceError):
-        return _load(source).select_columns(list(columns.read))
-
-
 @lru_cache(maxsize=4)
 def _stream(source: DatasetSource) -> tuple[datasets.IterableDataset, str]:
     """A streaming dataset and its version: of one on the hub, the commit."""
@@ -273,19 +270,20 @@ def _columns(source: DatasetSource, features: Any, options: SourceOptions) -> Co
     return choose_columns(source.source, kinds, options)
 
 
-def _read_picture(record: dict[str, Any], column: str) -> None:
-    """Pictures of an `imagefolder` are files of their own; the dataset has only their paths."""
+def _read_picture(record: dict[str, Any], column: str, most: int) -> None:
+    """Pictures of an `imagefolder` are files of their own; the dataset has only their paths.
+
+    One of more than `most` bytes is read as far as shows that it is.
+    """
     picture = record[column]
     if not isinstance(picture, dict) or picture.get("bytes") is not None:
         return
     path = picture.get("path") or ""
-    if "://" in path:
-        with RemoteFile(path).open() as file:
-            record[column] = {**picture, "bytes": file.read()}
-    elif path:
-        with suppress(OSError, ValueError):  # "no picture"
-            if Path(path).is_file():  # reading a pipe would wait for ever
-                record[column] = {**picture, "bytes": Path(path).read_bytes()}
+    remote = "://" in path
+    with suppress(OSError, ValueError):  # "no picture"
+        if remote or Path(path).is_file():  # reading a pipe would wait for ever
+            with (RemoteFile(path) if remote else LocalFile(path)).open() as file:
+                record[column] = {**picture, "bytes": file.read(most + 1)}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from prep.images import Framing
 from prep.pipeline import Encoders, Settings
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
-from shared.cache import FORMAT, CachePaths, OtherSettings, claim_identity
+from shared.cache import ADDED, FORMAT, CachePaths, OtherSettings, claim_identity
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
@@ -162,6 +163,12 @@ def build_identity(
         },
         "shapes": vars(shapes),
     }
+
+
+def same_encoder(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Are these the weights, tokenizers and settings that a cache records, as far as it does?"""
+    names = ("fingerprint", "fingerprints", *ADDED)
+    return all(recorded[name] == here[name] for name in names if name in recorded)
 
 
 def claim(

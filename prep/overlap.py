@@ -19,22 +19,30 @@ PATIENCE = 5.0  # seconds that an unwanted reader has to end
 
 def mapped(
     function: Callable[[S], T], items: Iterable[S], workers: int, ahead: int, name: str,
+    weigh: Callable[[S], int] = lambda _: 0, most: int = 0,
     begin: Callable[[], None] | None = None,
 ) -> Generator[T, None, None]:  # fmt: skip
     """`function` of each item, in `workers` threads, at most `ahead` items waiting; in order.
 
-    Each thread calls `begin` first. What the function or the items raise is raised here, once. When
-    the consumer stops early, what has begun is waited for, and the rest is not begun.
+    Those that wait weigh at most `most` together: when they weigh more, no further item is taken
+    before some are done. Each thread calls `begin` first. What the function or the items raise is
+    raised here, once. When the consumer stops early, what has begun is waited for, and the rest is
+    not begun.
     """
     with ThreadPoolExecutor(workers, name, initializer=begin) as pool:
-        waiting: deque[Future[T]] = deque()
+        waiting: deque[tuple[Future[T], int]] = deque()
+        weight = 0
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
+                waiting.append((pool.submit(function, item), weigh(item)))
+                weight += waiting[-1][1]
+                del item  # it may be large, and the next one is waited for
+                while len(waiting) >= ahead or weight > most:
+                    future, its = waiting.popleft()
+                    weight -= its
+                    yield future.result()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import zstandard
 
-from prep.archive import SUFFIX, SUMS, refuse_strangers, write_sums
+from prep.archive import SUFFIX, SUMS, refuse_names, refuse_strangers, write_sums
 from prep.config import PackConfig
 from prep.words import share_of, size_of
 from shared.cache import CachePaths, Shard, open_manifest, read_units
@@ -42,6 +42,8 @@ def pack(config: PackConfig) -> None:
     small += [cache.root / unit.samples for unit in units]
     if missing := [path for path in small if not path.is_file()]:
         raise UserError(f"{missing[0]} is missing; `prep verify --repair` tells how to mend it")
+    names = [str(path.relative_to(cache.root)) for path in small]
+    refuse_names([*names, *(shard.file + SUFFIX for shard in manifest.shards)])
     with guard(output):
         output.mkdir(parents=True, exist_ok=True)
         (output / SUMS).unlink(missing_ok=True)  # unfinished, from now until the end
@@ -57,8 +59,7 @@ def pack(config: PackConfig) -> None:
             name = shard.file + SUFFIX
             sums[name] = pack_shard(cache, shard, output, config.level, threads)
             progress.update(1)
-    for path in small:
-        name = str(path.relative_to(cache.root))
+    for name, path in zip(names, small, strict=True):
         sums[name] = copy_small(path, output / name, output / "tmp")
     for unit in units:
         if sums[unit.samples] != unit.samples_sha256:

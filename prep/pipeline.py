@@ -29,6 +29,7 @@ from shared.device import use_device
 T = TypeVar("T")
 
 WAITING_BATCHES = 8  # so many pictures wait, over all sizes, for others of their size
+WAITING_BYTES = 128_000_000  # of rows that wait to be decoded, or one row that has more
 CHUNKS_AHEAD = 2  # whose captions a GPU encodes before the VAE gets their pictures
 
 
@@ -160,15 +161,27 @@ class Waiting:
 def decoded(
     rows: Iterable[Row], settings: Settings, workers: int, ahead: int, known: Known = NOTHING
 ) -> Generator[Sample, None, None]:
-    """Prepare pictures in `workers` threads, at most `ahead` of them waiting; keeps the order."""
+    """Prepare pictures in `workers` threads, at most `ahead` of them waiting; keeps the order.
+
+    Fewer wait where they are large: `WAITING_BYTES` in all.
+    """
     prepared = partial(decode_row, settings=settings, known=known)
-    return mapped(prepared, rows, workers, ahead, "decode")
+    return mapped(prepared, rows, workers, ahead, "decode", weigh, WAITING_BYTES)
+
+
+def weigh(row: Row) -> int:
+    """Bytes of memory that a row takes until it is decoded, about."""
+    return row.weight
 
 
 def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
-    """A sample with its pictures, with what the cache has of them, or with why there are none."""
+    """A sample with its pictures, with what the cache has of them, or with why there are none.
+
+    It does without the file's bytes: hundreds of samples wait for the encoders.
+    """
     reason = row.problem or settings.filters.reason(row.metadata)
-    sample = Sample(row, hashlib.sha256(row.image or b"").hexdigest(), reason=reason)
+    digest = hashlib.sha256(row.image or b"").hexdigest()
+    sample = Sample(row.unburdened(), digest, reason=reason)
     if sample.reason or row.image is None:
         return sample
     if found := known.picture(sample.image_sha256):
@@ -193,7 +206,7 @@ def embedded(
     device = memo.encoder.device
     if device.type == "cuda":
         begin = partial(use_device, device)
-        yield from mapped(work, chunked, 1, CHUNKS_AHEAD, "captions", begin)
+        yield from mapped(work, chunked, 1, CHUNKS_AHEAD, "captions", begin=begin)
     else:
         yield from map(work, chunked)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prep import pipeline
 from prep.config import VerifyConfig
-from prep.identity import Shapes, VaeChoice, load_encoders
+from prep.identity import Shapes, VaeChoice, load_encoders, same_encoder
 from prep.originals import Stored, draw, rows_of, settings_of, vae_source
 from prep.pipeline import Encoders, Sample, Settings
 from prep.reuse import NOTHING
@@ -74,12 +74,11 @@ def encoders_of(config: VerifyConfig, identity: Mapping[str, object]) -> Encoder
     for part, wanted in (("vae", encoders.vae.identity()), ("text", encoders.text.identity())):
         made = identity[part]
         assert isinstance(made, Mapping)
-        for name in ("fingerprint", "fingerprints"):
-            if made.get(name) != wanted.get(name):
-                raise UserError(
-                    f"{config.cache} was made with another {part} encoder than {model.source}'s; "
-                    "pass --model with the one it was made with"
-                )
+        if not same_encoder(made, wanted):
+            raise UserError(
+                f"{config.cache} was made with another {part} encoder than {model.source}'s; "
+                "pass --model with the one it was made with"
+            )
     return encoders
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.errors import UserError
@@ -12,6 +12,10 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "captions", "CAPTION")
 TOO_LARGE = "larger than --max-image-bytes"
 MAX_IMAGE_BYTES = 256_000_000  # unless told: 40 megapixels in uncompressed 16-bit colours
+MAX_CAPTION = 100_000  # characters, of which an encoder reads some 300
+LONG_CAPTION = f"caption longer than {MAX_CAPTION:,} characters"
+TEXT_BYTES = 1_000_000  # of a txt or a json
+LARGE_JSON = f"json larger than {TEXT_BYTES // 1_000_000} MB"
 
 
 class SourceError(UserError):
@@ -28,6 +32,12 @@ class Row:
     captions: tuple[str, ...]
     metadata: Mapping[str, Any]
     problem: str = ""  # why the row cannot be used, found while reading
+    weight: int = 0  # bytes of memory until it is decoded, about
+
+    def unburdened(self) -> Row:
+        """The row without what nobody needs once it is decoded: all but key, captions and url."""
+        url = {"url": str(self.metadata["url"])} if "url" in self.metadata else {}
+        return replace(self, image=None, metadata=url)
 
 
 def make_row(
@@ -36,13 +46,17 @@ def make_row(
     captions: tuple[str, ...],
     metadata: Mapping[str, Any],
     problem: str = "",
+    metadata_weight: int = 0,
 ) -> Row:
-    """The row, with its problem if it lacks a picture or a caption."""
+    """The row, with its problem if it lacks a picture or a caption or has an endless one."""
+    if any(len(caption) > MAX_CAPTION for caption in captions):
+        captions, problem = (), problem or LONG_CAPTION
     if not problem and image is None:
         problem = "no picture"
     elif not problem and not captions:
         problem = "no caption"
-    return Row(key, 0, image, captions, metadata, problem)
+    weight = len(image or b"") + sum(map(len, captions)) + metadata_weight
+    return Row(key, 0, image, captions, metadata, problem, weight)
 
 
 def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:

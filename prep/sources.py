@@ -16,14 +16,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from prep.braces import expand_braces
-from prep.folders import folder_units
-from prep.hub import HUB, dataset_units, is_saved_dataset
+from prep.folders import FolderReader, folder_units
+from prep.hub import HUB, RangeReader, ShardReader, dataset_units, is_saved_dataset
 from prep.remote import Found, RemoteFile, find_remote
 from prep.rows import MAX_IMAGE_BYTES, Row, SourceError
 from prep.streams import Command, LocalFile
 from prep.tables import ParquetReader
 from prep.tars import TarReader
-from prep.units import UNIT_ROWS, SourceOptions, Unit, printable, stem, unit_name
+from prep.units import UNIT_ROWS, Reader, SourceOptions, Unit, printable, stem, unit_name
 from shared.errors import UserError
 
 PIPE = "pipe:"
@@ -61,8 +61,7 @@ def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> l
         unit = _remote(one, options)
         units[unit.name] = unit
     _check_columns(list(units.values()))
-    if options.dataset_config_name and not any(HUB.fullmatch(shard) for shard in shards):
-        raise UserError("--dataset-config-name is for datasets of the hub; --shards has no hf://")
+    _refuse_idle_flags([unit.reader for unit in units.values()], options)
     if options.max_image_bytes != MAX_IMAGE_BYTES:  # with another limit other rows are rejected
         limit = {"max_image_bytes": options.max_image_bytes}
         units = {n: replace(unit, state={**unit.state, **limit}) for n, unit in units.items()}
@@ -160,8 +159,10 @@ def _tar(
     options: SourceOptions,
 ) -> Unit:
     name = unit_name(stem(path), _identity(stream))
-    reader = TarReader(stream, size, options.max_image_bytes)
-    return Unit(name, stream.source, state, reader, size=size)
+    column = options.caption_column
+    flag = {"caption_column": column} if column else {}
+    reader = TarReader(stream, size, options.max_image_bytes, column)
+    return Unit(name, stream.source, {**state, **flag}, reader, size=size)
 
 
 def _parquet(
@@ -189,3 +190,23 @@ def _check_columns(units: Sequence[Unit]) -> None:
     if reader is not None:
         with contextlib.suppress(SourceError):  # damage costs its unit only
             reader.columns()
+
+
+def _refuse_idle_flags(readers: Sequence[Reader], options: SourceOptions) -> None:
+    """Raise UserError for a flag about sources of a kind that `--shards` does not have."""
+    datasets = [reader for reader in readers if isinstance(reader, RangeReader | ShardReader)]
+    hub = any(reader.dataset.split is not None for reader in datasets)
+    tables = datasets or any(isinstance(reader, ParquetReader) for reader in readers)
+    cut = any(
+        isinstance(reader, FolderReader) or (isinstance(reader, RangeReader) and reader.part)
+        for reader in readers
+    )
+    for flag, kind, there in (
+        ("dataset_config_name", "datasets of the hub (hf://)", hub),
+        ("streaming", "datasets of the hub (hf://)", hub),
+        ("image_column", "Parquet files and datasets", tables),
+        ("key_column", "Parquet files and datasets", tables),
+        ("folder_units", "folders, and for datasets with --key-column", cut),
+    ):
+        if getattr(options, flag) and not there:
+            raise UserError(f"--{flag.replace('_', '-')} is for {kind}; --shards has none")

@@ -19,7 +19,8 @@ from shared.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 KEY_COLUMNS = ("__key__", "id", "url", "URL")
-BATCH_ROWS = 16  # pictures in memory at a time
+BATCH_ROWS = 16  # read at a time
+BATCH_BYTES = 32_000_000  # fewer, where their mean in the row group makes this more
 BUFFER_BYTES = 1 << 20
 
 PICTURE, TEXT, OTHER = "picture", "text", "other"  # what a column may hold
@@ -119,8 +120,10 @@ class ParquetReader:
             except UserError as error:  # the others may have them
                 raise SourceError(str(error)) from None
             for group in range(parquet.num_row_groups):
-                for batch in parquet.iter_batches(BATCH_ROWS, [group], list(columns.read)):
-                    for record in batch.to_pylist():
+                size = _batch_rows(parquet.metadata.row_group(group))
+                for batch in parquet.iter_batches(size, [group], list(columns.read)):
+                    for one in range(batch.num_rows):
+                        (record,) = batch.slice(one, 1).to_pylist()
                         yield columns.row(record, number, self.options.max_image_bytes)
                         number += 1
 
@@ -149,3 +152,8 @@ class ParquetReader:
         return (
             RetryingFile(self.file.url) if isinstance(self.file, RemoteFile) else self.file.open()
         )
+
+
+def _batch_rows(group: pq.RowGroupMetaData) -> int:
+    """How many rows of a row group are held at a time."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))

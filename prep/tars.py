@@ -8,12 +8,15 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 
 from prep.rows import (
     IMAGE_EXTENSIONS,
+    LARGE_JSON,
+    LONG_CAPTION,
+    TEXT_BYTES,
     TOO_LARGE,
     Row,
     SourceError,
@@ -25,8 +28,10 @@ from prep.streams import LocalFile, Stream, decompressed
 
 CAPTION, METADATA = "txt", "json"
 READ_EXTENSIONS = (*IMAGE_EXTENSIONS, CAPTION, METADATA)
+JSON_WEIGHT = 50  # bytes of memory that a byte of json may take: an empty list does, for two
 HEADER_BYTES = 1 << 20  # of a long name or of PAX keywords; more is damage or an attack
-SAMPLE_BYTES = 4 << 20  # read of a tar to estimate its rows
+SAMPLE_BYTES = 4 << 20  # read of a tar, packed or not, to estimate its rows
+SAMPLE_UNPACKED = 64 << 20  # or so much, of what it unpacks to
 BUFFER_BYTES = 1 << 16
 EXTENDED = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
@@ -80,6 +85,7 @@ class TarReader:
     stream: Stream
     size: int | None
     max_image_bytes: int
+    caption_column: str | None = None  # a key of the json; None: the txt, else the usual keys
 
     def rows(self) -> Iterator[Row]:
         """Consecutive files that share the name before the first dot, as in webdataset."""
@@ -90,12 +96,12 @@ class TarReader:
             if not extension:
                 continue
             if files and (stem != key or extension in files):
-                yield _row(key, files)
+                yield _row(key, files, self.caption_column)
                 files = {}
             key, empty = stem, False
             files[extension] = member
         if files:
-            yield _row(key, files)
+            yield _row(key, files, self.caption_column)
         if empty:
             raise SourceError(
                 f"{self.stream.source} holds no files of samples; {self.stream.remedy} or leave "
@@ -103,14 +109,19 @@ class TarReader:
             )
 
     def sample(self) -> tuple[int, int]:
-        """Pictures by the headers: of a whole plain file, of the first bytes of anything else."""
+        """Pictures by the headers: of a whole plain file, of the first bytes of anything else.
+
+        With them the bytes of the source that they take, which in a packed tar are packed ones.
+        """
         found = 0
-        with contextlib.suppress(SourceError), self._open(seek=True) as tar:
+        with contextlib.suppress(SourceError), self._open(seek=True) as (tar, packed):
             while (info := tar.next()) is not None:
                 tar.members = []
+                read = info.offset if packed is None else packed.tell()
+                enough = read > SAMPLE_BYTES or info.offset > SAMPLE_UNPACKED
+                if enough and not self._seekable:
+                    return found, read
                 found += info.isfile() and split_name(info.name)[1] in IMAGE_EXTENSIONS
-                if tar.offset > SAMPLE_BYTES and not self._seekable:
-                    return found, tar.offset
         return found, self.size or 0
 
     @property
@@ -119,7 +130,7 @@ class TarReader:
 
     def _members(self) -> Iterator[Member]:
         """Every regular file. Raises SourceError where the tar is cut or is none."""
-        with self._open() as tar:
+        with self._open() as (tar, _):
             while (info := tar.next()) is not None:
                 tar.members = []  # tarfile would remember them all
                 if info.isfile():
@@ -132,25 +143,29 @@ class TarReader:
                     raise tarfile.ReadError("it goes on after its end mark: several tars in one?")
 
     def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
-        if split_name(info.name)[1] not in READ_EXTENSIONS:
+        extension = split_name(info.name)[1]
+        if extension not in READ_EXTENSIONS:
             return Member(info.name, b"")
         if info.issparse():
             return Member(info.name, b"", "sparse file")
-        if info.size > self.max_image_bytes:
-            return Member(info.name, b"", TOO_LARGE)
+        text = {CAPTION: (TEXT_BYTES, LONG_CAPTION), METADATA: (TEXT_BYTES, LARGE_JSON)}
+        most, problem = text.get(extension, (self.max_image_bytes, TOO_LARGE))
+        if info.size > most:
+            return Member(info.name, b"", problem)
         file = tar.extractfile(info)
         assert file is not None
         return Member(info.name, file.read())
 
     @contextlib.contextmanager
-    def _open(self, seek: bool = False) -> Iterator[tarfile.TarFile]:
+    def _open(self, seek: bool = False) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
+        """The tar, and the file that it is packed in, if it is."""
         try:
             with self.stream.open() as raw, decompressed(raw) as file:
                 mode = "r:" if seek and self._seekable and file is raw else "r|"
                 with tarfile.open(  # type: ignore[call-overload]
                     fileobj=file, mode=mode, tarinfo=StrictInfo, bufsize=BUFFER_BYTES
                 ) as tar:
-                    yield tar
+                    yield tar, None if file is raw else raw
         except (tarfile.TarError, EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
             words = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(
@@ -178,16 +193,23 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _row(key: str, files: Mapping[str, Member]) -> Row:
+def _row(key: str, files: Mapping[str, Member], column: str | None) -> Row:
     problem = next((member.problem for member in files.values() if member.problem), "")
     image = next((files[ext].content for ext in IMAGE_EXTENSIONS if ext in files), None)
     metadata: Mapping[str, Any] = {}
+    weight = 0
     if METADATA in files:
+        weight = JSON_WEIGHT * len(files[METADATA].content)
         try:
             loaded = json.loads(files[METADATA].content)
             metadata = loaded if isinstance(loaded, dict) else {}
         except (ValueError, RecursionError):
             metadata = {}  # the picture and its txt may still be good
     text = files[CAPTION].content.decode("utf-8-sig", "replace") if CAPTION in files else ""
-    captions = as_captions(text) or captions_of(metadata)
-    return make_row(key, None if problem else image, captions, metadata, problem)
+    if column is None:
+        captions = as_captions(text) or captions_of(metadata)
+    else:
+        captions = as_captions(metadata.get(column))
+        if image is not None and not captions:
+            problem = problem or f"no caption in {column!r} of its json"
+    return make_row(key, None if problem else image, captions, metadata, problem, weight)

@@ -17,7 +17,6 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
-    BatchEncoding,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedModel,
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from prep.reuse import Arrays, Known
+from prep.tokens import tokenized, tokens_fingerprint
 from shared.conditioning import TextEmbeds
 from shared.errors import UserError
 from shared.family import Model
@@ -38,6 +38,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
 SMALLEST_VOCABULARY = 256  # bytes
+# What of an encoder's configuration decides its output and does not show in its weights.
+CONFIGURED = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 
 
 class TextEncoder:
@@ -82,8 +84,13 @@ class TextEncoder:
 
     def identity(self) -> dict[str, object]:
         """What the cache records of these encoders."""
+        parts = self.family.text_encoders
+        names = [part.replace("text_encoder", "tokenizer") for part in parts]
+        tokens = [tokens_fingerprint(tokenizer, self.length) for tokenizer in self.tokenizers]
         return {
             "fingerprints": [fingerprint(encoder) for encoder in self.encoders],
+            "tokenizers": dict(zip(names, tokens, strict=True)),
+            "configs": dict(zip(parts, map(_configuration, self.encoders), strict=True)),
             "hidden_state": self.family.hidden_state,
             "clip_skip": self.clip_skip,
             "length": self.length,
@@ -94,7 +101,7 @@ class TextEncoder:
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """Of each caption: has it more tokens than the encoder reads?"""
-        return _truncated(self._tokens(self.tokenizers[0], captions)) if captions else []
+        return tokenized(self.tokenizers[0], captions, self.length)[1] if captions else []
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextEmbeds:
@@ -119,23 +126,16 @@ class TextEncoder:
 
     def _encode_batch(self, captions: list[str], clip_skip: int) -> tuple[TextEmbeds, list[bool]]:
         states, pooled = [], None
-        tokens = [self._tokens(tokenizer, captions) for tokenizer in self.tokenizers]
-        for one, encoder in zip(tokens, self.encoders, strict=True):
-            ids = torch.tensor(one.input_ids).to(self.device)
-            output = encoder(ids, output_hidden_states=True)
+        tokens = [tokenized(tokenizer, captions, self.length) for tokenizer in self.tokenizers]
+        for (ids, _), encoder in zip(tokens, self.encoders, strict=True):
+            output = encoder(torch.tensor(ids).to(self.device), output_hidden_states=True)
             state = output.hidden_states[self.family.hidden_state - clip_skip]
             states.append(_final_norm(encoder)(state) if self.family.hidden_state == -1 else state)
             pooled = getattr(output, "text_embeds", None)
         embeds = TextEmbeds(
             torch.cat(states, dim=-1).half().cpu(), None if pooled is None else pooled.half().cpu()
         )
-        return embeds, _truncated(tokens[0])
-
-    def _tokens(self, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> BatchEncoding:
-        """The ids of `length` tokens a caption, `[N, L]`, and what did not fit beside them."""
-        return tokenizer(
-            list(captions), padding="max_length", max_length=self.length, truncation=True
-        )
+        return embeds, tokens[0][1]
 
     def unconditional(self, force_zeros: bool) -> TextEmbeds:
         """The empty prompt's embedding, or zeros where the model's config says so."""
@@ -244,14 +244,18 @@ class CaptionMemo:
         return found_all
 
 
+def _configuration(encoder: PreTrainedModel) -> dict[str, object]:
+    """What its config.json says that its weights do not show."""
+    found = {name: getattr(encoder.config, name) for name in CONFIGURED}
+    if isinstance(encoder, CLIPTextModelWithProjection):  # where the pooled state is taken
+        found["eos_token_id"] = encoder.config.eos_token_id
+    return found
+
+
 def _final_norm(encoder: CLIPTextModel) -> torch.nn.Module:
     """The norm behind the last layer; before transformers 5 it lay one level deeper."""
     norm: torch.nn.Module = getattr(encoder, "text_model", encoder).final_layer_norm
     return norm
-
-
-def _truncated(tokens: BatchEncoding) -> list[bool]:
-    return [bool(encoding.overflowing) for encoding in tokens.encodings]
 
 
 def _arrays(embeds: TextEmbeds) -> Arrays:

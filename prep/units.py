@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -12,6 +13,9 @@ from prep.rows import MAX_IMAGE_BYTES, Row
 
 NAME_BYTES = 100  # of a unit's name that come from its source; file names may have 255
 UNIT_ROWS = 1024  # of a folder or table, about
+UNSAFE = re.compile(
+    r"[\\\x00-\x1f\x7f]"
+)  # in a name that goes into SHA256SUMS and to other systems
 SUFFIXES = (".tar", ".tar.zst", ".tar.gz", ".tgz", ".parquet", ".arrow")
 
 
@@ -64,7 +68,8 @@ class Unit:
 def unit_name(basename: str, source: str) -> str:
     """A file name that is readable and unique: basename and 8 hex digits of the full source."""
     digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{printable(basename).encode()[:NAME_BYTES].decode(errors='ignore')}-{digest}"
+    readable = UNSAFE.sub("_", printable(basename)).encode()[:NAME_BYTES]
+    return f"{readable.decode(errors='ignore')}-{digest}"
 
 
 def stem(path: str) -> str:

@@ -79,6 +79,8 @@ class VaeEncoder:
             "fingerprint": fingerprint(self.vae),
             "channels": self.channels,
             "downscale": self.downscale,
+            # What its weights do not show.
+            "config": {name: self.vae.config[name] for name in ("act_fn", "norm_num_groups")},
             "scaling_factor": float(self.vae.config.scaling_factor),
             "dtype": self.dtype,
             "rescale": self.rescale,

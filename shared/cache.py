@@ -29,6 +29,7 @@ from shared.storage import (
 from shared.sums import ChannelSums
 
 FORMAT = 1
+ADDED = ("config", "configs", "tokenizers")  # what older caches do not say of their encoders
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class OtherSettings(UserError):
 def claim_identity(cache: CachePaths, identity: Mapping[str, Any], remedy: str) -> None:
     """Create `identity.json`, or check that the one there says the same.
 
-    Model and VAE may lie elsewhere where their weights are the same. Raises OtherSettings that
+    Model and VAE may lie elsewhere where they are the same. Raises OtherSettings that
     names what differs; `remedy` ends the sentence.
     """
     if create_exclusively(dump_json(identity), cache.identity, cache.tmp):
@@ -167,6 +168,8 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
     """`latents.size: stored 64, wanted 32` for everything that differs, or an empty string."""
     found = []
     for name in sorted(stored.keys() | wanted.keys()):
+        if name in ADDED and not (name in stored and name in wanted):
+            continue  # one of them is too old to say
         old, new = stored.get(name), wanted.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             if nested := differences(old, new, f"{prefix}{name}."):

@@ -23,6 +23,7 @@ from support_prep import (
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prep.images import Framing, prepare
+from prep.text import TextEncoder
 
 HALF = 2.0**-11  # the relative rounding error of fp16
 
@@ -205,6 +206,31 @@ def test_captions_beyond_the_first_and_how_many_are_real(tmp_path):
     assert (one[2] == star).all()  # repeated to fill
     assert (three == star).all()
     assert (star != ring).any()
+
+
+@pytest.mark.parametrize("remembered", [2048, 3, 2])
+def test_equal_captions_of_a_unit_are_encoded_once(tmp_path, monkeypatch, remembered):
+    """However many chunks lie between them, as far as the memory reaches."""
+    texts, encoded = ["a star", "a ring", "a cross"], []
+    real = TextEncoder.encode_and_count
+
+    def counting(self, captions):
+        encoded.extend(captions)
+        return real(self, captions)
+
+    monkeypatch.setattr(TextEncoder, "encode_and_count", counting)
+    monkeypatch.setattr("prep.text.MEMO_CAPTIONS", remembered)
+    files = []
+    for number in range(12):
+        files += [(f"{number:02d}.png", file_of(photo(number)))]
+        files += [(f"{number:02d}.txt", texts[number % 3].encode())]
+    tar = write_tar(tmp_path / "a.tar", files)
+    cache = encode(tar, tmp_path / "cache", vae_batch_size=1, text_batch_size=1)
+    assert encoded == (texts if remembered >= 3 else texts * 4)
+    found = samples(cache)
+    for number in range(3, 12):
+        embeds = found[f"{number:02d}"].arrays["prompt_embeds"]
+        assert (embeds == found[f"{number % 3:02d}"].arrays["prompt_embeds"]).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

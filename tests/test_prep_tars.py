@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 import zstandard
@@ -183,7 +184,7 @@ def nasty_members():
         member("fifo.png", type=tarfile.FIFOTYPE),
         sparse, member("sparse.txt", text),
         member("large.png", b"x" * 30_000), member("large.txt", text),
-        member("large text.png", PNG), member("large text.txt", b"x" * 30_000),
+        member("large text.png", PNG), member("large text.txt", b"x" * 1_000_001),
         member(f"{long}.png", PNG), member(f"{long}.txt", text),
         member("caf\udce9.png", PNG), member("caf\udce9.txt", text),
         member("v1.2/dots.png", PNG), member("v1.2/dots.txt", text),
@@ -198,7 +199,8 @@ def nasty_members():
     expected = {
         "good": "", "../../up": "", "/absolute": "", "link": "no picture", "hard": "no picture",
         "device": "no picture", "sparse": "sparse file", "large": "larger than --max-image-bytes",
-        "large text": "larger than --max-image-bytes", long: "", "caf?": "", "v1.2/dots": "",
+        "large text": "caption longer than 100,000 characters", long: "", "caf?": "",
+        "v1.2/dots": "",
         "UP": "", "again": "", "damaged": "cannot be decoded", "alone": "no caption",
         "only": "no picture", "empty": "cannot be decoded",
     }  # fmt: skip
@@ -428,3 +430,16 @@ def test_rows_are_estimated_without_reading_everything(tar, tmp_path):
     units = find_units(shards, TYPED)
     rows = {unit.source: estimate_rows(units)[unit.name] for unit in units}
     assert [rows[shard] for shard in shards] == [3, 3, 5, 1024]
+
+
+@pytest.mark.parametrize("kind", ["zst", "gz"])
+@pytest.mark.parametrize("padding", [0, 200_000])
+def test_rows_of_a_packed_tar_are_scaled_by_packed_bytes(tmp_path, kind, padding, monkeypatch):
+    """Whether it packs well or not, and whether all of it is read for that or the beginning."""
+    files = [(f"{n}.png", Random(n).randbytes(20_000) + bytes(padding)) for n in range(120)]
+    packed = tmp_path / f"a.tar.{kind}"
+    packed.write_bytes(compressed(kind, write_tar(tmp_path / "a.tar", files).read_bytes()))
+    for most in (800_000, 1 << 30):
+        monkeypatch.setattr("prep.tars.SAMPLE_BYTES", most)
+        (unit,) = find_units([str(packed)])
+        assert estimate_rows([unit])[unit.name] == pytest.approx(120, rel=0.25)
