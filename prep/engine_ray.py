@@ -112,11 +112,13 @@ def dispatched(
     """Hand each worker a unit at a time; the unit of one that dies goes to the next free one.
 
     A worker takes part once it is ready: a dead one again when Ray has found a place for it,
-    which may be never.
+    which may be never. One that dies again and again before it is ready is given up. Raises
+    UserError where a unit, or getting ready, costs too many workers.
     """
 
     def join(worker: Any) -> Any:
-        return worker.ready.options(max_task_retries=-1).remote()  # waits as long as it takes
+        # Waits for a place as long as it takes; only deaths while it gets ready count as retries.
+        return worker.ready.options(max_task_retries=MOST_LOSSES).remote()
 
     waiting, idle, losses = deque(units), list[Any](), Counter[str]()
     busy: dict[Any, tuple[Any, Unit | None]] = {join(worker): (worker, None) for worker in workers}
@@ -128,8 +130,15 @@ def dispatched(
         except UserError as error:  # with a traceback in front
             raise UserError(str(error.cause)) from None
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            busy[join(worker)] = (worker, None)
-            if unit is not None:
+            if unit is None:
+                progress.write(f"a worker cannot start ({cause(error)})")
+                if not (busy or idle):
+                    raise UserError(
+                        f"no Ray worker gets ready: {cause(error)}; all machines of the cluster "
+                        "need the same packages, this one included, and memory for the encoders"
+                    ) from None
+            else:
+                busy[join(worker)] = (worker, None)
                 waiting.append(unit)
                 losses[unit.name] += 1
                 progress.write(f"lost a worker in {unit.source}; another one takes it")
@@ -146,6 +155,12 @@ def dispatched(
         while waiting and idle:
             worker, unit = idle.pop(), waiting.popleft()
             busy[worker.encode.remote(unit)] = (worker, unit)
+
+
+def cause(error: Exception) -> str:
+    """The last line of what Ray tells of a death: the exception, where there was one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def slots(ray: Any, num_gpus: int = 0, num_cpus: int = 0) -> int:

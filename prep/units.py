@@ -61,6 +61,24 @@ class Unit:
             yield replace(row, occurrence=occurrence) if occurrence else row
 
 
+@dataclass
+class Counted:
+    """A reader that counts the rows it hands over."""
+
+    reader: Reader
+    handed: int = 0
+
+    def rows(self) -> Iterator[Row]:
+        """The reader's rows."""
+        for row in self.reader.rows():
+            self.handed += 1
+            yield row
+
+    def sample(self) -> tuple[int, int]:
+        """As the reader says."""
+        return self.reader.sample()
+
+
 def unit_name(basename: str, source: str) -> str:
     """A file name that is readable and unique: basename and 8 hex digits of the full source."""
     digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:8]
