@@ -165,6 +165,6 @@ def refuse_nothing(cache: CachePaths, units: Sequence[UnitRecord]) -> None:
         None,
     )
     raise UserError(
-        f"{unit.source}: {rejected.total()} of {rejected.total()} rows of the cache rejected, "
-        f"{times} of them for {reason!r} (first: {example!r}); mend the sources or let more in"
+        f"{cache.root}: {rejected.total()} of {rejected.total()} rows rejected, {times} of them "
+        f"for {reason!r} (first: {example!r} of {unit.source}); mend the sources or let more in"
     )
