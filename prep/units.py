@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -12,6 +13,7 @@ from prep.rows import MAX_IMAGE_BYTES, Row
 
 NAME_BYTES = 100  # of a unit's name that come from its source; file names may have 255
 UNIT_ROWS = 1024  # of a folder or table, about
+NUMBER = re.compile(r"-\d{1,9}(of\d{1,9})?$")  # of a unit among those of its source
 SUFFIXES = (".tar", ".tar.zst", ".tar.gz", ".tgz", ".parquet", ".arrow")
 
 
@@ -80,9 +82,15 @@ class Counted:
 
 
 def unit_name(basename: str, source: str) -> str:
-    """A file name that is readable and unique: basename and 8 hex digits of the full source."""
+    """A file name that is readable and unique: basename and 8 hex digits of the full source.
+
+    Of a long basename the middle goes: its end may tell the source's units apart.
+    """
     digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{printable(basename).encode()[:NAME_BYTES].decode(errors='ignore')}-{digest}"
+    readable = printable(basename)
+    number = found[0] if (found := NUMBER.search(readable)) else ""
+    start = readable.removesuffix(number).encode()[: NAME_BYTES - len(number)]
+    return f"{start.decode(errors='ignore')}{number}-{digest}"
 
 
 def stem(path: str) -> str:
