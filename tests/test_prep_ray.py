@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support_prep import captioned, encode, prep, refusal, tree, units, write_tar
+from support_prep import captioned, encode, manifest, prep, refusal, tree, units, write_tar
 
 RAY_FLAGS = ["--engine", "ray", "--cpus-per-worker", 1]
 
@@ -162,6 +162,18 @@ def test_what_a_worker_refuses_ends_the_command(ray, tmp_path):
         *words([bad], *RAY_FLAGS, "--max-reject-fraction", 0.1),
     )  # fmt: skip
     assert line.startswith(f"{bad}: 1 of 2 rows rejected")
+
+
+@pytest.mark.slow
+def test_workers_overwrite(ray, tars, tmp_path):
+    cache = encode(tars[:2], tmp_path / "c")
+    more = words(tars[:2], *RAY_FLAGS, "--resolution", 48, "--overwrite")
+    answer = prep("encode", "--cache", cache, *more)
+    assert answer.status == 0, answer.err
+    wanted = encode(tars[:2], tmp_path / "local", resolution=48)
+    assert {unit["generation"] for unit in units(cache).values()} == {1}
+    assert tree(wanted / "shards").items() <= tree(cache / "shards").items()
+    assert manifest(cache)["shards"] == manifest(wanted)["shards"]
 
 
 DEADLY = """
