@@ -109,7 +109,7 @@ def choose(config: config.EncodeConfig, cache: CachePaths, model: Model) -> Chos
     wanted = identity.build_identity(model, encoders, settings, shapes, generation)
     if not other_settings(stored, wanted):
         return chosen  # replaced already: go on
-    encoders = overwrite.calibrated_anew(encoders, stored, model, shapes, vae, settings.clip_skip)
+    encoders = overwrite.calibrated_anew(encoders, stored)
     return replace(chosen, encoders=encoders, generation=generation + 1, new=True)
 
 

@@ -15,26 +15,20 @@ from dataclasses import replace
 from typing import Any
 
 from prep.gc import retire
-from prep.identity import Shapes, VaeChoice, load_encoders
 from prep.pipeline import Encoders
+from prep.vae import VaeEncoder
 from shared.cache import CachePaths
-from shared.family import Model
-from shared.identity import generation_of
+from shared.identity import differences, generation_of
 from shared.storage import dump_json, guard, load_json, publish, sync_folder
 
 
-def calibrated_anew(
-    encoders: Encoders,
-    stored: Mapping[str, Any],
-    model: Model,
-    shapes: Shapes,
-    vae: VaeChoice,
-    clip_skip: int,
-) -> Encoders:
-    """The encoders, without the recorded scale where it is another VAE's."""
-    if encoders.vae.identity()["fingerprint"] == stored["vae"]["fingerprint"]:
+def calibrated_anew(encoders: Encoders, stored: Mapping[str, Any]) -> Encoders:
+    """The encoders, without the recorded scale where it is another VAE's or another dtype's."""
+    recorded = {name: value for name, value in stored["vae"].items() if name != "source"}
+    vae = encoders.vae
+    if not differences(recorded, vae.identity()):
         return encoders
-    return load_encoders(model, shapes, replace(vae, rescale=None), clip_skip)
+    return replace(encoders, vae=VaeEncoder(vae.source, vae.device, vae.batch_size, vae.dtype))
 
 
 def begin(cache: CachePaths, identity: Mapping[str, Any]) -> None:
@@ -45,7 +39,8 @@ def begin(cache: CachePaths, identity: Mapping[str, Any]) -> None:
     with guard(cache.root):
         retire(cache, ())
         cache.manifest.unlink(missing_ok=True)
-        if stored["text"] != identity["text"]:  # else the prompts that were added are still right
+        # With the same text encoders the prompts that were added are still right.
+        if differences(stored["text"], identity["text"]):
             cache.conditioning.unlink(missing_ok=True)
         sync_folder(cache.root)
     publish([dump_json(identity)], cache.identity, cache.tmp)
