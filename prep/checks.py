@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from prep.filters import is_filter
 from prep.stats import Summary
 from prep.words import share_of
 
@@ -104,15 +105,21 @@ def check_latents(summary: Summary) -> Check:
 
 
 def check_rejected(summary: Summary) -> Check:
-    """How many rows could not be used?"""
+    """How many rows could not be used? Those that the user's filters reject do not count."""
     if not summary.rejected:
         return Check(GOOD, "Rejected", "None: every row of the sources is in the cache.")
-    share = summary.rejected_count / summary.read
+    unusable = [rejection for rejection in summary.rejected if not is_filter(rejection.reason)]
+    count = sum(rejection.count for rejection in unusable)
+    filtered = summary.rejected_count - count
+    more = f" The filters reject {filtered:,} rows." if filtered else ""
+    if not unusable:
+        return Check(GOOD, "Rejected", f"Every row that the filters leave is in the cache.{more}")
+    read = summary.read - filtered
+    share = count / read
     level = GOOD if share <= REJECTED_LOOK else LOOK if share <= REJECTED_BAD else BAD
-    count = f"{summary.rejected_count:,} of {summary.read:,} rows"
-    main = summary.rejected[0].reason
-    percent = share_of(summary.rejected_count, summary.read)
-    return Check(level, "Rejected", f"{count} ({percent}), mostly for: {main}.")
+    percent = share_of(count, read)
+    told = f"{count:,} of {read:,} rows ({percent}), mostly for: {unusable[0].reason}."
+    return Check(level, "Rejected", told + more)
 
 
 def check_captions(summary: Summary) -> Check:

@@ -5,26 +5,40 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from prep import config, engine, identity, plan, report
+from prep import config, engine, identity, overwrite, plan, report
 from prep.filters import Filters
-from prep.pipeline import Encoders, Work
+from prep.pipeline import Encoders, Settings, Work
 from prep.sources import SourceOptions, Unit, find_units
+from prep.stale import drop, find_stale, of_generation
 from prep.text import TextEncoder
 from prep.vae import posterior_matters
-from shared.cache import CachePaths, UnitRecord, open_manifest, read_units
+from shared.cache import CachePaths, open_manifest, read_units
 from shared.conditioning import Conditioning, load_conditioning, save_conditioning
 from shared.device import pick_device
 from shared.errors import UserError
 from shared.family import Model, resolve_model
+from shared.identity import generation_of, other_settings, read_identity
 from shared.progress import Progress
-from shared.storage import load_json, sweep, sync_folder
+from shared.storage import load_json, sweep
 
 T = TypeVar("T")
 
 PREVIEWS = 4  # prompts taken from the data where none are named
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """With what is encoded."""
+
+    shapes: identity.Shapes
+    vae: identity.VaeChoice
+    settings: Settings
+    encoders: Encoders
+    generation: int  # of the settings
+    new: bool  # the settings are this command's, not those of a cache that is there
 
 
 def encode(config: config.EncodeConfig) -> None:
@@ -33,44 +47,41 @@ def encode(config: config.EncodeConfig) -> None:
     units = find_units(config.shards, source_options(config))
     model = resolve_model(config.model)
     cache = CachePaths(config.cache)
+    chosen = choose(config, cache, model)
+    settings, encoders = chosen.settings, chosen.encoders
     records = read_units(cache)
-    stale = share(stale_units(cache, records, units, config.prune), config.part)
-    device = identity.choose_device(config, cache)
-    settings = identity.choose_settings(config, model, keep_logvar(config, cache))
-    shapes = identity.choose_shapes(config, cache, device, settings.framing.resolution)
-    vae = identity.choose_vae(config, cache, model, shapes.device)
-    encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip, device)
-    todo = plan.pending(cache, share(units, config.part), records)
+    stale = find_stale(cache, records, units, config.prune, chosen.generation)
+    known = of_generation(records, chosen.generation)
+    todo = plan.pending(cache, share(units, config.part), known)
     captions: list[str] = []
     seconds = None
-    begun = cache.identity.exists()
-    if not begun or (todo and not cache.conditioning.exists()):
+    if chosen.new or (todo and not cache.conditioning.exists()):
         # All parts of a new cache probe the same pictures and so come to the same settings.
-        captions, moments, seconds = plan.probe(todo if begun else units, settings, encoders)
-        if config.latents == "auto" and not begun:
+        captions, moments, seconds = plan.probe(units if chosen.new else todo, settings, encoders)
+        if config.latents == "auto" and not cache.identity.exists():
             settings = replace(settings, keep_logvar=posterior_matters(moments))
-    layout = identity.expected_layout(encoders, settings)
-    work = plan.estimate(todo, layout, seconds, cache)
+    work = plan.estimate(todo, identity.expected_layout(encoders, settings), seconds, cache)
     print(work, file=sys.stderr)
     plan.refuse_full_disk(work, cache)
     if config.dry_run:
         return
     sweep(cache.tmp)
-    identity.claim(cache, model, encoders, settings, shapes, begun)
+    begin(cache, model, replace(chosen, settings=settings))
+    drop(cache, stale.gone)
     prompts = config.preview_prompts
     if not prompts and not cache.conditioning.exists():
         prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
     add_prompts(cache, model, encoders.text, prompts)
     job = engine.Job(
-        cache, model, shapes, replace(vae, rescale=encoders.vae.rescale), settings,
-        config.decode_workers, config.max_reject_fraction, tuple(records),
+        cache, model, chosen.shapes, replace(chosen.vae, rescale=encoders.vae.rescale), settings,
+        config.decode_workers, config.max_reject_fraction, tuple(known), chosen.generation,
     )  # fmt: skip
     started = time.monotonic()
     done = encode_units(config, job, todo, encoders, work.rows)
-    for name in stale:  # last, because what they hold may have been copied
-        (cache.units / f"{name}.json").unlink(missing_ok=True)  # another part was faster
-    if stale:
-        sync_folder(cache.units)
+    if stale.replaced:  # last, because what they hold may be copied, also by another part
+        known = of_generation(read_units(cache), chosen.generation)
+        if not plan.pending(cache, units, known):
+            drop(cache, stale.replaced)
     print(f"{done.pictures} pictures and {done.captions} captions encoded, the rest copied")
     if config.part is not None:
         print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
@@ -79,6 +90,36 @@ def encode(config: config.EncodeConfig) -> None:
     if config.report:
         seconds = time.monotonic() - started
         report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds)
+
+
+def choose(config: config.EncodeConfig, cache: CachePaths, model: Model) -> Chosen:
+    """Flags, else what the cache was begun with, else defaults; the encoders are loaded.
+
+    With --overwrite the settings become new where they differ from those of the cache.
+    """
+    stored = read_identity(cache)
+    device = identity.choose_device(config, cache)
+    settings = identity.choose_settings(config, model, keep_logvar(config, cache))
+    shapes = identity.choose_shapes(config, cache, device, settings.framing.resolution)
+    vae = identity.choose_vae(config, cache, model, shapes.device)
+    encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip, device)
+    generation = generation_of(stored)
+    chosen = Chosen(shapes, vae, settings, encoders, generation, new=not stored)
+    if not (stored and config.overwrite):
+        return chosen
+    wanted = identity.build_identity(model, encoders, settings, shapes, generation)
+    if not other_settings(stored, wanted):
+        return chosen  # replaced already: go on
+    encoders = overwrite.calibrated_anew(encoders, stored)
+    return replace(chosen, encoders=encoders, generation=generation + 1, new=True)
+
+
+def begin(cache: CachePaths, model: Model, chosen: Chosen) -> None:
+    """Claim the cache for these settings (UserError if it has others), or replace its own."""
+    parts = (model, chosen.encoders, chosen.settings, chosen.shapes)
+    if chosen.new and chosen.generation:
+        overwrite.begin(cache, identity.build_identity(*parts, chosen.generation))
+    identity.claim(cache, *parts, begun=not chosen.new, generation=chosen.generation)
 
 
 def encode_units(
@@ -132,26 +173,6 @@ def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:
     if config.latents == "auto" and cache.identity.exists():
         return bool(load_json(cache.identity)["latents"] == "posterior")
     return config.latents == "posterior"
-
-
-def stale_units(
-    cache: CachePaths, records: Sequence[UnitRecord], units: Sequence[Unit], prune: bool
-) -> list[str]:
-    """Units of the cache whose source is not listed any more, if they are to be dropped.
-
-    Raises UserError if they are not: silently kept they would be trained on, silently dropped
-    they would have to be encoded again.
-    """
-    names, sources = {unit.name for unit in units}, {unit.source for unit in units}
-    stale = [record for record in records if record.name not in names]
-    # A folder that grew or shrank has other units now; the former ones are simply replaced.
-    unlisted = [record for record in stale if record.source not in sources]
-    if unlisted and not prune:
-        raise UserError(
-            f"{cache.root} also holds {len(unlisted)} units that --shards does not list "
-            f"(first: {unlisted[0].source}); list them too, or drop them with --prune"
-        )
-    return [record.name for record in stale]
 
 
 def add_prompts(

@@ -101,6 +101,8 @@ class EncodeConfig:
     """I/N: only the I-th of N shares of the units (0/N .. N-1/N); `prep finish` after the last."""
     prune: bool = False
     """Drop the cache's units whose source is no longer listed in --shards."""
+    overwrite: bool = False
+    """Replace a cache that was made with other settings by one with these."""
     report: bool = True
     """Write report.html, a page that shows whether the cache is good, at the end."""
     dry_run: bool = False

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 
+from prep.accounts import account_batches
 from prep.gc import retire
 from prep.identity import Shapes, VaeChoice
 from prep.overlap import mapped
 from prep.pipeline import Encoders, Settings, Work, samples
 from prep.reuse import NOTHING, Known
 from prep.sources import SourceError, Unit
+from prep.stale import refuse_mixture
+from prep.units import Counted
 from prep.writer import UnitWriter
 from shared.cache import CachePaths, UnitRecord, fold, read_units, write_manifest
 from shared.errors import UserError, on_one_line
 from shared.family import Model
+from shared.identity import generation_of
 from shared.progress import Progress
 from shared.storage import load_json
 
@@ -38,6 +42,7 @@ class Job:
     decode_workers: int
     max_reject_fraction: float
     records: tuple[UnitRecord, ...]  # of the cache as it was before: what they hold is copied
+    generation: int = 0  # of the cache's settings: how often --overwrite replaced them
 
     @cached_property
     def known(self) -> dict[str, Known]:
@@ -68,7 +73,9 @@ def encode_unit(
     """
     work = Work()
     known = job.known.get(unit.source, NOTHING)
-    writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels)
+    source = Counted(unit.reader)
+    unit = replace(unit, reader=source)
+    writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels, job.generation)
     try:
         with (
             closing(samples(unit, encoders, job.settings, job.decode_workers, known, work)) as done,
@@ -76,7 +83,7 @@ def encode_unit(
         ):
             for rows in written:
                 tick(rows, writer.rejected.total())
-        writer.commit(job.max_reject_fraction)
+        writer.commit(job.max_reject_fraction, source.handed)
     except SourceError as error:
         return Outcome(writer.read, writer.rejected.total(), work, str(error))
     finally:
@@ -115,12 +122,18 @@ def add_up(outcomes: Iterable[Outcome], units: int, progress: Progress) -> Work:
 
 
 def finish(cache: CachePaths) -> str:
-    """Fold the units into the manifest; returns a line about the whole cache."""
+    """Fold the units into the manifest; returns a line about the whole cache.
+
+    Raises UserError where they are not one state of the cache, or hold no sample.
+    """
     units = read_units(cache)
     if not units:
         raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
+    identity = load_json(cache.identity)
+    refuse_mixture(cache, units, generation_of(identity))
+    refuse_nothing(cache, units)
     versions = {name: version(name) for name in LIBRARIES}
-    manifest = fold(load_json(cache.identity), units, versions)
+    manifest = fold(identity, units, versions)
     retire(cache, {shard.file for shard in manifest.shards})
     write_manifest(cache, manifest)
     totals = manifest.totals
@@ -132,4 +145,26 @@ def finish(cache: CachePaths) -> str:
         f"{len(manifest.shards)} shards; {totals['truncated_captions']} captions were longer "
         "than the encoder reads"
         f"{f'; {retries} pictures were encoded again in float32' if retries else ''}"
+    )
+
+
+def refuse_nothing(cache: CachePaths, units: Sequence[UnitRecord]) -> None:
+    """Raise UserError, with the dominant reason and an example, where no row is written."""
+    rejected = sum((Counter(unit.rejected) for unit in units), Counter[str]())
+    if any(unit.written for unit in units) or not rejected:
+        return
+    reason, times = rejected.most_common(1)[0]
+    unit = next(unit for unit in units if reason in unit.rejected)
+    example = next(
+        (
+            row["source_key"]
+            for batch in account_batches(cache.root / unit.samples)
+            for row in batch.to_pylist()
+            if row["reason"] == reason
+        ),
+        None,
+    )
+    raise UserError(
+        f"{cache.root}: {rejected.total()} of {rejected.total()} rows rejected, {times} of them "
+        f"for {reason!r} (first: {example!r} of {unit.source}); mend the sources or let more in"
     )

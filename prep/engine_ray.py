@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from prep.engine import Job, Outcome, encode_unit
@@ -73,11 +73,11 @@ def encode_with_ray(
     try:
         connect(ray, address)
         needs = {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
-        remote = ray.remote(max_restarts=-1, **needs)(Worker)
-        sent, folder = ray.put(job), os.getcwd()  # held to the end: restarts read the job again
+        remote = ray.remote(**needs)(Worker)  # restarted by us, who count how often
+        sent, folder = ray.put(job), os.getcwd()  # held to the end: later workers read it, too
         count = min(slots(ray, **needs), len(units))
-        workers = [remote.remote(sent, folder) for _ in range(count)]
-        for outcome in dispatched(ray, workers, units, progress):
+        start = partial(remote.remote, sent, folder)
+        for outcome in dispatched(ray, start, count, units, progress):
             progress.update(outcome.rows, f"{count} workers")
             yield outcome
     finally:
@@ -109,29 +109,33 @@ def connect(ray: Any, address: str | None) -> None:
 
 
 def dispatched(
-    ray: Any, workers: Sequence[Any], units: Sequence[Unit], progress: Progress
+    ray: Any, start: Callable[[], Any], count: int, units: Sequence[Unit], progress: Progress
 ) -> Iterator[Outcome]:
-    """Hand each worker a unit at a time; the unit of one that dies goes to the next free one.
+    """Hand each of `count` workers a unit at a time; one that dies is replaced by a new one.
 
-    A worker takes part once it is ready: a dead one again when Ray has found a place for it,
-    which may be never.
+    Its unit goes to the next free worker. A new one takes part once it is ready, that is when Ray
+    has found a place for it, which may be never. Raises UserError where a unit costs too many
+    workers, or where none gets ready.
     """
-
-    def join(worker: Any) -> Any:
-        return worker.ready.options(max_task_retries=-1).remote()  # waits as long as it takes
-
     waiting, idle, losses = deque(units), list[Any](), Counter[str]()
-    busy: dict[Any, tuple[Any, Unit | None]] = {join(worker): (worker, None) for worker in workers}
-    while waiting or any(unit for _, unit in busy.values()):
+    busy = dict[Any, tuple[Any, Unit | None, int]]()
+
+    def begin(failures: int) -> None:
+        worker = start()
+        busy[worker.ready.remote()] = (worker, None, failures)
+
+    for _ in range(count):
+        begin(0)
+    while waiting or any(unit for _, unit, _ in busy.values()):
         (call,), _ = ray.wait(list(busy))
-        worker, unit = busy.pop(call)
+        worker, unit, failures = busy.pop(call)
         try:
             outcome = ray.get(call)
         except UserError as error:  # with a traceback in front
             raise UserError(str(error.cause)) from None
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            busy[join(worker)] = (worker, None)
             if unit is not None:
+                begin(0)
                 waiting.append(unit)
                 losses[unit.name] += 1
                 progress.write(f"lost a worker in {unit.source}; another one takes it")
@@ -141,13 +145,28 @@ def dispatched(
                         f"{unit.source}: {MOST_LOSSES} workers died of it (the last: {reason}); "
                         "give a worker more memory, or see what --engine local says of it"
                     ) from None
+            elif failures + 1 < MOST_LOSSES:
+                begin(failures + 1)
+            else:
+                progress.write(f"a worker does not get ready ({cause(error)}); on without it")
+                if not (busy or idle):
+                    raise UserError(
+                        f"no Ray worker gets ready: {cause(error)}; all machines of the cluster "
+                        "need the same packages, and a worker memory for the encoders"
+                    ) from None
         else:
             idle.append(worker)
             if outcome is not None:
                 yield outcome
         while waiting and idle:
             worker, unit = idle.pop(), waiting.popleft()
-            busy[worker.encode.remote(unit)] = (worker, unit)
+            busy[worker.encode.remote(unit)] = (worker, unit, 0)
+
+
+def cause(error: Exception) -> str:
+    """The last line of what Ray tells of a death: the exception, where there was one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def slots(ray: Any, num_gpus: int = 0, num_cpus: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Which rows the user does not want, told from their metadata before the picture is decoded."""
+"""Which rows the user does not want: told from their metadata, or too small."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from prep.where import Where, lookup
 
 PWATERMARK = "pwatermark above"
 WHERE = "where"
+TOO_SMALL = "smaller than"  # --min-size or --min-bucket-reso, said by `Framing`
 
 
 @dataclass(frozen=True)
@@ -41,4 +42,4 @@ class Filters:
 
 def is_filter(reason: str) -> bool:
     """Did the user ask for this rejection? Then it says nothing about damage to the source."""
-    return reason == WHERE or reason.startswith(PWATERMARK)
+    return reason == WHERE or reason.startswith((PWATERMARK, TOO_SMALL))

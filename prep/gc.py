@@ -90,9 +90,11 @@ def retire(cache: CachePaths, kept: Collection[str]) -> None:
 
 def last_named(cache: CachePaths) -> float:
     """When, at the latest, objects that nothing names were named; 0 where files are dated."""
-    if isinstance(cache.root, Path) or not cache.manifest.exists():
+    if isinstance(cache.root, Path):
         return 0.0
-    return float(cache.manifest.stat().st_mtime)
+    # --overwrite removes the manifest when it replaces the identity.
+    last = cache.manifest if cache.manifest.exists() else cache.identity
+    return float(last.stat().st_mtime)
 
 
 def written_files(cache: CachePaths) -> Iterator[Place]:

@@ -16,11 +16,12 @@ from prep.images import Framing
 from prep.pipeline import Encoders, Settings
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
-from shared.cache import ADDED, FORMAT, CachePaths, OtherSettings, claim_identity
+from shared.cache import FORMAT, CachePaths
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
 from shared.family import Model, force_zeros, load_config
+from shared.identity import ADDED, OtherSettings, claim_identity
 from shared.layout import Layout, cache_layout
 from shared.storage import load_json
 
@@ -142,9 +143,9 @@ def choose_framing(config: EncodeConfig, resolution: int) -> Framing:
 
 
 def build_identity(
-    model: Model, encoders: Encoders, settings: Settings, shapes: Shapes
+    model: Model, encoders: Encoders, settings: Settings, shapes: Shapes, generation: int = 0
 ) -> dict[str, Any]:
-    """The content of identity.json."""
+    """The content of identity.json; `generation` counts what --overwrite did (shared.identity)."""
     vae = encoders.vae.identity()
     if encoders.vae.source != model.source:
         vae["source"] = encoders.vae.source
@@ -162,6 +163,7 @@ def build_identity(
             "max_pwatermark": settings.filters.max_pwatermark,
         },
         "shapes": vars(shapes),
+        **({"generation": generation} if generation else {}),
     }
 
 
@@ -173,7 +175,7 @@ def same_encoder(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
 
 def claim(
     cache: CachePaths, model: Model, encoders: Encoders, settings: Settings, shapes: Shapes,
-    begun: bool,
+    begun: bool, generation: int = 0,
 ) -> None:  # fmt: skip
     """Begin the cache, or check that it was begun with the same settings (UserError).
 
@@ -181,15 +183,18 @@ def claim(
     another's gave another scale, it takes over the recorded one. `begun` says that this one found
     a cache, and so its scale, from the first.
     """
-    remedy = "give the same flags and model, or another --cache"
+    remedy = (
+        "give the same flags and model, or another --cache, or replace what is there "
+        "with --overwrite"
+    )
     try:
-        claim_identity(cache, build_identity(model, encoders, settings, shapes), remedy)
+        claim_identity(cache, build_identity(model, encoders, settings, shapes, generation), remedy)
     except OtherSettings:
         recorded = load_json(cache.identity)["vae"]
         if begun or recorded["dtype"] != encoders.vae.dtype:
             raise
         encoders.vae.rescale_by(recorded["rescale"])
-        claim_identity(cache, build_identity(model, encoders, settings, shapes), remedy)
+        claim_identity(cache, build_identity(model, encoders, settings, shapes, generation), remedy)
 
 
 def expected_layout(encoders: Encoders, settings: Settings) -> Layout:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,8 @@ from shared.errors import UserError
 from shared.layout import Layout
 from shared.storage import file_sizes, free_bytes
 
-PROBED_ROWS = 256
+PROBED_ROWS = 256  # of each unit, in search of a usable one
+SEARCHED_ROWS = 1 << 16  # in all, where none of those was usable
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ class Estimate:
 
 
 def pending(cache: CachePaths, units: Sequence[Unit], known: Sequence[UnitRecord]) -> list[Unit]:
-    """The units that are not committed for their present source, with all files in place."""
+    """The units that are not committed for their present source, with all files in place.
+
+    `known` are the records that count, of the present settings.
+    """
     records = {record.name: record for record in known}
     sizes = {f"shards/{name}": size for name, size in file_sizes(cache.shards).items()}
     tables = {f"samples/{name}" for name in file_sizes(cache.samples)}
@@ -95,11 +98,6 @@ def refuse_full_disk(work: Estimate, cache: CachePaths) -> None:
     )
 
 
-def unfiltered(rows: Iterable[Sample]) -> Iterator[Sample]:
-    """Those that the user's filters leave."""
-    return (sample for sample in rows if not is_filter(sample.reason))
-
-
 def probe(
     units: Sequence[Unit], settings: Settings, encoders: Encoders
 ) -> tuple[list[str], NDArray[np.float32], float]:
@@ -108,28 +106,7 @@ def probe(
     The VAE is calibrated on that batch if no cache has recorded a scale for it. Raises UserError
     where no unit holds a usable picture.
     """
-    size = encoders.vae.batch_size
-    views = settings.framing.views
-    square = replace(settings, framing=replace(settings.framing, views=1, buckets=None))
-    problem: UserError | None = None
-    for unit in units:
-        try:
-            with closing(decoded(unit.rows(), square, 2, size)) as first:
-                rows = list(itertools.islice(unfiltered(first), PROBED_ROWS))
-            found = [sample for sample in rows if sample.pictures][:size]
-            reasons = Counter(sample.reason for sample in rows if sample.reason)
-            why = reasons.most_common(1)[0][0] if reasons else "the filters leave no row"
-            problem = problem or UserError(
-                f"{unit.source}: not one usable picture with a caption in it (mostly: {why})"
-            )
-        except SourceError as error:  # `run` will report it, if there are others to run
-            problem = error
-            continue
-        if found:
-            break
-    else:
-        assert problem is not None
-        raise problem
+    found = usable(units, settings, encoders.vae.batch_size)
     pixels = [sample.pictures[0].pixels for sample in found]
     captions = [sample.captions[0] for sample in found]
     encoders.vae.calibrate(pixels)
@@ -138,4 +115,79 @@ def probe(
     start = time.perf_counter()
     encoders.vae.encode(pixels)
     encoders.text.encode(captions)
+    views = settings.framing.views
     return captions, moments, views * (time.perf_counter() - start) / len(found)
+
+
+def usable(units: Sequence[Unit], settings: Settings, count: int) -> list[Sample]:
+    """Up to `count` samples with pictures, from the first unit in which some are found.
+
+    Every unit's beginning is looked at before any is read further, and then `SEARCHED_ROWS` more
+    rows at most. Raises UserError where there are none: for damage to a source if there is any,
+    else with the reason that most rows have.
+    """
+    square = replace(settings, framing=replace(settings.framing, views=1, buckets=None))
+    search = Search(square, count)
+    for unit in units:
+        if found := search.look(unit, PROBED_ROWS):
+            return found
+    left = SEARCHED_ROWS
+    for unit in tuple(search.unread):
+        before = search.reasons.total()
+        if found := search.look(unit, left):
+            return found
+        left -= search.reasons.total() - before
+        if left <= 0:
+            break
+    raise search.failure(units)
+
+
+class Search:
+    """What was seen while looking for usable rows."""
+
+    def __init__(self, settings: Settings, count: int) -> None:
+        self.settings, self.count = settings, count
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}  # the first row of each reason
+        self.damage: SourceError | None = None
+        self.unread: list[Unit] = []  # units that go on after what was looked at
+
+    def look(self, unit: Unit, limit: int) -> list[Sample]:
+        """Usable samples among the unit's first `limit` rows that the filters leave."""
+        found: list[Sample] = []
+        seen = 0
+        try:
+            with closing(decoded(unit.rows(), self.settings, 2, self.count)) as rows:
+                for sample in rows:
+                    if sample.pictures:
+                        found.append(sample)
+                    else:
+                        self._note(unit, sample)
+                    seen += not is_filter(sample.reason)
+                    if len(found) == self.count:
+                        break
+                    if seen == limit:
+                        self.unread.append(unit)
+                        break
+        except SourceError as error:  # `run` will report it, if there are others to run
+            self.damage = error
+            return []
+        return found
+
+    def _note(self, unit: Unit, sample: Sample) -> None:
+        self.reasons[sample.reason] += 1
+        self.examples.setdefault(sample.reason, f"{sample.row.key!r} of {unit.source}")
+
+    def failure(self, units: Sequence[Unit]) -> UserError:
+        """Why nothing was found."""
+        if self.damage is not None:
+            return self.damage
+        more = f" and {len(units) - 1} more units" if len(units) > 1 else ""
+        told = Counter({r: n for r, n in self.reasons.items() if not is_filter(r)}) or self.reasons
+        why = "they have no rows"
+        if told:
+            reason = told.most_common(1)[0][0]
+            why = f"mostly: {reason}, such as {self.examples[reason]}"
+        return UserError(
+            f"{units[0].source}{more}: not one usable picture with a caption in it ({why})"
+        )

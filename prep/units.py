@@ -16,6 +16,7 @@ UNIT_ROWS = 1024  # of a folder or table, about
 UNSAFE = re.compile(
     r"[\\\x00-\x1f\x7f]"
 )  # in a name that goes into SHA256SUMS and to other systems
+NUMBER = re.compile(r"-\d{1,9}(of\d{1,9})?$")  # of a unit among those of its source
 SUFFIXES = (".tar", ".tar.zst", ".tar.gz", ".tgz", ".parquet", ".arrow")
 
 
@@ -65,11 +66,34 @@ class Unit:
             yield replace(row, occurrence=occurrence) if occurrence else row
 
 
+@dataclass
+class Counted:
+    """A reader that counts the rows it hands over."""
+
+    reader: Reader
+    handed: int = 0
+
+    def rows(self) -> Iterator[Row]:
+        """The reader's rows."""
+        for row in self.reader.rows():
+            self.handed += 1
+            yield row
+
+    def sample(self) -> tuple[int, int]:
+        """As the reader says."""
+        return self.reader.sample()
+
+
 def unit_name(basename: str, source: str) -> str:
-    """A file name that is readable and unique: basename and 8 hex digits of the full source."""
+    """A file name that is readable and unique: basename and 8 hex digits of the full source.
+
+    Of a long basename the middle goes: its end may tell the source's units apart.
+    """
     digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    readable = UNSAFE.sub("_", printable(basename)).encode()[:NAME_BYTES]
-    return f"{readable.decode(errors='ignore')}-{digest}"
+    readable = UNSAFE.sub("_", printable(basename))
+    number = found[0] if (found := NUMBER.search(readable)) else ""
+    start = readable.removesuffix(number).encode()[: NAME_BYTES - len(number)]
+    return f"{start.decode(errors='ignore')}{number}-{digest}"
 
 
 def stem(path: str) -> str:

@@ -13,8 +13,9 @@ from prep.config import UnpackConfig
 from prep.gc import retire
 from prep.pack import copy_small, decompressed
 from prep.words import counted, size_of
-from shared.cache import CachePaths, Manifest, Shard, UnitRecord, claim_identity, open_manifest
+from shared.cache import CachePaths, Manifest, Shard, UnitRecord, open_manifest
 from shared.errors import UserError
+from shared.identity import claim_identity
 from shared.progress import Progress
 from shared.storage import file_sha256, free_bytes, guard, load_json, publish, sweep
 

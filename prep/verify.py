@@ -12,7 +12,7 @@ from prep.config import VerifyConfig
 from prep.gc import retire
 from prep.reencode import disagreements
 from prep.words import counted
-from shared.cache import CachePaths, Manifest, Shard, UnitRecord, open_manifest, unit_files
+from shared.cache import CachePaths, Manifest, Shard, UnitRecord, fold, open_manifest, unit_files
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
 from shared.layout import Layout
@@ -30,7 +30,7 @@ def verify(config: VerifyConfig) -> int:
     cache = CachePaths(config.cache)
     manifest = open_manifest(config.cache, check_sizes=False)
     damaged: dict[Place, int] = {}  # a file that is to go, and how many damages say so
-    listed: list[str] = []
+    units: list[UnitRecord] = []
     with Progress("verify", manifest.totals["written"], "samples") as progress:
 
         def note(path: Place, damage: str) -> None:
@@ -42,7 +42,7 @@ def verify(config: VerifyConfig) -> int:
             if unit is None:
                 note(path, f"units/{path.name} is not a unit's record")
                 continue
-            listed += [shard.file for shard in unit.shards]
+            units.append(unit)
             for damage in damages_of_unit(cache, unit, progress):
                 note(path, damage)
         for damage in damages_of_conditioning(cache):
@@ -50,14 +50,10 @@ def verify(config: VerifyConfig) -> int:
         if config.reencode and not damaged:
             for name, damage in disagreements(config, manifest, progress):
                 note(cache.units / f"{name}.json", damage)
-    stale = listed != [shard.file for shard in manifest.shards]
+    stale = damage_of_manifest(cache, manifest, units)
     if stale and not damaged:
-        print(
-            "damaged: manifest.json and the units do not name the same shards; run the same "
-            "`prep encode`, or `prep finish` to take the units as they are",
-            file=sys.stderr,
-        )
-    count = sum(damaged.values()) + stale
+        print(f"damaged: {stale}", file=sys.stderr)
+    count = sum(damaged.values()) + bool(stale)
     verdict = counted(count, "damage") if count else "no damage"
     print(f"{config.cache}: {manifest.totals['written']} samples checked, {verdict}")
     if damaged:
@@ -100,6 +96,25 @@ def read_record(path: Place) -> UnitRecord | None:
     with contextlib.suppress(UserError, TypeError, KeyError, AttributeError, AssertionError):
         return UnitRecord.from_json(load_json(path))
     return None
+
+
+def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRecord]) -> str:
+    """Where the manifest is not what identity and records add up to, or an empty string."""
+    files = [shard.file for unit in units for shard in unit.shards]
+    if files != [shard.file for shard in manifest.shards]:
+        return (
+            "manifest.json and the units do not name the same shards; run the same "
+            "`prep encode`, or `prep finish` to take the units as they are"
+        )
+    stored = manifest.to_json()
+    folded = fold(load_json(cache.identity), units, manifest.versions).to_json()
+    differing = [name for name in folded if stored[name] != folded[name]]
+    if not differing:
+        return ""
+    return (
+        f"manifest.json: its {', '.join(differing)} are not what identity.json and the units "
+        "add up to; run `prep finish`, which writes it anew"
+    )
 
 
 def damages_of_conditioning(cache: CachePaths) -> Iterator[str]:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from prep.filters import is_filter
 from prep.pipeline import Sample, Settings, captions_kept
 from prep.sources import Row, Unit
-from shared.cache import CachePaths, Shard, UnitRecord, commit_unit
+from prep.spool import Spool, Sums
+from shared.cache import CachePaths, UnitRecord, commit_unit
 from shared.errors import UserError
-from shared.layout import TRAILER, Layout, cache_layout
-from shared.storage import guard, move, stage, temporary, write_all
+from shared.layout import cache_layout
+from shared.storage import move, stage
 from shared.sums import ChannelSums
 
 ROW_GROUP = 4096  # rows of the accounts that are sorted and compressed at once
@@ -60,8 +56,11 @@ class UnitWriter:
     What it remembers of a row until then is some hundred bytes, in Arrow's and NumPy's memory.
     """
 
-    def __init__(self, cache: CachePaths, unit: Unit, settings: Settings, channels: int) -> None:
+    def __init__(
+        self, cache: CachePaths, unit: Unit, settings: Settings, channels: int, generation: int = 0
+    ) -> None:
         self.cache, self.unit, self.settings, self.channels = cache, unit, settings, channels
+        self.generation = generation
         self.spools: dict[tuple[int, int], Spool] = {}
         self.accounts: list[pa.RecordBatch] = []
         self.read = 0
@@ -131,11 +130,13 @@ class UnitWriter:
             "url": _printable(str(sample.row.metadata.get("url", ""))),
         }
 
-    def commit(self, max_reject_fraction: float) -> UnitRecord:
+    def commit(self, max_reject_fraction: float, handed: int) -> UnitRecord:
         """Publish shards and accounts, then the record that makes them count.
 
-        Raises TooManyRejected before anything is published.
+        `handed` rows came from the source: every one must have arrived here. Raises
+        TooManyRejected before anything is published.
         """
+        assert self.read == handed, f"{self.unit.source}: {self.read} of {handed} rows accounted"
         self._check_rejections(max_reject_fraction)
         shards = tuple(
             spool.publish(self.cache, self.unit.name) for _, spool in sorted(self.spools.items())
@@ -154,6 +155,7 @@ class UnitWriter:
             truncated_captions=self.truncated_captions,
             sums=self.sums.added(),
             notes={"fp32_retries": self.fp32_retries} if self.fp32_retries else {},
+            generation=self.generation,
         )
         commit_unit(self.cache, record)
         return record
@@ -167,7 +169,7 @@ class UnitWriter:
         unusable = Counter({r: n for r, n in self.rejected.items() if not is_filter(r)})
         filtered = self.rejected.total() - unusable.total()
         count, read = unusable.total(), self.read - filtered
-        if count and (count == read or count > max_reject_fraction * read):
+        if count > max_reject_fraction * read:
             reason, times = unusable.most_common(1)[0]
             raise TooManyRejected(
                 f"{self.unit.source}: {count} of {read} rows rejected, {times} of them for "
@@ -187,102 +189,6 @@ class UnitWriter:
         name = f"{self.unit.name}-{digest[:12]}.parquet"
         move(staged, self.cache.samples / name)
         return f"samples/{name}", digest
-
-
-class Keys:
-    """Samples' keys, 8 bytes each."""
-
-    def __init__(self) -> None:
-        self.numbers = array("Q")
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def add(self, key: str) -> None:
-        """Append a key."""
-        self.numbers.append(int(key, 16))
-
-    def order(self) -> NDArray[np.int64]:
-        """Where the keys stand that are the first, the second, ... when sorted."""
-        order: NDArray[np.int64] = np.argsort(np.asarray(self.numbers), kind="stable")
-        return order
-
-
-class Sums:
-    """The samples' channel sums, kept one by one until all are there.
-
-    They are added in the order of the keys: rounding must not tell in which order samples came.
-    """
-
-    def __init__(self) -> None:
-        self.keys = Keys()
-        self.count = 0
-        self.values = array("d")  # total and squares of each sample's channels
-
-    def add(self, key: str, sums: ChannelSums) -> None:
-        """Append a sample's sums."""
-        self.keys.add(key)
-        self.count += sums.count
-        self.values.extend(sums.total + sums.squares)
-
-    def added(self) -> ChannelSums | None:
-        """The sum over all samples, or None where there are none."""
-        if not self.keys:
-            return None
-        values = np.asarray(self.values).reshape(len(self.keys), -1)[self.keys.order()]
-        whole = values[0]
-        for row in values[1:]:  # one after the other: np.sum may pair them
-            whole = whole + row
-        total, squares = np.split(whole, 2)
-        return ChannelSums(self.count, tuple(total.tolist()), tuple(squares.tolist()))
-
-
-class Spool:
-    """Samples of one latent size in the order they were encoded, on disk."""
-
-    def __init__(self, layout: Layout, tmp: Path) -> None:
-        self.layout = layout
-        self.keys = Keys()
-        self.unwritten: list[bytes] = []
-        tmp.mkdir(parents=True, exist_ok=True)
-        self.path = temporary(tmp, "-spool")
-        with guard(tmp):
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-
-    def add(self, key: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-        """Append one sample; `write` brings it to the disk."""
-        whole = record | {"crc32": self.layout.crc32(arrays)}
-        self.unwritten.append(self.layout.pack(key, whole, arrays))
-        self.keys.add(key)
-
-    def write(self) -> None:
-        """Write what was added: many at once, for each call waits for Python's lock again."""
-        with guard(self.path.parent):
-            write_all(self.fd, b"".join(self.unwritten))
-        self.unwritten.clear()
-
-    def sorted_samples(self) -> Iterator[bytes]:
-        """The samples' bytes by key, then the end of the tar."""
-        stride = self.layout.stride
-        for index in self.keys.order().tolist():
-            yield os.pread(self.fd, stride, index * stride)
-        yield TRAILER
-
-    def publish(self, cache: CachePaths, unit: str) -> Shard:
-        """Write the shard under the name that its content gives it."""
-        staged, digest = stage(self.sorted_samples(), cache.tmp)
-        height, width = self.layout.latent_size
-        name = f"{unit}-{height}x{width}-{digest[:12]}.tar"
-        move(staged, cache.shards / name)
-        count = len(self.keys)
-        return Shard(
-            f"shards/{name}", self.layout.to_json(), count, self.layout.shard_bytes(count), digest
-        )
-
-    def close(self) -> None:
-        """Delete the spool."""
-        os.close(self.fd)
-        self.path.unlink(missing_ok=True)
 
 
 def _printable(text: str) -> str:

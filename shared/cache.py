@@ -16,7 +16,6 @@ from shared.errors import UserError
 from shared.layout import Layout
 from shared.places import Place
 from shared.storage import (
-    create_exclusively,
     dump_json,
     file_sizes,
     load_json,
@@ -29,7 +28,6 @@ from shared.storage import (
 from shared.sums import ChannelSums
 
 FORMAT = 1
-ADDED = ("config", "configs", "tokenizers")  # what older caches do not say of their encoders
 
 
 @dataclass(frozen=True)
@@ -95,13 +93,21 @@ class UnitRecord:
     truncated_captions: int = 0
     sums: ChannelSums | None = None
     notes: Mapping[str, int] = field(default_factory=dict)  # e.g. samples retried in fp32
+    generation: int = 0  # of the settings it was made with; not stored where they are the first
 
     def __post_init__(self) -> None:
         assert self.written + sum(self.rejected.values()) == self.read, self
 
+    def to_json(self) -> dict[str, Any]:
+        """As stored in units/NAME.json."""
+        value = asdict(self)
+        if self.generation == 0:
+            del value["generation"]
+        return value
+
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> UnitRecord:
-        """The inverse of `dataclasses.asdict`."""
+        """The inverse of `to_json`."""
         sums = value["sums"]
         return UnitRecord(
             **{
@@ -142,51 +148,9 @@ class Manifest:
         }
 
 
-class OtherSettings(UserError):
-    """The cache was begun with settings that differ."""
-
-
-def claim_identity(cache: CachePaths, identity: Mapping[str, Any], remedy: str) -> None:
-    """Create `identity.json`, or check that the one there says the same.
-
-    Model and VAE may lie elsewhere where they are the same. Raises OtherSettings that
-    names what differs; `remedy` ends the sentence.
-    """
-    if create_exclusively(dump_json(identity), cache.identity, cache.tmp):
-        return
-    stored = load_json(cache.identity)
-    if differing := differences(_without_places(stored), _without_places(identity)):
-        raise OtherSettings(f"{cache.root} was made with other settings: {differing}; {remedy}")
-
-
-def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
-    vae = {name: value for name, value in identity.get("vae", {}).items() if name != "source"}
-    return {**identity, "model": None, "vae": vae}
-
-
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
-    """`latents.size: stored 64, wanted 32` for everything that differs, or an empty string."""
-    found = []
-    for name in sorted(stored.keys() | wanted.keys()):
-        if name in ADDED and not (name in stored and name in wanted):
-            continue  # one of them is too old to say
-        old, new = stored.get(name), wanted.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if nested := differences(old, new, f"{prefix}{name}."):
-                found.append(nested)
-        elif old != new:
-            found.append(f"{prefix}{name} is {_short(old)} there, {_short(new)} here")
-    return "; ".join(found)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:16] + "..."
-
-
 def commit_unit(cache: CachePaths, record: UnitRecord) -> None:
     """Make a unit's work count: its record replaces the former one, atomically."""
-    publish([dump_json(asdict(record))], cache.units / f"{record.name}.json", cache.tmp)
+    publish([dump_json(record.to_json())], cache.units / f"{record.name}.json", cache.tmp)
 
 
 def read_unit(cache: CachePaths, name: str) -> UnitRecord | None:

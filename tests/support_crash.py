@@ -176,6 +176,11 @@ SCENARIOS = {
     "encode": Scenario(sources, lambda place: place.encode("a", "b")),
     "longer": Scenario(lambda place: sources(place, 5), lambda place: place.encode("a", "b")),
     "incremental": Scenario(changed, lambda place: place.encode("a", "b", prune=True)),
+    "overwrite": Scenario(
+        first,
+        lambda place: place.encode("a", "b", resolution=32, overwrite=True),
+        may_refuse=True,
+    ),
     "finish": Scenario(
         unfolded, lambda place: commands.finish(config.FinishConfig(place.cache, report=False))
     ),

@@ -141,6 +141,30 @@ def test_a_unit_the_manifest_does_not_know(cache):
     assert manifest(cache)["totals"]["written"] == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("shards", lambda m: m["shards"][0].update(sha256="0" * 64)),
+        ("totals", lambda m: m["totals"].update(read=99)),
+        ("statistics", lambda m: m["statistics"]["latents_mean"].reverse()),
+        ("identity", lambda m: m["identity"]["vae"].update(fingerprint="dead")),
+    ],
+)
+def test_verify_compares_the_manifest_with_what_the_units_add_up_to(cache, tmp_path, name, change):
+    copy = shutil.copytree(cache, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    answer = prep("verify", "--cache", copy)
+    assert answer.status == 1
+    assert (
+        f"manifest.json: its {name} are not what identity.json and the units add up" in answer.err
+    )
+    assert answer.out.endswith("samples checked, 1 damage\n")
+    assert prep("finish", "--cache", copy, "--no-report").status == 0  # as it says
+    assert (copy / "manifest.json").read_bytes() == (cache / "manifest.json").read_bytes()
+
+
 def test_verify_wants_a_finished_cache(cache, tmp_path):
     assert "is not a cache" in refusal("verify", "--cache", tmp_path / "none")
     (cache / "manifest.json").unlink()

@@ -1,6 +1,7 @@
 """Aspect ratio buckets: the table, the choice, and batches of one size at a time."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -267,3 +268,24 @@ def test_train_reads_buckets_and_views(cache, cli, tmp_path):
     )  # fmt: skip
     assert answer.status == 0, answer.err
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_unit_of_more_sizes_than_files_may_be_open(tmp_path):
+    """Every size is spooled to a file of its own, and few of them are open at a time."""
+    resource = pytest.importorskip("resource")
+    sizes = [(8 * h, 8 * w) for h in range(1, 9) for w in range(1, 9)]
+    files = [
+        file
+        for number, (height, width) in enumerate(sizes)
+        for file in ((f"{number}.png", png(number, width, height)), (f"{number}.txt", b"a"))
+    ]
+    tar = write_tar(tmp_path / "a.tar", files)
+    flags = {"buckets": True, "bucket_no_upscale": True, "min_bucket_reso": 8}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    here = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (here + 40, hard))
+    try:
+        cache = encode(tar, tmp_path / "cache", vae_batch_size=1, **flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(open_manifest(cache).shards) == len(sizes)

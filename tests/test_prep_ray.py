@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support_prep import captioned, encode, prep, refusal, tree, units, write_tar
+from support_prep import captioned, encode, manifest, prep, refusal, tree, units, write_tar
 
 RAY_FLAGS = ["--engine", "ray", "--cpus-per-worker", 1]
 
@@ -49,6 +49,12 @@ def after_first_unit(cache: Path, act) -> threading.Thread:
     return thread
 
 
+def same(cache: Path, wanted: Path) -> None:
+    """The caches are equal but for what dead workers left in tmp/, and for their manifests."""
+    for folder in ("shards", "samples", "units"):
+        assert tree(cache / folder) == tree(wanted / folder)
+
+
 def kill_workers() -> int:
     """SIGKILL to all our workers below this process, not Ray's own; returns how many there were."""
     below = psutil.Process().children(recursive=True)
@@ -76,7 +82,7 @@ def test_a_node_killed_while_encoding_changes_nothing(cluster, tmp_path, monkeyp
     killer.join(60)
     assert not killer.is_alive()
     assert "lost a worker in" in answer.err
-    assert tree(cache / "shards") == tree(wanted / "shards")
+    same(cache, wanted)
     assert len(units(cache)) == 8
 
 
@@ -93,8 +99,45 @@ def test_killed_workers_come_back(ray, tars, tmp_path, capfd):
     assert "lost a worker in" in answer.err
     assert "core_worker" not in capfd.readouterr().err  # Ray has its own ways to stderr
     assert "48 pictures and 48 captions encoded" in answer.out
-    assert tree(tmp_path / "c" / "shards") == tree(wanted / "shards")
+    same(tmp_path / "c", wanted)
     assert (tmp_path / "c/manifest.json").read_bytes() == (wanted / "manifest.json").read_bytes()
+
+
+# A machine on which the package is not installed, or whose workers die as they begin.
+WORKERS_FAIL = {
+    "without the package": """
+import sys
+class Missing:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("prep", "shared"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+if any("default_worker" in word for word in sys.orig_argv):
+    sys.meta_path.insert(0, Missing())
+""",
+    "killed while loading": """
+import os, sys
+class Killer:
+    def find_spec(self, name, *_):
+        if name == "prep.engine_ray":
+            os.kill(os.getpid(), 9)
+if any("default_worker" in word for word in sys.orig_argv):
+    sys.meta_path.insert(0, Killer())
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", WORKERS_FAIL)
+def test_workers_that_never_get_ready_end_the_command(ray, tars, tmp_path, monkeypatch, how):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(WORKERS_FAIL[how])
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ['PYTHONPATH']}")
+    line = refusal("encode", "--cache", tmp_path / "c", *words(tars[:1], *RAY_FLAGS))
+    assert line.startswith("no Ray worker gets ready: ")
+    if how == "without the package":
+        assert "No module named 'prep'" in line
+    assert line.endswith("a worker memory for the encoders")
 
 
 @pytest.mark.slow
@@ -119,6 +162,18 @@ def test_what_a_worker_refuses_ends_the_command(ray, tmp_path):
         *words([bad], *RAY_FLAGS, "--max-reject-fraction", 0.1),
     )  # fmt: skip
     assert line.startswith(f"{bad}: 1 of 2 rows rejected")
+
+
+@pytest.mark.slow
+def test_workers_overwrite(ray, tars, tmp_path):
+    cache = encode(tars[:2], tmp_path / "c")
+    more = words(tars[:2], *RAY_FLAGS, "--resolution", 48, "--overwrite")
+    answer = prep("encode", "--cache", cache, *more)
+    assert answer.status == 0, answer.err
+    wanted = encode(tars[:2], tmp_path / "local", resolution=48)
+    assert {unit["generation"] for unit in units(cache).values()} == {1}
+    assert tree(wanted / "shards").items() <= tree(cache / "shards").items()
+    assert manifest(cache)["shards"] == manifest(wanted)["shards"]
 
 
 DEADLY = """

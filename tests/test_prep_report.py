@@ -30,6 +30,8 @@ from support_prep import (
     write_tar,
 )
 
+from prep.checks import check_rejected
+from prep.stats import Rejection, Summary
 from prep.words import share_of, visible
 
 HOSTILE = (
@@ -279,3 +281,20 @@ def test_in_a_browser_on_a_phone(reported, tmp_path):
     probe.write_text(PROBE.replace("__PAGE__", text), "utf-8")
     title = re.search("<title>(.*?)</title>", dump(probe)).group(1)
     assert title == "Cache cache|360|0"
+
+
+@pytest.mark.parametrize(
+    ("rejected", "level", "told"),
+    [
+        ({"where": 90}, "good", "Every row that the filters leave is in the cache. The filters"),
+        ({"where": 80, "smaller than --min-size": 8, "no caption": 1}, "look", "1 of 12 rows (8.3"),
+        ({"no caption": 60, "where": 10}, "bad", "60 of 90 rows (66.7%), mostly for: no caption."),
+    ],
+)
+def test_what_a_filter_rejects_is_no_damage(rejected, level, told):
+    reasons = [Rejection(reason, count) for reason, count in rejected.items()]
+    written = 100 - sum(rejected.values())
+    summary = Summary("", "", {}, {}, read=100, written=written, rejected=reasons)
+    check = check_rejected(summary)
+    assert check.level == level
+    assert told in check.detail

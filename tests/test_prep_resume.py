@@ -140,6 +140,14 @@ def test_a_folder_may_grow_past_the_size_that_decided_its_units(tmp_path):
     assert len(samples(cache)) == 5
 
 
+def test_units_of_a_folder_with_a_long_name_are_told_apart(tmp_path):
+    """The name is cut short, but not the number at its end."""
+    folder = write_folder(tmp_path / ("long" * 40), range(6))
+    cache = encode(folder, tmp_path / "cache", folder_units=4)
+    assert len(samples(cache)) == 6
+    assert all(len(name.encode()) < 120 for name in units(cache))
+
+
 def test_a_unit_that_loses_its_last_row_is_dropped(tmp_path):
     folder = write_folder(tmp_path / "folder", range(6))
     flags = {"folder_units": 16}

@@ -161,7 +161,7 @@ def test_encoding_again_agrees(cache):
 
 
 def rewrite(cache, change):
-    """Change every sample's arrays, with every checksum and hash made right again."""
+    """Change every sample's arrays, with every checksum, hash and the manifest made right again."""
     for path in (cache / "units").glob("*.json"):
         record = json.loads(path.read_text())
         for shard in record["shards"]:
@@ -179,6 +179,7 @@ def rewrite(cache, change):
             file.write_bytes(content)
             shard["sha256"] = hashlib.sha256(content).hexdigest()
         path.write_text(json.dumps(record))
+    assert prep("finish", "--cache", cache, "--no-report").status == 0
 
 
 @pytest.mark.parametrize(

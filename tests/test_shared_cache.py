@@ -14,9 +14,7 @@ from shared.cache import (
     ChannelSums,
     Shard,
     UnitRecord,
-    claim_identity,
     commit_unit,
-    differences,
     fold,
     open_manifest,
     read_unit,
@@ -26,6 +24,7 @@ from shared.cache import (
 from shared.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
 from shared.errors import UserError
 from shared.fingerprint import fingerprint
+from shared.identity import claim_identity, differences
 from shared.layout import cache_layout
 
 SMALL = cache_layout((1, 4, 8, 8), (1, 16, 64))

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from shared.cache import differences
 from shared.errors import UserError
+from shared.identity import differences
 from shared.storage import (
     dump_json,
     file_sizes,

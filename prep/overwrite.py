@@ -1,0 +1,46 @@
+"""`--overwrite`: a cache of other settings gives way to one of these.
+
+Nothing is deleted but our own manifest, prompts and, as units are done, their records; shards are
+left to `prep gc`. Without its manifest the cache says that it is unfinished, and a trainer that is
+running reads on, for the shards that the manifest named keep a day (`retire`). Then identity.json
+is replaced, which at once makes all units those of former settings: they are encoded again, each
+replacing its record. Killed before that, the old cache is there but for its manifest, and after
+it `finish` refuses until no former unit is left; the same command goes on in both cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from prep.gc import retire
+from prep.pipeline import Encoders
+from prep.vae import VaeEncoder
+from shared.cache import CachePaths
+from shared.identity import differences, generation_of
+from shared.storage import dump_json, guard, load_json, publish, sync_folder
+
+
+def calibrated_anew(encoders: Encoders, stored: Mapping[str, Any]) -> Encoders:
+    """The encoders, without the recorded scale where it is another VAE's or another dtype's."""
+    recorded = {name: value for name, value in stored["vae"].items() if name != "source"}
+    vae = encoders.vae
+    if not differences(recorded, vae.identity()):
+        return encoders
+    return replace(encoders, vae=VaeEncoder(vae.source, vae.device, vae.batch_size, vae.dtype))
+
+
+def begin(cache: CachePaths, identity: Mapping[str, Any]) -> None:
+    """Put this identity in the place of the one that is there, unless another part was faster."""
+    stored = load_json(cache.identity)
+    if generation_of(stored) == generation_of(identity):
+        return
+    with guard(cache.root):
+        retire(cache, ())
+        cache.manifest.unlink(missing_ok=True)
+        # With the same text encoders the prompts that were added are still right.
+        if differences(stored["text"], identity["text"]):
+            cache.conditioning.unlink(missing_ok=True)
+        sync_folder(cache.root)
+    publish([dump_json(identity)], cache.identity, cache.tmp)

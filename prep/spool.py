@@ -1,0 +1,129 @@
+"""What waits on the disk, or in a few bytes of memory, until a unit can be sorted by key."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.cache import CachePaths, Shard
+from shared.layout import TRAILER, Layout
+from shared.storage import guard, move, stage, temporary, write_all
+from shared.sums import ChannelSums
+
+
+class Keys:
+    """Samples' keys, 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.numbers = array("Q")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def add(self, key: str) -> None:
+        """Append a key."""
+        self.numbers.append(int(key, 16))
+
+    def order(self) -> NDArray[np.int64]:
+        """Where the keys stand that are the first, the second, ... when sorted."""
+        order: NDArray[np.int64] = np.argsort(np.asarray(self.numbers), kind="stable")
+        return order
+
+
+class Sums:
+    """The samples' channel sums, kept one by one until all are there.
+
+    They are added in the order of the keys: rounding must not tell in which order samples came.
+    """
+
+    def __init__(self) -> None:
+        self.keys = Keys()
+        self.count = 0
+        self.values = array("d")  # total and squares of each sample's channels
+
+    def add(self, key: str, sums: ChannelSums) -> None:
+        """Append a sample's sums."""
+        self.keys.add(key)
+        self.count += sums.count
+        self.values.extend(sums.total + sums.squares)
+
+    def added(self) -> ChannelSums | None:
+        """The sum over all samples, or None where there are none."""
+        if not self.keys:
+            return None
+        values = np.asarray(self.values).reshape(len(self.keys), -1)[self.keys.order()]
+        whole = values[0]
+        for row in values[1:]:  # one after the other: np.sum may pair them
+            whole = whole + row
+        total, squares = np.split(whole, 2)
+        return ChannelSums(self.count, tuple(total.tolist()), tuple(squares.tolist()))
+
+
+class Spool:
+    """Samples of one latent size in the order they were encoded, on disk.
+
+    The file is open only while it is written or read: a unit may have a thousand sizes.
+    """
+
+    def __init__(self, layout: Layout, tmp: Path) -> None:
+        self.layout = layout
+        self.keys = Keys()
+        self.unwritten: list[bytes] = []
+        tmp.mkdir(parents=True, exist_ok=True)
+        self.path = temporary(tmp, "-spool")
+        with guard(tmp):
+            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+
+    def add(self, key: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        """Append one sample; `write` brings it to the disk."""
+        whole = record | {"crc32": self.layout.crc32(arrays)}
+        self.unwritten.append(self.layout.pack(key, whole, arrays))
+        self.keys.add(key)
+
+    def write(self) -> None:
+        """Write what was added: many at once, for each call waits for Python's lock again."""
+        if not self.unwritten:
+            return
+        with guard(self.path.parent), opened(self.path, os.O_WRONLY | os.O_APPEND) as fd:
+            write_all(fd, b"".join(self.unwritten))
+        self.unwritten.clear()
+
+    def sorted_samples(self) -> Iterator[bytes]:
+        """The samples' bytes by key, then the end of the tar."""
+        stride = self.layout.stride
+        with opened(self.path, os.O_RDONLY) as fd:
+            for index in self.keys.order().tolist():
+                yield os.pread(fd, stride, index * stride)
+        yield TRAILER
+
+    def publish(self, cache: CachePaths, unit: str) -> Shard:
+        """Write the shard under the name that its content gives it."""
+        staged, digest = stage(self.sorted_samples(), cache.tmp)
+        height, width = self.layout.latent_size
+        name = f"{unit}-{height}x{width}-{digest[:12]}.tar"
+        move(staged, cache.shards / name)
+        count = len(self.keys)
+        return Shard(
+            f"shards/{name}", self.layout.to_json(), count, self.layout.shard_bytes(count), digest
+        )
+
+    def close(self) -> None:
+        """Delete the spool."""
+        self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor of a file, closed in the end."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
