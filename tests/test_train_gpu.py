@@ -14,7 +14,7 @@ from train.loop import backward, distill, update
 from train.optim import set_learning_rate
 from train.setup import prepare
 from train.student import build_student
-from train.terms import frozen_signs
+from train.terms import signs
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -46,8 +46,8 @@ def equal(a: dict, b: dict) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_teachers_signs_are_those_of_a_cpu(tiny_sd, config, kind):
     student = build_student(str(tiny_sd), config(kind))
-    wanted = frozen_signs(student.networks()[-1])
-    assert frozen_signs(student.networks()[-1].to(DEVICE)) == wanted
+    wanted = signs(student.networks()[-1].parameters())
+    assert signs(student.networks()[-1].to(DEVICE).parameters()) == wanted
 
 
 @pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}], ids=["one", "two"])

@@ -127,7 +127,7 @@ def test_what_fails_is_asked_for_again(cache, server, fault):
 
 
 def test_a_server_that_hangs_is_asked_again(cache, server, monkeypatch, capsys):
-    monkeypatch.setattr(remote, "TIMEOUT", 0.5)
+    monkeypatch.setattr(remote, "TIMEOUT", 2.0)  # which no healthy answer takes
     hung = threading.Event()
     server.faults = [hung]
     assert same(open_remote(cache, UPath(server.url)), cache, 2)

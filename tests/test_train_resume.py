@@ -152,8 +152,9 @@ def end_after(
     config: DistillConfig, lines: int, delay: float, repo: Path, by: int = signal.SIGKILL
 ) -> int:
     """Run the real command; signal it `delay` s after so many lines of metrics. Its status."""
-    plain = {name: value for name, value in vars(config).items() if value is not None}
-    words = [f"--{k}={v}" for k, v in plain.items() if not isinstance(v, bool | tuple)]
+    given = {k: v for k, v in vars(config).items() if v != getattr(DistillConfig, k, None)}
+    given.pop("unet_time_cond_proj_dim" if config.student == "lora" else "lora_rank", None)
+    words = [f"--{k}={v}" for k, v in given.items() if not isinstance(v, bool | tuple | frozenset)]
     command = [sys.executable, "-m", "train", "distill", *words]
     environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
     log = config.run / "metrics.jsonl"
