@@ -270,7 +270,7 @@ def test_pickled_weights_are_not_read(run, tar, tmp_path):
     [
         ("--resolution", 20), ("--resolution", -64), ("--max-captions", 0), ("--latents", "median"),
         ("--decode-workers", 0), ("--vae-batch-size", -1), ("--text-batch-size", -1),
-        ("--threads", -1), ("--device", "gpu"),
+        ("--threads", -1), ("--device", "gpu"), ("--max-reject-fraction", 1.5),
     ],
 )  # fmt: skip
 def test_impossible_flags(run, tar, tmp_path, flag, value):
