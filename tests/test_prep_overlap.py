@@ -103,8 +103,8 @@ def test_what_any_stage_raises_reaches_the_caller(stage, tar, tmp_path, monkeypa
         "writing": (writer.Spool, "add"),
     }[stage]
     real, calls = getattr(place, name), itertools.count()
-    # The probe reads all rows and prepares their pictures first.
-    last = {"reading": 1, "decoding": 52}.get(stage, 9)
+    # The probe reads some rows and prepares their pictures first.
+    last = {"reading": 1, "decoding": 20}.get(stage, 9)
 
     def failing(*args, **options):
         if next(calls) < last:

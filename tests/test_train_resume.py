@@ -35,9 +35,10 @@ def settings(tiny_cache, tiny_sd, tmp_path):
         flags = {
             "model": str(tiny_sd), "cache": tiny_cache, "run": tmp_path / run, "threads": 1,
             "train_batch_size": 4, "max_train_steps": 6, "checkpointing_steps": 3, "lora_rank": 4,
-            "unet_time_cond_proj_dim": 16, "logging_steps": 2, "validation_steps": 0,
-            "learning_rate": 1e-3,
+            "logging_steps": 2, "validation_steps": 0, "learning_rate": 1e-3,
         }  # fmt: skip
+        if more.get("student") == "full":
+            flags["unet_time_cond_proj_dim"] = flags.pop("lora_rank") * 4
         return DistillConfig(**flags | more)
 
     return make
@@ -153,7 +154,6 @@ def end_after(
 ) -> int:
     """Run the real command; signal it `delay` s after so many lines of metrics. Its status."""
     given = {k: v for k, v in vars(config).items() if v != getattr(DistillConfig, k, None)}
-    given.pop("unet_time_cond_proj_dim" if config.student == "lora" else "lora_rank", None)
     words = [f"--{k}={v}" for k, v in given.items() if not isinstance(v, bool | tuple | frozenset)]
     command = [sys.executable, "-m", "train", "distill", *words]
     environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
