@@ -227,12 +227,13 @@ def mds(samples: Samples, workers: int) -> Read:
 
 def import_streaming() -> ModuleType:
     """`streaming.base` alone: the package's front door imports torchvision, which it can spare."""
-    found = importlib.util.find_spec("streaming")
-    if found is None:
-        raise ImportError("no module named streaming")
-    package = ModuleType("streaming")
-    package.__path__ = list(found.submodule_search_locations or ())
-    sys.modules.setdefault("streaming", package)
+    if "streaming" not in sys.modules:
+        found = importlib.util.find_spec("streaming")
+        if found is None:
+            raise ImportError("no module named streaming")
+        package = ModuleType("streaming")
+        package.__path__ = list(found.submodule_search_locations or ())
+        sys.modules["streaming"] = package
     return importlib.import_module("streaming.base")
 
 
