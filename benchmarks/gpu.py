@@ -4,8 +4,9 @@ SD1.5 at 512 and SDXL at 1024 px, LoRA and full, bf16 and fp16, with and without
 with random weights: samples per second and peak memory of the trainer, of an online baseline in
 the same run, the share of the measured matmul ceiling, and the encoders' images per second. Takes
 at most nine minutes; what did not fit is listed as not measured, and the file is written after
-every row. How long compilation takes cannot be foretold, so those rows have processes of their own,
-which are ended in time. `--tiny --device cpu` tries all of it on a CPU and writes nothing.
+every row. A row that is not done when the time is up is given up; compilation, which nothing else
+can interrupt, has processes of its own, which are ended. `--tiny --device cpu` tries all of it on a
+CPU and writes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,8 @@ class Table:
                     found = in_child(row, bench, min(self.until - began, COMPILED))
                     found |= share_of_matmul(row, bench, found, ceiling[row.precision])
                 else:
-                    found = measure(row, bench, ceiling[row.precision])
+                    with at_most(self.until - began):
+                        found = measure(row, bench, ceiling[row.precision])
             except Exception as error:  # one row costs no other its place
                 found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
             release(bench.device)
@@ -123,6 +126,22 @@ class Table:
         print(line(row, found), flush=True)
         if self.write:
             save("real-size", self.figures)
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer."""
+
+    def expired(*_: object) -> None:
+        raise TimeoutError("not done when the time was up")
+
+    former = signal.signal(signal.SIGALRM, expired)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, former)
 
 
 def in_child(row: Row, bench: Bench, seconds: float) -> dict[str, Any]:

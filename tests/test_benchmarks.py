@@ -184,6 +184,19 @@ def answers(tmp_path, monkeypatch):
     return answers
 
 
+def test_a_row_is_given_up_when_the_time_is_up(monkeypatch, tmp_path):
+    def endless(row, bench, ceiling):
+        while True:
+            pass
+
+    monkeypatch.setattr(gpu, "measure", endless)
+    monkeypatch.setitem(gpu.EXPECTED, False, 0.0)
+    table = gpu.Table([Row("tiny-sd", "lora", "bf16", compile=False)], 0.02, write=False)
+    table.measure(gpu.open_bench(True, CPU, tmp_path, 1))
+    assert "not done when the time was up" in str(table.figures["rows"])
+    assert table.figures["total_seconds"] < 10
+
+
 def runs(pid: int) -> bool:
     """Until it has died, whether or not anyone has asked how."""
     try:
