@@ -18,6 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What of a scheduler's config decides the noise schedule, with the defaults of diffusers' DDPM.
+SCHEDULE = {
+    "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear",
+    "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None, "rescale_betas_zero_snr": False,
+}  # fmt: skip
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -49,11 +54,11 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     Raises ValueError for a beta schedule or a prediction type that is not known here, and for noise
     prediction with zero terminal SNR: there z is the noise itself, and x0 would be 0 / 0.
     """
-    count = int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    kind = config.get("beta_schedule", "linear")
-    prediction = str(config.get("prediction_type", "epsilon"))
-    if config.get("trained_betas") is not None:
+    config = {**SCHEDULE, **config}
+    count = int(config["num_train_timesteps"])
+    start, end = float(config["beta_start"]), float(config["beta_end"])
+    kind, prediction = config["beta_schedule"], str(config["prediction_type"])
+    if config["trained_betas"] is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
     elif kind == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
@@ -63,7 +68,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
         raise ValueError(f"beta_schedule {kind!r} is not one of scaled_linear, linear")
     if prediction not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type {prediction!r} is not one of {PREDICTION_TYPES}")
-    if config.get("rescale_betas_zero_snr"):
+    if config["rescale_betas_zero_snr"]:
         betas = rescale_zero_terminal_snr(betas)
     abar = torch.cumprod(1 - betas, dim=0)
     if prediction == "epsilon" and abar[-1] == 0:

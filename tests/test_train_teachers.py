@@ -73,6 +73,16 @@ def test_conversions_are_exact_at_the_terminal_step(data):
     assert torch.equal(stock.step(-x0, 999, z).pred_original_sample, x0)
 
 
+@pytest.mark.parametrize("left_out", [set(), {"beta_start"}, set(SD)])
+def test_a_student_is_drawn_on_the_schedule_it_was_trained_on(left_out):
+    """Also where scheduler_config.json leaves something to the defaults, as DDIM's may."""
+    config = {name: value for name, value in SD.items() if name not in left_out}
+    numbers = {"num_ddim_timesteps": 50, "timestep_scaling_factor": 10.0}
+    drawn = student_scheduler(config, numbers).alphas_cumprod
+    torch.testing.assert_close(drawn, schedule_from_config(config).alphas_cumprod)
+    torch.testing.assert_close(drawn, DDIMScheduler(**config).alphas_cumprod)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("sampler", ["student", "ddim", "dpmsolver++"])
 def test_samplers_find_the_picture_from_pure_noise(data, sampler, steps):

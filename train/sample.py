@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from shared.conditioning import TextEmbeds
-from shared.diffusion import guidance_embedding
+from shared.diffusion import SCHEDULE, guidance_embedding
 from train.objectives import OBJECTIVES
 from train.teacher import call_unet, twice
 
@@ -55,9 +55,12 @@ def most_steps(config: dict[str, Any], scheduler_config: dict[str, Any]) -> int:
 
 
 def student_scheduler(config: dict[str, Any], distilled: dict[str, Any]) -> LCMScheduler:
-    """diffusers' LCMScheduler with the numbers the student was distilled with."""
+    """diffusers' LCMScheduler with the numbers the student was distilled with.
+
+    What `config` leaves open is said: LCMScheduler's own defaults are others than in training.
+    """
     return LCMScheduler.from_config(
-        config,
+        {**SCHEDULE, **config},
         original_inference_steps=distilled["num_ddim_timesteps"],
         timestep_scaling=distilled["timestep_scaling_factor"],
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from shared.cache import Manifest
 from shared.config import to_dict
+from shared.diffusion import SCHEDULE
 from shared.errors import UserError
 from shared.family import Model, load_config
 from shared.storage import dump_json
@@ -25,11 +26,6 @@ TERMS = (
     "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
     "max_train_samples", "lora_target_modules", "use_8bit_adam",
 )  # fmt: skip
-# Of the scheduler's config what decides the noise schedule, with diffusers' defaults.
-SCHEDULE = {
-    "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear",
-    "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None, "rescale_betas_zero_snr": False,
-}  # fmt: skip
 
 
 def divide(
