@@ -114,7 +114,7 @@ def test_fifty_kills_at_random_moments(memory, scenario):
     answer = drive(memory / scenario, [scenario], "--random", 50)[scenario]
     assert answer["problems"] == []
     assert answer["killed"] == 50
-    assert answer["stages"] > 8  # they fell on many stages of the work
+    assert answer["stages"] > 5  # they fell on several stages of the work
 
 
 @pytest.mark.slow
