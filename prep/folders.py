@@ -19,7 +19,6 @@ from prep.rows import (
     CAPTION_KEYS,
     IMAGE_EXTENSIONS,
     MAX_CAPTION,
-    TEXT_BYTES,
     TOO_LARGE,
     Row,
     as_captions,
@@ -145,10 +144,9 @@ def _captions_beside(path: Path) -> list[dict[str, Any]]:
 
 
 def _caption_in(path: Path) -> str:
-    """The text of a file; for one that is too large, unread, a text that is refused like it."""
-    if path.stat().st_size > TEXT_BYTES:
-        return "…" * (MAX_CAPTION + 1)
-    return path.read_text("utf-8-sig", "replace").strip()
+    """The text of a file; of one that is too large as much as shows that it is."""
+    with path.open("rb") as file:
+        return file.read(4 * (MAX_CAPTION + 1)).decode("utf-8-sig", "replace").strip()
 
 
 def _utf8(path: Path) -> str:

@@ -271,19 +271,19 @@ def _columns(source: DatasetSource, features: Any, options: SourceOptions) -> Co
 
 
 def _read_picture(record: dict[str, Any], column: str, most: int) -> None:
-    """Pictures of an `imagefolder` are files of their own; the dataset has only their paths.
-
-    One of more than `most` bytes is read as far as shows that it is.
-    """
+    """Pictures of an `imagefolder` are files of their own, read to `most` bytes and one more."""
     picture = record[column]
     if not isinstance(picture, dict) or picture.get("bytes") is not None:
         return
     path = picture.get("path") or ""
-    remote = "://" in path
-    with suppress(OSError, ValueError):  # "no picture"
-        if remote or Path(path).is_file():  # reading a pipe would wait for ever
-            with (RemoteFile(path) if remote else LocalFile(path)).open() as file:
-                record[column] = {**picture, "bytes": file.read(most + 1)}
+    if "://" in path:
+        with RemoteFile(path).open() as file:
+            record[column] = {**picture, "bytes": file.read(most + 1)}
+    elif path:
+        with suppress(OSError, ValueError):  # "no picture"
+            if Path(path).is_file():  # reading a pipe would wait for ever
+                with LocalFile(path).open() as local:
+                    record[column] = {**picture, "bytes": local.read(most + 1)}
 
 
 @contextmanager

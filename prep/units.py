@@ -13,9 +13,7 @@ from prep.rows import MAX_IMAGE_BYTES, Row
 
 NAME_BYTES = 100  # of a unit's name that come from its source; file names may have 255
 UNIT_ROWS = 1024  # of a folder or table, about
-UNSAFE = re.compile(
-    r"[\\\x00-\x1f\x7f]"
-)  # in a name that goes into SHA256SUMS and to other systems
+UNSAFE = re.compile(r"[\\\x00-\x1f\x7f]")  # in names that go into SHA256SUMS
 NUMBER = re.compile(r"-\d{1,9}(of\d{1,9})?$")  # of a unit among those of its source
 SUFFIXES = (".tar", ".tar.zst", ".tar.gz", ".tgz", ".parquet", ".arrow")
 

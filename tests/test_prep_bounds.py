@@ -12,7 +12,7 @@ import pytest
 import torch
 from support_prep import TINY_XL, accounts, encode, png, write_tar
 
-from prep import pipeline, tables, tokens
+from prep import hub, pipeline, tables, tokens
 from prep.images import Framing
 from prep.overlap import mapped
 from prep.pipeline import Settings, decoded
@@ -137,7 +137,7 @@ def test_endless_texts_are_rejected_with_a_reason(tmp_path):
     files = [
         ("good.png", PNG), ("good.txt", endless[:100_000].encode()),
         ("txt.png", PNG), ("txt.txt", endless.encode()),
-        ("large.png", PNG), ("large.txt", b" " * 1_000_001),
+        ("large.png", PNG), ("large.txt", b"x" * 1_000_001),
         ("json.png", PNG), ("json.json", json.dumps({"caption": endless}).encode()),
         ("bomb.png", PNG), ("bomb.txt", b"a"), ("bomb.json", b"[" * 1_000_001),
     ]  # fmt: skip
@@ -189,3 +189,15 @@ def test_cutting_a_caption_changes_neither_tokens_nor_what_is_counted(encoder, m
             monkeypatch.setattr(tokens, "ENOUGH", enough)
             assert tokens.tokenized(tokenizer, texts, encoder.length) == whole
         monkeypatch.undo()
+
+
+def test_a_picture_behind_a_broken_address_is_no_missing_picture(monkeypatch):
+    """It would be rejected for good, where the source only has to be asked again."""
+
+    def broken(self):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(hub.RemoteFile, "open", broken)
+    record = {"image": {"bytes": None, "path": "http://example.com/a.png"}}
+    with pytest.raises(OSError, match="no route"):
+        hub._read_picture(record, "image", 1000)

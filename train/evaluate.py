@@ -69,8 +69,6 @@ def with_batch_size(config: EvaluateConfig, shape: tuple[int, int, int]) -> Eval
     if config.batch_size is None:
         fitting = DRAWN_VALUES // (shape[1] * shape[2])
         return replace(config, batch_size=min(MOST_DRAWN, max(1, fitting)))
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size {config.batch_size} must be at least 1")
     return config
 
 
