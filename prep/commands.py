@@ -22,7 +22,8 @@ from shared.errors import UserError
 from shared.family import Model, resolve_model
 from shared.identity import generation_of, other_settings, read_identity
 from shared.progress import Progress
-from shared.storage import load_json, sweep
+from shared.storage import load_json
+from shared.temporary import sweep
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from prep.identity import load_encoders
 from prep.pipeline import Encoders
 from prep.sources import Unit
 from shared.device import pick_device
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.progress import Progress
 
 EXTRA = "ray is not installed; pip install 'latent-distillery[ray]', or use --engine local"
@@ -140,7 +140,7 @@ def dispatched(
                 losses[unit.name] += 1
                 progress.write(f"lost a worker in {unit.source}; another one takes it")
                 if losses[unit.name] == MOST_LOSSES:
-                    reason = str(error).splitlines()[0]
+                    reason = first_line(error)
                     raise UserError(
                         f"{unit.source}: {MOST_LOSSES} workers died of it (the last: {reason}); "
                         "give a worker more memory, or see what --engine local says of it"

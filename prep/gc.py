@@ -14,7 +14,8 @@ from prep.words import counted, size_of
 from shared.cache import CachePaths, iterate_units
 from shared.errors import UserError
 from shared.places import Place
-from shared.storage import file_sizes, guard, load_json, strays, sweep
+from shared.storage import file_sizes, guard, load_json
+from shared.temporary import strays, sweep
 
 KEPT_SECONDS = 24 * 3600.0
 # How `prep encode` names what it writes; nothing else is ever touched.

@@ -19,7 +19,8 @@ from shared.cache import CachePaths, Shard, open_manifest, read_units
 from shared.errors import UserError
 from shared.places import Place
 from shared.progress import Progress
-from shared.storage import copy_durably, file_sha256, guard, publish, sweep, sync_folder
+from shared.storage import copy_durably, file_sha256, guard, publish, sync_folder
+from shared.temporary import sweep
 
 BLOCK = 1 << 20
 

@@ -33,7 +33,8 @@ from prep.stats import Summary, flat, speed, summarize
 from prep.words import share_of, size_of, visible
 from shared.cache import CachePaths, Manifest, check_shards, open_manifest
 from shared.errors import UserError
-from shared.storage import dump_json, publish, sweep
+from shared.storage import dump_json, publish
+from shared.temporary import sweep
 
 PICTURES = 12
 SEED = 0  # every report of a cache shows the same samples

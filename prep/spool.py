@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from shared.cache import CachePaths, Shard
 from shared.layout import TRAILER, Layout
-from shared.storage import guard, move, stage, temporary, write_all
+from shared.storage import guard, move, stage, write_all
 from shared.sums import ChannelSums
+from shared.temporary import temporary
 
 
 class Keys:

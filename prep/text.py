@@ -27,7 +27,7 @@ from transformers.utils import logging
 from prep.reuse import Arrays, Known
 from prep.tokens import tokenized, tokens_fingerprint
 from shared.conditioning import TextEmbeds
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.family import Model
 from shared.fingerprint import fingerprint
 from shared.single_file import config_folder, is_single_file, whole
@@ -168,7 +168,7 @@ def load_clip(model: Model, part: str) -> tuple[PreTrainedTokenizerBase, PreTrai
             source = model.source
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(f"no {part} can be read from {model.source!r} ({first})") from None
     if len(tokenizer) < SMALLEST_VOCABULARY:  # what transformers makes of missing files
         raise UserError(f"{model.source}: the tokenizer of its {part} has no vocabulary")
@@ -186,7 +186,7 @@ def tokenizer_source(model: Model, folder: str) -> str:
     try:
         hf_hub_download(model.family.pretrained, "tokenizer_config.json", subfolder=folder)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(
             f"{model.source} holds no tokenizer, and {model.family.pretrained}'s cannot be fetched "
             f"({first}); connect to the hub, or put its {folder} into the folder {beside}"

@@ -17,7 +17,8 @@ from shared.cache import CachePaths, Manifest, Shard, UnitRecord, open_manifest
 from shared.errors import UserError
 from shared.identity import claim_identity
 from shared.progress import Progress
-from shared.storage import file_sha256, free_bytes, guard, load_json, publish, sweep
+from shared.storage import file_sha256, free_bytes, guard, load_json, publish
+from shared.temporary import sweep
 
 
 def unpack(config: UnpackConfig) -> None:

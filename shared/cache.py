@@ -23,9 +23,9 @@ from shared.storage import (
     publish,
     read_all,
     read_if_there,
-    scratch,
 )
 from shared.sums import ChannelSums
+from shared.temporary import scratch
 
 FORMAT = 1
 

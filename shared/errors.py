@@ -57,6 +57,12 @@ def on_one_line(text: str) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 @contextmanager
 def _terminable(terminated: list[bool]) -> Iterator[None]:
     """SIGTERM is noted and raises KeyboardInterrupt (Ray swallows exceptions it does not know).

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.single_file import is_single_file, single_file_config
 from shared.storage import load_json
 
@@ -113,7 +113,7 @@ def load_config(source: str, file: str) -> dict[str, Any]:
     try:
         return dict(load_json(Path(hf_hub_download(source, file))))
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(
             f"model {source!r} cannot be read ({first}); check the name, your connection, "
             "or pass the path of a local diffusers folder"

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.storage import load_json
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -104,7 +104,7 @@ def load_part(kind: Any, source: str, part: str, dtype: torch.dtype = torch.floa
             source, config=str(folder), subfolder=part, torch_dtype=dtype, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(
             f"no {part} can be read from {source} ({first}); if its architecture is its own, put "
             f"{part}/config.json into the folder {Path(source).with_suffix('')}"

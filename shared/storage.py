@@ -7,27 +7,25 @@ is uploaded whole instead of renamed: object storage shows nobody a part of it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
-import socket
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.places import Place
+from shared.temporary import temporary
+
+T = TypeVar("T")
 
 READERS, READ_AHEAD = 16, 256  # small files read at a time, and held in memory
 COPY_BYTES = 1 << 20
-FOREIGN_SECONDS = 24 * 3600.0
 
 
 def publish(chunks: Iterable[bytes], path: Place, tmp: Path) -> str:
@@ -131,56 +129,6 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def temporary(tmp: Path, label: str = "") -> Path:
-    """A fresh name in `tmp` that tells which process of which machine it belongs to."""
-    return tmp / f"{_host()}-{os.getpid()}-{os.urandom(6).hex()}{label}"
-
-
-def scratch(url: str) -> Path:
-    """The local folder for what is on its way to a URL, in the system's temporary folder."""
-    name = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir(), f"distillery-{os.getuid()}-{name}")
-
-
-def strays(tmp: Path) -> Iterator[Path]:
-    """What dead processes left in `tmp`.
-
-    Of another machine's processes nothing is known (several may share a cache), so their files
-    count as left after a day without a change.
-    """
-    for path in tmp.iterdir() if tmp.is_dir() else ():
-        with contextlib.suppress(FileNotFoundError):  # its owner was faster
-            if _abandoned(path):
-                yield path
-
-
-def sweep(tmp: Path) -> None:
-    """Remove what dead processes left in `tmp`; a living process's files stay."""
-    for stray in list(strays(tmp)):
-        shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
-
-
-def _abandoned(path: Path) -> bool:
-    host, pid, *_ = [*path.name.split("-"), ""]
-    if host == _host() and pid.isdigit():
-        return not _alive(int(pid))
-    return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
-
-
-def _host() -> str:
-    return socket.gethostname().replace("-", "_")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
-
-
 def dump_json(value: Any) -> bytes:
     """JSON that is the same for the same value: sorted keys, two spaces, a final newline."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
@@ -188,8 +136,12 @@ def dump_json(value: Any) -> bytes:
 
 def load_json(path: Place) -> Any:
     """Parse a JSON file. Raises UserError, naming the file, where it is missing or damaged."""
+    return parse_json(_content(path), path)
+
+
+def _content(path: Place) -> bytes:
     try:
-        return parse_json(path.read_bytes(), path)
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
 
@@ -198,10 +150,32 @@ def parse_json(content: bytes, path: Place) -> Any:
     """What a JSON file holds. Raises UserError, naming it, where it is damaged."""
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not valid JSON ({error}); restore it or build it anew"
+            f"{path} is not valid JSON ({first_line(error)}); restore it or build it anew"
         ) from None
+
+
+def load_record(path: Place, build: Callable[[Mapping[str, Any]], T], remedy: str) -> T:
+    """What `build` makes of a file that holds one JSON object.
+
+    Raises UserError, naming the file and the remedy, where it is missing, damaged or of another
+    shape: `build` may stumble over it in any of the ways that Python has for that.
+    """
+    return parse_record(_content(path), path, build, remedy)
+
+
+def parse_record(
+    content: bytes, path: Place, build: Callable[[Mapping[str, Any]], T], remedy: str
+) -> T:
+    """The same of a file's content that has been read already."""
+    value = parse_json(content, path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object; {remedy}")
+    try:
+        return build(value)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise UserError(f"{path} is damaged ({error!r:.200}); {remedy}") from None
 
 
 def read_all(paths: Sequence[Place]) -> Iterator[bytes | None]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.rescale import RESCALE_FILE, restore
 from shared.single_file import is_single_file, load_part
 from shared.storage import load_json
@@ -41,7 +41,7 @@ def load_vae(source: str) -> AutoencoderKL:
         )
         rescale = _find(source, folder, RESCALE_FILE)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(f"no VAE can be read from {source!r} ({first})") from None
     if rescale is not None:
         restore(vae, rescale)

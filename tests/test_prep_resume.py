@@ -24,7 +24,7 @@ from support_prep import (
 import prep.engine
 import prep.folders
 from shared.errors import UserError
-from shared.storage import temporary
+from shared.temporary import temporary
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from support_prep import (
 
 from prep import accounts as accounts_module
 from shared.layout import Layout
-from shared.storage import temporary
+from shared.temporary import temporary
 
 
 @pytest.fixture(scope="module")

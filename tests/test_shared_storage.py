@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from shared import storage
+from shared import storage, temporary
 from shared.errors import UserError
 
 
@@ -100,7 +100,7 @@ def test_a_killed_writer_leaves_the_old_content(place):
     assert answer.returncode == -9
     assert path.read_bytes() == b"old"
     (stray,) = tmp.iterdir()
-    storage.sweep(tmp)  # the next run's first act
+    temporary.sweep(tmp)  # the next run's first act
     assert not stray.exists()
 
 
@@ -192,7 +192,7 @@ def test_sweep_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path):
     child = subprocess.Popen(["sleep", "60"])
     dead = subprocess.Popen(["true"])
     dead.wait()
-    here = storage.temporary(tmp_path).name.split("-")[0]
+    here = temporary.temporary(tmp_path).name.split("-")[0]
     try:
         living, foreign = f"{here}-{child.pid}-a", f"elsewhere-{dead.pid}-a"
         old = (f"elsewhere-{child.pid}-b", "what-is-this")
@@ -202,12 +202,12 @@ def test_sweep_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path):
             os.utime(tmp_path / name, (time.time() - 2 * 86400,) * 2)
         (tmp_path / f"{here}-{dead.pid}-folder").mkdir()
         (tmp_path / f"{here}-{dead.pid}-folder" / "file").write_text("")
-        storage.sweep(tmp_path)
+        temporary.sweep(tmp_path)
         assert {p.name for p in tmp_path.iterdir()} == {living, foreign}
     finally:
         child.kill()
         child.wait()
-    storage.sweep(tmp_path / "nowhere")
+    temporary.sweep(tmp_path / "nowhere")
 
 
 def test_copies_are_the_same_bytes(tmp_path):

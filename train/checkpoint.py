@@ -21,16 +21,8 @@ from torch import Tensor, nn
 
 from shared.errors import UserError
 from shared.identity import differences
-from shared.storage import (
-    dump_json,
-    file_sizes,
-    guard,
-    load_json,
-    move,
-    publish,
-    sync_folder,
-    temporary,
-)
+from shared.storage import dump_json, file_sizes, guard, load_json, move, publish, sync_folder
+from shared.temporary import temporary
 from train.optim import restored, saved
 
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"

@@ -17,16 +17,8 @@ from shared.cache import Manifest
 from shared.config import coerce
 from shared.errors import UserError
 from shared.family import load_config, resolve_model
-from shared.storage import (
-    copy_durably,
-    guard,
-    load_json,
-    move,
-    publish,
-    sweep,
-    sync_tree,
-    temporary,
-)
+from shared.storage import copy_durably, guard, load_json, move, publish, sync_tree
+from shared.temporary import sweep, temporary
 from train.card import write_card
 from train.checkpoint import (
     check_terms,

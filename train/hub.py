@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from train.config import DistillConfig, ExportConfig
 
 # What belongs to an export; checkpoints, metrics and the cache's path stay at home.
@@ -40,7 +40,7 @@ def check_push(config: DistillConfig | ExportConfig) -> None:
     try:
         validate_repo_id(model_id(config))
     except HFValidationError as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(f"--hub-model-id {model_id(config)!r}: {first}") from None
 
 
@@ -80,6 +80,6 @@ def cause(error: Exception) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in REMEDIES:
         return REMEDIES[status]
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = first_line(error)
     unreached = status is None and isinstance(error, HTTPError | OSError)
     return f"the hub cannot be reached ({first}); check the connection" if unreached else first

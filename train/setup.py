@@ -14,7 +14,8 @@ from shared.config import to_dict
 from shared.device import set_threads
 from shared.errors import UserError
 from shared.family import Model, resolve_model
-from shared.storage import dump_json, publish, sweep
+from shared.storage import dump_json, publish
+from shared.temporary import sweep
 from train import checkpoint
 from train.bucket import open_buckets
 from train.config import DistillConfig

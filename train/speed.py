@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from train.config import DistillConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,7 +114,7 @@ def use_xformers(unet: UNet2DConditionModel) -> None:
     try:
         unet.enable_xformers_memory_efficient_attention()
     except (ImportError, NotImplementedError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise UserError(
             f"--attention xformers cannot be used ({first}); `pip install xformers` for this "
             "torch, or leave it out: torch's own attention is as fast on recent GPUs"

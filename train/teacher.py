@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shared.cache import Manifest
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.family import Model, force_zeros, load_config
 from shared.places import Place
 from shared.rescale import vae_fingerprint
@@ -30,7 +30,7 @@ def load_unet(source: str, dtype: torch.dtype = torch.float32) -> UNet2DConditio
                 source, subfolder="unet", torch_dtype=dtype, use_safetensors=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            first = str(error).strip().splitlines()[0]
+            first = first_line(error)
             raise UserError(f"no UNet can be read from {source!r} ({first})") from None
     return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
