@@ -163,7 +163,8 @@ def source_options(config: config.EncodeConfig) -> SourceOptions:
     """The flags about sources. A `pipe:` may run: `parse` takes one from the command line only."""
     return SourceOptions(
         config.folder_units, config.image_column, config.caption_column, config.key_column,
-        config.streaming, config.dataset_config_name, config.max_image_bytes, pipes=True,
+        config.streaming, config.dataset_config_name, config.max_image_bytes,
+        config.allow_external_images, pipes=True,
     )  # fmt: skip
 
 

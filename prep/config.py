@@ -83,6 +83,8 @@ class EncodeConfig:
     max_image_bytes: Count = MAX_IMAGE_BYTES
     """Reject a picture whose file is larger, without reading it; another limit than the former
     one reads all units again, and encodes what it lets in."""
+    allow_external_images: bool = False
+    """Read pictures that the rows of a table name outside the table's folder, host or bucket."""
     where: str | None = None
     """Keep rows of which this holds or is unknown: "similarity > 0.3 and license != 'nc'"."""
     max_pwatermark: Share | None = None

@@ -20,8 +20,8 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from prep.accounts import accounts
-from prep.hub import HUB
 from prep.images import Framing
+from prep.opening import HUB
 from prep.pipeline import Sample, Settings, decode_row
 from prep.sources import Row, find_units, options_of
 from prep.writer import sample_key
