@@ -49,20 +49,21 @@ class RangeReader:
 
     dataset: DatasetSource
     columns: Columns
-    options: SourceOptions
+    max_image_bytes: int
     start: int = 0
     stop: int = 0
     part: tuple[int, int] | None = None  # instead of a range: hash of the key mod the second
+    anywhere: bool = False  # may pictures lie outside of the data set?
 
     def rows(self) -> Iterator[Row]:
         """The rows, one at a time: their pictures may be large."""
         indices = self._indices()
-        most = self.options.max_image_bytes
+        most = self.max_image_bytes
         with told(self.dataset.source, SourceError):
             opened = _load(self.dataset)
             data = opened.data.select_columns(list(self.columns.read))
             tables = data.select(indices).with_format("arrow").iter(1)
-        home = replace(opened.home, anywhere=self.options.allow_external_images)
+        home = replace(opened.home, anywhere=self.anywhere)
         for number in indices:
             with told(self.dataset.source, SourceError):
                 found = next(tables)
@@ -85,16 +86,17 @@ class ShardReader:
 
     dataset: DatasetSource
     columns: Columns
-    options: SourceOptions
+    max_image_bytes: int
     shard: int
     shards: int
+    anywhere: bool = False
 
     def rows(self) -> Iterator[Row]:
         """The rows in the shard's order."""
         with told(self.dataset.source, SourceError):
             opened = _stream(self.dataset)
             records = iter(opened.data.shard(self.shards, self.shard).decode(False))
-        home = replace(opened.home, anywhere=self.options.allow_external_images)
+        home = replace(opened.home, anywhere=self.anywhere)
         number = 0
         while True:
             with told(self.dataset.source, SourceError):
@@ -102,7 +104,7 @@ class ShardReader:
             if record is None:
                 return
             kept = {name: record.get(name) for name in self.columns.read}
-            yield self.columns.row_of(kept, "", number, home, self.options.max_image_bytes)
+            yield self.columns.row_of(kept, "", number, home, self.max_image_bytes)
             number += 1
 
     def sample(self) -> tuple[int, int]:
@@ -127,6 +129,7 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
     state = {"fingerprint": _fingerprint(source, data), **columns.state()}
     if options.key_column is not None:
         return _hashed_units(source, columns, base, state, options)
+    most, anywhere = options.max_image_bytes, options.allow_external_images
     starts = range(0, len(data), UNIT_ROWS)
     ranges = [(start, min(start + UNIT_ROWS, len(data))) for start in starts]
     return [
@@ -134,7 +137,7 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
             name=unit_name(f"{base}-{number:05d}", source.source),
             source=printable(source.source),
             state=state | {"rows": [start, stop]},
-            reader=RangeReader(source, columns, options, start, stop),
+            reader=RangeReader(source, columns, most, start, stop, anywhere=anywhere),
             rows_known=stop - start,
             first_occurrence=start,
         )
@@ -150,13 +153,14 @@ def _hashed_units(
     units = options.folder_units or power_of_two(len(hashes) / UNIT_ROWS)
     if units < 1 or units & (units - 1):
         raise UserError(f"--folder-units {units} is not a power of two")
+    most, anywhere = options.max_image_bytes, options.allow_external_images
     counts = np.bincount(hashes % units, minlength=units)
     return [
         Unit(
             name=unit_name(f"{base}-{number}of{units}", source.source),
             source=printable(source.source),
             state=state,
-            reader=RangeReader(source, columns, options, part=(number, units)),
+            reader=RangeReader(source, columns, most, part=(number, units), anywhere=anywhere),
             rows_known=int(counts[number]),
         )
         for number in range(units)
@@ -170,12 +174,13 @@ def _streaming_units(name: str, source: DatasetSource, options: SourceOptions) -
     _say_split(name, opened)
     columns = _columns(source, opened.data.features, options)
     shards = opened.data.num_shards
+    most, anywhere = options.max_image_bytes, options.allow_external_images
     return [
         Unit(
             name=unit_name(f"{Path(source.location).name}-{shard}of{shards}", source.source),
             source=source.source,
             state={"fingerprint": opened.version, "shard": [shard, shards], **columns.state()},
-            reader=ShardReader(source, columns, options, shard, shards),
+            reader=ShardReader(source, columns, most, shard, shards, anywhere),
             first_occurrence=shard * SHARD_ROWS,
         )
         for shard in range(shards)
