@@ -150,7 +150,7 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], str, Sort], ...] = (
     (_starts(b"FLIF"), "FLIF", Sort.PICTURE),
     (_starts(b"II\xbc"), "JPEG XR", Sort.PICTURE),
     (_starts(b"\0\0\1\0", b"icns"), "an icon", Sort.PICTURE),
-    (_matches(rb"\x00\x00\x02\x00.\x00.{3}\x00"), "an icon", Sort.PICTURE),
+    (_matches(rb"\x00\x00\x02\x00[\x01-\xff]\x00.{3}\x00"), "an icon", Sort.PICTURE),
     (_matches(rb"\x0a[\x00\x02-\x05]\x01[\x01\x02\x04\x08]"), "PCX", Sort.PICTURE),
     (_starts(b"\x01\xda\0", b"\x01\xda\1"), "SGI", Sort.PICTURE),
     (_starts(b"SIMPLE  ="), "FITS", Sort.PICTURE),
