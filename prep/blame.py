@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 
-MISTAKES = (TypeError, AttributeError, NameError, AssertionError)
+from shared.access import is_mistake
 
 
 def raised_in(error: BaseException, *packages: str) -> bool:
@@ -24,4 +24,4 @@ def is_failure(error: BaseException) -> bool:
     """Does it say that a file cannot be had? File systems raise OSErrors, and what theirs do."""
     if isinstance(error, OSError):
         return True
-    return raised_in(error, "fsspec") and not isinstance(error, MISTAKES)
+    return raised_in(error, "fsspec") and not is_mistake(error)

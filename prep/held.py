@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from prep.kinds import HEAD_BYTES, kind_of
+
 SEVERAL = "several pictures in a row"
 NO_BYTES = "a list of numbers that are no bytes"
 BASE64 = re.compile(r"[A-Za-z0-9+/_-][A-Za-z0-9+/_\s-]{63,}={0,2}\s*")
-# How pictures begin: JPEG, PNG, GIF, WebP and AVIF or HEIC (whose mark comes later), BMP, TIFF.
-BEGINNINGS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"\0\0\0", b"BM", b"II", b"MM", b"\xff\n")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,10 @@ def _text(text: str) -> Cell:
             data = _base64(unquote_to_bytes(content).decode("ascii", "replace"))
             return Cell(data) if data else Cell(problem="a data URI that is not base64")
         return Cell(unquote_to_bytes(content))
-    if BASE64.fullmatch(text) and (data := _base64(text)) and data.startswith(BEGINNINGS):
-        return Cell(data)
+    if BASE64.fullmatch(text) and (data := _base64(text)):
+        kind = kind_of(data[:HEAD_BYTES])
+        if kind is not None and kind.is_picture:
+            return Cell(data)
     return Cell(name=text) if text.strip() else Cell()
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from prep.column_kinds import OTHER, column_kinds
 from prep.opening import (
     HUB,
     DatasetSource,
@@ -32,7 +33,7 @@ from prep.opening import (
 from prep.opening import load as _load
 from prep.opening import stream as _stream
 from prep.rows import Row, SourceError
-from prep.tables import OTHER, Columns, choose_columns, column_kinds
+from prep.tables import Columns, choose_columns
 from prep.units import UNIT_ROWS, SourceOptions, Unit, power_of_two, printable, unit_name
 from shared.errors import UserError
 
@@ -104,7 +105,7 @@ class ShardReader:
             if record is None:
                 return
             kept = {name: record.get(name) for name in self.columns.read}
-            yield self.columns.row_of(kept, "", number, home, self.max_image_bytes)
+            yield self.columns.row_of(kept, number, home, self.max_image_bytes)
             number += 1
 
     def sample(self) -> tuple[int, int]:

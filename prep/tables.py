@@ -11,11 +11,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prep.column_kinds import NUMBERS, OTHER, PICTURE, TEXT, arrow_kind, column_kinds, is_list
 from prep.held import cell_of
 from prep.linked import Home, home_of
+from prep.litter import HIDDEN, is_litter
 from prep.remote import RemoteFile, RetryingFile
 from prep.rows import CAPTION_KEYS, TOO_LARGE, Row, SourceError, as_captions, captions_of, make_row
 from prep.streams import LocalFile
+from prep.text_encoding import UnreadableText, decode_text
 from prep.units import SourceOptions
 from shared.errors import UserError
 
@@ -27,11 +30,7 @@ KEY_COLUMNS = ("__key__", "id", "url", "URL")
 BATCH_ROWS = 16  # read at a time
 BATCH_BYTES = 32_000_000  # fewer, where their mean in the row group makes this more
 BUFFER_BYTES = 1 << 20
-NOT_UTF8 = "text that is not UTF-8"
 SHOWN_NAME = 1000  # characters of a picture's path or address that a row's metadata keeps
-
-# What a column may hold. Lists of whole numbers may be a picture's bytes, or anything else.
-PICTURE, TEXT, NUMBERS, OTHER = "picture", "text", "numbers", "other"
 
 
 @dataclass(frozen=True)
@@ -42,34 +41,47 @@ class Columns:
     caption: str | None  # None: the first of CAPTION_KEYS that a row has; `a.b` is b of a struct
     key: str | None
     read: tuple[str, ...]  # all but pictures that nobody asked for
+    encoding: str | None = None  # of captions that are bytes, see prep/text_encoding.py
 
     def row(self, found: pa.RecordBatch | pa.Table, number: int, home: Home, most: int) -> Row:
         """The one row of `found`, whose picture of up to `most` bytes it holds or names."""
-        return self.row_of(*record_of(found), number, home, most)
+        return self.row_of(record_of(found), number, home, most)
 
-    def row_of(
-        self, record: Mapping[str, Any], problem: str, number: int, home: Home, most: int
-    ) -> Row:
-        """The same of a record, which may have a problem already."""
+    def row_of(self, record: Mapping[str, Any], number: int, home: Home, most: int) -> Row:
+        """The same of a record."""
         cell = cell_of(record[self.image])
-        data, problem = cell.data, problem or cell.problem
-        if data is None and cell.name and not problem:
+        data, problem = cell.data, cell.problem
+        if cell.name and is_litter(cell.name):
+            data, problem = None, HIDDEN
+        elif data is None and cell.name and not problem:
             data, problem = home.picture(cell.name, most)
         if data is not None and len(data) > most:
             data, problem = None, TOO_LARGE
         metadata = {name: value for name, value in record.items() if name != self.image}
         if isinstance(record[self.image], str) and cell.name and len(cell.name) <= SHOWN_NAME:
             metadata[self.image] = cell.name
-        if self.caption is None:
-            captions = captions_of(metadata)
-        else:
-            captions = as_captions(_reached(metadata, self.caption))
+        captions: tuple[str, ...] = ()
+        try:
+            metadata = self._as_text(metadata)
+            wanted = _reached(metadata, self.caption) if self.caption else None
+            captions = as_captions(wanted) if self.caption else captions_of(metadata)
+        except UnreadableText as error:
+            problem = problem or f"its caption is {error}"
         key = self._key(metadata, cell.name, number)
         return make_row(key, data, captions, metadata, problem)
 
+    def _as_text(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Without bytes: captions are decoded as a txt is, the rest is left out."""
+        texts = (self.caption,) if self.caption else CAPTION_KEYS
+        return {
+            name: decode_text(value, self.encoding) if isinstance(value, bytes) else value
+            for name, value in metadata.items()
+            if name in texts or not isinstance(value, bytes)
+        }
+
     def _key(self, metadata: Mapping[str, Any], path: str | None, number: int) -> str:
         if self.key is not None:
-            value = metadata[self.key]
+            value = metadata.get(self.key)
         else:
             value = path or next((metadata[k] for k in KEY_COLUMNS if metadata.get(k)), None)
         return str(number if value is None else value)
@@ -99,9 +111,10 @@ def choose_columns(source: str, kinds: Mapping[str, str], options: SourceOptions
         fields = [name for name in kinds if name not in columns and kinds[name] == TEXT]
         such = f", such as {fields[0]}" if fields else ""
         raise UserError(f"{there}: which one holds the captions? Say --caption-column NAME{such}")
+    encoding = options.caption_encoding
     wanted = {image, options.key_column, *captions}
     read = (name for name in columns if kinds[name] != PICTURE or name in wanted)
-    return Columns(image, options.caption_column, options.key_column, tuple(read))
+    return Columns(image, options.caption_column, options.key_column, tuple(read), encoding)
 
 
 def _image_column(
@@ -143,58 +156,26 @@ def _is_account(columns: Sequence[str]) -> bool:
     return {"key", "status", "url"} <= set(columns)
 
 
-def arrow_kind(kind: pa.DataType) -> str:
-    """What a column of this Arrow type may hold."""
-    types = pa.types
-    if types.is_dictionary(kind):
-        return arrow_kind(kind.value_type)
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
-        return PICTURE
-    if types.is_fixed_size_binary(kind):
-        return PICTURE
-    if types.is_struct(kind):
-        inner = [arrow_kind(field.type) for field in kind if field.name in ("bytes", "path")]
-        return PICTURE if inner and OTHER not in inner else OTHER
-    if _is_list(kind):
-        if types.is_integer(kind.value_type):
-            return PICTURE if kind.value_type.bit_width == 8 else NUMBERS
-        inner_kind = arrow_kind(kind.value_type)
-        # Lists of lists of numbers are pixels, not files.
-        return OTHER if _is_list(kind.value_type) and inner_kind != TEXT else inner_kind
-    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return TEXT if text or types.is_null(kind) else OTHER
-
-
-def column_kinds(schema: pa.Schema) -> dict[str, str]:
-    """The kind of each column, and of each field of a struct, or of a list of them, within."""
-    kinds = {}
-    for field in schema:
-        kinds[field.name] = arrow_kind(field.type)
-        inner = field.type
-        while _is_list(inner):
-            inner = inner.value_type
-        if kinds[field.name] == OTHER and pa.types.is_struct(inner):
-            kinds |= {f"{field.name}.{one.name}": arrow_kind(one.type) for one in inner}
-    return kinds
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    plain = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return plain or types.is_list_view(kind) or types.is_large_list_view(kind)
-
-
-def record_of(found: pa.RecordBatch | pa.Table) -> tuple[dict[str, Any], str]:
-    """The one row's values; without those that are text and no UTF-8, which is a problem."""
+def record_of(found: pa.RecordBatch | pa.Table) -> dict[str, Any]:
+    """The one row's values; text that is no UTF-8 as bytes, or nothing where it lies deeper."""
     try:
         (record,) = found.to_pylist()
-        return record, ""
+        return dict(record)
+    except UnicodeDecodeError:  # Arrow does not check what it reads
+        values = [_value(found.column(name)) for name in found.schema.names]
+        return dict(zip(found.schema.names, values, strict=True))
+
+
+def _value(column: pa.Array | pa.ChunkedArray) -> Any:
+    try:
+        (value,) = column.to_pylist()
     except UnicodeDecodeError:
-        values = {}
-        for name in found.column_names:
-            with contextlib.suppress(UnicodeDecodeError):
-                (values[name],) = found.column(name).to_pylist()
-        return {name: values.get(name) for name in found.column_names}, NOT_UTF8
+        if arrow_kind(column.type) != TEXT or is_list(column.type):
+            return None
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        (value,) = column.cast(pa.binary()).to_pylist()
+    return value
 
 
 def _reached(value: Any, name: str) -> Any:

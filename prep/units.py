@@ -25,6 +25,7 @@ class SourceOptions:
     folder_units: int | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    caption_encoding: str | None = None
     key_column: str | None = None
     streaming: bool = False
     dataset_config_name: str | None = None
