@@ -164,10 +164,16 @@ def check_flags(config: config.EncodeConfig) -> None:
 def source_options(config: config.EncodeConfig) -> SourceOptions:
     """The flags about sources. A `pipe:` may run: `parse` takes one from the command line only."""
     return SourceOptions(
-        config.folder_units, config.image_column, config.caption_column, config.key_column,
-        config.streaming, config.dataset_config_name, config.max_image_bytes,
-        config.allow_external_images, pipes=True,
-    )  # fmt: skip
+        folder_units=config.folder_units,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        key_column=config.key_column,
+        streaming=config.streaming,
+        dataset_config_name=config.dataset_config_name,
+        max_image_bytes=config.max_image_bytes,
+        allow_external_images=config.allow_external_images,
+        pipes=True,
+    )
 
 
 def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:
