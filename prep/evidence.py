@@ -62,6 +62,7 @@ class Evidence:
 
         Before that the beginnings of other units are looked at, which may have other keys.
         """
+        self.rows = 0  # they are read again
         for unit in units[:: max(1, len(units) // UNITS)]:
             if not self.undecided:
                 return
