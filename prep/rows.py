@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prep.text_encoding import is_blank
 from shared.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
@@ -68,9 +69,12 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def as_captions(value: Any) -> tuple[str, ...]:
-    """A string, or the strings of a list, without blanks around them and without empty ones."""
+    """A string, or the strings of a list, without blanks around them.
+
+    Those that show nothing (blanks, marks of width and direction) are none.
+    """
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(_text(text) for text in values if isinstance(text, str) and text.strip())
+    return tuple(_text(text) for text in values if isinstance(text, str) and not is_blank(text))
 
 
 def _text(value: str) -> str:

@@ -1,0 +1,50 @@
+"""What a table's columns may hold, told from their Arrow types."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+# What a column may hold. Lists of whole numbers may be a picture's bytes, or anything else.
+PICTURE, TEXT, NUMBERS, OTHER = "picture", "text", "numbers", "other"
+
+
+def arrow_kind(kind: pa.DataType) -> str:
+    """What a column of this Arrow type may hold."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return arrow_kind(kind.value_type)
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+        return PICTURE
+    if types.is_fixed_size_binary(kind):
+        return PICTURE
+    if types.is_struct(kind):
+        inner = [arrow_kind(field.type) for field in kind if field.name in ("bytes", "path")]
+        return PICTURE if inner and OTHER not in inner else OTHER
+    if is_list(kind):
+        if types.is_integer(kind.value_type):
+            return PICTURE if kind.value_type.bit_width == 8 else NUMBERS
+        inner_kind = arrow_kind(kind.value_type)
+        # Lists of lists of numbers are pixels, not files.
+        return OTHER if is_list(kind.value_type) and inner_kind != TEXT else inner_kind
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return TEXT if text or types.is_null(kind) else OTHER
+
+
+def column_kinds(schema: pa.Schema) -> dict[str, str]:
+    """The kind of each column, and of each field of a struct, or of a list of them, within."""
+    kinds = {}
+    for field in schema:
+        kinds[field.name] = arrow_kind(field.type)
+        inner = field.type
+        while is_list(inner):
+            inner = inner.value_type
+        if kinds[field.name] == OTHER and pa.types.is_struct(inner):
+            kinds |= {f"{field.name}.{one.name}": arrow_kind(one.type) for one in inner}
+    return kinds
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Is it a list of one of Arrow's five kinds?"""
+    types = pa.types
+    plain = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return plain or types.is_list_view(kind) or types.is_large_list_view(kind)
