@@ -44,10 +44,16 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
 
 
 def decode_json_text(data: bytes, encoding: str | None = None) -> str:
-    """As `decode_text`; of UTF-16 and UTF-32 without a mark JSON's first character tells."""
-    if encoding is None and _wide(data):
-        encoding = json.detect_encoding(data)
-    return decode_text(data, encoding)
+    """As `decode_text`, but JSON is Unicode by itself: `encoding` is for what cannot be that.
+
+    Of UTF-16 and UTF-32 without a mark the first character tells.
+    """
+    try:
+        return decode_text(data, json.detect_encoding(data) if _wide(data) else None)
+    except UnreadableText:
+        if encoding is None:
+            raise
+        return decode_text(data, encoding)
 
 
 def check_encoding(name: str) -> None:

@@ -25,6 +25,7 @@ class SourceOptions:
     folder_units: int | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    caption_encoding: str | None = None
     key_column: str | None = None
     streaming: bool = False
     dataset_config_name: str | None = None
@@ -104,6 +105,12 @@ def stem(path: str) -> str:
 def printable(source: str) -> str:
     """A path as text: bytes that are not UTF-8 are spelled out, so different paths stay so."""
     return source.encode("utf-8", "backslashreplace").decode()
+
+
+def caption_flags(options: SourceOptions) -> dict[str, str]:
+    """The flags given about captions in files, which decide what rows say: for a unit's state."""
+    flags = {"caption_column": options.caption_column, "caption_encoding": options.caption_encoding}
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def power_of_two(at_least: float) -> int:
