@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prep.kinds import HEAD_BYTES, no_picture_in
 from prep.listing import MISSING, Member
 from prep.metadata import EXAMPLE, FILE_NAME
 from prep.rows import (
     CAPTION_KEYS,
+    IMAGE_EXTENSIONS,
     LARGE_JSON,
+    METADATA_EXTENSION,
     TEXT_BYTES,
     TOO_LARGE,
     Row,
@@ -38,6 +41,7 @@ from prep.units import (
 )
 from shared.errors import UserError
 
+READ = (*IMAGE_EXTENSIONS, METADATA_EXTENSION)  # without a look at what it is
 KOHYA = re.compile(r"([1-9]\d{0,2})_.+")  # a folder's name: how often its pictures come in an epoch
 
 
@@ -81,12 +85,13 @@ class FolderReader:
     def _content(self, path: str, most: int, too_large: str) -> tuple[bytes | None, str]:
         """A file of the folder, or why it is not read."""
         try:
-            file = Path(self.folder, path)
-            if not path or not file.is_file():  # reading a pipe would wait for ever
-                return None, MISSING
-            if file.stat().st_size > most:
-                return None, too_large
-            return file.read_bytes(), ""
+            if not path or not (file := Path(self.folder, path)).is_file():
+                return None, MISSING  # reading a pipe would wait for ever
+            if file.suffix[1:].lower() not in READ:
+                with file.open("rb") as opened:
+                    if problem := no_picture_in(opened.read(HEAD_BYTES)):
+                        return None, problem
+            return (None, too_large) if file.stat().st_size > most else (file.read_bytes(), "")
         except (OSError, ValueError, RuntimeError):  # the last is a loop of links
             return None, MISSING
 
@@ -117,7 +122,10 @@ def folder_units(path: Path, members: Sequence[Member], options: SourceOptions) 
 def _refuse_uncaptioned(path: Path, members: Sequence[Member], options: SourceOptions) -> None:
     shown, column = printable(str(path)), options.caption_column
     if not members:
-        raise UserError(f"{shown} has no pictures, nor metadata that lists any; is it the folder?")
+        raise UserError(
+            f"{shown} has no pictures, nor metadata.jsonl with lines such as {EXAMPLE}; is it the "
+            "right folder?"
+        )
     keys = dict.fromkeys(str(key) for member in members for key in member.row)
     if any(member.json or (member.problem and not member.listed) for member in members):
         return  # which may have them, or say why they have none

@@ -27,8 +27,7 @@ class Sort(Enum):
     OTHER = "something else"
 
 
-# What somebody may have put where a picture should be: a row that has no other is rejected for it.
-STANDS_FOR_PICTURES = (Sort.PICTURE, Sort.DRAWING, Sort.VIDEO)
+NO_PICTURE = "no picture"
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,24 @@ def why_no_picture(head: bytes) -> str:
     return f"{kind.name}, no picture"
 
 
+def no_picture_in(head: bytes) -> str:
+    """Why a file whose name does not say that it is a picture is none; nothing if it is one.
+
+    `NO_PICTURE` where it may be anything: it stands for no picture.
+    """
+    kind = kind_of(head)
+    if kind is not None and kind.sort in (Sort.PICTURE, Sort.DRAWING, Sort.VIDEO):
+        return why_no_picture(head)
+    return "" if kind is not None and kind.is_picture else NO_PICTURE
+
+
 def not_a_source(head: bytes) -> str:
     """What a file that is no source is, and what to pass instead; nothing where it may be one."""
     kind = kind_of(head)
     if kind is None or kind.sort in (Sort.TAR, Sort.TABLE):
         return ""
     if kind.is_picture:
-        article = "" if kind.name.startswith("an ") else "a picture: "
-        return f"{article}{kind.name}; pass the folder that it is in"
+        return f"a picture ({kind.name}); pass the folder that it is in"
     advice = {
         Sort.ARCHIVE: "unpack it and pass the folder",
         Sort.PAGE: "if a server sent that, download it again",
@@ -170,8 +179,8 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], str, Sort], ...] = (
     (_starts(b"BPG\xfb"), "BPG", Sort.PICTURE),
     (_starts(b"FLIF"), "FLIF", Sort.PICTURE),
     (_starts(b"II\xbc"), "JPEG XR", Sort.PICTURE),
-    (_starts(b"\0\0\1\0", b"icns"), "an icon", Sort.PICTURE),
-    (_matches(rb"\x00\x00\x02\x00[\x01-\xff]\x00.{3}\x00"), "an icon", Sort.PICTURE),
+    (_starts(b"\0\0\1\0", b"icns"), "ICO or ICNS", Sort.PICTURE),
+    (_matches(rb"\x00\x00\x02\x00[\x01-\xff]\x00.{3}\x00"), "ICO or ICNS", Sort.PICTURE),
     (_matches(rb"\x0a[\x00\x02-\x05]\x01[\x01\x02\x04\x08]"), "PCX", Sort.PICTURE),
     (_starts(b"\x01\xda\0", b"\x01\xda\1"), "SGI", Sort.PICTURE),
     (_starts(b"SIMPLE  ="), "FITS", Sort.PICTURE),

@@ -87,8 +87,10 @@ def list_folder(root: Path, encoding: str | None) -> list[Member]:
 def walk(root: Path, ends: Collection[str] = ()) -> Iterator[Level]:
     """Each folder of the tree once, real ones before those that are linked to; no litter.
 
-    Below a folder that has a file of a name in `ends` nothing is looked at.
+    Below a folder that has a file of a name in `ends` nothing is looked at. A link to a folder
+    that this one lies in leads round, or to far more than is meant.
     """
+    above = set(map(str, root.resolve().parents))
     seen: set[tuple[int, int]] = set()
     real, linked = [""], list[str]()
     while real or linked:
@@ -106,7 +108,10 @@ def walk(root: Path, ends: Collection[str] = ()) -> Iterator[Level]:
                     level.add(entry.name)
                     continue
                 level.folders.append(entry.name)
-                (linked if entry.is_symlink() else below).append(f"{path}{entry.name}/")
+                if not entry.is_symlink():
+                    below.append(f"{path}{entry.name}/")
+                elif os.path.realpath(entry.path) not in above:
+                    linked.append(f"{path}{entry.name}/")
         if any(name in level.names for name in ends):
             linked = [link for link in linked if not link.startswith(path)]
         else:

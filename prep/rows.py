@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prep.kinds import NO_PICTURE
 from prep.text_encoding import UnreadableText, decode_json_text, is_blank
 from shared.errors import UserError
 
@@ -19,7 +20,7 @@ IMAGE_EXTENSIONS = (
 CAPTION_EXTENSIONS = ("txt", "caption")  # beside a picture; the first that it has counts
 METADATA_EXTENSION = "json"
 CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "captions", "CAPTION")
-NO_PICTURE, NO_CAPTION = "no picture", "no caption"
+NO_CAPTION = "no caption"
 TOO_LARGE = "larger than --max-image-bytes"
 MAX_IMAGE_BYTES = 256_000_000  # unless told: 40 megapixels in uncompressed 16-bit colours
 MAX_CAPTION = 100_000  # characters, of which an encoder reads some 300

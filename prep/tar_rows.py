@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prep.kinds import NO_PICTURE
 from prep.rows import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
     METADATA_EXTENSION,
     NO_CAPTION,
-    NO_PICTURE,
     Row,
     SourceError,
     as_captions,

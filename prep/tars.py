@@ -12,7 +12,7 @@ from typing import BinaryIO, cast
 
 import zstandard
 
-from prep.kinds import HEAD_BYTES, STANDS_FOR_PICTURES, kind_of, not_a_source, why_no_picture
+from prep.kinds import HEAD_BYTES, NO_PICTURE, no_picture_in, not_a_source
 from prep.litter import is_litter
 from prep.rows import (
     IMAGE_EXTENSIONS,
@@ -148,23 +148,20 @@ class TarReader:
             return Member(b"")
         if info.issparse():
             return Member(b"", "sparse file", picture)
-        most, problem = self.options.max_image_bytes, TOO_LARGE
+        most, too_large = self.options.max_image_bytes, TOO_LARGE
         if text:
             most = TEXT_BYTES
-            problem = LARGE_JSON if extension == METADATA_EXTENSION else LONG_CAPTION
+            too_large = LARGE_JSON if extension == METADATA_EXTENSION else LONG_CAPTION
         file = tar.extractfile(info)
         assert file is not None
         head = b""
         if not (picture or text):
             head = file.read(HEAD_BYTES)
-            kind = kind_of(head)
-            if kind is not None and kind.sort in STANDS_FOR_PICTURES:
-                return Member(b"", why_no_picture(head), True)
-            if kind is None or not kind.is_picture:
-                return Member(b"")
+            if problem := no_picture_in(head):
+                return Member(b"", problem, problem != NO_PICTURE)
             picture = True
         if info.size > most:
-            return Member(b"", problem, picture)
+            return Member(b"", too_large, picture)
         return Member(head + file.read(), "", picture)
 
     @contextlib.contextmanager
@@ -181,7 +178,7 @@ class TarReader:
                     yield tar, None if file is raw else raw
         except (tarfile.TarError, EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
             if told := not_a_source(head):
-                raise SourceError(f"{self.stream.source} is no tar but {told}") from None
+                raise SourceError(f"{self.stream.source} is not a whole tar but {told}") from None
             words = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(
                 f"{self.stream.source} is not a whole tar ({words}); {self.stream.remedy}"

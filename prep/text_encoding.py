@@ -36,7 +36,7 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
     for mark, name in _MARKS:
         if data.startswith(mark):
             return _decoded(data[len(mark) :], name)
-    if encoding is None and (wide := _wide(data)):
+    if not _is_wide(encoding) and (wide := _wide(data)):
         raise UnreadableText(
             f"UTF-16 without a byte order mark; save as UTF-8 or say --caption-encoding {wide}"
         )
@@ -92,8 +92,12 @@ def _decoded(data: bytes, encoding: str) -> str:
         raise UnreadableText(told) from None
 
 
+def _is_wide(encoding: str | None) -> bool:
+    return encoding is not None and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+
+
 def _wide(data: bytes) -> str:
-    """UTF-16 of which kind, where every fourth pair of bytes has a NUL on one side; or nothing."""
+    """Which UTF-16 it is, by a NUL on one side in every fourth pair of bytes; or nothing."""
     pairs = len(data) // 2
     if not pairs or len(data) % 2:
         return ""
