@@ -208,7 +208,7 @@ def _parquet(
 ) -> Unit:
     flags = {
         name: value
-        for name in ("image_column", "caption_column", "key_column")
+        for name in ("image_column", "caption_column", "caption_encoding", "key_column")
         if (value := getattr(options, name)) is not None
     }
     name = unit_name(stem(path), _identity(file))
@@ -235,7 +235,6 @@ def _refuse_idle_flags(readers: Sequence[Reader], options: SourceOptions) -> Non
     datasets = [reader for reader in readers if isinstance(reader, RangeReader | ShardReader)]
     hub = any(reader.dataset.split is not None for reader in datasets)
     tables = datasets or any(isinstance(reader, ParquetReader) for reader in readers)
-    files = any(isinstance(reader, FolderReader | TarReader) for reader in readers)
     cut = any(
         isinstance(reader, FolderReader) or (isinstance(reader, RangeReader) and reader.part)
         for reader in readers
@@ -245,7 +244,6 @@ def _refuse_idle_flags(readers: Sequence[Reader], options: SourceOptions) -> Non
         ("streaming", "datasets of the hub (hf://)", hub),
         ("image_column", "Parquet files and datasets", tables),
         ("key_column", "Parquet files and datasets", tables),
-        ("caption_encoding", "folders and tars", files),
         ("folder_units", "folders, and for datasets with --key-column", cut),
     ):
         if getattr(options, flag) and not there:
