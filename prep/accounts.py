@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 
 from shared.cache import CachePaths, UnitRecord
 from shared.places import Place
+from shared.reading import NotAFile, open_regular
 
 COLUMNS = ("key", "source_key", "captions", "image_sha256", "status", "reason")
 BATCH_ROWS = 4096
@@ -29,8 +32,22 @@ def accounts(cache: CachePaths, unit: UnitRecord, keys: Collection[str]) -> list
 def account_batches(path: Place) -> Iterator[pa.RecordBatch]:
     """An accounting table piece by piece, with those of `COLUMNS` that it has."""
     try:
-        with path.open("rb") as file, pq.ParquetFile(file) as table:
+        with opened(path) as file, pq.ParquetFile(file) as table:
             columns = [name for name in COLUMNS if name in table.schema_arrow.names]
-            yield from table.iter_batches(batch_size=BATCH_ROWS, columns=columns)
-    except (OSError, pa.ArrowInvalid):
+            if all(is_ours(table.schema_arrow.field(name)) for name in columns):
+                yield from table.iter_batches(batch_size=BATCH_ROWS, columns=columns)
+    except (OSError, pa.ArrowException, NotAFile):
         return  # missing or damaged, which is for `prep verify` to say
+
+
+def opened(path: Place) -> AbstractContextManager[BinaryIO]:
+    """The file's bytes. Raises NotAFile for what a reader would wait for."""
+    return open_regular(path) if isinstance(path, Path) else path.open("rb")
+
+
+def is_ours(column: pa.Field) -> bool:
+    """Is a column of the type that `prep encode` gives it: text, or for captions lists of it?"""
+    kind = column.type
+    if column.name == "captions":
+        return pa.types.is_list(kind) and pa.types.is_string(kind.value_type)
+    return bool(pa.types.is_string(kind))

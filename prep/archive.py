@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shared.errors import UserError
 from shared.places import Place
+from shared.reading import read_file
 
 SUMS = "SHA256SUMS"
 SUFFIX = ".zst"
@@ -52,7 +53,7 @@ def read_sums(archive: Path) -> dict[str, str]:
 
 def _parse(path: Path) -> Iterator[tuple[str, str]]:
     # A name may hold what splitlines() takes for the end of a line.
-    lines = path.read_bytes().decode("utf-8", "replace").removesuffix("\n").split("\n")
+    lines = read_file(path).decode("utf-8", "replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         digest, _, name = line.partition("  ")
         if not re.fullmatch(r"[0-9a-f]{64}", digest) or not ALLOWED.fullmatch(name):

@@ -22,9 +22,8 @@ from shared.conditioning import Conditioning, load_conditioning, save_conditioni
 from shared.device import pick_device
 from shared.errors import UserError
 from shared.family import Model, recorded_model, resolve_model
-from shared.identity import generation_of, other_settings, read_identity
+from shared.identity import generation_of, other_settings, read_identity, whole_identity
 from shared.progress import Progress
-from shared.storage import load_json
 from shared.temporary import sweep
 
 T = TypeVar("T")
@@ -188,7 +187,7 @@ def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:
     if config.latents not in ("auto", "mean", "posterior"):
         raise UserError(f"--latents {config.latents!r} is not one of auto, mean, posterior")
     if config.latents == "auto" and cache.identity.exists():
-        return bool(load_json(cache.identity)["latents"] == "posterior")
+        return bool(read_identity(cache)["latents"] == "posterior")
     return config.latents == "posterior"
 
 
@@ -212,7 +211,7 @@ def add_prompts(
 def embed(config: config.EmbedConfig) -> None:
     """Add prompts to a cache, with the text encoders it was made with."""
     cache = CachePaths(config.cache)
-    stored = open_manifest(config.cache).identity
+    stored = whole_identity(cache, open_manifest(config.cache))
     sweep(cache.tmp)
     model = resolve_model(config.model or recorded_model(str(stored["model"])))
     encoder = TextEncoder(

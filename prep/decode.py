@@ -12,6 +12,7 @@ from prep.recorded import Originals
 from prep.words import visible
 from shared.cache import CachePaths, open_manifest
 from shared.errors import UserError
+from shared.identity import whole_identity
 from shared.storage import guard
 
 GAP = 4
@@ -22,10 +23,11 @@ SHORTEST_SIDE = 192  # small pictures are enlarged by whole numbers up to here
 def decode(config: DecodeConfig) -> None:
     """Original and decoded latents side by side, with the PSNR between them."""
     cache, manifest = CachePaths(config.cache), open_manifest(config.cache)
-    vae = vae_of(manifest.identity, config)
+    identity = whole_identity(cache, manifest)
+    vae = vae_of(identity, config)
     stored = draw(cache, manifest.shards, config.count, config.seed)
     originals = Originals(config.shards)
-    tiles = [tile(pair) for pair in pairs(cache, manifest.identity, vae, stored, originals)]
+    tiles = [tile(pair) for pair in pairs(cache, identity, vae, stored, originals)]
     sheet = grid(tiles, columns=max(1, round(len(tiles) ** 0.5 / 1.4)))
     try:
         with guard(config.output.parent):

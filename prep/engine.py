@@ -22,9 +22,8 @@ from prep.writer import UnitWriter
 from shared.cache import CachePaths, UnitRecord, fold, read_units, write_manifest
 from shared.errors import UserError, on_one_line
 from shared.family import Model
-from shared.identity import generation_of
+from shared.identity import generation_of, read_identity
 from shared.progress import Progress
-from shared.storage import load_json
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
 WRITES_AHEAD = 4  # chunks of samples that wait to be written
@@ -129,7 +128,9 @@ def finish(cache: CachePaths) -> str:
     units = read_units(cache)
     if not units:
         raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
-    identity = load_json(cache.identity)
+    identity = read_identity(cache)
+    if not identity:
+        raise UserError(f"{cache.identity} does not exist; restore it, or choose another --cache")
     refuse_mixture(cache, units, generation_of(identity))
     refuse_nothing(cache, units)
     versions = {name: version(name) for name in LIBRARIES}

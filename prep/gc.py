@@ -11,10 +11,10 @@ from pathlib import Path
 
 from prep.config import GcConfig
 from prep.words import counted, size_of
-from shared.cache import CachePaths, iterate_units
+from shared.cache import CachePaths, iterate_units, open_manifest
 from shared.errors import UserError
 from shared.places import Place
-from shared.storage import file_sizes, guard, load_json
+from shared.storage import file_sizes, guard
 from shared.temporary import strays, sweep
 
 KEPT_SECONDS = 24 * 3600.0
@@ -80,13 +80,13 @@ def retire(cache: CachePaths, kept: Collection[str]) -> None:
     if not isinstance(cache.root, Path):
         return
     try:
-        former = load_json(cache.manifest)["shards"]
+        former = open_manifest(cache.root, check_sizes=False).shards
     except UserError:  # none, or a damaged one: nobody reads what it names
         return
-    for row in former:
-        if row["file"] not in kept:
+    for shard in former:
+        if shard.file not in kept:
             with guard(cache.shards), contextlib.suppress(FileNotFoundError):
-                os.utime(cache.root / row["file"])
+                os.utime(cache.root / shard.file)
 
 
 def last_named(cache: CachePaths) -> float:
@@ -113,7 +113,8 @@ def names_in_use(cache: CachePaths) -> set[str]:
         named.add(unit.samples)
         named.update(shard.file for shard in unit.shards)
     if cache.manifest.exists():
-        named.update(row["file"] for row in load_json(cache.manifest)["shards"])
+        manifest = open_manifest(cache.root, check_sizes=False)
+        named.update(shard.file for shard in manifest.shards)
     return named
 
 

@@ -20,10 +20,9 @@ from shared.cache import FORMAT, CachePaths
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
-from shared.family import Model, force_zeros, load_config, recorded_model
-from shared.identity import ADDED, OtherSettings, claim_identity
+from shared.family import Model, force_zeros, recorded_model, unet_config
+from shared.identity import ADDED, OtherSettings, claim_identity, read_identity
 from shared.layout import Layout, cache_layout
-from shared.storage import load_json
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Shapes:
 def choose_device(config: EncodeConfig, cache: CachePaths) -> torch.device:
     """The flag, else the kind that the cache was begun on, else a GPU where there is one."""
     if config.device == "auto" and cache.identity.exists():
-        return pick_device(load_json(cache.identity)["shapes"]["device"])
+        return pick_device(read_identity(cache)["shapes"]["device"])
     return pick_device(config.device)
 
 
@@ -50,7 +49,7 @@ def choose_shapes(
     config: EncodeConfig, cache: CachePaths, device: torch.device, resolution: int
 ) -> Shapes:
     """The flags, else what the cache was begun with, else defaults."""
-    stored = load_json(cache.identity)["shapes"] if cache.identity.exists() else {}
+    stored = read_identity(cache)["shapes"] if cache.identity.exists() else {}
     default = default_vae_batch_size(device, resolution)
     return Shapes(
         config.vae_batch_size or stored.get("vae_batch_size", default),
@@ -78,7 +77,7 @@ class VaeChoice:
 
 def choose_vae(config: EncodeConfig, cache: CachePaths, model: Model, device: str) -> VaeChoice:
     """The flags, else what the cache was begun with, else the model's VAE."""
-    stored = load_json(cache.identity)["vae"] if cache.identity.exists() else {}
+    stored = read_identity(cache)["vae"] if cache.identity.exists() else {}
     default = "float16" if device == "cuda" else "float32"
     dtype = stored.get("dtype", default) if config.vae_dtype == "auto" else config.vae_dtype
     return VaeChoice(
@@ -99,7 +98,7 @@ def load_encoders(
     set_threads(shapes.threads)
     torch.backends.cudnn.allow_tf32 = False  # torch's default: 10 bits where fp32 has 23
     encoder = VaeEncoder(vae.source, device, shapes.vae_batch_size, vae.dtype, vae.rescale)
-    wanted = load_config(model.source, "unet/config.json")["in_channels"]
+    wanted = unet_config(model.source)["in_channels"]
     if vae.source != model.source and encoder.channels != wanted:
         raise UserError(
             f"--vae {vae.source}: its latents have {encoder.channels} channels, "
@@ -191,7 +190,7 @@ def claim(
     try:
         claim_identity(cache, build_identity(model, encoders, settings, shapes, generation), remedy)
     except OtherSettings:
-        recorded = load_json(cache.identity)["vae"]
+        recorded = read_identity(cache)["vae"]
         if begun or recorded["dtype"] != encoders.vae.dtype:
             raise
         encoders.vae.rescale_by(recorded["rescale"])

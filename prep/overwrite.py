@@ -18,8 +18,8 @@ from prep.gc import retire
 from prep.pipeline import Encoders
 from prep.vae import VaeEncoder
 from shared.cache import CachePaths
-from shared.identity import differences, generation_of
-from shared.storage import dump_json, guard, load_json, publish, sync_folder
+from shared.identity import differences, generation_of, read_identity
+from shared.storage import dump_json, guard, publish, sync_folder
 
 
 def calibrated_anew(encoders: Encoders, stored: Mapping[str, Any]) -> Encoders:
@@ -33,7 +33,7 @@ def calibrated_anew(encoders: Encoders, stored: Mapping[str, Any]) -> Encoders:
 
 def begin(cache: CachePaths, identity: Mapping[str, Any]) -> None:
     """Put this identity in the place of the one that is there, unless another part was faster."""
-    stored = load_json(cache.identity)
+    stored = read_identity(cache)
     if generation_of(stored) == generation_of(identity):
         return
     with guard(cache.root):

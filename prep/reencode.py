@@ -20,6 +20,7 @@ from shared.cache import CachePaths, Manifest
 from shared.device import pick_device
 from shared.errors import UserError
 from shared.family import recorded_model, resolve_model
+from shared.identity import whole_identity
 from shared.progress import Progress
 
 # Largest relative error (RMS) that another machine may cause, by the encoder's recorded dtype.
@@ -34,7 +35,8 @@ def disagreements(
     Samples whose source is gone or has changed are counted and said, which is no damage. Raises
     UserError where the model is another one than the cache was made with.
     """
-    cache, identity = CachePaths(config.cache), manifest.identity
+    cache = CachePaths(config.cache)
+    identity = whole_identity(cache, manifest)
     encoders = encoders_of(config, identity)
     settings = settings_of(identity)
     stored = draw(cache, manifest.shards, config.reencode, config.seed)

@@ -35,6 +35,7 @@ from prep.units import Unit
 from prep.words import share_of, size_of, visible
 from shared.cache import CachePaths, Manifest, check_shards, open_manifest
 from shared.errors import UserError
+from shared.identity import whole_identity
 from shared.storage import dump_json, publish
 from shared.temporary import sweep
 
@@ -66,7 +67,7 @@ def report(config: ReportConfig) -> None:
 
 def load_vae_for(cache: CachePaths, flags: EncoderFlags) -> AutoencoderKL | str:
     """The cache's VAE, or why it cannot be had. Raises UserError where there is no cache."""
-    identity = open_manifest(cache.root, check_sizes=False).identity
+    identity = whole_identity(cache, open_manifest(cache.root, check_sizes=False))
     try:
         return vae_of(identity, flags)
     except UserError as error:
@@ -98,6 +99,7 @@ def write_report(
     Looking for originals and decoding stops after `seconds`.
     """
     manifest = open_manifest(cache.root, check_sizes=False)
+    whole_identity(cache, manifest)
     summary = summarize(cache)
     contents = gather(cache, manifest, vae, originals, seconds)
     path = cache.root / "report.html"

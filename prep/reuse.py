@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from shared.cache import CachePaths, UnitRecord
 from shared.layout import Layout
 from shared.places import Place
-from shared.storage import read_if_there
+from shared.reading import read_if_there
 
 DIGEST = 16  # bytes of a hash that stand for it: a collision is out of reach
 COLUMNS = ["key", "status", "image_sha256", "captions", "latent_size", "time_ids"]

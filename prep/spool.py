@@ -112,8 +112,9 @@ class Spool:
         move(staged, cache.shards / name)
         count = len(self.keys)
         return Shard(
-            f"shards/{name}", self.layout.to_json(), count, self.layout.shard_bytes(count), digest
-        )
+            f"shards/{name}", self.layout.to_json(), count, self.layout.shard_bytes(count), digest,
+            f"{min(self.keys.numbers):016x}",
+        )  # fmt: skip
 
     def close(self) -> None:
         """Delete the spool."""

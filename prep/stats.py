@@ -6,6 +6,7 @@ are opened only where an example of a rejection is wanted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,9 +18,11 @@ import pyarrow.compute as pc
 from prep.accounts import account_batches
 from prep.config import StatsConfig
 from prep.words import share_of, size_of, visible
-from shared.cache import CachePaths, UnitRecord, iterate_units
+from shared.cache import CachePaths, Manifest, UnitRecord, iterate_units, open_manifest
 from shared.errors import UserError
-from shared.storage import load_json
+from shared.identity import read_identity
+from shared.records import typed
+from shared.storage import load_record
 from shared.sums import ChannelSums
 
 SOURCES_SHOWN = 10
@@ -95,11 +98,12 @@ def stats(config: StatsConfig) -> None:
 
 def summarize(cache: CachePaths) -> Summary:
     """Fold a cache's records. Raises UserError where the folder is no cache."""
-    if not cache.identity.exists():
+    identity = read_identity(cache)
+    if not identity:
         raise UserError(f"{cache.root} is not a cache (no identity.json)")
-    identity = load_json(cache.identity)
-    manifest = load_json(cache.manifest) if cache.manifest.exists() else {}
-    summary = Summary(str(cache.root), "", identity, manifest.get("versions", {}))
+    finished = cache.manifest.exists()
+    manifest = open_manifest(cache.root, check_sizes=False) if finished else None
+    summary = Summary(str(cache.root), "", identity, manifest.versions if manifest else {})
     buckets: dict[tuple[int, int], Bucket] = {}
     rejected: dict[str, Rejection] = {}
     sources: dict[str, Source] = {}
@@ -129,16 +133,22 @@ def summarize(cache: CachePaths) -> Summary:
     summary.source_count = len(sources)
     largest = sorted(sources.values(), key=lambda s: (-s.read, s.source))
     summary.sources = largest[:SOURCES_SHOWN]
-    throughput = cache.root / "throughput.json"
-    summary.throughput = load_json(throughput) if throughput.exists() else None
+    with contextlib.suppress(UserError):  # for people, and safe to delete
+        summary.throughput = load_record(cache.root / "throughput.json", throughput_of, "delete it")
     return summary
 
 
-def state_of(manifest: Mapping[str, Any], files: list[str]) -> str:
+def throughput_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What the last `prep encode` said of its speed. Raises ValueError for anything else."""
+    kinds = {"images": int, "seconds": float, "device": str}
+    return {name: typed(stored[name], kind, name) for name, kind in kinds.items()}
+
+
+def state_of(manifest: Manifest | None, files: list[str]) -> str:
     """Is the manifest there, and of these shards?"""
-    if not manifest:
+    if manifest is None:
         return "unfinished: run the same `prep encode`"
-    if [row["file"] for row in manifest["shards"]] != files:
+    if [shard.file for shard in manifest.shards] != files:
         return "manifest.json is older than the units: run `prep finish`"
     return "complete"
 

@@ -31,6 +31,7 @@ from shared.errors import UserError, first_line
 from shared.family import Model
 from shared.fingerprint import fingerprint
 from shared.single_file import config_folder, is_single_file, whole
+from shared.weights import load_whole
 
 logging.disable_progress_bar()  # one bar at a time
 # A batch of captions is tokenized sooner than further threads wake up, which others keep busy.
@@ -162,9 +163,11 @@ def load_clip(model: Model, part: str) -> tuple[PreTrainedTokenizerBase, PreTrai
             encoder = _from_single_file(kind, model.source, part)
             source = tokenizer_source(model, folder)
         else:
-            encoder = kind.from_pretrained(
-                model.source, subfolder=part, torch_dtype=torch.float32, use_safetensors=True
-            )
+            encoder = load_whole(
+                kind.from_pretrained, model.source, part,
+                subfolder=part, torch_dtype=torch.float32, use_safetensors=True,
+                ignore_mismatched_sizes=True,  # which are refused with their names
+            )  # fmt: skip
             source = model.source
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder=folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

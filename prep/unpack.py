@@ -13,11 +13,12 @@ from prep.config import UnpackConfig
 from prep.gc import retire
 from prep.pack import copy_small, decompressed
 from prep.words import counted, size_of
-from shared.cache import CachePaths, Manifest, Shard, UnitRecord, open_manifest
+from shared.cache import CachePaths, Manifest, Shard, open_manifest, parse_unit
 from shared.errors import UserError
-from shared.identity import claim_identity
+from shared.identity import claim_identity, read_identity
 from shared.progress import Progress
-from shared.storage import file_sha256, free_bytes, guard, load_json, publish
+from shared.reading import read_file
+from shared.storage import file_sha256, free_bytes, guard, publish
 from shared.temporary import sweep
 
 
@@ -37,7 +38,7 @@ def unpack(config: UnpackConfig) -> None:
     sweep(cache.tmp)
     wanted = [shard for shard in manifest.shards if not in_place(cache, shard)]
     refuse_full_disk(cache, [shard.size for shard in wanted])
-    claim_identity(cache, load_json(archive / "identity.json"), "choose another --cache")
+    claim_identity(cache, read_identity(CachePaths(archive)), "choose another --cache")
     with Progress("unpack", len(wanted), "shards") as progress:
         for shard in wanted:
             packed = archive / (shard.file + SUFFIX)
@@ -76,7 +77,7 @@ def check_shards(archive: Path, manifest: Manifest, sums: dict[str, str]) -> Non
         shard.file: shard.sha256
         for name in sums
         if name.startswith("units/")
-        for shard in UnitRecord.from_json(load_json(archive / name)).shards
+        for shard in parse_unit(read_file(archive / name), archive / name).shards
     }
     packed = {name.removesuffix(SUFFIX) for name in sums if name.endswith(SUFFIX)}
     if named != {s.file: s.sha256 for s in manifest.shards} or named.keys() != packed:

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prep.config import VerifyConfig
 from prep.gc import retire
 from prep.reencode import disagreements
 from prep.words import counted
-from shared.cache import CachePaths, Manifest, Shard, UnitRecord, fold, open_manifest, unit_files
+from shared.cache import (
+    CachePaths,
+    Manifest,
+    Shard,
+    UnitRecord,
+    fold,
+    open_manifest,
+    parse_unit,
+    unit_files,
+)
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
+from shared.identity import read_identity
 from shared.layout import Layout
 from shared.places import Place
 from shared.progress import Progress
-from shared.storage import file_sha256, guard, load_json, sync_folder
+from shared.reading import NotAFile, read_file
+from shared.storage import NewerVersion, file_sha256, guard, sync_folder
+
+CHANGED = "is not the file that was committed (sha256 differs)"
 
 
 def verify(config: VerifyConfig) -> int:
@@ -39,13 +53,13 @@ def verify(config: VerifyConfig) -> int:
 
         for path in unit_files(cache):
             unit = read_record(path)
-            if unit is None:
-                note(path, f"units/{path.name} is not a unit's record")
+            if isinstance(unit, str):
+                note(path, unit)
                 continue
             units.append(unit)
             for damage in damages_of_unit(cache, unit, progress):
                 note(path, damage)
-        for damage in damages_of_conditioning(cache):
+        for damage in damages_of_conditioning(cache, next(iter(manifest.layouts), None)):
             note(cache.conditioning, damage)
         if config.reencode and not damaged:
             for name, damage in disagreements(config, manifest, progress):
@@ -91,11 +105,18 @@ def repair(cache: CachePaths, damaged: list[Place]) -> str:
     )
 
 
-def read_record(path: Place) -> UnitRecord | None:
-    """A unit's record, or None where the file holds none."""
-    with contextlib.suppress(UserError, TypeError, KeyError, AttributeError, AssertionError):
-        return UnitRecord.from_json(load_json(path))
-    return None
+def read_record(path: Place) -> UnitRecord | str:
+    """A unit's record, or what is wrong where the file holds none.
+
+    Raises UserError where it cannot be read, or a newer version wrote it: it may be right.
+    """
+    content = read_file(path)
+    try:
+        return parse_unit(content, path)
+    except NewerVersion:
+        raise
+    except UserError as error:
+        return f"units/{path.name} is not a unit's record: {error}"
 
 
 def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRecord]) -> str:
@@ -107,7 +128,7 @@ def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRe
             "`prep encode`, or `prep finish` to take the units as they are"
         )
     stored = manifest.to_json()
-    folded = fold(load_json(cache.identity), units, manifest.versions).to_json()
+    folded = fold(read_identity(cache), units, manifest.versions).to_json()
     differing = [name for name in folded if stored[name] != folded[name]]
     if not differing:
         return ""
@@ -117,10 +138,10 @@ def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRe
     )
 
 
-def damages_of_conditioning(cache: CachePaths) -> Iterator[str]:
+def damages_of_conditioning(cache: CachePaths, layout: Layout | None) -> Iterator[str]:
     """A line where the embeddings of prompts are missing, damaged or not finite."""
     try:
-        stored = load_conditioning(cache.conditioning)
+        stored = load_conditioning(cache.conditioning, layout)
     except UserError:
         yield f"{cache.conditioning.name} is missing or damaged"
         return
@@ -134,18 +155,26 @@ def damages_of_conditioning(cache: CachePaths) -> Iterator[str]:
 
 def damages_of_unit(cache: CachePaths, unit: UnitRecord, progress: Progress) -> Iterator[str]:
     """A line for each file or sample of the unit that is not what its record says."""
-    samples = cache.root / unit.samples
-    if not samples.exists() or file_sha256(samples) != unit.samples_sha256:
+    if sha256_of(cache.root / unit.samples) != unit.samples_sha256:
         yield f"{unit.samples} is missing or changed"
     for shard in unit.shards:
         path = cache.root / shard.file
-        if not path.exists():
-            yield f"{shard.file} is missing"
-            continue
-        if file_sha256(path) != shard.sha256:
-            yield f"{shard.file} is not the file that was committed (sha256 differs)"
-        yield from damages_of_shard(path, shard)
+        found = sha256_of(path)
+        if found != shard.sha256:
+            yield f"{shard.file} {found if ' ' in found else CHANGED}"
+        if " " not in found:
+            yield from damages_of_shard(path, shard)
         progress.update(shard.count)
+
+
+def sha256_of(path: Place) -> str:
+    """The sha256 of a file, or in words what is there instead of one."""
+    try:
+        return file_sha256(path)
+    except FileNotFoundError:
+        return "is missing"
+    except NotAFile:
+        return "is a folder or a pipe, no file"
 
 
 def damages_of_shard(path: Place, shard: Shard) -> Iterator[str]:
@@ -165,6 +194,20 @@ def damages_of_shard(path: Place, shard: Shard) -> Iterator[str]:
             yield f"{shard.file} sample {index} ({key}): checksum differs"
         if not all(np.isfinite(array).all() for array in arrays.values()):
             yield f"{shard.file} sample {index} ({key}): non-finite values"
+        elif name := next((name for name in arrays if is_constant(name, arrays[name])), ""):
+            yield f"{shard.file} sample {index} ({key}): {name} of one value alone"
+
+
+def is_constant(name: str, array: NDArray[Any]) -> bool:
+    """Has a view's mean, or a caption, one value alone, as zeros have? time_ids may.
+
+    The first half of a view's channels is all mean: behind it there may be a logvar.
+    """
+    if name == "time_ids":
+        return False
+    half = array[:, : array.shape[1] // 2] if name == "latents" else array
+    rows = half.reshape(len(array), -1)
+    return bool((rows == rows[:, :1]).all(1).any()) and rows.shape[1] > 1
 
 
 def read_samples(path: Place, layout: Layout, count: int) -> Iterator[bytes]:

@@ -7,9 +7,8 @@ is folded from the records and is all that the trainer opens.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -17,20 +16,14 @@ from unicodedata import normalize
 from shared.errors import UserError
 from shared.layout import Layout
 from shared.places import Place
-from shared.records import inside, not_negative, record_of, typed
-from shared.storage import (
-    dump_json,
-    file_sizes,
-    parse_record,
-    publish,
-    read_all,
-    read_if_there,
-)
+from shared.reading import read_if_there
+from shared.records import not_negative, typed
+from shared.storage import dump_json, file_sizes, parse_record, publish, read_all
 from shared.sums import ChannelSums
 from shared.temporary import scratch
+from shared.units import Shard, UnitRecord
 
 FORMAT = 1
-HEX = re.compile(r"([0-9a-f]{64})?")
 
 
 @dataclass(frozen=True)
@@ -67,77 +60,6 @@ class CachePaths:
     def tmp(self) -> Path:
         """Folder for what is not published yet; of a remote cache a local one, by its URL."""
         return self.root / "tmp" if isinstance(self.root, Path) else scratch(str(self.root))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard file of a unit."""
-
-    file: str  # relative to the cache
-    layout: Mapping[str, Any]  # Layout.to_json()
-    count: int
-    size: int
-    sha256: str
-    first_key: str = ""  # KEY of its first sample; older caches do not say it
-
-    def to_json(self) -> dict[str, Any]:
-        """As stored in a unit's record."""
-        value = {**vars(self), "layout": dict(self.layout)}
-        if not self.first_key:
-            del value["first_key"]
-        return value
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Shard:
-        """The inverse of `to_json`. Raises ValueError for what no cache has."""
-        shard = record_of(Shard, value)
-        not_negative(count=shard.count, size=shard.size)
-        inside("shards", shard.file)
-        if not HEX.fullmatch(shard.sha256):
-            raise ValueError(f"sha256 is {shard.sha256!r:.100}")
-        return shard
-
-
-@dataclass(frozen=True)
-class UnitRecord:
-    """The commit record of one unit of work: exactly which files it owns."""
-
-    name: str
-    source: str
-    source_state: Mapping[str, Any]  # what tells a changed source from an unchanged one
-    shards: tuple[Shard, ...]
-    samples: str  # relative path of the accounting table
-    samples_sha256: str
-    read: int
-    written: int
-    rejected: Mapping[str, int]  # reason -> rows
-    truncated_captions: int = 0
-    sums: ChannelSums | None = None
-    notes: Mapping[str, int] = field(default_factory=dict)  # e.g. samples retried in fp32
-    generation: int = 0  # of the settings it was made with; not stored where they are the first
-
-    def __post_init__(self) -> None:
-        assert self.written + sum(self.rejected.values()) == self.read, self
-
-    def to_json(self) -> dict[str, Any]:
-        """As stored in units/NAME.json."""
-        value = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
-        if self.generation == 0:
-            del value["generation"]
-        return value
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> UnitRecord:
-        """The inverse of `to_json`. Raises ValueError or NewerRecord for what is no record."""
-        shards = [Shard.from_json(shard) for shard in typed(value.get("shards"), list, "shards")]
-        for shard in shards:
-            Layout.from_json(shard.layout)
-        unit = record_of(UnitRecord, {**value, "shards": []})
-        numbers = {name: getattr(unit, name) for name in ("read", "written", "truncated_captions")}
-        not_negative(**numbers, generation=unit.generation, **unit.rejected)
-        if unit.samples:
-            inside("samples", unit.samples)
-        return replace(unit, shards=tuple(shards))
 
 
 @dataclass(frozen=True)
@@ -222,7 +144,7 @@ def fold(
     for unit in units:
         for reason, count in unit.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + count
-    sums = None
+    sums: ChannelSums | None = None
     for unit in units:
         if unit.sums is not None:
             sums = unit.sums if sums is None else sums + unit.sums

@@ -19,8 +19,9 @@ from torch import Tensor
 from shared.errors import UserError, first_line
 from shared.layout import Layout
 from shared.places import Place
+from shared.reading import read_if_there
 from shared.records import typed
-from shared.storage import publish, read_if_there
+from shared.storage import publish
 
 
 @dataclass(frozen=True)

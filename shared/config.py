@@ -108,21 +108,21 @@ def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
                     f"--config {path}: {name} = {text!r} would run a shell; type it on the "
                     "command line"
                 )
-        if not _fits(value, hints[name]):
+        if not fits(value, hints[name]):
             wanted = str(getattr(hints[name], "__name__", hints[name])).replace("typing.", "")
             raise UserError(f"--config {path}: {name} = {value!r} is not of type {wanted}")
     return coerce(kind, values)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """May a TOML value stand for a field of this type?"""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return value in inner
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(fits(value, one) for one in inner)
     if origin is tuple:
-        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+        return isinstance(value, list) and all(fits(one, inner[0]) for one in value)
     if hint is Path:
         return isinstance(value, str)
     if hint is float:

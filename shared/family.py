@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError, first_line
+from shared.records import record_of
 from shared.single_file import is_single_file, single_file_config
-from shared.storage import load_json
+from shared.storage import load_record
 
+ANEW = "fetch the model anew"
 DATA = Path(__file__).resolve().parent.parent / "data"
 
 
@@ -68,7 +70,36 @@ def resolve_model(name: str) -> Model:
     Raises UserError where it does not exist or is of no known family.
     """
     source = FAMILIES[name].pretrained if name in FAMILIES else name
-    return Model(source, family_of_unet(load_config(source, "unet/config.json"), source))
+    return Model(source, family_of_unet(unet_config(source), source))
+
+
+@dataclass(frozen=True)
+class _Unet:
+    """What of a UNet's config is relied on, with diffusers' defaults."""
+
+    in_channels: int = 4
+    cross_attention_dim: Any = 1280
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+
+def unet_config(source: str) -> dict[str, Any]:
+    """A model's `unet/config.json`, with diffusers' own numbers where it is silent.
+
+    Raises UserError as `load_config`, and for a number that is none.
+    """
+    stored = load_config(source, "unet/config.json")
+    try:
+        known = record_of(_Unet, stored, ignore_unknown=True)
+        micro = (known.addition_time_embed_dim, known.projection_class_embeddings_input_dim)
+        if known.addition_embed_type == "text_time" and None in micro:
+            raise ValueError("addition_embed_type text_time without the sizes that go with it")
+        if known.in_channels < 1:
+            raise ValueError(f"in_channels is {known.in_channels}")
+    except ValueError as error:
+        raise UserError(f"{source}: unet/config.json is damaged ({error}); {ANEW}") from None
+    return {**stored, **vars(known)}
 
 
 def recorded_model(name: str, flag: str = "--model") -> str:
@@ -119,9 +150,9 @@ def load_config(source: str, file: str) -> dict[str, Any]:
     if is_single_file(source):
         return single_file_config(source, file)
     if local.is_dir():
-        if not (local / file).is_file():
+        if not (local / file).exists():
             raise UserError(f"{source} has no {file}; a diffusers model folder is expected")
-        return dict(load_json(local / file))
+        return load_record(local / file, dict, ANEW)
     if local.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise UserError(
             f"model {source!r} is neither a folder here, nor a .safetensors file, nor a preset "
@@ -130,10 +161,11 @@ def load_config(source: str, file: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download  # slow to import, so only now
 
     try:
-        return dict(load_json(Path(hf_hub_download(source, file))))
+        found = Path(hf_hub_download(source, file))
     except (OSError, ValueError) as error:
         first = first_line(error)
         raise UserError(
             f"model {source!r} cannot be read ({first}); check the name, your connection, "
             "or pass the path of a local diffusers folder"
         ) from None
+    return load_record(found, dict, ANEW)

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shared.cache import CachePaths, refuse_format
+from shared.cache import CachePaths, Manifest, refuse_format
 from shared.errors import UserError
+from shared.reading import read_if_there
 from shared.records import record_of
-from shared.storage import create_exclusively, dump_json, load_record, parse_record, read_if_there
+from shared.storage import create_exclusively, dump_json, load_record, parse_record
 
 ADDED = ("config", "configs", "tokenizers")  # what older caches do not say of their encoders
 
@@ -119,6 +120,17 @@ def read_identity(cache: CachePaths) -> dict[str, Any]:
         return dict(stored)
 
     return parse_record(content, cache.identity, build, "restore it, or choose another --cache")
+
+
+def whole_identity(cache: CachePaths, manifest: Manifest) -> Mapping[str, Any]:
+    """The manifest's identity. Raises UserError where it is not one that `prep encode` writes."""
+    try:
+        check_identity(manifest.identity)
+    except ValueError as error:
+        raise UserError(
+            f"{cache.manifest} is damaged (its identity: {error}); run `prep finish`"
+        ) from None
+    return manifest.identity
 
 
 def check_identity(stored: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from shared.places import Place
 from shared.records import record_of, typed
+from shared.sample_record import fit_record
 
 BLOCK = 512  # tar's unit
 NAME_BYTES = 100  # of a tar's header, which begins with the name
@@ -30,12 +31,9 @@ CHECKSUM = b"chksum"
 NPY_HEADER = 128  # np.lib.format v1.0, for every shape that occurs here
 TRAILER = bytes(2 * BLOCK)  # the end of a tar
 RECORD_BYTES = 1024
-SHORTEST_CAPTION = 8  # characters that a caption is cut by, and to
 FIELD_ORDER = ("latents", "pooled_prompt_embeds", "prompt_embeds", "time_ids")
 AXES = {"latents": 4, "pooled_prompt_embeds": 2, "prompt_embeds": 3, "time_ids": 2}
 DTYPES = ("<f2", "<i4")
-# What KEY.json gives up first when it does not fit; captions are cut, not dropped.
-DROP_ORDER = ("source", "url", "original_size", "sha256", "captions", "source_key")
 
 
 @dataclass(frozen=True)
@@ -233,43 +231,6 @@ def cache_layout(
     if micro_conditioning:
         fields.append(Field("time_ids", "<i4", (latents[0], 6)))
     return Layout(tuple(fields))
-
-
-def fit_record(record: Mapping[str, Any], size: int) -> bytes:
-    """JSON of `record` padded with spaces to `size` bytes.
-
-    What does not fit goes in `DROP_ORDER`; captions are shortened at code points.
-    """
-    kept = dict(record)
-    for name in DROP_ORDER:
-        if len(data := _compact(kept)) <= size:
-            break
-        if name == "captions":
-            kept = _cut_captions(kept, size)
-        else:
-            kept.pop(name, None)
-    data = _compact(kept)
-    assert len(data) <= size, "the fixed part of a record fits"
-    return data.ljust(size)
-
-
-def _cut_captions(record: dict[str, Any], size: int) -> dict[str, Any]:
-    """The longest captions shortened until the record fits; of very many, the first few."""
-    kept = [text[:size] for text in record.get("captions", ())][:size]
-    cut = record | {"captions": kept, "captions_cut": True}
-    while len(_compact(cut)) > size and kept:
-        longest = max(map(len, kept))
-        if longest > SHORTEST_CAPTION:
-            shorter = longest - SHORTEST_CAPTION
-            kept[:] = [text[:shorter] if len(text) == longest else text for text in kept]
-        else:
-            kept.pop()
-    return cut
-
-
-def _compact(value: Mapping[str, Any]) -> bytes:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")  # of lone surrogates, as JSON escapes them
 
 
 def _padded(size: int) -> int:

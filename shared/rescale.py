@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from shared.errors import UserError
 from shared.fingerprint import fingerprint
-from shared.storage import dump_json, load_json, publish
+from shared.records import typed
+from shared.storage import dump_json, load_record, publish
 
 PEAK_LIMIT = 2.0**12  # 16 times below fp16's largest number: room for other pictures
 RESCALE_FILE = "rescale.json"
@@ -182,12 +183,12 @@ def restore(vae: AutoencoderKL, file: Path) -> None:
 
     Raises UserError where the file is damaged or belongs to other weights.
     """
-    stored = load_json(file)
-    try:
-        scales = Scales(float(stored["encoder"]), float(stored["decoder"]))
-        saved = stored["fingerprint"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{file} is not what save_rescaled writes; save the VAE again") from None
+
+    def build(stored: Mapping[str, Any]) -> tuple[Scales, str]:
+        encoder, decoder = (typed(stored[name], float, name) for name in ("encoder", "decoder"))
+        return Scales(encoder, decoder), typed(stored["fingerprint"], str, "fingerprint")
+
+    scales, saved = load_record(file, build, "save the rescaled VAE again")
     if saved != fingerprint(vae):
         raise UserError(
             f"{file} belongs to other weights than those beside it; remove it if they are not "

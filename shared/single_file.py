@@ -16,7 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import UserError, first_line
-from shared.storage import load_json
+from shared.reading import open_regular
+from shared.storage import load_record
+from shared.weights import check_finite
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 FAMILIES = {"v1": "sd15", "v2": "sd21", "xl_base": "sdxl"}  # diffusers' names and ours
@@ -49,10 +51,10 @@ def single_file_config(source: str, file: str) -> dict[str, Any]:
     scheduler's config beside the file goes first; what it does not say is the family's.
     """
     folder = config_folder(source, file)
-    config = dict(load_json(folder / file))
+    config = load_record(folder / file, dict, "restore it, or remove it to take the family's")
     if not file.startswith("scheduler/"):
         return config
-    published = load_json(CONFIGS / family_name(source) / file)
+    published = load_record(CONFIGS / family_name(source) / file, dict, "install this anew")
     keys, marked = _shapes(source), dict[str, Any]()
     if "v_pred" in keys:
         marked["prediction_type"] = "v_prediction"
@@ -85,7 +87,7 @@ def family_name(source: str) -> str:
 def _shapes(source: str) -> dict[str, list[int]]:
     """Names and shapes of the weights, from the file's header alone."""
     try:
-        with safe_open(source, "pt") as file:
+        with open_regular(Path(source)), safe_open(source, "pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source} is no safetensors file ({error}); fetch it anew") from None
@@ -113,11 +115,11 @@ def load_part(kind: Any, source: str, part: str, dtype: torch.dtype = torch.floa
 
 
 def whole(model: M, source: str, part: str) -> M:
-    """The model. Raises UserError where some of its weights were not in the file."""
+    """The model. Raises UserError where weights were not in the file, or are not finite."""
     missing = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if missing:
         raise UserError(
             f"{source} lacks {len(missing)} weights of its {part}, {missing[0]} first; "
             "pass a whole checkpoint"
         )
-    return model
+    return check_finite(model, source, part)

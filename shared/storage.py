@@ -11,19 +11,24 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
-from shared.errors import REMEDIES, UserError, first_line, unreadable
+from shared.errors import REMEDIES, UserError, first_line
 from shared.places import Place
+from shared.reading import open_regular, read_file, read_if_there
 from shared.records import NewerRecord
 from shared.temporary import temporary
 
 T = TypeVar("T")
+
+
+class NewerVersion(UserError):
+    """A record was written by a newer version of this program."""
+
 
 JSON_KINDS = {
     list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false",
@@ -154,58 +159,6 @@ def load_json(path: Place) -> Any:
     return parse_json(read_file(path), path)
 
 
-def read_file(path: Place) -> bytes:
-    """A file's content. Raises UserError, naming it, where it is missing or cannot be read."""
-    content = read_if_there(path)
-    if content is None:
-        raise UserError(f"{path} does not exist")
-    return content
-
-
-def read_if_there(path: Place) -> bytes | None:
-    """A file's content, or None where there is none.
-
-    Raises UserError for what is no file (a pipe would be waited for), or may not be read.
-    """
-    try:
-        if not isinstance(path, Path):
-            return path.read_bytes()
-        with open_regular(path) as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
-
-
-@contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """A local file's bytes. Raises UserError for what is no file or may not be read.
-
-    FileNotFoundError where there is nothing.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # which waits for no pipe
-        with os.fdopen(fd, "rb") as file:
-            kind = os.fstat(fd).st_mode
-            if not stat.S_ISREG(kind):
-                raise UserError(
-                    f"{path} is {kind_of(kind)}, where a file is expected; move it away"
-                )
-            yield file
-    except FileNotFoundError:
-        raise
-    except IsADirectoryError:  # Python does not open a folder's descriptor
-        raise UserError(f"{path} is a folder, no file; move it away") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read {unreadable(error)}") from None
-
-
-def kind_of(mode: int) -> str:
-    """What `st_mode` says that something is, which is no file."""
-    if stat.S_ISDIR(mode):
-        return "a folder"
-    return "a named pipe" if stat.S_ISFIFO(mode) else "a device or socket"
-
-
 def parse_json(content: bytes, path: Place) -> Any:
     """What a JSON file holds. Raises UserError, naming it, where it is damaged."""
     try:
@@ -236,7 +189,7 @@ def parse_record(
     try:
         return build(value)
     except NewerRecord as error:
-        raise UserError(f"{path} was written by a newer version ({error}): update") from None
+        raise NewerVersion(f"{path} was written by a newer version ({error}): update") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({first_line(error):.200}); {remedy}") from None
     except STUMBLES as error:

@@ -10,13 +10,13 @@ from diffusers import AutoencoderKL
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
 from shared.errors import UserError, first_line
 from shared.rescale import RESCALE_FILE, restore
 from shared.single_file import is_single_file, load_part
-from shared.storage import load_json
+from shared.storage import load_record
+from shared.weights import load_whole
 
 DECODED = 25  # latents decoded at once, at most
 DECODED_VALUES = 128 * 128  # of one channel, over all of them
@@ -36,13 +36,14 @@ def load_vae(source: str) -> AutoencoderKL:
         )
     try:
         folder = _subfolder(source)
-        vae = AutoencoderKL.from_pretrained(
-            source, subfolder=folder, torch_dtype=torch.float32, use_safetensors=True
-        )
         rescale = _find(source, folder, RESCALE_FILE)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         first = first_line(error)
         raise UserError(f"no VAE can be read from {source!r} ({first})") from None
+    vae = load_whole(
+        AutoencoderKL.from_pretrained, source, "VAE",
+        subfolder=folder, torch_dtype=torch.float32, use_safetensors=True,
+    )  # fmt: skip
     if rescale is not None:
         restore(vae, rescale)
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -55,7 +56,7 @@ def _subfolder(source: str) -> str:
     config = _find(source, "", "config.json")
     if config is None:
         return "vae"  # which is what the error will name
-    kind = load_json(config).get("_class_name")
+    kind = load_record(config, dict, "fetch the VAE anew").get("_class_name")
     if kind != "AutoencoderKL":
         raise UserError(f"{source!r} holds a {kind}, not an AutoencoderKL; pass a VAE or a model")
     return ""

@@ -135,7 +135,7 @@ def continued(settings: DistillConfig, tmp_path, device: str = "cpu") -> None:
     with torch.no_grad():
         for name, weight in second.items():
             weight.copy_(checkpoint.load_networks(folder)[name])
-    checkpoint.restore_optimizer(again, second, checkpoint.load_optimizer(folder))
+    checkpoint.restore_optimizer(again, second, folder)
     for name, weight in second.items():
         mine, before = again.state[weight], optimizer.state[first[name]]
         assert mine.keys() == before.keys()

@@ -35,7 +35,7 @@ class Bucket:
     def __init__(
         self, root: Any, layout: Layout, shards: Sequence[Shard], local: LocalCache | None = None
     ) -> None:
-        self.layout = layout
+        self.layout, self.shards = layout, shards
         self.paths = [root / shard.file for shard in shards]
         self.ends = list(accumulate(shard.count for shard in shards))
         self.remote = not isinstance(root, Path)
@@ -73,6 +73,13 @@ class Bucket:
         view = memoryview(into).cast("B")
         self.finish(self.begin(self.spans(number, ((name, row),), [view])))
 
+    def heads(self, shards: Sequence[int]) -> list[bytearray]:
+        """Header and record of the first sample of these shards. Raises UserError as `finish`."""
+        found = [bytearray(self.layout.head_bytes) for _ in shards]
+        pairs = zip(shards, found, strict=True)
+        self._reader.peek([Span(n, 0, len(head), (memoryview(head),)) for n, head in pairs])
+        return found
+
     def records(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Samples' KEY.json. Raises UserError where one is damaged."""
         found = [bytearray(self.layout.record_bytes) for _ in numbers]
@@ -83,6 +90,14 @@ class Bucket:
         self.finish(self.begin(spans))
         return [self._parsed(*pair) for pair in zip(numbers, found, strict=True)]
 
+    def num_captions(self, numbers: Sequence[int]) -> list[int]:
+        """How many captions these samples have. Raises UserError as `records` does."""
+        found = [record.get("num_captions") for record in self.records(numbers)]
+        for number, count in zip(numbers, found, strict=True):
+            if type(count) is not int or not 1 <= count <= self.layout.captions:
+                raise self._damaged_record(number)
+        return found
+
     def record(self, number: int) -> dict[str, Any]:
         """A sample's KEY.json."""
         return self.records([number])[0]
@@ -90,10 +105,13 @@ class Bucket:
     def _parsed(self, number: int, record: bytearray) -> dict[str, Any]:
         try:
             return dict(json.loads(record))
-        except ValueError:
-            raise UserError(
-                f"{self.name(number)} has a damaged record; `prep verify` lists the damage"
-            ) from None
+        except (ValueError, TypeError, RecursionError):
+            raise self._damaged_record(number) from None
+
+    def _damaged_record(self, number: int) -> UserError:
+        return UserError(
+            f"{self.name(number)} has a damaged record; `prep verify` lists the damage"
+        )
 
     def name(self, number: int) -> str:
         """How errors call a sample."""
@@ -151,6 +169,14 @@ def open_buckets(
         for layout, mine in zip(manifest.layouts, shards, strict=True)
         if sum(shard.count for shard in mine)
     ]
+
+
+def largest_bucket(root: Any, manifest: Manifest) -> Bucket:
+    """The bucket with the most samples. Raises UserError for a cache that has none."""
+    buckets = open_buckets(root, manifest)
+    if not buckets:
+        raise UserError(f"{root} holds no samples")
+    return max(buckets, key=len)
 
 
 def first_samples(shards: Sequence[Shard], count: int | None) -> list[Shard]:

@@ -12,19 +12,25 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.identity import differences
-from shared.storage import dump_json, file_sizes, guard, load_json, move, publish, sync_folder
+from shared.records import not_negative, record_of, typed
+from shared.storage import dump_json, file_sizes, guard, load_record, move, publish, sync_folder
 from shared.temporary import temporary
-from train.optim import restored, saved
+from train.optim import averages_of, restored, saved
+from train.tensors import check_moments, check_tensors, load_tensors
 
+if TYPE_CHECKING:
+    from train.student import Student
+
+REMEDY = "resume from another checkpoint, or restore it"
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -87,6 +93,32 @@ def remove(folder: Path, tmp: Path) -> None:
     shutil.rmtree(gone)
 
 
+@dataclass(frozen=True)
+class _Scaler:
+    """What torch's GradScaler keeps."""
+
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, as far as it takes to tell its age and its files.
+
+    Raises UserError where it is missing or damaged.
+    """
+
+    def build(stored: Mapping[str, Any]) -> dict[str, Any]:
+        step, branch = typed(stored["step"], int, "step"), stored.get("branch", 0)
+        not_negative(step=step, branch=typed(branch, int, "branch"))
+        files = typed(stored.get("files", {}), Mapping[str, int], "files")
+        return {**stored, "step": step, "branch": branch, "files": files}
+
+    return load_record(folder / STATE, build, REMEDY)
+
+
 def whole_checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints in the order in which they came about, oldest first."""
     folders = (run / "checkpoints").glob("step-*")
@@ -95,24 +127,32 @@ def whole_checkpoints(run: Path) -> list[Path]:
 
 def age(folder: Path) -> tuple[int, int]:
     """What a whole checkpoint is sorted by: its branch, then its step."""
-    state = load_json(folder / STATE)
-    return state.get("branch", 0), state["step"]
+    state = read_state(folder)
+    return state["branch"], state["step"]
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, going by their sizes; nothing if it is whole."""
-    if not (folder / STATE).is_file():
+    """What is wrong with a checkpoint, by its state and its files' sizes and headers, or nothing.
+
+    What a newer version wrote is not damaged: it is to be refused, and not passed over.
+    """
+    if not os.path.lexists(folder / STATE):
         return f"no {STATE}"
     try:
-        state = load_json(folder / STATE)
+        wanted = read_state(folder)["files"]
     except UserError as error:
         return str(error)
-    wanted, found = state.get("files", {}), file_sizes(folder)
+    found = file_sizes(folder)
     for name in (NETWORKS, OPTIMIZER):
         if name not in found:
             return f"no {name}"
         if found[name] != wanted.get(name, found[name]):  # older checkpoints do not tell
             return f"{name} has {found[name]:,} of {wanted[name]:,} bytes"
+        try:
+            with safe_open(folder / name, "pt"):  # which reads no more than its header
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{name}: {first_line(error)}"
     return ""
 
 
@@ -163,7 +203,7 @@ def begin_branch(run: Path, resumed: Path | None) -> int:
     if resumed.resolve() == latest.resolve():
         return branch
     if resumed.resolve().parent == latest.resolve().parent:
-        state = {**load_json(resumed / STATE), "branch": branch + 1}
+        state = {**read_state(resumed), "branch": branch + 1}
         publish([dump_json(state)], resumed / STATE, run / "tmp")
     print(
         f"note: the run goes on from {resumed}, so {latest.name} is no longer its latest; it stays "
@@ -174,16 +214,19 @@ def begin_branch(run: Path, resumed: Path | None) -> int:
 
 
 def read_progress(folder: Path) -> Progressed:
-    """A checkpoint's state.json. Raises UserError for one that another version wrote."""
-    state = load_json(folder / STATE)
-    state.pop("files", None)
-    try:
-        return Progressed(**state)
-    except TypeError:
-        raise UserError(
-            f"{folder} was written by another version of this trainer; export it with that one, "
-            "or choose another --run"
-        ) from None
+    """A checkpoint's state.json. Raises UserError where it is damaged, or a newer version's."""
+
+    def build(stored: Mapping[str, Any]) -> Progressed:
+        known = {name: value for name, value in stored.items() if name != "files"}
+        progressed = record_of(Progressed, known)
+        numbers = (progressed.step, progressed.position, progressed.branch)
+        if min(numbers) < 0 or progressed.batch_size < 1:
+            raise ValueError("a number in it is below what can be")
+        if progressed.scaler and record_of(_Scaler, progressed.scaler).scale <= 0:
+            raise ValueError("the scale of the loss is not above 0")
+        return progressed
+
+    return load_record(folder / STATE, build, REMEDY)
 
 
 def check_terms(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -201,22 +244,24 @@ def check_terms(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, An
 
 def load_networks(folder: Path) -> dict[str, Tensor]:
     """What `Student.state` gave. Raises UserError for a damaged file."""
-    return load_tensors(folder / NETWORKS)
+    return load_tensors(folder / NETWORKS, REMEDY)
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
     """What `optimizer_state` gave. Raises UserError for a damaged file."""
-    return load_tensors(folder / OPTIMIZER)
+    return load_tensors(folder / OPTIMIZER, REMEDY)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file. Raises UserError, naming it, where it is damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); resume from another checkpoint, or restore it"
-        ) from None
+def restore_networks(folder: Path, student: Student) -> None:
+    """Put a student into the state of a checkpoint.
+
+    Raises UserError, naming file and tensor, where the file does not hold just the student's
+    tensors, in their shapes and finite.
+    """
+    stored = load_networks(folder)
+    wanted = {name: tensor.shape for name, tensor in student.state().items()}
+    check_tensors(folder / NETWORKS, stored, wanted, REMEDY)
+    student.load_state(stored)
 
 
 def optimizer_state(
@@ -231,11 +276,13 @@ def optimizer_state(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    stored: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
 ) -> None:
-    """The inverse of `optimizer_state`."""
+    """Put an optimizer into the state of a checkpoint. Raises UserError as `restore_networks`."""
+    stored = load_optimizer(folder)
+    averages = averages_of(optimizer)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    check_moments(folder / OPTIMIZER, stored, shapes, averages, REMEDY)
     for path, tensor in stored.items():
         name, _, key = path.rpartition("/")
         weight = parameters[name]

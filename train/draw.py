@@ -10,7 +10,7 @@ from shared.errors import UserError
 from shared.places import place
 from shared.vae import decode_latents
 from train.artist import open_artist
-from train.bucket import open_buckets
+from train.bucket import largest_bucket
 from train.config import SampleConfig
 from train.export import run_config
 from train.objectives import OBJECTIVES
@@ -37,9 +37,9 @@ def draw_prompts(config: SampleConfig) -> None:
     cache = config.cache or place(str(artist.config["cache"]))
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)
-    conditioning = load_conditioning(CachePaths(cache).conditioning)
+    bucket = largest_bucket(cache, manifest)
+    conditioning = load_conditioning(CachePaths(cache).conditioning, bucket.layout)
     texts = conditioning.find(config.prompt)
-    bucket = max(open_buckets(cache, manifest), key=len)
     artist = artist.with_empty(conditioning.unconditional)
     shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)
     rows = []

@@ -17,14 +17,15 @@ from shared.cache import Manifest
 from shared.config import coerce
 from shared.errors import UserError
 from shared.family import load_config, resolve_model
-from shared.storage import copy_durably, guard, load_json, move, publish, sync_tree
+from shared.storage import copy_durably, guard, move, publish, sync_tree
 from shared.temporary import sweep, temporary
+from shared.weights import load_whole
 from train.card import write_card
 from train.checkpoint import (
     check_terms,
     find_checkpoint,
-    load_networks,
     read_progress,
+    restore_networks,
     whole_checkpoints,
 )
 from train.config import DistillConfig, ExportConfig
@@ -32,8 +33,10 @@ from train.hub import check_push, push
 from train.kohya import KOHYA_FILE, save_kohya
 from train.objectives import OBJECTIVES
 from train.sample import student_scheduler, teacher_scheduler
+from train.stored import stored_config
 from train.student import build_student
 from train.teacher import load_unet
+from train.tensors import check_lora
 from train.terms import run_terms
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -110,7 +113,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
     terms = run_terms(distilled, NO_CACHE, model, student)
     # Its cache may have grown or be gone: an export does not need it.
     check_terms(checkpoint, before.terms, {**terms, "cache": before.terms.get("cache")})
-    student.load_state(load_networks(checkpoint))
+    restore_networks(checkpoint, student)
     path = export_student(student.exported(), folder)
     latest = [path.resolve() for path in whole_checkpoints(config.run)[-1:]]
     publish_export(config, folder, before.step, checkpoint.resolve() in latest)
@@ -154,10 +157,10 @@ def drawing_scheduler(config: dict[str, Any]) -> Any:
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    """A run's resolved configuration. Raises UserError where the folder is no run."""
-    if not (run / "config.json").is_file():
+    """A run's resolved configuration. Raises UserError where the folder is no run, or damaged."""
+    if not (run / "config.json").exists():
         raise UserError(f"{run} is no run (no config.json); `train distill --run {run}` makes one")
-    return {"objective": "lcd", **load_json(run / "config.json")}  # older runs name no objective
+    return stored_config(run / "config.json")
 
 
 def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, Any]]:
@@ -174,10 +177,13 @@ def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel,
         )
     if config["student"] == "lora":
         unet = load_unet(config["model"])
+        check_lora(wanted, unet)
         unet.load_lora_adapter(run, prefix="unet", weight_name=LORA_FILE)
         unet.fuse_lora()  # drawing costs twice as much with the adapters beside the layers
         unet.unload_lora()
     else:
-        unet = UNet2DConditionModel.from_pretrained(wanted, torch_dtype=torch.float32)
+        unet = load_whole(
+            UNet2DConditionModel.from_pretrained, str(wanted), "UNet", torch_dtype=torch.float32
+        )
     unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return unet.to(device), config

@@ -12,7 +12,9 @@ from shared.cache import CachePaths, Manifest
 from shared.conditioning import TextEmbeds, load_conditioning
 from shared.errors import UserError
 from shared.places import Place
-from train.bucket import open_buckets
+from train.bucket import Bucket, largest_bucket
+from train.heads import check_heads
+from train.loader import fault
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
 
     Raises UserError where there are too few to fit a Gaussian of 64 features.
     """
-    bucket = max(open_buckets(root, manifest), key=len)
+    bucket = largest_bucket(root, manifest)
+    check_heads([bucket])
     count = min(count, len(bucket))
     if count < 65:
         raise UserError(
@@ -62,12 +65,21 @@ def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
         bucket.read(number, "prompt_embeds", 0, embeds[number])
         if pooled is not None:
             bucket.read(number, "pooled_prompt_embeds", 0, pooled[number])
-    captions = tuple(bucket.record(number)["captions"][0] for number in range(count))
+        read = [rows[number], embeds[number], *([] if pooled is None else [pooled[number]])]
+        if wrong := fault(read, channels):
+            raise UserError(f"{bucket.name(number)} holds {wrong}; see `prep verify`")
+    captions = tuple(caption_of(bucket, number) for number in range(count))
     bucket.close()
     scale = manifest.identity["vae"]["scaling_factor"]
     return HeldOut(
         captions,
         TextEmbeds(torch.from_numpy(embeds), None if pooled is None else torch.from_numpy(pooled)),
         torch.from_numpy(rows[:, :channels].astype(np.float32)) * scale,
-        load_conditioning(CachePaths(root).conditioning).unconditional,
+        load_conditioning(CachePaths(root).conditioning, bucket.layout).unconditional,
     )
+
+
+def caption_of(bucket: Bucket, number: int) -> str:
+    """A sample's first caption; nothing where its record had no room for one."""
+    captions = bucket.record(number).get("captions")
+    return str(captions[0]) if isinstance(captions, list) and captions else ""

@@ -142,7 +142,7 @@ class Loader:
         latent_noises = [self._draw(slot, row, *pair) for row, pair in enumerate(drawn)]
         bucket.finish(rest)
         for row, (sample, noise) in enumerate(zip(samples, latent_noises, strict=True)):
-            self._check_finite(slot, row, bucket, sample)
+            self._check(slot, row, bucket, sample, drawn[row][1])
             finish_latents(
                 slot.arrays["raw"][row], noise, self.latents.scaling_factor,
                 slot.batch.latents[row],
@@ -160,16 +160,20 @@ class Loader:
                 slot.arrays[name][row] = getattr(self.unconditional, name)[0].numpy()
         return draw_noises(self.spec, rng, slot.arrays["noise"][row])
 
-    def _check_finite(self, slot: Slot, row: int, bucket: Bucket, sample: int) -> None:
-        for name in ("raw", "prompt_embeds", "pooled_prompt_embeds"):
-            if name in slot.arrays and not all_finite(slot.arrays[name][row]):
-                raise UserError(f"{bucket.name(sample)} holds non-finite values; see `prep verify`")
+    def _check(self, slot: Slot, row: int, bucket: Bucket, sample: int, choice: Choice) -> None:
+        """Raise UserError, naming the sample, for values that no encoder gives."""
+        read = [slot.arrays["raw"][row]]
+        if not choice.drop_caption:
+            texts = ("prompt_embeds", "pooled_prompt_embeds")
+            read += [slot.arrays[name][row] for name in texts if name in slot.arrays]
+        if wrong := fault(read, self.latents.channels):
+            raise UserError(f"{bucket.name(sample)} holds {wrong}; see `prep verify`")
 
     def _num_captions(self, bucket: Bucket, samples: list[int]) -> list[int]:
         # Where one caption is kept, the record need not be read to know how many there are.
         if bucket.layout.captions == 1:
             return [1] * len(samples)
-        return [int(record["num_captions"]) for record in bucket.records(samples)]
+        return bucket.num_captions(samples)
 
     def _allocate(self) -> list[Slot]:
         layouts = [bucket.layout for bucket in self.buckets]
@@ -195,6 +199,27 @@ def all_finite(values: NDArray[np.float16]) -> bool:
     Compares bits: ten times faster than NumPy's and torch's tests of fp16.
     """
     return bool(np.bitwise_and(values.view(np.uint16), EXPONENT).max() != EXPONENT)
+
+
+def fault(arrays: Sequence[NDArray[np.float16]], channels: int) -> str:
+    """What is wrong with the numbers of a sample, its latents first, or an empty string.
+
+    They are finite, and no array is one value alone, such as zeros. (The latents' means, that is:
+    a logvar may be clamped.)
+    """
+    if not all(map(all_finite, arrays)):
+        return "non-finite values"
+    means = arrays[0][:channels]
+    return "one value alone" if any(map(is_constant, (means, *arrays[1:]))) else ""
+
+
+def is_constant(values: NDArray[np.float16]) -> bool:
+    """Whether an array of several numbers holds one value alone, such as zeros.
+
+    Its ends are compared first: they differ in all but one of thousands, so this costs nothing.
+    """
+    flat = values.reshape(-1)
+    return bool(flat[0] == flat[-1] and len(flat) > 1 and (flat == flat[0]).all())
 
 
 def finish_latents(

@@ -169,6 +169,10 @@ class KeepingReader:
             data = memoryview(samples[self._place(span)])
             span.put(data[start : start + span.nbytes])
 
+    def peek(self, spans: Sequence[Span]) -> None:
+        """Read from afar, these bytes alone, and keep nothing."""
+        self.remote.peek(spans)
+
     def _place(self, span: Span) -> tuple[int, int]:
         return span.shard, span.offset // self.stride
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 # The feature space's name stands in evaluation.json; a change of the features needs a new name.
 FEATURES = "thumb48-edges16-percent"
+FEATURE_COUNT = 64
 THUMB = 4  # cells per side
 PORTION = 2**22  # pixels measured at once
 HIGH_FREQUENCY = 0.25  # cycles per pixel; the Nyquist limit is 0.5

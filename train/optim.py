@@ -39,6 +39,15 @@ def build_optimizer(
     return AdamW8bit(weights, **settings)
 
 
+def averages_of(optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+    """What the optimizer calls its two averages, which have their weight's shape."""
+    return (
+        ("exp_avg", "exp_avg_sq")
+        if isinstance(optimizer, torch.optim.AdamW)
+        else ("state1", "state2")
+    )
+
+
 def saved(key: str, value: Any) -> Tensor:
     """A value of an optimizer's state as a checkpoint holds it."""
     tensor = torch.as_tensor(value)

@@ -12,7 +12,7 @@ from torch import nn
 
 from shared.cache import Manifest
 from shared.errors import UserError
-from shared.family import Model, load_config
+from shared.family import Model, unet_config
 from train.checkpoint import Progressed
 from train.config import DistillConfig
 from train.loader import Loader
@@ -95,7 +95,7 @@ def say_memory(
         return
     from train.advice import memory_line, sharing_of  # which take torch's slower tools
 
-    unet = load_config(model.source, "unet/config.json")
+    unet = unet_config(model.source)
     config = replace(config, gradient_accumulation_steps=accumulation)  # also where it followed
     free, _ = torch.cuda.mem_get_info(team.device)
     line = memory_line(unet, config, max(sizes, key=math.prod), free, sharing_of(team))

@@ -43,6 +43,9 @@ class Reader(Protocol):
     def finish(self, spans: Sequence[Span]) -> None:
         """Wait until these are filled. Raises UserError, naming the sample, where one cannot be."""
 
+    def peek(self, spans: Sequence[Span]) -> None:
+        """Fill what will not be asked for again. Raises UserError as `finish` does."""
+
     def close(self) -> None:
         """Give files back; what is read afterwards opens them anew."""
 
@@ -102,6 +105,10 @@ class LocalReader:
                 ) from None
             if count != span.nbytes:
                 raise UserError(f"{self._name(span)} is cut short; {self.remedy}")
+
+    def peek(self, spans: Sequence[Span]) -> None:
+        """Read, the page cache first."""
+        self.finish(self.begin(spans))
 
     def _name(self, span: Span) -> str:
         return f"{self.paths[span.shard]} sample {span.offset // self.stride}"

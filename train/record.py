@@ -21,8 +21,9 @@ from torch import Tensor
 from shared.config import to_dict
 from shared.errors import UserError
 from shared.progress import Progress
+from shared.reading import read_if_there
 from shared.records import typed
-from shared.storage import dump_json, guard, publish, read_if_there
+from shared.storage import dump_json, guard, publish
 from train.checkpoint import whole_checkpoints
 from train.config import DistillConfig
 from train.loader import Loader

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -17,12 +20,21 @@ from shared.cache import CachePaths
 from shared.errors import UserError
 from shared.places import Place
 from shared.progress import Progress
-from shared.storage import dump_json, load_json, publish
+from shared.reading import read_file, read_if_there
+from shared.records import typed
+from shared.storage import dump_json, load_record, publish
 from train.artist import Artist
 from train.config import EvaluateConfig
 from train.heldout import HeldOut
 from train.judge import Judge, Row, Scorer, decode_all, draw_all
-from train.metrics import FEATURES, Gaussian, features, frechet_distance, high_frequency_share
+from train.metrics import (
+    FEATURE_COUNT,
+    FEATURES,
+    Gaussian,
+    features,
+    frechet_distance,
+    high_frequency_share,
+)
 
 STEPS = (1, 2, 4, 8)
 REFERENCE = ("ddim", 50)
@@ -52,12 +64,9 @@ def teacher_reference(
     `evaluations/` folder and the next student's evaluation finds them.
     """
     kept = config.eval_cache / "evaluations" / f"{reference_key(config, artist)}.safetensors"
-    if kept.exists():
-        tensors, rows = load(kept.read_bytes()), load_json(kept.with_suffix(".json"))
+    if (found := kept_reference(kept, heldout, scorer)) is not None:
         bar.update(teacher_calls(len(heldout)), "teacher's rows from an earlier evaluation")
-        real = Gaussian(tensors["mean"].numpy(), tensors["covariance"].numpy())
-        judge = Judge(real, heldout.captions, scorer, tensors["solution"], rows["sharpness"])
-        return judge, [Row(**row) for row in rows["rows"]]
+        return found
     real = Gaussian.of(features(decode_all(artist, heldout.latents)))
     solution = draw_all(artist, REFERENCE, heldout, config, bar)
     sharpness = high_frequency_share(decode_all(artist, solution))
@@ -71,6 +80,39 @@ def teacher_reference(
         rows.append(judge.row(*row, torch.cat([first, rest]), spaced))
     keep_reference(kept, CachePaths(config.eval_cache).tmp, judge, rows)
     return judge, rows
+
+
+def kept_reference(
+    path: Place, heldout: HeldOut, scorer: Scorer | None
+) -> tuple[Judge, list[Row]] | None:
+    """A reference from an earlier evaluation, or None where there is none.
+
+    A damaged one is none, too, and a note says so.
+    """
+
+    def build(stored: Mapping[str, Any]) -> tuple[float, list[Row]]:
+        rows = typed(stored["rows"], list[Row], "rows")
+        if [(row.sampler, row.steps) for row in rows] != list(TEACHER_ROWS):
+            raise ValueError("the rows are others than the teacher's")
+        return typed(stored["sharpness"], float, "sharpness"), rows
+
+    try:
+        content = read_if_there(path)
+        if content is None:
+            return None
+        sharpness, rows = load_record(path.with_suffix(".json"), build, "delete it")
+        tensors = load(content)
+        mean, covariance, solution = (tensors[name] for name in ("mean", "covariance", "solution"))
+        shapes = [list(tensor.shape) for tensor in (mean, covariance, solution)]
+        if shapes != [[FEATURE_COUNT], [FEATURE_COUNT] * 2, list(heldout.latents.shape)]:
+            raise UserError(f"its tensors have shapes {shapes}")
+        if not all(tensor.isfinite().all() for tensor in (mean, covariance, solution)):
+            raise UserError("its numbers are not finite")
+    except (UserError, SafetensorError, KeyError) as error:
+        print(f"note: {path} is damaged ({error}); the teacher is drawn anew", file=sys.stderr)
+        return None
+    real = Gaussian(mean.numpy(), covariance.numpy())
+    return Judge(real, heldout.captions, scorer, solution, sharpness), rows
 
 
 def best_spacing(
@@ -111,7 +153,7 @@ def reference_key(config: EvaluateConfig, artist: Artist) -> str:
     """A hash over all that the teacher's rows depend on."""
     parts = {
         "teacher": artist.teacher_fingerprint(),
-        "cache": hashlib.sha256((config.eval_cache / "manifest.json").read_bytes()).hexdigest(),
+        "cache": hashlib.sha256(read_file(config.eval_cache / "manifest.json")).hexdigest(),
         "samples": config.num_samples,
         "seed": config.seed,
         "guidance_scale": artist.guidance_scale,

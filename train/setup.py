@@ -21,6 +21,7 @@ from train.bucket import open_buckets
 from train.config import DistillConfig
 from train.draws import DrawSpec
 from train.flags import check_flags
+from train.heads import check_heads
 from train.loader import LatentSpec, Loader
 from train.objectives import OBJECTIVES
 from train.objectives.objective import Loss
@@ -66,7 +67,8 @@ def prepare(config: DistillConfig) -> Distillation:
     if resumed is not None and before is not None:
         check_resumed(resumed, before, terms, config)
         go_on(resumed, before, student, optimizer, scaler)
-    conditioning = load_conditioning(CachePaths(config.cache).conditioning)
+    layout = next(iter(manifest.layouts), None)
+    conditioning = load_conditioning(CachePaths(config.cache).conditioning, layout)
     begun = before or checkpoint.Progressed(0, 0, batch_size, terms)
     loader = build_loader(
         config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
@@ -120,9 +122,8 @@ def go_on(
     scaler: torch.amp.GradScaler,
 ) -> None:
     """Put networks, optimizer and fp16 scale into the state of a checkpoint."""
-    student.load_state(checkpoint.load_networks(folder))
-    moments = checkpoint.load_optimizer(folder)
-    checkpoint.restore_optimizer(optimizer, student.trainable(), moments)
+    checkpoint.restore_networks(folder, student)
+    checkpoint.restore_optimizer(optimizer, student.trainable(), folder)
     if before.scaler:  # empty where the run was not in fp16 before
         scaler.load_state_dict(dict(before.scaler))
 
@@ -140,6 +141,7 @@ def build_loader(
     buckets = open_buckets(config.cache, manifest, config.local_cache, config.max_train_samples)
     if not buckets:
         raise UserError(f"{config.cache} holds no samples")
+    check_heads(buckets)
     identity, family = manifest.identity, model.family
     w_min, w_max = guidance_range(config, family.w_min, family.w_max)
     return Loader(

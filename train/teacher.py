@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from shared.cache import Manifest
 from shared.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
-from shared.errors import UserError, first_line
-from shared.family import Model, force_zeros, load_config
+from shared.errors import UserError
+from shared.family import Model, force_zeros, load_config, unet_config
 from shared.places import Place
 from shared.rescale import vae_fingerprint
 from shared.single_file import is_single_file, load_part
+from shared.weights import load_whole
 from train import foreign
 
 
@@ -25,13 +25,10 @@ def load_unet(source: str, dtype: torch.dtype = torch.float32) -> UNet2DConditio
     if is_single_file(source):
         unet = load_part(UNet2DConditionModel, source, "unet", dtype)
     else:
-        try:
-            unet = UNet2DConditionModel.from_pretrained(
-                source, subfolder="unet", torch_dtype=dtype, use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            first = first_line(error)
-            raise UserError(f"no UNet can be read from {source!r} ({first})") from None
+        unet = load_whole(
+            UNet2DConditionModel.from_pretrained, source, "UNet",
+            subfolder="unet", torch_dtype=dtype, use_safetensors=True,
+        )  # fmt: skip
     return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -39,13 +36,13 @@ def load_schedule(source: str) -> Schedule:
     """A model's noise schedule. Raises UserError for one that distillation does not know."""
     try:
         return schedule_from_config(load_config(source, "scheduler/scheduler_config.json"))
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # numbers that are none, or too many
         raise UserError(f"{source}: {error}") from None
 
 
 def check_fit(manifest: Manifest, model: Model, cache: Place) -> None:
     """Raise UserError, naming both sides, where the cache was made for another kind of teacher."""
-    unet = load_config(model.source, "unet/config.json")
+    unet = unet_config(model.source)
     foreign.check_fit(manifest, model.family.name, unet, cache)
     here, wanted = manifest.identity["text"]["force_zeros"], force_zeros(model)
     if here != wanted:
