@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support_prep import captioned, manifest, prep, tree, units, write_tar
+from support_prep import captioned, manifest, prep, refusal, tree, units, write_tar
 from support_s3 import bucket, objects, serving
 
+from prep import engine as prep_engine
 from shared.conditioning import load_conditioning
 from shared.places import place
 
@@ -66,7 +67,7 @@ def assert_one_cache(caches, sources, folder):
 
 
 def test_parts_on_unlike_machines_begin_a_new_cache_at_once(tmp_path, sources):
-    caches = together(tmp_path, sources, "--parts", 4, "--unlike", "--rounds", 2)
+    caches = together(tmp_path, sources, "--parts", 4, "--unlike")
     assert_one_cache(caches, sources, tmp_path)
 
 
@@ -106,7 +107,7 @@ def test_prompts_of_several_parts_and_commands_are_all_kept(tmp_path, sources):
     script = (
         "import os, sys; from prep.__main__ import main\n"
         "children = []\n"
-        "for n in range(6):\n"
+        "for n in range(4):\n"
         "    child = os.fork()\n"
         "    if not child:\n"
         "        sys.argv = ['prep', 'embed', '--cache', sys.argv[1], '--prompts', f'prompt {n}']\n"
@@ -122,7 +123,36 @@ def test_prompts_of_several_parts_and_commands_are_all_kept(tmp_path, sources):
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     prompts = load_conditioning(Path(cache) / "conditioning.safetensors").prompts
-    assert {f"prompt {n}" for n in range(6)} <= set(prompts)
+    assert {f"prompt {n}" for n in range(4)} <= set(prompts)
+
+
+def test_a_unit_committed_while_another_process_folds_is_in_the_manifest(
+    tmp_path, sources, monkeypatch
+):
+    [cache] = map(Path, together(tmp_path, sources, "--parts", 1))
+    record, aside = next((cache / "units").iterdir()), tmp_path / "aside"
+    wanted = tree(cache)
+    record.rename(aside)
+    write = prep_engine.write_manifest
+
+    def committing_meanwhile(*args):
+        if aside.exists():
+            aside.rename(record)
+        write(*args)
+
+    monkeypatch.setattr(prep_engine, "write_manifest", committing_meanwhile)
+    assert prep("finish", "--cache", cache, "--no-report").status == 0
+    assert tree(cache) == wanted
+
+
+def test_a_cache_of_a_device_that_is_not_here_is_refused_in_a_line(tmp_path, sources):
+    words = ["--shards", sources, "--model", "tiny-sd", "--cache", tmp_path, "--threads", 1]
+    assert prep("encode", *words, "--part", "0/2").status == 0
+    identity = json.loads((tmp_path / "identity.json").read_text())
+    identity["shapes"]["device"] = "mps"
+    (tmp_path / "identity.json").write_text(json.dumps(identity))
+    line = refusal("encode", *words, "--part", "1/2")
+    assert "was begun on mps, which decides its bytes, and there is none here" in line
 
 
 # ---- Many rounds.
