@@ -87,8 +87,8 @@ class Conditioning:
         )
 
 
-def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> None:
-    """Publish as fp16 safetensors."""
+def dump_conditioning(conditioning: Conditioning) -> bytes:
+    """The file's content: fp16 safetensors."""
     tensors = {}
     for name, embeds in (("prompts", conditioning.embeds), ("empty", conditioning.unconditional)):
         tensors[f"{name}.prompt_embeds"] = embeds.prompt_embeds
@@ -96,18 +96,28 @@ def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> Non
             tensors[f"{name}.pooled_prompt_embeds"] = embeds.pooled_prompt_embeds
     content = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
     # One metadata entry: safetensors writes several in no fixed order.
-    publish([save(content, {"prompts": json.dumps(conditioning.prompts)})], path, tmp)
+    return save(content, {"prompts": json.dumps(conditioning.prompts)})
+
+
+def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> None:
+    """Publish it."""
+    publish([dump_conditioning(conditioning)], path, tmp)
 
 
 def load_conditioning(path: Place, layout: Layout | None = None) -> Conditioning:
-    """Read it back, fp16.
-
-    Raises UserError where it is missing or damaged, or where its embeddings do not have the shape
-    of those in the cache's shards, whose `layout` is given.
-    """
+    """Read it back, fp16. Raises UserError where it is missing, and as `parse_conditioning`."""
     data = read_if_there(path)
     if data is None:
         raise UserError(f"{path} does not exist; run the same `prep encode` to its end")
+    return parse_conditioning(data, path, layout)
+
+
+def parse_conditioning(data: bytes, path: Place, layout: Layout | None = None) -> Conditioning:
+    """The same of the file's content.
+
+    Raises UserError, naming it, where it is damaged, or where its embeddings do not have the shape
+    of those in the cache's shards, whose `layout` is given.
+    """
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

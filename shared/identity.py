@@ -61,8 +61,8 @@ class _Preprocessing:
 class _Shapes:
     vae_batch_size: int
     text_batch_size: int
-    threads: int
     device: str
+    threads: int | None = None  # of the CPU; on a GPU they decide nothing
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def check_identity(stored: Mapping[str, Any]) -> None:
     made, vae, shapes = found.preprocessing, found.vae, found.shapes
     numbers = (vae.channels, vae.downscale, made.resolution, made.views, made.max_captions,
                found.text.length, found.text.width, shapes.vae_batch_size, shapes.text_batch_size,
-               shapes.threads)  # fmt: skip
+               1 if shapes.threads is None else shapes.threads)  # fmt: skip
     if min(numbers) < 1 or vae.scaling_factor <= 0 or found.generation < 0:
         raise ValueError("a number in it is zero or below")
     if found.latents not in ("mean", "posterior"):
@@ -152,15 +152,20 @@ def generation_of(identity: Mapping[str, Any]) -> int:
 
 
 def other_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What differs, or an empty string; places where the same weights lie do not count."""
-    return differences(_without_places(stored), _without_places(wanted))
+    """What differs, or an empty string; what decides no bytes does not count."""
+    return differences(_deciding(stored), _deciding(wanted))
 
 
-def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
-    vae = identity.get("vae", {})
-    if isinstance(vae, Mapping):
-        vae = {name: value for name, value in vae.items() if name != "source"}
-    return {**identity, "model": None, "vae": vae}
+def _deciding(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the places where the same weights lie, and without the CPU's threads on a GPU."""
+    found = {**identity, "model": None}
+    if isinstance(vae := identity.get("vae"), Mapping):
+        found["vae"] = {name: value for name, value in vae.items() if name != "source"}
+    shapes = identity.get("shapes")
+    if isinstance(shapes, Mapping) and shapes.get("device") != "cpu":
+        # Older caches record them all the same.
+        found["shapes"] = {name: value for name, value in shapes.items() if name != "threads"}
+    return found
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
