@@ -12,6 +12,7 @@ import dataclasses
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,7 +48,11 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.default is field.default_factory is dataclasses.MISSING:
             values.setdefault(field.name, tyro.MISSING)
-    config = tyro.cli(kind, args=rest, prog=prog, description=kind.__doc__, default=kind(**values))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="tyro")  # of types: the file's are checked
+        config = tyro.cli(
+            kind, args=rest, prog=prog, description=kind.__doc__, default=kind(**values)
+        )
     check_numbers(config)
     read = read_paths(kind, vars(config), Written)
     config = dataclasses.replace(config, **read)  # type: ignore[type-var]

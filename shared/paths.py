@@ -57,7 +57,7 @@ def read_paths(kind: type[Any], values: Mapping[str, Any], text: type[str] = str
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         value, path = values.get(name), path_kind(hint)
         several = isinstance(value, tuple | list)
-        texts = list(value) if several else [value]  # type: ignore[call-overload]
+        texts: list[Any] = [*value] if isinstance(value, tuple | list) else [value]
         if path is None or not all(isinstance(one, text) for one in texts):
             continue
         try:
