@@ -21,6 +21,7 @@ from prep.accounts import accounts
 from prep.images import Framing
 from prep.pipeline import Sample, Settings, decode_row
 from prep.recorded import Originals
+from prep.shuffle import Shuffle
 from prep.sources import Row
 from prep.writer import sample_key
 from shared.cache import CachePaths, Shard, UnitRecord, read_unit
@@ -82,6 +83,7 @@ def settings_of(identity: Mapping[str, Any]) -> Settings:
         keep_logvar=identity["latents"] == "posterior",
         max_captions=made["max_captions"],
         clip_skip=identity["text"].get("clip_skip", 0),
+        shuffle=Shuffle.from_json(made.get("shuffle")),
     )
 
 

@@ -11,6 +11,7 @@ from prep.litter import is_litter
 from prep.opening import HUB
 from prep.units import printable
 from shared.errors import UserError
+from shared.paths import local_text
 
 FILE = "file://"
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.zst")
@@ -35,9 +36,9 @@ def is_url(name: str) -> bool:
 
 
 def local_path(name: str) -> str:
-    """The path that a name in `--shards` is; `~` is a home unless something has that name."""
-    name = name.removeprefix(FILE)
-    return name if os.path.lexists(name) else os.path.expanduser(name)
+    """The path that a name in `--shards` is, as it stands if something has just that name."""
+    remote = "://" in name and not name.startswith(FILE)
+    return name if remote or os.path.lexists(name) else local_text(name)
 
 
 def matches(name: str) -> list[str]:

@@ -40,13 +40,21 @@ NO_THREADS = "can't start new thread"
 class UserError(Exception):
     """A mistake or bad data that the user can mend: one line with cause and remedy."""
 
+    status = 1
+
+
+class UsageError(UserError):
+    """A command line, or a file of settings, that cannot be understood."""
+
+    status = 2
+
 
 def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
     """Run a command's `main`; a UserError, Ctrl-C or SIGTERM ends it in one line.
 
     So does what the operating system refuses, and memory that is full, the GPU's or the machine's:
-    `less_memory` says which flags need less of it. Exits 0 on success, 1 on an error, 130 on
-    Ctrl-C, 143 on SIGTERM.
+    `less_memory` says which flags need less of it. Exits 0 on success, 1 on an error, 2 on a wrong
+    command line, 130 on Ctrl-C, 143 on SIGTERM.
     """
     speak_any_name()
     terminated: list[bool] = []
@@ -56,7 +64,7 @@ def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
             sys.stdout.flush()  # here a full disk is still an error of ours
         sys.exit(status)
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), error.status)
     except (RuntimeError, MemoryError) as error:
         what = exhausted(error)
         if not what:
@@ -84,10 +92,10 @@ def speak_any_name() -> None:
             reconfigure(errors="backslashreplace")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 1) -> NoReturn:
     with contextlib.suppress(OSError):  # nobody can be told
         print(f"error: {on_one_line(message)}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(status)
 
 
 def _drop_unwritten() -> None:
