@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shared.errors import UserError
 from shared.places import Place
+from shared.wording import counted
 
 SUMS = "SHA256SUMS"
 SUFFIX = ".zst"
@@ -66,6 +67,6 @@ def refuse_strangers(folder: Place, known: set[str], other: Place, flag: str) ->
     extra = [name for name in extra if name not in known]
     if extra:
         raise UserError(
-            f"{folder} holds {len(extra)} units that {other} does not (first: {extra[0]}); "
-            f"choose another {flag}"
+            f"{folder} holds {counted(len(extra), 'unit')} that {other} does not "
+            f"(first: {extra[0]}); choose another {flag}"
         )

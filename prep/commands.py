@@ -83,7 +83,7 @@ def encode(config: config.EncodeConfig) -> None:
         known = of_generation(read_units(cache), chosen.generation)
         if not plan.pending(cache, units, known):
             drop(cache, stale.replaced)
-    print(f"{done.pictures} pictures and {done.captions} captions encoded, the rest copied")
+    print(done)
     if config.part is not None:
         print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
         return
@@ -131,7 +131,7 @@ def encode_units(
     rows: int,
 ) -> Work:
     """Run the units on the engine that the flags ask for."""
-    with Progress("encode", rows, "img") as progress:
+    with Progress("encode", rows, "picture") as progress:
         if config.engine == "ray":
             from prep.engine_ray import encode_with_ray  # an extra that few need
 

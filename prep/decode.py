@@ -12,6 +12,7 @@ from prep.words import visible
 from shared.cache import CachePaths, open_manifest
 from shared.errors import UserError
 from shared.storage import guard
+from shared.wording import counted
 
 GAP = 4
 LABEL = 14
@@ -31,7 +32,9 @@ def decode(config: DecodeConfig) -> None:
             Image.fromarray(sheet).save(config.output)
     except ValueError:
         raise UserError(f"--output {config.output}: no such kind of picture; use .png") from None
-    print(f"{config.output}: {len(tiles)} pictures, original left, decoded latents right")
+    print(
+        f"{config.output}: {counted(len(tiles), 'picture')}, original left, decoded latents right"
+    )
 
 
 def tile(pair: Pair) -> NDArray[np.uint8]:

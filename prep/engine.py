@@ -25,6 +25,7 @@ from shared.family import Model
 from shared.identity import generation_of
 from shared.progress import Progress
 from shared.storage import load_json
+from shared.wording import counted, size_of
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
 WRITES_AHEAD = 4  # chunks of samples that wait to be written
@@ -117,7 +118,9 @@ def add_up(outcomes: Iterable[Outcome], units: int, progress: Progress) -> Work:
             progress.write(f"skipped: {on_one_line(outcome.damage)}")
     if damages:
         more = f" (and {len(damages) - 1} more, listed above)" if len(damages) > 1 else ""
-        raise UserError(f"{damages[0]}{more}; the other {units - len(damages)} units are committed")
+        others = units - len(damages)
+        rest = f"the other {counted(others, 'unit')} {'is' if others == 1 else 'are'}"
+        raise UserError(f"{damages[0]}{more}; {rest} committed")
     return work
 
 
@@ -138,13 +141,14 @@ def finish(cache: CachePaths) -> str:
     write_manifest(cache, manifest)
     totals = manifest.totals
     rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())
+    long = totals["truncated_captions"]
     retries = sum(unit.notes.get("fp32_retries", 0) for unit in units)
+    again = f"; {counted(retries, 'picture')} encoded again in float32" if retries else ""
     return (
-        f"{cache.root}: {totals['written']} samples of {totals['read']} rows"
-        f"{f' ({rejected})' if rejected else ''}, {totals['bytes'] / 1e6:.1f} MB in "
-        f"{len(manifest.shards)} shards; {totals['truncated_captions']} captions were longer "
-        "than the encoder reads"
-        f"{f'; {retries} pictures were encoded again in float32' if retries else ''}"
+        f"{cache.root}: {counted(totals['written'], 'sample')} of {counted(totals['read'], 'row')}"
+        f"{f' ({rejected})' if rejected else ''}, {size_of(totals['bytes'])} in "
+        f"{counted(len(manifest.shards), 'shard')}; {counted(long, 'caption')} "
+        f"{'was' if long == 1 else 'were'} longer than the encoder reads{again}"
     )
 
 
@@ -165,6 +169,7 @@ def refuse_nothing(cache: CachePaths, units: Sequence[UnitRecord]) -> None:
         None,
     )
     raise UserError(
-        f"{cache.root}: {rejected.total()} of {rejected.total()} rows rejected, {times} of them "
-        f"for {reason!r} (first: {example!r} of {unit.source}); mend the sources or let more in"
+        f"{cache.root}: {rejected.total()} of {counted(rejected.total(), 'row')} rejected, "
+        f"{times} of them for {reason!r} (first: {example!r} of {unit.source}); "
+        "mend the sources or let more in"
     )

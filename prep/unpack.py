@@ -12,13 +12,13 @@ from prep.archive import SUFFIX, read_sums, refuse_strangers
 from prep.config import UnpackConfig
 from prep.gc import retire
 from prep.pack import copy_small, decompressed
-from prep.words import counted, size_of
 from shared.cache import CachePaths, Manifest, Shard, UnitRecord, open_manifest
 from shared.errors import UserError
 from shared.identity import claim_identity
 from shared.progress import Progress
 from shared.storage import file_sha256, free_bytes, guard, load_json, publish
 from shared.temporary import sweep
+from shared.wording import counted, size_of
 
 
 def unpack(config: UnpackConfig) -> None:
@@ -38,7 +38,7 @@ def unpack(config: UnpackConfig) -> None:
     wanted = [shard for shard in manifest.shards if not in_place(cache, shard)]
     refuse_full_disk(cache, [shard.size for shard in wanted])
     claim_identity(cache, load_json(archive / "identity.json"), "choose another --cache")
-    with Progress("unpack", len(wanted), "shards") as progress:
+    with Progress("unpack", len(wanted), "shard") as progress:
         for shard in wanted:
             packed = archive / (shard.file + SUFFIX)
             publish(checked(packed, shard), cache.root / shard.file, cache.tmp)
@@ -49,7 +49,7 @@ def unpack(config: UnpackConfig) -> None:
     kept = len(manifest.shards) - len(wanted)
     were = f" ({counted(kept, 'shard')} {'was' if kept == 1 else 'were'} there already)"
     print(
-        f"{cache.root}: {manifest.totals['written']:,} samples in "
+        f"{cache.root}: {counted(manifest.totals['written'], 'sample')} in "
         f"{counted(len(manifest.shards), 'shard')}, every sha256 right{were if kept else ''}"
     )
 

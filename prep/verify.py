@@ -11,7 +11,6 @@ import numpy as np
 from prep.config import VerifyConfig
 from prep.gc import retire
 from prep.reencode import disagreements
-from prep.words import counted
 from shared.cache import CachePaths, Manifest, Shard, UnitRecord, fold, open_manifest, unit_files
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
@@ -19,6 +18,7 @@ from shared.layout import Layout
 from shared.places import Place
 from shared.progress import Progress
 from shared.storage import file_sha256, guard, load_json, sync_folder
+from shared.wording import counted
 
 
 def verify(config: VerifyConfig) -> int:
@@ -31,7 +31,7 @@ def verify(config: VerifyConfig) -> int:
     manifest = open_manifest(config.cache, check_sizes=False)
     damaged: dict[Place, int] = {}  # a file that is to go, and how many damages say so
     units: list[UnitRecord] = []
-    with Progress("verify", manifest.totals["written"], "samples") as progress:
+    with Progress("verify", manifest.totals["written"], "sample") as progress:
 
         def note(path: Place, damage: str) -> None:
             damaged[path] = damaged.get(path, 0) + 1
@@ -55,7 +55,7 @@ def verify(config: VerifyConfig) -> int:
         print(f"damaged: {stale}", file=sys.stderr)
     count = sum(damaged.values()) + bool(stale)
     verdict = counted(count, "damage") if count else "no damage"
-    print(f"{config.cache}: {manifest.totals['written']} samples checked, {verdict}")
+    print(f"{config.cache}: {counted(manifest.totals['written'], 'sample')} checked, {verdict}")
     if damaged:
         print(repair(cache, list(damaged)) if config.repair else remedy(config, manifest))
     return 1 if count else 0

@@ -222,7 +222,7 @@ def test_tables_from_before_retries_were_counted_are_copied_from(pictures, tmp_p
     write_tar(tar, captioned(range(4)))
     words = ("--model", "tiny-sd", "--cache", cache, "--threads", 1, "--no-report")
     answer = prep("encode", "--shards", tar, *words)
-    assert "1 pictures and 1 captions encoded, the rest copied" in answer.out
+    assert "1 picture and 1 caption encoded, 0 copied" in answer.out
     assert set(retries_of(cache).values()) == {0}
 
 

@@ -12,6 +12,7 @@ from shared.cache import CachePaths, Manifest
 from shared.conditioning import TextEmbeds, load_conditioning
 from shared.errors import UserError
 from shared.places import Place
+from shared.wording import counted
 from train.bucket import open_buckets
 
 
@@ -48,7 +49,7 @@ def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
     count = min(count, len(bucket))
     if count < 65:
         raise UserError(
-            f"{root}: {count} samples; a Fréchet distance needs at least 65, better 1000"
+            f"{root}: {counted(count, 'sample')}; a Fréchet distance needs at least 65, better 1000"
         )
     latents = bucket.layout.fields[0]
     channels = manifest.identity["vae"]["channels"]

@@ -16,6 +16,7 @@ from shared.errors import UserError
 from shared.family import Model, resolve_model
 from shared.storage import dump_json, publish
 from shared.temporary import sweep
+from shared.wording import counted
 from train import checkpoint
 from train.bucket import open_buckets
 from train.config import DistillConfig
@@ -107,7 +108,7 @@ def check_resumed(
     checkpoint.check_terms(folder, before.terms, terms)
     if before.step > config.max_train_steps:
         raise UserError(
-            f"{folder} has {before.step} steps behind it, more than --max-train-steps "
+            f"{folder} has {counted(before.step, 'step')} behind it, more than --max-train-steps "
             f"{config.max_train_steps}; give more, or an earlier checkpoint"
         )
 

@@ -16,6 +16,7 @@ from shared.diffusion import SCHEDULE
 from shared.errors import UserError
 from shared.family import Model, load_config
 from shared.storage import dump_json
+from shared.wording import counted
 from train.checkpoint import Progressed
 from train.config import DistillConfig
 from train.objectives import OBJECTIVES
@@ -48,7 +49,8 @@ def divide(
         ]
         way = f"--train-batch-size {fitting[-1]}" if fitting else f"--global-batch-size {nearest}"
         raise UserError(
-            f"a global batch of {batch_size} does not divide by {config.train_batch_size} samples "
+            f"a global batch of {batch_size} does not divide by "
+            f"{counted(config.train_batch_size, 'sample')} "
             f"on each of {world} processes; use {way}"
         )
     if before is not None and buckets > 1 and batch_size != before.batch_size:
