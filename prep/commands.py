@@ -100,7 +100,9 @@ def choose(config: config.EncodeConfig, cache: CachePaths, model: Model) -> Chos
     """
     stored = read_identity(cache)
     device = identity.choose_device(config, cache)
-    settings = identity.choose_settings(config, model, keep_logvar(config, cache))
+    settings = identity.choose_settings(
+        config, model, keep_logvar(config, cache), {} if config.overwrite else stored
+    )
     shapes = identity.choose_shapes(config, cache, device, settings.framing.resolution)
     vae = identity.choose_vae(config, cache, model, shapes.device)
     encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip, device)

@@ -20,7 +20,13 @@ from shared.cache import FORMAT, CachePaths
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
-from shared.family import Model, force_zeros, load_config
+from shared.family import (
+    Model,
+    force_zeros,
+    load_config,
+    native_resolution,
+    vae_downscale,
+)
 from shared.identity import ADDED, OtherSettings, claim_identity
 from shared.layout import Layout, cache_layout
 from shared.storage import load_json
@@ -99,26 +105,36 @@ def load_encoders(
     torch.backends.cudnn.allow_tf32 = False  # torch's default: 10 bits where fp32 has 23
     encoder = VaeEncoder(vae.source, device, shapes.vae_batch_size, vae.dtype, vae.rescale)
     wanted = load_config(model.source, "unet/config.json")["in_channels"]
-    if vae.source != model.source and encoder.channels != wanted:
+    if encoder.channels != wanted:
+        remedy = "pass a VAE made for this model"
+        if vae.source == model.source:
+            remedy = "one that also takes a picture or a mask is no teacher: pass its base model"
         raise UserError(
-            f"--vae {vae.source}: its latents have {encoder.channels} channels, "
-            f"{model.source} takes {wanted}; pass a VAE made for this model"
+            f"{vae.source}: its VAE's latents have {encoder.channels} channels, the UNet of "
+            f"{model.source} takes {wanted}; {remedy}"
         )
     return Encoders(encoder, TextEncoder(model, device, shapes.text_batch_size, clip_skip))
 
 
-def choose_settings(config: EncodeConfig, model: Model, keep_logvar: bool) -> Settings:
-    """Flags and the family's defaults. Raises UserError for those that do not go together."""
-    resolution = model.family.resolution if config.resolution is None else config.resolution
-    framing = choose_framing(config, resolution)
+def choose_settings(
+    config: EncodeConfig, model: Model, keep_logvar: bool, stored: Mapping[str, Any]
+) -> Settings:
+    """Flags, else what the cache was begun with, else the model's own.
+
+    `stored` is the identity that is kept, empty where there is none. Raises UserError for settings
+    that do not go together.
+    """
+    resolution = config.resolution or stored.get("preprocessing", {}).get("resolution")
+    resolution = resolution or native_resolution(model)
+    framing = choose_framing(config, resolution, vae_downscale(config.vae or model.source))
     filters = Filters(config.where, config.max_pwatermark)
     return Settings(framing, keep_logvar, config.max_captions, filters, config.clip_skip)
 
 
-def choose_framing(config: EncodeConfig, resolution: int) -> Framing:
+def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Framing:
     """What the flags make of a picture. Raises UserError for a resolution the VAE cannot take."""
-    if resolution % 8 or resolution <= 0:
-        raise UserError(f"--resolution {resolution} is not a multiple of 8")
+    if resolution % downscale or resolution <= 0:
+        raise UserError(f"--resolution {resolution} is not a multiple of {downscale}")
     random = config.random_crop or config.random_flip
     if config.views > 1 and not random:
         raise UserError(

@@ -44,6 +44,6 @@ def test_a_cache_with_names_of_old_is_not_packed_but_mended(odd, tmp_path, monke
     assert "run the same `prep encode` again" in refusal(*words)
     assert not (tmp_path / "archive").exists()
     answer = prep("encode", "--shards", odd, "--model", "tiny-sd", "--cache", cache, "--threads", 1)
-    assert "nothing had to be encoded" in answer.err + answer.out
+    assert "0 pictures and 0 captions encoded" in answer.err + answer.out
     assert manifest(cache)["totals"]["written"] == len(units(cache)) == len(ODD)
     assert prep(*words).status == 0
