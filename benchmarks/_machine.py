@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from shared import cpus
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -25,7 +26,7 @@ def save(name: str, figures: dict[str, Any]) -> Path:
 
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     result = {
-        "hardware": f"{hardware}, {os.cpu_count()} cores",
+        "hardware": f"{hardware}, {cpus.cpus()} cores",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),

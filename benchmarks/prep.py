@@ -18,7 +18,6 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import resource
 import shutil
 import statistics
@@ -43,7 +42,7 @@ from prep.images import prepare
 from prep.pipeline import Encoders
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
-from shared.cache import CachePaths
+from shared import cpus
 from shared.family import resolve_model
 
 REPO = Path(__file__).resolve().parent.parent
@@ -108,13 +107,13 @@ class Alone:
         return statistics.median(took) / len(self.pixels)
 
 
-def load_alone(config: EncodeConfig, cache: CachePaths) -> Alone:
+def load_alone(config: EncodeConfig) -> Alone:
     """The encoders of a job, with the first pictures of the project."""
     model = resolve_model(config.model)
-    settings = identity.choose_settings(config, model, keep_logvar=False)
-    device = identity.choose_device(config, cache)
-    shapes = identity.choose_shapes(config, cache, device, settings.framing.resolution)
-    vae = identity.choose_vae(config, cache, model, shapes.device)
+    settings = identity.choose_settings(config, {}, model)
+    device = identity.choose_device(config, {})
+    shapes = identity.choose_shapes(config, {}, device, settings.framing.resolution)
+    vae = identity.choose_vae(config, {}, model, shapes.device)
     encoders = identity.load_encoders(model, shapes, vae, 0, device)
     count = max(8 * shapes.vae_batch_size, shapes.text_batch_size)
     few = list(itertools.islice(originals(), count))
@@ -149,7 +148,7 @@ def timed(job: Callable[[], None]) -> tuple[float, float]:
 def measure(shards: str, model: str, cache: Path, resolution: int | None) -> dict[str, float]:
     """One encode in this process, the encoders alone before and after, and all but them."""
     config = EncodeConfig((shards,), model=model, cache=cache, resolution=resolution, report=False)
-    alone = load_alone(config, CachePaths(cache))
+    alone = load_alone(config)
     before = alone.seconds()
     wall, _ = timed(lambda: commands.encode(config))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -165,7 +164,7 @@ def measure(shards: str, model: str, cache: Path, resolution: int | None) -> dic
         "encoder_images_per_second": 1 / encoder,
         "of_encoder": written / wall * encoder,
         "other_cpu_ms": 1000 * others / written,
-        "wall_by_work": wall / (written * encoder + others / (os.cpu_count() or 1)),
+        "wall_by_work": wall / (written * encoder + others / cpus.cpus()),
         "peak_mb": peak,
     }
 

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prep import config, engine, identity, overwrite, plan, report
 from prep.filters import Filters
 from prep.pipeline import Encoders, Settings, Work
 from prep.sources import SourceOptions, Unit, find_units
-from prep.stale import drop, find_stale, of_generation
+from prep.stale import Stale, drop, find_stale, of_generation
 from prep.text import TextEncoder
 from prep.vae import posterior_matters
-from shared.cache import CachePaths, open_manifest, read_units
-from shared.conditioning import Conditioning, load_conditioning, save_conditioning
-from shared.device import pick_device
+from shared import cpus
+from shared.cache import CachePaths, UnitRecord, open_manifest, read_units
+from shared.conditioning import Conditioning, dump_conditioning, parse_conditioning
+from shared.device import pick_device, set_threads
 from shared.errors import UserError
 from shared.family import Model, resolve_model
-from shared.identity import generation_of, other_settings, read_identity
+from shared.identity import OtherSettings, generation_of, other_settings, read_identity
 from shared.progress import Progress
-from shared.storage import load_json
+from shared.storage import create_exclusively, dump_json
 from shared.temporary import sweep
+from shared.update import update
 
 T = TypeVar("T")
 
 PREVIEWS = 4  # prompts taken from the data where none are named
+MOST_DECODERS = 8  # more do not help one device, and each holds a picture
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,24 @@ class Chosen:
     settings: Settings
     encoders: Encoders
     generation: int  # of the settings
+    stored: Mapping[str, Any]  # the cache's identity that they were chosen by; empty without one
     new: bool  # the settings are this command's, not those of a cache that is there
+
+    def identity(self, model: Model) -> dict[str, Any]:
+        """What identity.json says of them."""
+        parts = (model, self.encoders, self.settings, self.shapes)
+        return identity.build_identity(*parts, self.generation)
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What there is to do with them."""
+
+    units: Sequence[Unit]
+    stale: Stale
+    known: Sequence[UnitRecord]
+    captions: Sequence[str]  # of the first pictures, where the cache has no prompts yet
+    work: plan.Estimate
 
 
 def encode(config: config.EncodeConfig) -> None:
@@ -48,41 +68,35 @@ def encode(config: config.EncodeConfig) -> None:
     units = find_units(config.shards, source_options(config))
     model = resolve_model(config.model)
     cache = CachePaths(config.cache)
-    chosen = choose(config, cache, model)
-    settings, encoders = chosen.settings, chosen.encoders
-    records = read_units(cache)
-    stale = find_stale(cache, records, units, config.prune, chosen.generation)
-    known = of_generation(records, chosen.generation)
-    todo = plan.pending(cache, share(units, config.part), known)
-    captions: list[str] = []
-    seconds = None
-    if chosen.new or (todo and not cache.conditioning.exists()):
-        # All parts of a new cache probe the same pictures and so come to the same settings.
-        captions, moments, seconds = plan.probe(units if chosen.new else todo, settings, encoders)
-        if config.latents == "auto" and not cache.identity.exists():
-            settings = replace(settings, keep_logvar=posterior_matters(moments))
-    work = plan.estimate(todo, identity.expected_layout(encoders, settings), seconds, cache)
-    print(work, file=sys.stderr)
-    plan.refuse_full_disk(work, cache)
-    if config.dry_run:
-        return
-    sweep(cache.tmp)
-    begin(cache, model, replace(chosen, settings=settings))
-    drop(cache, stale.gone)
-    prompts = config.preview_prompts
-    if not prompts and not cache.conditioning.exists():
-        prompts = tuple(dict.fromkeys(captions))[:PREVIEWS]
-    add_prompts(cache, model, encoders.text, prompts)
+    while True:
+        chosen = choose(config, read_identity(cache), model)
+        chosen, todo = look_ahead(config, cache, units, chosen)
+        print(todo.work, file=sys.stderr)
+        plan.refuse_full_disk(todo.work, cache)
+        if config.dry_run:
+            return
+        sweep(cache.tmp)
+        if claim(cache, model, chosen):
+            break
+        # What is measured and what is a default is decided once, by whoever begins the cache.
+        print(f"note: another process has begun {cache.root}; on as it did", file=sys.stderr)
+        del chosen, todo  # or a GPU would hold two sets of encoders
+    if note := identity.taken_over(config, chosen.stored):
+        print(note, file=sys.stderr)
+    drop(cache, todo.stale.gone)
+    encoders = chosen.encoders
+    add_prompts(cache, model, encoders.text, config.preview_prompts, todo.captions)
     job = engine.Job(
-        cache, model, chosen.shapes, replace(chosen.vae, rescale=encoders.vae.rescale), settings,
-        config.decode_workers, config.max_reject_fraction, tuple(known), chosen.generation,
+        cache, model, chosen.shapes, replace(chosen.vae, rescale=encoders.vae.rescale),
+        chosen.settings, config.decode_workers or min(cpus.cpus(), MOST_DECODERS),
+        config.max_reject_fraction, tuple(todo.known), chosen.generation,
     )  # fmt: skip
     started = time.monotonic()
-    done = encode_units(config, job, todo, encoders, work.rows)
-    if stale.replaced:  # last, because what they hold may be copied, also by another part
+    done = encode_units(config, job, todo.units, encoders, todo.work.rows)
+    if todo.stale.replaced:  # last, because what they hold may be copied, also by another part
         known = of_generation(read_units(cache), chosen.generation)
         if not plan.pending(cache, units, known):
-            drop(cache, stale.replaced)
+            drop(cache, todo.stale.replaced)
     print(done)
     if config.part is not None:
         print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
@@ -93,36 +107,67 @@ def encode(config: config.EncodeConfig) -> None:
         report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds)
 
 
-def choose(config: config.EncodeConfig, cache: CachePaths, model: Model) -> Chosen:
+def choose(config: config.EncodeConfig, stored: Mapping[str, Any], model: Model) -> Chosen:
     """Flags, else what the cache was begun with, else defaults; the encoders are loaded.
 
     With --overwrite the settings become new where they differ from those of the cache.
     """
-    stored = read_identity(cache)
-    device = identity.choose_device(config, cache)
-    settings = identity.choose_settings(
-        config, model, keep_logvar(config, cache), {} if config.overwrite else stored
-    )
-    shapes = identity.choose_shapes(config, cache, device, settings.framing.resolution)
-    vae = identity.choose_vae(config, cache, model, shapes.device)
+    device = identity.choose_device(config, stored)
+    settings = identity.choose_settings(config, stored, model)
+    shapes = identity.choose_shapes(config, stored, device, settings.framing.resolution)
+    vae = identity.choose_vae(config, stored, model, shapes.device)
     encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip, device)
     generation = generation_of(stored)
-    chosen = Chosen(shapes, vae, settings, encoders, generation, new=not stored)
-    if not (stored and config.overwrite):
-        return chosen
-    wanted = identity.build_identity(model, encoders, settings, shapes, generation)
-    if not other_settings(stored, wanted):
+    chosen = Chosen(shapes, vae, settings, encoders, generation, stored, new=not stored)
+    if not (stored and config.overwrite) or not other_settings(stored, chosen.identity(model)):
         return chosen  # replaced already: go on
     encoders = overwrite.calibrated_anew(encoders, stored)
     return replace(chosen, encoders=encoders, generation=generation + 1, new=True)
 
 
-def begin(cache: CachePaths, model: Model, chosen: Chosen) -> None:
-    """Claim the cache for these settings (UserError if it has others), or replace its own."""
-    parts = (model, chosen.encoders, chosen.settings, chosen.shapes)
-    if chosen.new and chosen.generation:
-        overwrite.begin(cache, identity.build_identity(*parts, chosen.generation))
-    identity.claim(cache, *parts, begun=not chosen.new, generation=chosen.generation)
+def look_ahead(
+    config: config.EncodeConfig, cache: CachePaths, units: Sequence[Unit], chosen: Chosen
+) -> tuple[Chosen, Todo]:
+    """What is to be done, and, of a new cache, the settings with what was measured for them."""
+    settings = chosen.settings
+    records = read_units(cache)
+    stale = find_stale(cache, records, units, config.prune, chosen.generation)
+    known = of_generation(records, chosen.generation)
+    todo = plan.pending(cache, share(units, config.part), known)
+    captions: list[str] = []
+    seconds = None
+    if chosen.new or not cache.conditioning.exists():
+        # All parts probe the same pictures, whichever are theirs, and so find the same prompts.
+        captions, moments, seconds = plan.probe(units, settings, chosen.encoders)
+        if config.latents == "auto" and not chosen.stored:
+            settings = replace(settings, keep_logvar=posterior_matters(moments))
+    layout = identity.expected_layout(chosen.encoders, settings)
+    work = plan.estimate(todo, layout, seconds, cache)
+    return replace(chosen, settings=settings), Todo(todo, stale, known, captions, work)
+
+
+def claim(cache: CachePaths, model: Model, chosen: Chosen) -> bool:
+    """Begin the cache with these settings, or go on where it has the same.
+
+    False where it was begun or replaced by another process since they were chosen, with others:
+    then they are to be chosen again. Raises OtherSettings where the flags ask for others than the
+    cache has.
+    """
+    wanted = chosen.identity(model)
+    if chosen.new and chosen.stored:
+        return overwrite.begin(cache, chosen.stored, wanted)
+    if chosen.new:
+        if create_exclusively(dump_json(wanted), cache.identity, cache.tmp):
+            return True
+        return not other_settings(read_identity(cache), wanted)
+    if read_identity(cache) != chosen.stored:
+        return False
+    if differing := other_settings(chosen.stored, wanted):
+        raise OtherSettings(
+            f"{cache.root} was made with other settings: {differing}; give the same flags and "
+            "model, or another --cache, or replace what is there with --overwrite"
+        )
+    return True
 
 
 def encode_units(
@@ -137,8 +182,8 @@ def encode_units(
         if config.engine == "ray":
             from prep.engine_ray import encode_with_ray  # an extra that few need
 
-            cpus = config.cpus_per_worker or job.shapes.threads
-            outcomes = encode_with_ray(job, units, config.ray_address, cpus, progress)
+            each = config.cpus_per_worker or job.shapes.threads or 1
+            outcomes = encode_with_ray(job, units, config.ray_address, each, progress)
         else:
             outcomes = engine.encode_here(job, units, encoders, progress)
         return engine.add_up(outcomes, len(units), progress)
@@ -169,30 +214,36 @@ def source_options(config: config.EncodeConfig) -> SourceOptions:
     )  # fmt: skip
 
 
-def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:
-    """Is the posterior's logvar stored? As flagged, else as the cache was begun."""
-    if config.latents not in ("auto", "mean", "posterior"):
-        raise UserError(f"--latents {config.latents!r} is not one of auto, mean, posterior")
-    if config.latents == "auto" and cache.identity.exists():
-        return bool(load_json(cache.identity)["latents"] == "posterior")
-    return config.latents == "posterior"
-
-
 def add_prompts(
-    cache: CachePaths, model: Model, encoder: TextEncoder, prompts: Sequence[str]
+    cache: CachePaths,
+    model: Model,
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    captions: Sequence[str] = (),
 ) -> int:
-    """Put prompts that are not there yet into conditioning.safetensors; returns how many."""
-    if cache.conditioning.exists():
-        stored = load_conditioning(cache.conditioning)
-    else:
-        empty = identity.unconditional(model, encoder)
-        stored = Conditioning(empty, (), empty[0:0])
-    fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in stored.prompts]
-    if fresh:
-        stored = stored.with_prompts(fresh, encoder.encode(fresh))
-    if fresh or not cache.conditioning.exists():
-        save_conditioning(stored, cache.conditioning, cache.tmp)
-    return len(fresh)
+    """Put prompts that are not there yet into conditioning.safetensors; returns how many.
+
+    Where there is no such file yet and no prompt is asked for, the first captions are taken.
+    """
+    added = 0
+
+    def change(content: bytes | None) -> bytes | None:
+        nonlocal added
+        wanted = dict.fromkeys(prompts)
+        if content is None:
+            empty = identity.unconditional(model, encoder)
+            stored = Conditioning(empty, (), empty[0:0])
+            wanted = wanted or dict.fromkeys(list(dict.fromkeys(captions))[:PREVIEWS])
+        else:
+            stored = parse_conditioning(content, cache.conditioning)
+        fresh = [prompt for prompt in wanted if prompt not in stored.prompts]
+        added = len(fresh)
+        if fresh:
+            stored = stored.with_prompts(fresh, encoder.encode(fresh))
+        return dump_conditioning(stored) if fresh or content is None else None
+
+    update(cache.conditioning, change, cache.tmp)
+    return added
 
 
 def embed(config: config.EmbedConfig) -> None:
@@ -201,6 +252,7 @@ def embed(config: config.EmbedConfig) -> None:
     stored = open_manifest(config.cache).identity
     sweep(cache.tmp)
     model = resolve_model(config.model or stored["model"])
+    set_threads(identity.Shapes.from_json(stored["shapes"]).threads)
     encoder = TextEncoder(
         model, pick_device(config.device), stored["shapes"]["text_batch_size"],
         stored["text"].get("clip_skip", 0),

@@ -22,7 +22,7 @@ class EncodeConfig:
     cache: PlaceFlag
     """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist."""
     resolution: Count | None = None
-    """Pixels of a side; the model's own unless given."""
+    """Pixels of a side; as the cache was begun, or the model's own, unless given."""
     center_crop: bool = True
     """Crop the centre of a picture; otherwise its top left corner."""
     vae: str | None = None
@@ -64,9 +64,10 @@ class EncodeConfig:
     text_batch_size: Count | None = None
     """Captions per text-encoder call; likewise. 32."""
     threads: Count | None = None
-    """CPU threads of the encoders; likewise. All cores."""
-    decode_workers: Count = 4
-    """Threads that read, decode and resize pictures ahead of the encoder."""
+    """CPU threads of the encoders; likewise, where a CPU computes. As many as the process may
+    use: by its affinity, cgroup, Slurm's grant and OMP_NUM_THREADS."""
+    decode_workers: Count | None = None
+    """Threads that read, decode and resize pictures ahead of the encoder; as many, 8 at most."""
     folder_units: Count | None = None
     """Units of work of a folder, a power of two; about 1,000 pictures each unless given."""
     image_column: str | None = None
@@ -210,7 +211,7 @@ class PackConfig:
     level: Annotated[int, Numbers(int, 1, 19)] = 3
     """zstd's level, 1 to 19: fp16 tensors hardly get smaller above 3."""
     threads: Count | None = None
-    """Threads that compress; all cores unless given."""
+    """Threads that compress; as many as the process may use unless given."""
 
 
 @dataclass(frozen=True)

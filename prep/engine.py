@@ -19,7 +19,7 @@ from prep.sources import SourceError, Unit
 from prep.stale import refuse_mixture
 from prep.units import Counted
 from prep.writer import UnitWriter
-from shared.cache import CachePaths, UnitRecord, fold, read_units, write_manifest
+from shared.cache import CachePaths, Manifest, UnitRecord, fold, read_units, write_manifest
 from shared.errors import UserError, on_one_line
 from shared.family import Model
 from shared.identity import generation_of
@@ -130,15 +130,12 @@ def finish(cache: CachePaths) -> str:
     Raises UserError where they are not one state of the cache, or hold no sample.
     """
     units = read_units(cache)
-    if not units:
-        raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
-    identity = load_json(cache.identity)
-    refuse_mixture(cache, units, generation_of(identity))
-    refuse_nothing(cache, units)
-    versions = {name: version(name) for name in LIBRARIES}
-    manifest = fold(identity, units, versions)
-    retire(cache, {shard.file for shard in manifest.shards})
-    write_manifest(cache, manifest)
+    while True:
+        manifest = write_fold(cache, units)
+        # One that another process wrote meanwhile, of more units, may just have been replaced.
+        if (now := read_units(cache)) == units:
+            break
+        units = now
     totals = manifest.totals
     rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())
     long = totals["truncated_captions"]
@@ -150,6 +147,19 @@ def finish(cache: CachePaths) -> str:
         f"{counted(len(manifest.shards), 'shard')}; {counted(long, 'caption')} "
         f"{'was' if long == 1 else 'were'} longer than the encoder reads{again}"
     )
+
+
+def write_fold(cache: CachePaths, units: list[UnitRecord]) -> Manifest:
+    """Publish the manifest that these units add up to, if they do (`finish` tells)."""
+    if not units:
+        raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
+    identity = load_json(cache.identity)
+    refuse_mixture(cache, units, generation_of(identity))
+    refuse_nothing(cache, units)
+    manifest = fold(identity, units, {name: version(name) for name in LIBRARIES})
+    retire(cache, {shard.file for shard in manifest.shards})
+    write_manifest(cache, manifest)
+    return manifest
 
 
 def refuse_nothing(cache: CachePaths, units: Sequence[UnitRecord]) -> None:

@@ -58,11 +58,11 @@ def gc(config: GcConfig) -> None:
             with guard(path.parent):
                 path.unlink(missing_ok=True)
         removed, freed = removed + 1, freed + stat.st_size
-    left = list(strays(cache.tmp))
+    left = list(strays(cache.tmp, config.all))
     freed += sum(bytes_of(path) for path in left)
     if not config.dry_run:
         with guard(cache.tmp):
-            sweep(cache.tmp)
+            sweep(cache.tmp, config.all)
     kept = f"; {young} in use less than a day ago kept, which --all removes" if young else ""
     print(
         f"{cache.root}: {counted(removed, 'file')} and {counted(len(left), 'stray')} in tmp/ "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from prep.images import Framing
 from prep.pipeline import Encoders, Settings
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
-from shared.cache import FORMAT, CachePaths
+from shared import cpus
+from shared.cache import FORMAT
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
@@ -27,43 +27,87 @@ from shared.family import (
     native_resolution,
     vae_downscale,
 )
-from shared.identity import ADDED, OtherSettings, claim_identity
+from shared.identity import ADDED
 from shared.layout import Layout, cache_layout
-from shared.storage import load_json
 
 
 @dataclass(frozen=True)
 class Shapes:
     """Batch shapes and threads: with them the encoders give the same bytes every time.
 
-    `device` is the kind alone: which of a machine's GPUs it is makes no difference.
+    `device` is the kind alone: which of a machine's GPUs it is makes no difference. `threads` are
+    a CPU's; where a GPU computes they decide nothing, and each process takes what it may use.
     """
 
     vae_batch_size: int
     text_batch_size: int
-    threads: int
+    threads: int | None
     device: str
 
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> Shapes:
+        """As an identity records them."""
+        threads = stored.get("threads") if stored["device"] == "cpu" else None
+        return Shapes(
+            stored["vae_batch_size"], stored["text_batch_size"], threads, stored["device"]
+        )
 
-def choose_device(config: EncodeConfig, cache: CachePaths) -> torch.device:
-    """The flag, else the kind that the cache was begun on, else a GPU where there is one."""
-    if config.device == "auto" and cache.identity.exists():
-        return pick_device(load_json(cache.identity)["shapes"]["device"])
-    return pick_device(config.device)
+    def to_json(self) -> dict[str, Any]:
+        """For the cache's identity."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def choose_device(config: EncodeConfig, stored: Mapping[str, Any]) -> torch.device:
+    """The flag, else the kind that the cache was begun on, else a GPU where there is one.
+
+    `stored` is what the cache's identity.json says, here and below; empty where there is none.
+    Raises UserError for a device that is not here.
+    """
+    if config.device != "auto" or not stored:
+        return pick_device(config.device)
+    kind = stored["shapes"]["device"]
+    try:
+        return pick_device(kind)
+    except UserError:
+        raise UserError(
+            f"{config.cache} was begun on {kind}, which decides its bytes, and there is none "
+            "here; go on where there is one, or choose another --cache"
+        ) from None
 
 
 def choose_shapes(
-    config: EncodeConfig, cache: CachePaths, device: torch.device, resolution: int
+    config: EncodeConfig, stored: Mapping[str, Any], device: torch.device, resolution: int
 ) -> Shapes:
     """The flags, else what the cache was begun with, else defaults."""
-    stored = load_json(cache.identity)["shapes"] if cache.identity.exists() else {}
-    default = default_vae_batch_size(device, resolution)
+    begun = stored.get("shapes", {})
+    threads = config.threads or begun.get("threads") or config.cpus_per_worker or cpus.threads()
     return Shapes(
-        config.vae_batch_size or stored.get("vae_batch_size", default),
-        config.text_batch_size or stored.get("text_batch_size", 32),
-        config.threads or stored.get("threads") or config.cpus_per_worker or os.cpu_count() or 1,
+        config.vae_batch_size
+        or begun.get("vae_batch_size", default_vae_batch_size(device, resolution)),
+        config.text_batch_size or begun.get("text_batch_size", 32),
+        threads if device.type == "cpu" else None,
         device.type,
     )
+
+
+def taken_over(config: EncodeConfig, stored: Mapping[str, Any]) -> str:
+    """A line where the cache was begun on a machine so unlike this one that it is slow here."""
+    if not stored:
+        return ""
+    begun, here = stored["shapes"], cpus.threads()
+    if begun["device"] == "cpu" and config.device == "auto" and pick_device("auto").type != "cpu":
+        return (
+            f"note: {config.cache} was begun on a CPU, which decides its bytes, so the GPU here "
+            "is not used; a cache for it is another --cache, or begins with --overwrite --device"
+        )
+    threads = begun.get("threads") or 0
+    if begun["device"] == "cpu" and config.threads is None and threads > here:
+        return (
+            f"note: {config.cache} was begun with {threads} threads, which decide its bytes; they "
+            f"share {here} here and are slow; for unlike machines begin a cache with "
+            f"--threads {here}"
+        )
+    return ""
 
 
 def default_vae_batch_size(device: torch.device, resolution: int) -> int:
@@ -82,15 +126,17 @@ class VaeChoice:
     rescale: float | None
 
 
-def choose_vae(config: EncodeConfig, cache: CachePaths, model: Model, device: str) -> VaeChoice:
+def choose_vae(
+    config: EncodeConfig, stored: Mapping[str, Any], model: Model, device: str
+) -> VaeChoice:
     """The flags, else what the cache was begun with, else the model's VAE."""
-    stored = load_json(cache.identity)["vae"] if cache.identity.exists() else {}
+    begun = stored.get("vae", {})
     default = "float16" if device == "cuda" else "float32"
-    dtype = stored.get("dtype", default) if config.vae_dtype == "auto" else config.vae_dtype
+    dtype = begun.get("dtype", default) if config.vae_dtype == "auto" else config.vae_dtype
     return VaeChoice(
-        config.vae or stored.get("source", model.source),
+        config.vae or begun.get("source", model.source),
         dtype,
-        stored.get("rescale") if dtype == stored.get("dtype") else None,
+        begun.get("rescale") if dtype == begun.get("dtype") else None,
     )
 
 
@@ -116,19 +162,25 @@ def load_encoders(
     return Encoders(encoder, TextEncoder(model, device, shapes.text_batch_size, clip_skip))
 
 
-def choose_settings(
-    config: EncodeConfig, model: Model, keep_logvar: bool, stored: Mapping[str, Any]
-) -> Settings:
-    """Flags, else what the cache was begun with, else the model's own.
+def choose_settings(config: EncodeConfig, stored: Mapping[str, Any], model: Model) -> Settings:
+    """The flags, else what the cache was begun with, else the model's own.
 
-    `stored` is the identity that is kept, empty where there is none. Raises UserError for settings
-    that do not go together.
+    Raises UserError for those that do not go together.
     """
-    resolution = config.resolution or stored.get("preprocessing", {}).get("resolution")
-    resolution = resolution or native_resolution(model)
+    begun = {} if config.overwrite else stored.get("preprocessing", {})  # perhaps another model's
+    resolution = config.resolution or begun.get("resolution") or native_resolution(model)
     framing = choose_framing(config, resolution, vae_downscale(config.vae or model.source))
     filters = Filters(config.where, config.max_pwatermark)
-    return Settings(framing, keep_logvar, config.max_captions, filters, config.clip_skip)
+    keep = keep_logvar(config, stored)
+    return Settings(framing, keep, config.max_captions, filters, config.clip_skip)
+
+
+def keep_logvar(config: EncodeConfig, stored: Mapping[str, Any]) -> bool:
+    """Is the posterior's logvar stored? False where that is yet to be measured."""
+    if config.latents not in ("auto", "mean", "posterior"):
+        raise UserError(f"--latents {config.latents!r} is not one of auto, mean, posterior")
+    kind = stored.get("latents") if config.latents == "auto" else config.latents
+    return kind == "posterior"
 
 
 def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Framing:
@@ -178,7 +230,7 @@ def build_identity(
             "where": settings.filters.where,
             "max_pwatermark": settings.filters.max_pwatermark,
         },
-        "shapes": vars(shapes),
+        "shapes": shapes.to_json(),
         **({"generation": generation} if generation else {}),
     }
 
@@ -187,30 +239,6 @@ def same_encoder(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Are these the weights, tokenizers and settings that a cache records, as far as it does?"""
     names = ("fingerprint", "fingerprints", *ADDED)
     return all(recorded[name] == here[name] for name in names if name in recorded)
-
-
-def claim(
-    cache: CachePaths, model: Model, encoders: Encoders, settings: Settings, shapes: Shapes,
-    begun: bool, generation: int = 0,
-) -> None:  # fmt: skip
-    """Begin the cache, or check that it was begun with the same settings (UserError).
-
-    Of several processes that begin a cache at once the first one's calibration counts: where
-    another's gave another scale, it takes over the recorded one. `begun` says that this one found
-    a cache, and so its scale, from the first.
-    """
-    remedy = (
-        "give the same flags and model, or another --cache, or replace what is there "
-        "with --overwrite"
-    )
-    try:
-        claim_identity(cache, build_identity(model, encoders, settings, shapes, generation), remedy)
-    except OtherSettings:
-        recorded = load_json(cache.identity)["vae"]
-        if begun or recorded["dtype"] != encoders.vae.dtype:
-            raise
-        encoders.vae.rescale_by(recorded["rescale"])
-        claim_identity(cache, build_identity(model, encoders, settings, shapes, generation), remedy)
 
 
 def expected_layout(encoders: Encoders, settings: Settings) -> Layout:

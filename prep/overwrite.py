@@ -19,7 +19,8 @@ from prep.pipeline import Encoders
 from prep.vae import VaeEncoder
 from shared.cache import CachePaths
 from shared.identity import differences, generation_of
-from shared.storage import dump_json, guard, load_json, publish, sync_folder
+from shared.storage import dump_json, guard, parse_json, sync_folder
+from shared.update import update
 
 
 def calibrated_anew(encoders: Encoders, stored: Mapping[str, Any]) -> Encoders:
@@ -31,16 +32,24 @@ def calibrated_anew(encoders: Encoders, stored: Mapping[str, Any]) -> Encoders:
     return replace(encoders, vae=VaeEncoder(vae.source, vae.device, vae.batch_size, vae.dtype))
 
 
-def begin(cache: CachePaths, identity: Mapping[str, Any]) -> None:
-    """Put this identity in the place of the one that is there, unless another part was faster."""
-    stored = load_json(cache.identity)
-    if generation_of(stored) == generation_of(identity):
-        return
-    with guard(cache.root):
-        retire(cache, ())
-        cache.manifest.unlink(missing_ok=True)
-        # With the same text encoders the prompts that were added are still right.
-        if differences(stored["text"], identity["text"]):
-            cache.conditioning.unlink(missing_ok=True)
-        sync_folder(cache.root)
-    publish([dump_json(identity)], cache.identity, cache.tmp)
+def begin(cache: CachePaths, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Put `identity` in the place of `stored`; False where another part was faster."""
+    began = False
+
+    def change(content: bytes | None) -> bytes | None:
+        nonlocal began
+        there = {} if content is None else parse_json(content, cache.identity)
+        began = generation_of(there) == generation_of(stored)
+        if not began:
+            return None
+        with guard(cache.root):
+            retire(cache, ())
+            cache.manifest.unlink(missing_ok=True)
+            # With the same text encoders the prompts that were added are still right.
+            if differences(stored["text"], identity["text"]):
+                cache.conditioning.unlink(missing_ok=True)
+            sync_folder(cache.root)
+        return dump_json(identity)
+
+    update(cache.identity, change, cache.tmp)
+    return began

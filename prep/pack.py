@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import zstandard
 from prep.archive import SUFFIX, SUMS, refuse_names, refuse_strangers, write_sums
 from prep.config import PackConfig
 from prep.words import share_of
+from shared import cpus
 from shared.cache import CachePaths, Shard, open_manifest, read_units
 from shared.errors import UserError
 from shared.places import Place
@@ -54,7 +54,7 @@ def pack(config: PackConfig) -> None:
     total = sum(shard.size for shard in manifest.shards)
     if (free := shutil.disk_usage(output).free) < total:
         print(f"{size_of(free)} free for up to {size_of(total)} of shards", file=sys.stderr)
-    threads = config.threads or os.cpu_count() or 1
+    threads = config.threads or cpus.cpus()
     sums: dict[str, str] = {}
     with Progress("pack", len(manifest.shards), "shard") as progress:
         for shard in manifest.shards:

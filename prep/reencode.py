@@ -70,7 +70,7 @@ def disagreements(
 def encoders_of(config: VerifyConfig, identity: Mapping[str, object]) -> Encoders:
     """The cache's encoders, on this machine's device, with the recorded batch shapes."""
     model = resolve_model(config.model or str(identity["model"]))
-    shapes = Shapes(**identity["shapes"])  # type: ignore[arg-type]
+    shapes = Shapes.from_json(identity["shapes"])  # type: ignore[arg-type]
     made = identity["vae"]
     assert isinstance(made, Mapping)
     vae = VaeChoice(vae_source(identity, config), made["dtype"], made["rescale"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shared.cache import CachePaths, Shard
 from shared.layout import TRAILER, Layout
-from shared.storage import guard, move, stage, write_all
+from shared.storage import guard, move, staged, write_all
 from shared.sums import ChannelSums
 from shared.temporary import temporary
 
@@ -77,10 +77,9 @@ class Spool:
         self.layout = layout
         self.keys = Keys()
         self.unwritten: list[bytes] = []
-        tmp.mkdir(parents=True, exist_ok=True)
-        self.path = temporary(tmp, "-spool")
+        self.held = ExitStack()
         with guard(tmp):
-            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+            self.path = self.held.enter_context(temporary(tmp, "-spool"))
 
     def add(self, key: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         """Append one sample; `write` brings it to the disk."""
@@ -92,7 +91,8 @@ class Spool:
         """Write what was added: many at once, for each call waits for Python's lock again."""
         if not self.unwritten:
             return
-        with guard(self.path.parent), opened(self.path, os.O_WRONLY | os.O_APPEND) as fd:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with guard(self.path.parent), opened(self.path, flags) as fd:
             write_all(fd, b"".join(self.unwritten))
         self.unwritten.clear()
 
@@ -106,10 +106,10 @@ class Spool:
 
     def publish(self, cache: CachePaths, unit: str) -> Shard:
         """Write the shard under the name that its content gives it."""
-        staged, digest = stage(self.sorted_samples(), cache.tmp)
         height, width = self.layout.latent_size
-        name = f"{unit}-{height}x{width}-{digest[:12]}.tar"
-        move(staged, cache.shards / name)
+        with staged(self.sorted_samples(), cache.tmp) as (file, digest):
+            name = f"{unit}-{height}x{width}-{digest[:12]}.tar"
+            move(file, cache.shards / name)
         count = len(self.keys)
         return Shard(
             f"shards/{name}", self.layout.to_json(), count, self.layout.shard_bytes(count), digest
@@ -117,13 +117,13 @@ class Spool:
 
     def close(self) -> None:
         """Delete the spool."""
-        self.path.unlink(missing_ok=True)
+        self.held.close()
 
 
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
     """A descriptor of a file, closed in the end."""
-    fd = os.open(path, flags)
+    fd = os.open(path, flags, 0o644)
     try:
         yield fd
     finally:

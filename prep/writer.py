@@ -19,7 +19,7 @@ from prep.spool import Spool, Sums
 from shared.cache import CachePaths, UnitRecord, commit_unit
 from shared.errors import UserError
 from shared.layout import cache_layout
-from shared.storage import move, stage
+from shared.storage import move, staged
 from shared.sums import ChannelSums
 from shared.wording import counted
 
@@ -186,9 +186,9 @@ class UnitWriter:
         with pq.ParquetWriter(buffer, ACCOUNT, compression="zstd") as file:
             for start in range(0, max(1, len(order)), ROW_GROUP):
                 file.write_table(rows.take(order[start : start + ROW_GROUP]))
-        staged, digest = stage([buffer.getbuffer()], self.cache.tmp)
-        name = f"{self.unit.name}-{digest[:12]}.parquet"
-        move(staged, self.cache.samples / name)
+        with staged([buffer.getbuffer()], self.cache.tmp) as (file, digest):
+            name = f"{self.unit.name}-{digest[:12]}.parquet"
+            move(file, self.cache.samples / name)
         return f"samples/{name}", digest
 
 

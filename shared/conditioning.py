@@ -84,8 +84,8 @@ class Conditioning:
         )
 
 
-def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> None:
-    """Publish as fp16 safetensors."""
+def dump_conditioning(conditioning: Conditioning) -> bytes:
+    """The file's content: fp16 safetensors."""
     tensors = {}
     for name, embeds in (("prompts", conditioning.embeds), ("empty", conditioning.unconditional)):
         tensors[f"{name}.prompt_embeds"] = embeds.prompt_embeds
@@ -93,7 +93,12 @@ def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> Non
             tensors[f"{name}.pooled_prompt_embeds"] = embeds.pooled_prompt_embeds
     content = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
     # One metadata entry: safetensors writes several in no fixed order.
-    publish([save(content, {"prompts": json.dumps(conditioning.prompts)})], path, tmp)
+    return save(content, {"prompts": json.dumps(conditioning.prompts)})
+
+
+def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> None:
+    """Publish it."""
+    publish([dump_conditioning(conditioning)], path, tmp)
 
 
 def load_conditioning(path: Place) -> Conditioning:
@@ -102,6 +107,11 @@ def load_conditioning(path: Place) -> Conditioning:
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the same `prep encode` to its end") from None
+    return parse_conditioning(data, path)
+
+
+def parse_conditioning(data: bytes, path: Place) -> Conditioning:
+    """The same of the file's content. Raises UserError, naming it, where it is damaged."""
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

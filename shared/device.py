@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from shared import cpus
 from shared.errors import UserError
 
 
@@ -42,11 +41,10 @@ def use_device(device: torch.device) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of the networks: all cores unless told. Raises UserError below 1.
+    """CPU threads of the networks: as many as this process may use (shared.cpus) unless told.
 
-    Processes that a launcher has started on one machine divide its cores.
+    Raises UserError below 1.
     """
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads} must be at least 1")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max((os.cpu_count() or 1) // processes, 1))
+    torch.set_num_threads(threads or cpus.threads())

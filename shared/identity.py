@@ -55,13 +55,17 @@ def generation_of(identity: Mapping[str, Any]) -> int:
 
 
 def other_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What differs, or an empty string; places where the same weights lie do not count."""
-    return differences(_without_places(stored), _without_places(wanted))
+    """What differs, or an empty string; what decides no bytes does not count."""
+    return differences(_deciding(stored), _deciding(wanted))
 
 
-def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+def _deciding(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the places where the same weights lie, and without the CPU's threads on a GPU."""
     vae = {name: value for name, value in identity.get("vae", {}).items() if name != "source"}
-    return {**identity, "model": None, "vae": vae}
+    shapes = dict(identity.get("shapes", {}))
+    if shapes.get("device") != "cpu":
+        shapes.pop("threads", None)  # which older caches record all the same
+    return {**identity, "model": None, "vae": vae, "shapes": shapes}
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:

@@ -29,6 +29,7 @@ T = TypeVar("T")
 TRIES = 3  # of a call; object storage's own libraries have tried several times in each
 FIRST_WAIT = 0.5  # seconds, doubled after each failure
 BEYOND_END = 416  # the HTTP status of a range that begins where a file has ended
+CHANGED = (409, 412)  # of a conditional write that comes too late
 BLOCK_BYTES = 4 << 20  # of a file that is read from beginning to end
 
 
@@ -100,10 +101,15 @@ class RemotePlace(ProxyUPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the file."""
-        if self.exists():
+        if not self.exists():
+            if not missing_ok:
+                raise self._absent()
+            return
+        try:
             self._attempt(lambda: self.fs.rm_file(self.path))
-        elif not missing_ok:
-            raise self._absent()
+        except FileNotFoundError:  # another was faster
+            if not missing_ok:
+                raise
 
     def upload(self, file: Path) -> None:
         """Put a local file here, replacing what stood here; nobody sees a part of it."""
@@ -118,6 +124,35 @@ class RemotePlace(ProxyUPath):
             return False
         try:
             self._write(lambda: self.fs.pipe_file(self.path, content, mode="create"))
+        except FileExistsError:
+            return False
+        return True
+
+    def tag(self) -> str | None:
+        """What S3 tells one content of this file from another by; None elsewhere, or without it."""
+        try:
+            info = self._attempt(lambda: self.fs.info(self.path))
+        except FileNotFoundError:
+            return None
+        return info.get("ETag") if self.protocol in ("s3", "s3a") else None
+
+    def swap(self, content: bytes, tag: str | None) -> bool:
+        """Replace the file, unless it has another `tag` by now; False if it has.
+
+        Without a tag it is replaced whatever it is.
+        """
+        condition = {} if tag is None else {"IfMatch": tag}
+
+        def act() -> None:
+            try:
+                self.fs.pipe_file(self.path, content, **condition)
+            except Exception as error:
+                if condition and (status_of(error) in CHANGED or is_absence(error)):
+                    raise FileExistsError from error
+                raise
+
+        try:
+            self._write(act)
         except FileExistsError:
             return False
         return True

@@ -34,54 +34,42 @@ def publish(chunks: Iterable[bytes], path: Place, tmp: Path) -> str:
     Returns the content's sha256 in hex. Raises UserError when the disk is full or not writable;
     `path` is then as it was.
     """
-    staged, digest = stage(chunks, tmp)
-    move(staged, path)
+    with staged(chunks, tmp) as (file, digest):
+        move(file, path)
     return digest
 
 
-def stage(chunks: Iterable[bytes | memoryview], tmp: Path) -> tuple[Path, str]:
-    """Write `chunks` to a fresh, fsynced file in `tmp`; returns it with its sha256 in hex.
+@contextmanager
+def staged(chunks: Iterable[bytes | memoryview], tmp: Path) -> Iterator[tuple[Path, str]]:
+    """Write `chunks` to a fresh, fsynced file in `tmp`; it and its sha256 in hex.
 
-    For content-addressed files, whose name is known only after their bytes.
+    For content-addressed files, whose name is known only after their bytes. What is not moved away
+    is removed in the end.
     """
-    with guard(tmp):
-        tmp.mkdir(parents=True, exist_ok=True)
-    staged = temporary(tmp)
     digest = hashlib.sha256()
-    with guard(tmp):
-        fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    with guard(tmp), temporary(tmp) as file:
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             for chunk in chunks:
                 digest.update(chunk)
                 write_all(fd, chunk)
             os.fsync(fd)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
         finally:
             os.close(fd)
-    return staged, digest.hexdigest()
+        yield file, digest.hexdigest()
 
 
-def move(staged: Path, path: Place) -> None:
-    """Give a staged file its final name, replacing what stood there, durably."""
+def move(file: Path, path: Place) -> None:
+    """Give a staged file or folder its final name, replacing a file there, durably."""
     if not isinstance(path, Path):
-        try:
-            path.upload(staged)
-        finally:
-            staged.unlink(missing_ok=True)
+        path.upload(file)
         return
-    try:
-        with guard(path.parent):
-            if path.is_dir() and staged.is_file():
-                raise UserError(f"{path} is a folder; choose another name for the file")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staged, path)
-            sync_folder(path.parent)
-    except UserError:
-        if staged.is_file():
-            staged.unlink()
-        raise
+    with guard(path.parent):
+        if path.is_dir() and file.is_file():
+            raise UserError(f"{path} is a folder; choose another name for the file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, path)
+        sync_folder(path.parent)
 
 
 def create_exclusively(content: bytes, path: Place, tmp: Path) -> bool:
@@ -91,16 +79,13 @@ def create_exclusively(content: bytes, path: Place, tmp: Path) -> bool:
     """
     if not isinstance(path, Path):
         return path.create(content)
-    staged, _ = stage([content], tmp)
-    try:
-        with guard(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.link(staged, path)
-            sync_folder(path.parent)
-    except FileExistsError:
-        return False
-    finally:
-        staged.unlink(missing_ok=True)
+    with staged([content], tmp) as (file, _), guard(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, path)
+        except FileExistsError:
+            return False
+        sync_folder(path.parent)
     return True
 
 

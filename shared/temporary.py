@@ -1,65 +1,269 @@
-"""Temporary names that tell their owner, and the sweeping of what dead owners left."""
+"""Temporary files, held by a lock as long as their process lives, and the sweep of what is left.
+
+A process keeps what it has not yet published in a folder of its own in `tmp`, `held-REACH-RANDOM`,
+whose file `lock` it holds with flock(2). The kernel lets go of it however the process ends, so a
+lock that can be taken says that its owner is dead, whatever PID namespace or container either is
+in. That is sure where both see the file system through one mount of one kernel, which REACH names.
+Elsewhere (another host, another mount, one from before the machine was started again) a lock that
+is held still means life, but one that is free need not mean death, since some network file systems
+keep locks to themselves: what is there counts as left after a day without a change. So does what
+has no lock: on file systems without locks, and what versions before this one named after host and
+process.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-FOREIGN_SECONDS = 24 * 3600.0
+from shared.errors import UserError
+
+KEPT_SECONDS = 24 * 3600.0
+LOCK, UNLOCKED = "lock", "no-lock"  # the latter where the file system has no locks
+HELD = re.compile(r"held-([0-9a-f]{12})-[0-9a-f]{12}")
 
 
-def temporary(tmp: Path, label: str = "") -> Path:
-    """A fresh name in `tmp` that tells which process of which machine it belongs to."""
-    return tmp / f"{_host()}-{os.getpid()}-{os.urandom(6).hex()}{label}"
+@contextmanager
+def temporary(tmp: Path, label: str = "") -> Iterator[Path]:
+    """A fresh name in `tmp` for a file or folder, which no sweep touches while it is in use.
+
+    What is still there in the end, since it was not moved to its place, is removed.
+    """
+    with _desks.open(tmp) as folder:
+        path = folder / f"{os.urandom(6).hex()}{label}"
+        try:
+            yield path
+        finally:
+            _remove(path)
 
 
 def scratch(url: str) -> Path:
-    """The local folder for what is on its way to a URL, in the system's temporary folder."""
-    name = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir(), f"distillery-{os.getuid()}-{name}")
+    """The local folder for what is on its way to a URL, in the system's temporary folder.
 
-
-def strays(tmp: Path) -> Iterator[Path]:
-    """What dead processes left in `tmp`.
-
-    Of another machine's processes nothing is known (several may share a cache), so their files
-    count as left after a day without a change.
+    Others may write there, too, and its name is no secret: it is made for this user alone. Raises
+    UserError where something that is not this user's own folder has the name.
     """
-    for path in tmp.iterdir() if tmp.is_dir() else ():
-        with contextlib.suppress(FileNotFoundError):  # its owner was faster
-            if _abandoned(path):
+    name = hashlib.sha256(url.encode()).hexdigest()[:12]
+    path = Path(tempfile.gettempdir(), f"distillery-{os.geteuid()}-{name}")
+    with contextlib.suppress(OSError):  # opening it tells why
+        path.mkdir(0o700)
+    try:
+        # What opens is a folder and no link, and what is asked and changed is what was opened.
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise UserError(
+            f"{path}: not a folder that can be used for temporary files ({error.strerror}); "
+            "remove it, or set TMPDIR to a folder of your own"
+        ) from None
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise UserError(
+                f"{path} belongs to another user, who could change what is uploaded; "
+                "set TMPDIR to a folder of your own"
+            )
+        if os.fstat(fd).st_mode & 0o077:  # of a version that left that to the umask
+            os.fchmod(fd, 0o700)
+    finally:
+        os.close(fd)
+    return path
+
+
+def strays(tmp: Path, young: bool = False) -> Iterator[Path]:
+    """What dead processes left in `tmp`; with `young` also what is not known to be a living one's.
+
+    For the user who says that nothing is running: then nobody need wait for a day.
+    """
+    for path in list(tmp.iterdir()) if tmp.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError), _abandoned(path, young) as dead:
+            if dead:
                 yield path
 
 
-def sweep(tmp: Path) -> None:
-    """Remove what dead processes left in `tmp`; a living process's files stay."""
-    for stray in list(strays(tmp)):
-        shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
+def sweep(tmp: Path, young: bool = False) -> None:
+    """Remove what dead processes left in `tmp` (see `strays`); a living one's files stay."""
+    for path in list(tmp.iterdir()) if tmp.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError), _abandoned(path, young) as dead:
+            if dead and HELD.fullmatch(path.name):
+                _remove_desk(path)
+            elif dead:
+                _remove(path)
 
 
-def _abandoned(path: Path) -> bool:
-    host, pid, *_ = [*path.name.split("-"), ""]
-    if host == _host() and pid.isdigit():
-        return not _alive(int(pid))
-    return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
+@dataclass
+class _Desk:
+    """A folder that this process holds, for so many names at a time."""
+
+    name: str
+    lock: int  # a file descriptor
+    users: int = 0
 
 
-def _host() -> str:
-    return socket.gethostname().replace("-", "_")
+class _Desks:
+    """The folders that this process holds, at most one in each `tmp`."""
+
+    def __init__(self) -> None:
+        self.forget()
+        os.register_at_fork(after_in_child=self.forget_parents)
+
+    def forget(self) -> None:
+        self.held: dict[Path, _Desk] = {}
+        self.mutex = threading.Lock()
+
+    def forget_parents(self) -> None:
+        """A child has folders of its own. It must not keep its parent's alive."""
+        for desk in self.held.values():
+            os.close(desk.lock)
+        self.forget()
+
+    @contextmanager
+    def open(self, tmp: Path) -> Iterator[Path]:
+        """This process's folder in `tmp`, which is there as long as anybody uses it."""
+        key = tmp.absolute()
+        with self.mutex:
+            if key not in self.held:
+                self.held[key] = _take(tmp)
+            desk = self.held[key]
+            desk.users += 1
+        try:
+            yield tmp / desk.name
+        finally:
+            with self.mutex:
+                desk.users -= 1
+                if not desk.users and self.held.get(key) is desk:
+                    del self.held[key]
+                    with contextlib.suppress(OSError):
+                        _remove_desk(tmp / desk.name)
+                    os.close(desk.lock)
+
+    def owns(self, folder: Path) -> bool:
+        """Is it this process's? Closing its lock, opened anew, could let go of it over NFS."""
+        desk = self.held.get(folder.parent.absolute())
+        return desk is not None and desk.name == folder.name
 
 
-def _alive(pid: int) -> bool:
+_desks = _Desks()
+
+
+def _take(tmp: Path) -> _Desk:
+    """Make a folder in `tmp` and lock it; a sweep that comes in between makes it begin again."""
+    while True:
+        try:
+            tmp.mkdir(parents=True, exist_ok=True)
+            folder = tmp / f"held-{_reach(tmp)}-{os.urandom(6).hex()}"
+            folder.mkdir()
+            fd = _create(folder / LOCK)
+        except FileNotFoundError:  # swept, or another process has removed an empty `tmp`
+            continue
+        locked = _lock(fd)
+        if locked is None:
+            os.replace(folder / LOCK, folder / UNLOCKED)
+        if locked is None or (locked and _is_open_as(folder / LOCK, fd)):
+            return _Desk(folder.name, fd)
+        os.close(fd)
+
+
+def _create(path: Path) -> int:
+    """A new file, open; its folder goes again where that is refused."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+        raise
+
+
+def _lock(fd: int) -> bool | None:
+    """Take the lock if nobody has it; None where the file system cannot say."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_open_as(path: Path, fd: int) -> bool:
+    """Is the open file still the one of that name?"""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _abandoned(path: Path, young: bool) -> Iterator[bool]:
+    """Was it left by a dead process? Nobody else sweeps it meanwhile."""
+    held = HELD.fullmatch(path.name)
+    if held is None:
+        yield young or _age(path) > KEPT_SECONDS
+        return
+    try:
+        fd = None if _desks.owns(path) else os.open(path / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        # Without its lock the last that goes is the folder, and the first that comes.
+        yield not any(path.iterdir()) or young or _age(path) > KEPT_SECONDS
+        return
     except PermissionError:
-        return True
-    return pid != os.getpid()
+        fd = None
+    if fd is None:
+        yield False
+        return
+    try:
+        locked = _lock(fd)
+        sure = young or (locked and held[1] == _reach(path.parent))
+        yield locked is not False and (sure or _age(path) > KEPT_SECONDS)
+    finally:
+        os.close(fd)
+
+
+def _reach(folder: Path) -> str:
+    """Names where a lock in `folder` is seen for sure: in this kernel, through the same mount."""
+    where = f"{_kernel()} {folder.stat().st_dev}"
+    return hashlib.sha256(where.encode()).hexdigest()[:12]
+
+
+@cache
+def _kernel() -> str:
+    """What all containers of a machine have in common, from one start to the next."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _age(path: Path) -> float:
+    """Seconds since the file, or anything in the folder, was changed."""
+    inside = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
+    changed: float = max(found.lstat().st_mtime for found in (path, *inside))
+    return time.time() - changed
+
+
+def _remove_desk(folder: Path) -> None:
+    """Remove a held folder, its lock last: as long as there is anything, it can be told whose."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            _remove(path)
+    (folder / LOCK).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink(missing_ok=True)

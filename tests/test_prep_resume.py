@@ -20,11 +20,11 @@ from support_prep import (
     write_folder,
     write_tar,
 )
+from support_temporary import holding, left_by_the_dead
 
 import prep.engine
 import prep.folders
 from shared.errors import UserError
-from shared.temporary import temporary
 
 
 @pytest.fixture
@@ -237,13 +237,11 @@ def test_the_same_weights_under_another_path_go_on(tars, tmp_path):
 
 def test_what_dead_processes_left_is_swept_and_what_living_ones_write_is_not(tars, tmp_path):
     cache = encode(tars[0], tmp_path / "cache")
-    host = temporary(cache).name.split("-")[0]
-    names = (f"{host}-4194305-spool-0", f"{host}-1-abc", "stray")
-    dead, alive, odd = (cache / "tmp" / name for name in names)
-    for path in (dead, alive, odd):
-        path.write_bytes(b"x")
+    dead, odd = left_by_the_dead(cache / "tmp"), cache / "tmp" / "stray"
+    odd.write_bytes(b"x")
     os.utime(odd, (0, 0))
-    encode(tars[0], cache)
+    with holding(cache / "tmp") as alive:
+        encode(tars[0], cache)
+        assert alive.exists()
     assert not dead.exists()
     assert not odd.exists()
-    assert alive.exists()

@@ -26,10 +26,10 @@ from support_prep import (
     units,
     write_tar,
 )
+from support_temporary import holding, left_by_the_dead
 
 from prep import accounts as accounts_module
 from shared.layout import Layout
-from shared.temporary import temporary
 
 
 @pytest.fixture(scope="module")
@@ -232,19 +232,28 @@ def litter(cache, age):
 def test_gc_removes_what_no_record_names_and_says_how_much(cache):
     wanted = tree(cache)
     litter(cache, 25 * 3600)
-    (cache / "tmp").mkdir(exist_ok=True)
-    host = temporary(cache).name.split("-")[0]
-    (cache / "tmp" / f"{host}-999999999-stray").write_bytes(bytes(500))
-    (cache / "tmp" / f"{host}-{os.getppid()}-alive").write_bytes(bytes(500))
-    littered = tree(cache)
-    answer = prep("gc", "--cache", cache, "--dry-run")
-    assert "2 files and 1 stray in tmp/ would be removed, 2,500 bytes" in answer.out
-    assert "gone-8x8-0123456789ab.tar" in answer.out
-    assert tree(cache) == littered
-    assert "2,500 bytes (2.5 kB) freed" in prep("gc", "--cache", cache).out
-    (cache / "tmp" / f"{host}-{os.getppid()}-alive").unlink()
+    left_by_the_dead(cache / "tmp", size=500)
+    with holding(cache / "tmp", size=500):
+        littered = tree(cache)
+        answer = prep("gc", "--cache", cache, "--dry-run")
+        assert "2 files and 1 stray in tmp/ would be removed, 2,500 bytes" in answer.out
+        assert "gone-8x8-0123456789ab.tar" in answer.out
+        assert tree(cache) == littered
+        assert "2,500 bytes (2.5 kB) freed" in prep("gc", "--cache", cache).out
+        assert len(tree(cache).keys() - wanted.keys()) == 2  # the living one's lock and file
+    assert "0 files and 1 stray" in prep("gc", "--cache", cache).out
     assert tree(cache) == wanted
     assert "0 files and 0 strays" in prep("gc", "--cache", cache).out
+
+
+def test_gc_all_removes_what_may_be_another_hosts_unless_it_is_in_use(cache):
+    """Named as an earlier version did, it may be alive; whoever says --all knows."""
+    (cache / "tmp").mkdir(exist_ok=True)
+    (cache / "tmp" / "elsewhere-1-0123456789ab-spool").write_bytes(bytes(500))
+    with holding(cache / "tmp") as living:
+        assert "0 files and 0 strays" in prep("gc", "--cache", cache).out
+        assert "0 files and 1 stray" in prep("gc", "--cache", cache, "--all").out
+        assert living.exists()
 
 
 def test_gc_keeps_what_a_running_encode_may_be_about_to_name(cache):

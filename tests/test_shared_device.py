@@ -1,6 +1,5 @@
 """Which device a flag means, and what is refused in one line."""
 
-import json
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +15,6 @@ from prep.config import EncodeConfig
 from prep.identity import choose_device, choose_shapes
 from prep.images import Framing
 from prep.pipeline import Settings, embedded
-from shared.cache import CachePaths
 from shared.device import pick_device, use_device
 from shared.errors import UserError
 from train.ring import Ring
@@ -84,15 +82,14 @@ def test_captions_are_encoded_in_a_thread_on_their_device(two_gpus):
 
 def test_a_cache_records_the_kind_of_device_alone(two_gpus, tmp_path):
     """Which of a machine's GPUs it is must not make it another cache."""
-    cache = CachePaths(tmp_path)
     config = EncodeConfig(("some.tar",), "tiny-sd", tmp_path, device="cuda:1")
-    device = choose_device(config, cache)
+    device = choose_device(config, {})
     assert device == torch.device("cuda", 1)
-    shapes = choose_shapes(config, cache, device, 512)
+    shapes = choose_shapes(config, {}, device, 512)
     assert shapes.device == "cuda"
-    cache.identity.write_text(json.dumps({"shapes": vars(shapes)}))
-    assert choose_device(config, cache) == device
-    assert choose_device(replace(config, device="auto"), cache) == torch.device("cuda")
+    stored = {"shapes": shapes.to_json()}
+    assert choose_device(config, stored) == device
+    assert choose_device(replace(config, device="auto"), stored) == torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -102,11 +99,9 @@ def test_a_cache_records_the_kind_of_device_alone(two_gpus, tmp_path):
 )  # fmt: skip
 def test_as_many_pictures_at_once_as_a_gpu_has_room_for(tmp_path, kind, resolution, pictures):
     config = EncodeConfig(("some.tar",), "tiny-sd", tmp_path)
-    shapes = choose_shapes(config, CachePaths(tmp_path), torch.device(kind), resolution)
+    shapes = choose_shapes(config, {}, torch.device(kind), resolution)
     assert shapes.vae_batch_size == pictures
-    more = choose_shapes(
-        replace(config, vae_batch_size=9), CachePaths(tmp_path), torch.device(kind), resolution
-    )
+    more = choose_shapes(replace(config, vae_batch_size=9), {}, torch.device(kind), resolution)
     assert more.vae_batch_size == 9
 
 

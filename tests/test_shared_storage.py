@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -185,29 +184,7 @@ def test_create_exclusively_keeps_what_is_there(place):
     assert list(tmp.iterdir()) == []
 
 
-# ---- Sweeping, copying, JSON.
-
-
-def test_sweep_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path):
-    child = subprocess.Popen(["sleep", "60"])
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    here = temporary.temporary(tmp_path).name.split("-")[0]
-    try:
-        living, foreign = f"{here}-{child.pid}-a", f"elsewhere-{dead.pid}-a"
-        old = (f"elsewhere-{child.pid}-b", "what-is-this")
-        for name in (living, foreign, f"{here}-{dead.pid}-b", f"{here}-{os.getpid()}-mine", *old):
-            (tmp_path / name).write_text("")
-        for name in old:  # untouched for two days
-            os.utime(tmp_path / name, (time.time() - 2 * 86400,) * 2)
-        (tmp_path / f"{here}-{dead.pid}-folder").mkdir()
-        (tmp_path / f"{here}-{dead.pid}-folder" / "file").write_text("")
-        temporary.sweep(tmp_path)
-        assert {p.name for p in tmp_path.iterdir()} == {living, foreign}
-    finally:
-        child.kill()
-        child.wait()
-    temporary.sweep(tmp_path / "nowhere")
+# ---- Copying, JSON.
 
 
 def test_copies_are_the_same_bytes(tmp_path):

@@ -7,7 +7,6 @@ state.json, comes before the step where `latest` and the oldest are told.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,18 +54,17 @@ def save_checkpoint(
     """Write a whole checkpoint of CPU tensors, then prune the oldest beyond `total_limit`."""
     final = checkpoint_folder(run, progressed.step)
     tmp = run / "tmp"
-    building = temporary(tmp, f"-{final.name}")
-    with guard(run):
-        building.mkdir(parents=True, exist_ok=True)
-    for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):
-        content = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        publish([save(content)], building / name, tmp)
-    state = {**vars(progressed), "files": file_sizes(building)}
-    publish([dump_json(state)], building / STATE, tmp)
-    sync_folder(building)
-    if final.exists():  # of an earlier, longer run that was resumed from before it
-        remove(final, tmp)
-    move(building, final)
+    with guard(run), temporary(tmp, f"-{final.name}") as building:
+        building.mkdir()
+        for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):
+            content = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            publish([save(content)], building / name, tmp)
+        state = {**vars(progressed), "files": file_sizes(building)}
+        publish([dump_json(state)], building / STATE, tmp)
+        sync_folder(building)
+        if final.exists():  # of an earlier, longer run that was resumed from before it
+            remove(final, tmp)
+        move(building, final)
     prune(run, total_limit, final)
     return final
 
@@ -81,10 +79,9 @@ def prune(run: Path, total_limit: int | None, newest: Path) -> None:
 
 def remove(folder: Path, tmp: Path) -> None:
     """Delete a checkpoint: out of sight first, so that no part of it is ever seen or left over."""
-    gone = temporary(tmp, f"-{folder.name}")
-    os.replace(folder, gone)
-    sync_folder(folder.parent)
-    shutil.rmtree(gone)
+    with temporary(tmp, f"-{folder.name}") as gone:
+        os.replace(folder, gone)
+        sync_folder(folder.parent)
 
 
 def whole_checkpoints(run: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -51,28 +50,33 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
     """
     tmp = folder / "tmp"
     sweep(tmp)
-    building = temporary(tmp, "-export")
-    building.mkdir(parents=True)
-    if getattr(unet, "peft_config", None):
-        save_lora(unet, building)
-        try:
-            save_kohya(unet, building / KOHYA_FILE)
-        except UserError as error:
-            print(f"note: {KOHYA_FILE} is left out: {error}", file=sys.stderr)
-            (folder / KOHYA_FILE).unlink(missing_ok=True)  # of a former export
-        else:
-            copy_durably(building / KOHYA_FILE, folder / KOHYA_FILE, tmp)
-        copy_durably(building / LORA_FILE, folder / LORA_FILE, tmp)
-        shutil.rmtree(building)
-        return folder / LORA_FILE
-    unet.save_pretrained(building)
-    sync_tree(building)
-    final, old = folder / UNET_FOLDER, temporary(tmp, "-old")
-    if final.exists():
-        os.replace(final, old)
-    move(building, final)
-    shutil.rmtree(old, ignore_errors=True)
-    return final
+    with temporary(tmp, "-export") as building:
+        building.mkdir()
+        if getattr(unet, "peft_config", None):
+            return export_lora(unet, building, folder)
+        unet.save_pretrained(building)
+        sync_tree(building)
+        final = folder / UNET_FOLDER
+        with temporary(tmp, "-old") as old:
+            if final.exists():
+                os.replace(final, old)
+            move(building, final)
+        return final
+
+
+def export_lora(unet: UNet2DConditionModel, building: Path, folder: Path) -> Path:
+    """The LoRA files by way of `building`; returns the one for diffusers."""
+    tmp = folder / "tmp"
+    save_lora(unet, building)
+    try:
+        save_kohya(unet, building / KOHYA_FILE)
+    except UserError as error:
+        print(f"note: {KOHYA_FILE} is left out: {error}", file=sys.stderr)
+        (folder / KOHYA_FILE).unlink(missing_ok=True)  # of a former export
+    else:
+        copy_durably(building / KOHYA_FILE, folder / KOHYA_FILE, tmp)
+    copy_durably(building / LORA_FILE, folder / LORA_FILE, tmp)
+    return folder / LORA_FILE
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
