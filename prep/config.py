@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from prep.rows import MAX_IMAGE_BYTES
-from shared.config import PlaceFlag
 from shared.numbers import Count, Natural, Numbers, Share
+from shared.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
     """Encode images and captions into a cache; run it again and it goes on where it stopped."""
 
-    shards: tuple[str, ...]
+    shards: tuple[SourceFlag, ...]
     """Tars, Parquet files, folders, datasets: paths and URLs (braces and globs, quoted)."""
-    model: str
+    model: NameOrPath
     """sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or one .safetensors file."""
     cache: PlaceFlag
     """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist."""
@@ -25,7 +25,7 @@ class EncodeConfig:
     """Pixels of a side; as the cache was begun, or the model's own, unless given."""
     center_crop: bool = True
     """Crop the centre of a picture; otherwise its top left corner."""
-    vae: str | None = None
+    vae: NameOrPath | None = None
     """Another VAE than the model's own: a VAE's or a model's folder, or a hub id."""
     vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """What the VAE computes in; a property of the cache once it is begun. auto: float16 on a GPU
@@ -117,9 +117,9 @@ class FinishConfig:
     cache: PlaceFlag
     report: bool = True
     """Write report.html, too."""
-    model: str | None = None
+    model: NameOrPath | None = None
     """Where the report's VAE is; the cache's own model unless given."""
-    vae: str | None = None
+    vae: NameOrPath | None = None
     """Where it is if the cache was made with another VAE than the model's."""
     device: str = "auto"
 
@@ -130,7 +130,7 @@ class EmbedConfig:
 
     cache: PlaceFlag
     prompts: tuple[str, ...]
-    model: str | None = None
+    model: NameOrPath | None = None
     """Where the text encoders are; the cache's own model unless given."""
     device: str = "auto"
 
@@ -146,9 +146,9 @@ class VerifyConfig:
     """Remove the records of damaged units, so that `prep encode` makes these units again."""
     seed: Natural = 0
     """Draws the samples of --reencode."""
-    model: str | None = None
+    model: NameOrPath | None = None
     """Where the encoders of --reencode are; the cache's own model unless given."""
-    vae: str | None = None
+    vae: NameOrPath | None = None
     """Where it is if the cache was made with another VAE than the model's."""
     device: str = "auto"
 
@@ -158,13 +158,13 @@ class DecodeConfig:
     """Draw a contact sheet: originals beside their decoded latents."""
 
     cache: PlaceFlag
-    output: Path = Path("contact-sheet.png")
+    output: LocalPath = Path("contact-sheet.png")
     count: Count = 12
     """Pictures, drawn at random."""
     seed: Natural = 0
-    model: str | None = None
+    model: NameOrPath | None = None
     """Where the VAE is; the cache's own model unless given."""
-    vae: str | None = None
+    vae: NameOrPath | None = None
     """Where it is if the cache was made with another VAE than the model's."""
     device: str = "auto"
 
@@ -183,9 +183,9 @@ class ReportConfig:
     """Write CACHE/report.html: pictures, charts and what was rejected, on one page."""
 
     cache: PlaceFlag
-    model: str | None = None
+    model: NameOrPath | None = None
     """Where the VAE is; the cache's own model unless given."""
-    vae: str | None = None
+    vae: NameOrPath | None = None
     """Where it is if the cache was made with another VAE than the model's."""
     device: str = "auto"
 
@@ -206,7 +206,7 @@ class PackConfig:
     """Make an archive of a cache, compressed with zstd, for shipping."""
 
     cache: PlaceFlag
-    output: Path
+    output: LocalPath
     """Folder of the archive; what is already there and right is kept."""
     level: Annotated[int, Numbers(int, 1, 19)] = 3
     """zstd's level, 1 to 19: fp16 tensors hardly get smaller above 3."""
@@ -218,7 +218,7 @@ class PackConfig:
 class UnpackConfig:
     """Restore a cache from an archive, bit for bit."""
 
-    input: Path
+    input: LocalPath
     """Folder that `prep pack` wrote."""
     cache: PlaceFlag
     """Folder or URL of the cache; what is already there and right is kept."""

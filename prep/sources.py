@@ -25,6 +25,7 @@ from prep.tables import ParquetReader
 from prep.tars import TarReader
 from prep.units import UNIT_ROWS, Reader, SourceOptions, Unit, printable, stem, unit_name
 from shared.errors import UserError
+from shared.paths import local_text
 
 PIPE = "pipe:"
 COUNTED = 16  # units whose rows are counted; the others' are estimated by size
@@ -114,7 +115,7 @@ def _find(name: str, options: SourceOptions) -> list[Unit]:
     """Units of a hub dataset, a path or a glob of paths."""
     if HUB.fullmatch(name):
         return dataset_units(name, options)
-    name = name.removeprefix("file://")
+    name = local_text(name)
     found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
     if not found or not os.path.exists(found[0]):
         parent = Path(name).parent

@@ -1,61 +1,54 @@
-"""A frozen dataclass becomes a command line and a TOML file.
+"""A frozen dataclass becomes a command line and a file of settings.
 
-Order of precedence: the command line, then `--config FILE.toml`, then the dataclass's defaults.
-Flags take dashes or underscores. Enumerations, ranges of numbers (shared/numbers.py) and help texts
-come from the dataclass itself. One that has a field `typed` is told there which flags were given.
+Order of precedence: the command line, then `--config FILE`, then the dataclass's defaults. Flags
+take dashes or underscores. Enumerations, ranges of numbers (shared/numbers.py), paths
+(shared/paths.py) and help texts come from the dataclass itself. One that has a field `typed` is
+told there which flags were given.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-from shared.errors import UserError
-from shared.flags import translate, translate_arguments
+from shared.errors import UsageError
+from shared.flags import Translation, closest
 from shared.numbers import check_numbers
+from shared.paths import path_kind, read_paths
 from shared.places import Place, RemotePlace, place
+from shared.settings_file import read_settings, split_config
 
 T = TypeVar("T")
 
 TYPED = "typed"  # a field that is no flag: the names of those that were given, whatever their value
 
-# The type of a flag that takes a folder's path or a URL.
-PlaceFlag = typing.Annotated[
-    Place,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH|URL",
-        instance_from_str=lambda words: place(words[0]),
-        is_instance=lambda value: isinstance(value, Place),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
-
 
 def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
-    """Fill the dataclass `kind` from `argv` and the TOML file it may name.
+    """Fill the dataclass `kind` from `argv` and the file that its `--config` may name.
 
-    Raises UserError for a TOML file that is missing, malformed or has unknown names, and for a
-    number out of its range; a wrong flag ends the program with tyro's message and status 2.
+    Raises UsageError for a flag that nobody knows or that is refused (shared/flags.py), for a file
+    that is missing, malformed or has unknown names, for a number out of its range and for a path
+    that cannot be one. Another wrong flag ends the program with tyro's message and status 2.
     """
-    toml, rest = _split_config(list(argv))
+    file, rest = split_config(list(argv))
     known = flags_of(kind)
-    rest = translate_arguments(rest, known)
-    values = _read_toml(kind, toml) if toml else {}
+    rest = Translation(known).words(rest)
+    values = _read_file(kind, file) if file else {}
     given = set(values) | {name for word in rest for name in named(word) if name in known}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.default is field.default_factory is dataclasses.MISSING:
             values.setdefault(field.name, tyro.MISSING)
     config = tyro.cli(kind, args=rest, prog=prog, description=kind.__doc__, default=kind(**values))
     check_numbers(config)
+    config = read_paths(config)
     if hasattr(config, TYPED):
         return dataclasses.replace(config, **{TYPED: frozenset(given)})  # type: ignore[type-var]
     return config
@@ -74,44 +67,33 @@ def named(word: str) -> list[str]:
     return [name, name.removeprefix("no_")]
 
 
-def _split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """Take `--config FILE` (or `--config=FILE`) out of the arguments."""
-    for i, argument in enumerate(argv):
-        flag, equals, value = argument.partition("=")
-        if flag == "--config":
-            if not equals and i + 1 == len(argv):
-                raise UserError("--config wants the path of a TOML file")
-            end = i + 1 if equals else i + 2
-            return Path(value if equals else argv[i + 1]), argv[:i] + argv[end:]
-    return None, argv
-
-
-def _read_toml(kind: type[Any], path: Path) -> dict[str, Any]:
-    try:
-        stored = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or 'cannot be read'}") from None
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise UserError(f"--config {path}: {error}") from None
-    known = flags_of(kind)
-    values = {}
+def _read_file(kind: type[Any], path: Path) -> dict[str, Any]:
+    """A file's settings in our names, each of its field's type; paths are as they are written."""
+    stored, translation = read_settings(path), Translation(flags_of(kind))
+    if unknown := sorted(name for name in stored if translation.is_unknown(name)):
+        near = translation.closest(unknown[0]) if len(unknown) == 1 else ""
+        hint = f"; did you mean {near}?" if near else ""
+        raise UsageError(f"--config {path}: no such setting: {', '.join(unknown)}{hint}")
+    values: dict[str, Any] = {}
     for name, value in stored.items():
-        ours, *implied = translate(name, known)
-        values[ours] = implied[0] if implied and value is True else value
-    if unknown := sorted(set(values) - known):
-        raise UserError(f"--config {path}: no such setting: {', '.join(unknown)}")
+        values.update(translation.settings(name, value))
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text.startswith("pipe:"):
-                raise UserError(
+                raise UsageError(
                     f"--config {path}: {name} = {text!r} would run a shell; type it on the "
                     "command line"
                 )
         if not _fits(value, hints[name]):
             wanted = str(getattr(hints[name], "__name__", hints[name])).replace("typing.", "")
-            raise UserError(f"--config {path}: {name} = {value!r} is not of type {wanted}")
-    return coerce(kind, values)
+            raise UsageError(f"--config {path}: {name} = {value!r} is not of type {wanted}")
+    paths = {name for name, hint in _full_hints(kind).items() if path_kind(hint)}
+    return coerce(kind, values, paths)
+
+
+def _full_hints(kind: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -130,9 +112,14 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
-def coerce(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values from TOML or JSON with the paths and tuples that the dataclass `kind` wants."""
-    hints = typing.get_type_hints(kind)
+def coerce(
+    kind: type[Any], values: Mapping[str, Any], as_written: Collection[str] = ()
+) -> dict[str, Any]:
+    """Values from TOML or JSON with the paths and tuples that the dataclass `kind` wants.
+
+    The paths named in `as_written` stay text, for `read_paths`.
+    """
+    hints = {**typing.get_type_hints(kind), **dict.fromkeys(as_written, str)}
     return {name: _coerce(value, hints[name]) for name, value in values.items()}
 
 
@@ -166,7 +153,20 @@ def dispatch(
         for name, (kind, _) in commands.items():
             print(f"  {name:<10} {(kind.__doc__ or '').strip().splitlines()[0]}")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"latent-distillery {_version()}")
+        return 0
     if argv[0] not in commands:
-        raise UserError(f"{argv[0]!r} is not a command of {prog}; choose {', '.join(commands)}")
+        near = closest(argv[0], commands)
+        hint = f"did you mean {near}? There are" if near else "choose"
+        raise UsageError(f"{argv[0]!r} is not a command of {prog}; {hint} {', '.join(commands)}")
     kind, run = commands[argv[0]]
     return run(parse(kind, argv[1:], f"{prog} {argv[0]}")) or 0
+
+
+def _version() -> str:
+    """That of the installed package; a checkout that is not installed has none."""
+    try:
+        return version("latent-distillery")
+    except PackageNotFoundError:
+        return "(not installed)"

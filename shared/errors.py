@@ -13,12 +13,20 @@ from contextlib import contextmanager
 class UserError(Exception):
     """A mistake or bad data that the user can mend: one line with cause and remedy."""
 
+    status = 1
+
+
+class UsageError(UserError):
+    """A command line, or a file of settings, that cannot be understood."""
+
+    status = 2
+
 
 def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
     """Run a command's `main`; a UserError, Ctrl-C or SIGTERM ends it in one line.
 
     So does a GPU whose memory is full: `less_memory` says which flags need less of it. Exits 0 on
-    success, 1 on an error, 130 on Ctrl-C, 143 on SIGTERM.
+    success, 1 on an error, 2 on a wrong command line, 130 on Ctrl-C, 143 on SIGTERM.
     """
     terminated: list[bool] = []
     try:
@@ -26,7 +34,7 @@ def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
             sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {on_one_line(str(error))}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.status)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

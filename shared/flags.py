@@ -1,109 +1,160 @@
-"""Flags known from diffusers' and kohya's scripts: taken as ours, or refused with a hint.
+"""Flags known from other tools: taken as ours, or refused with a hint; none is ignored.
 
-docs/flags.md lists them all; nothing is accepted and ignored.
+One module per tool has its two tables: what is TAKEN, as which of ours (shared/flags_values.py),
+and what is REFUSED, with what to use instead. docs/flags.md lists them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-from shared.errors import UserError
+from shared import flags_article, flags_diffusers, flags_kohya
+from shared.errors import UsageError
+from shared.flags_values import Reader, Switch, Taken
 
-# Their name -> ours. A value stands for a switch that turned into a choice.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "pretrained_teacher_model": ("model",),
-    "pretrained_model_name_or_path": ("model",),
-    "pretrained_vae_model_name_or_path": ("vae",),
-    "output_dir": ("run",),
-    "enable_xformers_memory_efficient_attention": ("attention", "xformers"),
-    "caption_dropout_rate": ("proportion_empty_prompts",),
-    "min_snr_gamma": ("snr_gamma",),
-    "train_shards_path_or_url": ("shards",),
-    "train_data_dir": ("shards",),
-    "vae_encode_batch_size": ("vae_batch_size",),
-    "no_half_vae": ("vae_dtype", "float32"),
-    "enable_bucket": ("buckets",),
-    "flip_aug": ("random_flip",),
-}
+TOOLS = (flags_diffusers, flags_kohya, flags_article)
+TAKEN: dict[str, Taken] = {name: ours for tool in TOOLS for name, ours in tool.TAKEN.items()}
+REFUSED: dict[str, str] = {name: why for tool in TOOLS for name, why in tool.REFUSED.items()}
 
-_REVISION = (
-    "download that revision (`hf download OWNER/NAME --revision REVISION --local-dir FOLDER`) "
-    "and pass --model FOLDER"
-)
-_SHARDS = "`python -m prep encode --shards ...` reads pictures; `train` reads the cache it makes"
-
-REFUSED: dict[str, str] = {
-    "teacher_revision": _REVISION,
-    "revision": _REVISION,
-    "cache_dir": "set HF_HUB_CACHE, or pass --model the folder of a downloaded model",
-    "local_rank": "`accelerate launch` and torchrun tell every process its rank; leave it out",
-    "interpolation_type": "`prep encode` always resizes with antialiased Lanczos; leave it out",
-    "cast_teacher_unet": "frozen weights always follow --mixed-precision; leave it out",
-    "use_fix_crop_and_size": "time ids are those of the crop that `prep encode` made; leave it out",
-    "encode_batch_size": "`prep encode` has --vae-batch-size and --text-batch-size",
-    "dataset_name": "`python -m prep encode --shards hf://OWNER/NAME` reads a dataset of the hub",
-    "cache_latents": "`python -m prep encode` caches latents once and for all; leave it out",
-    "cache_text_encoder_outputs": "`python -m prep encode` caches them too; leave it out",
-    "caption_extension": "captions beside pictures are NAME.txt; rename them, or list them in a "
-    "metadata.jsonl",
-    "output_dir": "the cache's folder is --cache",
-    "train_shards_path_or_url": _SHARDS,
-    "train_data_dir": _SHARDS,
-    "vae_encode_batch_size": "`prep encode` encodes; pass it --vae-batch-size",
-    "no_half_vae": "`prep encode` encodes; pass it --vae-dtype float32",
-    "enable_bucket": "`prep encode` sorts into buckets; pass it --buckets",
-    "flip_aug": "`prep encode` mirrors pictures; pass it --random-flip",
-    "enable_xformers_memory_efficient_attention": "`train distill` has --attention xformers",
-    "caption_dropout_rate": "`train distill` drops captions: --proportion-empty-prompts",
-    "min_snr_gamma": "belongs to the ordinary diffusion loss: `train distill --objective denoise`",
-    "noise_offset": "belongs to the ordinary diffusion loss: `train distill --objective denoise`",
-}
-
-STAGE_ONE = (
-    "resolution", "center_crop", "random_flip", "image_column", "caption_column", "vae_batch_size",
-    "dataset_config_name",
-    "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale", "clip_skip",
-)  # fmt: skip
-STAGE_TWO = (
-    "logging_dir", "report_to", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "dataloader_num_workers", "train_batch_size", "num_train_epochs",
-    "max_train_steps", "max_train_samples", "learning_rate", "scale_lr", "lr_scheduler",
-    "lr_warmup_steps", "gradient_accumulation_steps", "use_8bit_adam", "adam_beta1", "adam_beta2",
+# Our own flags, for a command that lacks them.
+ENCODE = frozenset({
+    "shards", "resolution", "center_crop", "vae_dtype", "random_crop", "random_flip", "views",
+    "buckets", "bucket_reso_steps", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale",
+    "min_size", "latents", "max_captions", "shuffle_caption", "keep_tokens", "caption_separator",
+    "clip_skip", "preview_prompts", "vae_batch_size", "text_batch_size", "decode_workers",
+    "folder_units", "image_column", "caption_column", "key_column", "dataset_config_name",
+    "streaming", "max_image_bytes", "where", "max_pwatermark", "max_reject_fraction", "engine",
+    "ray_address", "cpus_per_worker", "part", "prune", "overwrite",
+})  # fmt: skip
+DISTILL = frozenset({
+    "student", "objective", "train_batch_size", "gradient_accumulation_steps", "global_batch_size",
+    "max_train_steps", "num_train_epochs", "learning_rate", "scale_lr", "lr_scheduler",
+    "lr_warmup_steps", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "w_min", "w_max", "num_ddim_timesteps",
-    "loss_type", "huber_c", "timestep_scaling_factor", "mixed_precision", "allow_tf32",
-    "gradient_checkpointing", "validation_steps", "push_to_hub", "hub_token", "hub_model_id",
-    "tracker_project_name", "proportion_empty_prompts", "unet_time_cond_proj_dim", "ema_decay",
-    "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules",
-)  # fmt: skip
-REFUSED |= {name: "a flag of stage one: `python -m prep encode`" for name in STAGE_ONE}
-REFUSED |= {name: "a flag of stage two: `python -m train distill`" for name in STAGE_TWO}
+    "loss_type", "huber_c", "timestep_scaling_factor", "ema_decay", "offload_ema", "guidance_init",
+    "unet_time_cond_proj_dim", "noise_offset", "snr_gamma", "lora_rank", "lora_alpha",
+    "lora_dropout", "lora_target_modules", "proportion_empty_prompts", "gradient_checkpointing",
+    "attention", "compile", "allow_tf32", "mixed_precision", "checkpointing_steps",
+    "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "validation_prompts",
+    "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
+    "max_train_samples", "local_cache", "push_to_hub", "hub_model_id", "hub_token",
+})  # fmt: skip
+
+STAGES = (("one", "prep encode", ENCODE), ("two", "train distill", DISTILL))
 
 
-def translate(name: str, known: Collection[str]) -> tuple[str, ...]:
-    """Our name, and the value if the name implies one, for a flag or a setting as it was typed.
+class Translation:
+    """What was typed becomes settings of a command whose names are `known`, one after the other.
 
-    `known` are the command's own names; one that is neither there nor here comes back as it is.
-    Raises UserError, with what to use, for one that is refused.
+    Raises UsageError, with what to use, for what is refused, for what nobody knows, and where two
+    names of one setting are given.
     """
-    name = name.replace("-", "_")
-    if name in known:
-        return (name,)
-    if name in ALIASES and ALIASES[name][0] in known:
-        return ALIASES[name]
-    if name in REFUSED:
-        raise UserError(f"--{name.replace('_', '-')}: {REFUSED[name]}")
-    return (name,)
+
+    def __init__(self, known: Collection[str]) -> None:
+        self.known = frozenset(known)
+        self.typed: dict[str, str] = {}  # our name -> the one that was typed
+
+    def settings(self, name: str, value: Any) -> Mapping[str, Any]:
+        """Our settings for one that a file has. A switch that is off sets nothing."""
+        name = name.replace("-", "_")
+        rule = self._rule(name)
+        if isinstance(rule, Reader):
+            return self._read(rule, name, value)
+        if isinstance(rule, Switch):
+            if not isinstance(value, bool):
+                raise UsageError(f"{name} is a switch, true or false, not {value!r}")
+            return {rule.ours: rule.value} if value else {}
+        return {rule: value}
+
+    def words(self, argv: Sequence[str]) -> list[str]:
+        """A command line in our names."""
+        words, rest = list[str](), list(argv)
+        while rest:
+            word = rest.pop(0)
+            if not word.startswith("--") or word in ("--", "--help"):
+                words.append(word)
+                continue
+            typed, equals, value = word.partition("=")
+            name, no = self._switched(typed[2:].replace("-", "_"))
+            rule = self._rule(name)
+            if isinstance(rule, Reader):
+                if not equals and not (rest and not rest[0].startswith("--")):
+                    raise UsageError(f"{typed} wants a value")
+                words += as_words(self._read(rule, name, value if equals else rest.pop(0)))
+            elif isinstance(rule, Switch):
+                if equals:
+                    raise UsageError(f"{typed} is a switch and takes no value")
+                words += as_words({rule.ours: rule.value})
+            else:
+                words.append(f"{dashed(no + rule)}{equals}{value}")
+        return words
+
+    def is_unknown(self, name: str) -> bool:
+        """Is it neither one of ours nor of a tool that is known?"""
+        name = name.replace("-", "_")
+        return name not in self.known | TAKEN.keys() | REFUSED.keys() | ENCODE | DISTILL
+
+    def closest(self, name: str) -> str:
+        """The name that was probably meant, or an empty string."""
+        there = {name for name, rule in TAKEN.items() if _ours(rule) in self.known}
+        return closest(name.replace("-", "_"), {*self.known, *there, *REFUSED, "config", "help"})
+
+    def _switched(self, name: str) -> tuple[str, str]:
+        """A name, and `no_` if that was in front of it."""
+        positive = name.removeprefix("no_")
+        off = positive != name and name not in self.known | TAKEN.keys() and positive in self.known
+        return (positive, "no_") if off else (name, "")
+
+    def _rule(self, name: str) -> Taken:
+        """What becomes of a name, which must not stand for a setting that has another already."""
+        rule = TAKEN.get(name, name)
+        ours = _ours(rule)
+        if ours not in self.known:
+            raise UsageError(self._refusal(name, ours))
+        before = self.typed.setdefault(ours, name)
+        if before != name:
+            raise UsageError(f"{dashed(before)} and {dashed(name)} are one setting here; give one")
+        return rule
+
+    def _refusal(self, name: str, ours: str) -> str:
+        if name in REFUSED:
+            return f"{dashed(name)}: {REFUSED[name]}"
+        for stage, command, flags in STAGES:
+            if ours in flags:
+                as_ours = f" {dashed(ours)}" if ours != name else ""
+                return f"{dashed(name)}: a flag of stage {stage}: `python -m {command}{as_ours}`"
+        near = self.closest(name)
+        return f"{dashed(name)} is unknown{near and f'; did you mean {dashed(near)}?'}"
+
+    def _read(self, rule: Reader, name: str, value: Any) -> Mapping[str, Any]:
+        try:
+            return rule.read(value)
+        except UsageError as error:
+            raise UsageError(f"{dashed(name)} {error}") from None
 
 
-def translate_arguments(argv: Sequence[str], known: Collection[str]) -> list[str]:
-    """A command line with all flags translated."""
+def _ours(rule: Taken) -> str:
+    return rule if isinstance(rule, str) else rule.ours
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as they are typed."""
     words = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        ours = translate(flag[2:], known) if flag.startswith("--") else ()
-        if not ours or ours[0] not in known:
-            words.append(word)
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(dashed(name if value else f"no_{name}"))
         else:
-            words.append(f"--{ours[0].replace('_', '-')}{equals}{value}")
-            words.extend(ours[1:])
+            words += [dashed(name), *map(str, value if isinstance(value, list) else [value])]
     return words
+
+
+def dashed(name: str) -> str:
+    """A flag as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def closest(name: str, known: Collection[str]) -> str:
+    """The one of `known` that was probably meant, or an empty string."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), 1)), "")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from shared.errors import UserError
+from shared.errors import UsageError
 
 
 class Numbers(tyro.constructors.PrimitiveConstructorSpec[Any]):
@@ -73,12 +73,12 @@ BelowOne = Annotated[float, Numbers(float, 0, 1, below=True)]
 
 
 def check_numbers(config: Any) -> None:
-    """Raise UserError for the first number of a dataclass of flags that is out of its range."""
+    """Raise UsageError for the first number of a dataclass of flags that is out of its range."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value, numbers = getattr(config, name), numbers_of(hint)
         if numbers is not None and value is not None and value not in numbers:
             flag, shown = name.replace("_", "-"), value if isinstance(value, int) else f"{value:g}"
-            raise UserError(f"--{flag} {shown} must be {numbers.words()}")
+            raise UsageError(f"--{flag} {shown} must be {numbers.words()}")
 
 
 def numbers_of(hint: Any) -> Numbers | None:

@@ -224,7 +224,10 @@ def is_url(text: str) -> bool:
 
 
 def place(text: str) -> Place:
-    """The place that a user means. Raises UserError for a URL that cannot be used."""
+    """The place that a text stands for. Raises UserError for a URL that cannot be used.
+
+    What people type is read by `shared.paths.any_place`.
+    """
     if not is_url(text):
         return Path(text.removeprefix("file://"))
     protocol, _, rest = text.partition("://")

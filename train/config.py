@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from shared.config import PlaceFlag
 from shared.numbers import (
     BelowOne,
     Count,
@@ -19,6 +18,7 @@ from shared.numbers import (
     Seed,
     Share,
 )
+from shared.paths import LocalPath, NameOrPath, PlaceFlag
 
 Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1
 
@@ -27,13 +27,13 @@ Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale
 class DistillConfig:
     """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 
-    model: str
+    model: NameOrPath
     """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file."""
     cache: PlaceFlag
     """A cache made by `python -m prep encode` for this model: a folder or a URL."""
-    run: Path
+    run: LocalPath
     """Folder for checkpoints, metrics, previews and the exported student."""
-    vae: str | None = None
+    vae: NameOrPath | None = None
     """The VAE that decodes pictures, where the cache was made with another than the model's."""
     student: Literal["lora", "full"] = "lora"
     """lora: adapters on the teacher. full: a UNet of its own, for lcd with guidance and EMA."""
@@ -115,7 +115,7 @@ class DistillConfig:
     """Steps between checkpoints; 0 for the last one alone."""
     checkpoints_total_limit: Count | None = None
     """Older checkpoints beyond this many are removed."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: NameOrPath | None = None
     """latest, or the folder of a checkpoint."""
     validation_steps: Natural = 250
     """Steps between preview pictures; 0 for none."""
@@ -124,14 +124,14 @@ class DistillConfig:
     logging_steps: Count = 10
     report_to: tuple[str, ...] = ("tensorboard",)
     """tensorboard, wandb and the other trackers that accelerate knows; none for no tracker."""
-    logging_dir: Path | None = None
+    logging_dir: LocalPath | None = None
     """Of the trackers; RUN/logs unless given."""
     tracker_project_name: str = "latent-distillery"
     dataloader_num_workers: Count = 4
     """Reader threads. A remote cache has one for each batch that it reads ahead."""
     max_train_samples: Count | None = None
     """Train on the cache's first so many samples, in the order of its manifest."""
-    local_cache: Path | None = None
+    local_cache: LocalPath | None = None
     """Folder that keeps the samples read from a remote cache."""
     threads: Count | None = None
     """CPU threads of the networks; all cores unless given."""
@@ -153,12 +153,12 @@ class DistillConfig:
 class EvaluateConfig:
     """Compare student and teacher: one table and one picture."""
 
-    run: Path
+    run: LocalPath
     eval_cache: PlaceFlag
     """Cache of held-out pictures: their captions are the prompts, their latents the real ones."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
-    vae: str | None = None
+    vae: NameOrPath | None = None
     """The VAE that decodes; the run's unless given."""
     num_samples: Annotated[int, Numbers(int, 65)] = 1000
     guidance_scale: NotNegative | None = None
@@ -166,7 +166,7 @@ class EvaluateConfig:
     batch_size: Count | None = None
     """Pictures drawn at once; unless given 16 of 512 px, 4 of 1024, up to 100 small ones."""
     seed: Seed = 0
-    output: Path | None = None
+    output: LocalPath | None = None
     """Folder for evaluation.json, evaluation.md and evaluation.png; the run's own unless given."""
     threads: Count | None = None
     device: str = "auto"
@@ -176,11 +176,11 @@ class EvaluateConfig:
 class SampleConfig:
     """Draw pictures with a student, for prompts whose embeddings are in its cache."""
 
-    run: Path
+    run: LocalPath
     prompt: tuple[str, ...]
     cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
-    vae: str | None = None
+    vae: NameOrPath | None = None
     """The VAE that decodes; the run's unless given."""
     steps: Count | None = None
     """4 for a distilled student, 50 for a fine-tuned one (--objective denoise) unless given."""
@@ -189,7 +189,7 @@ class SampleConfig:
     seed: Seed = 0
     num_images: Count = 1
     """Pictures per prompt."""
-    output: Path = Path("sample.png")
+    output: LocalPath = Path("sample.png")
     threads: Count | None = None
     device: str = "auto"
 
@@ -198,10 +198,10 @@ class SampleConfig:
 class ExportConfig:
     """Write a checkpoint's student in diffusers format (`distill` does it at its end)."""
 
-    run: Path
-    checkpoint: str = "latest"
+    run: LocalPath
+    checkpoint: NameOrPath = "latest"
     """latest, or the folder of a checkpoint."""
-    output: Path | None = None
+    output: LocalPath | None = None
     """The run's folder unless given."""
     push_to_hub: bool = False
     """Publish the student on the Hugging Face hub, with a model card."""

@@ -1,0 +1,101 @@
+"""How a value of another tool's flag becomes values of ours.
+
+A function here takes the value as it was typed, or as a file of settings has it, and returns our
+settings. It raises UsageError, which goes on behind the flag's name, for one that means nothing
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shared.errors import UsageError
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A flag without a value that is a choice of ours."""
+
+    ours: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A flag whose values are written otherwise here; `ours` is what a command must have."""
+
+    ours: str
+    read: Callable[[Any], Settings]
+
+
+# Our name, which takes the same values, or one of the above.
+Taken = str | Switch | Reader
+
+
+def _optimizer(value: Any) -> Settings:
+    kinds = {"adamw": False, "adamw8bit": True}
+    if str(value).lower() not in kinds:
+        raise UsageError(f"{value!r} is not offered; AdamW and AdamW8bit are (--use-8bit-adam)")
+    return {"use_8bit_adam": kinds[str(value).lower()]}
+
+
+def _square(value: Any) -> Settings:
+    """`512,512` and `[512, 512]` are 512."""
+    sides = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
+    if len(sides) == 1:
+        return {"resolution": value}
+    try:
+        numbers = [int(side) for side in sides]
+    except ValueError:
+        raise UsageError(f"{value!r} is not a number of pixels") from None
+    if len(set(numbers)) > 1:
+        side = round((numbers[0] * numbers[-1]) ** 0.5 / 64) * 64
+        raise UsageError(
+            f"{value!r} is not square; for pictures of all shapes take --buckets and "
+            f"--resolution {side}, a square of about as many pixels"
+        )
+    return {"resolution": numbers[0]}
+
+
+def _warmup(value: Any) -> Settings:
+    """A whole number of steps; kohya's share of them is refused."""
+    try:
+        share = "." in str(value) and 0 < float(value) < 1
+    except ValueError:
+        share = False
+    if share:
+        raise UsageError(f"{value} is a share of the steps; give their number")
+    return {"lr_warmup_steps": value}
+
+
+def _network(value: Any) -> Settings:
+    if value != "networks.lora":
+        raise UsageError(f"{value!r} is not offered; networks.lora is, as --student lora")
+    return {"student": "lora"}
+
+
+def _prompts(value: Any) -> Settings:
+    return {"validation_prompts": [value] if isinstance(value, str) else value}
+
+
+def _trackers(value: Any) -> Settings:
+    both = ["tensorboard", "wandb"]  # which kohya calls all
+    names = [value] if isinstance(value, str) else value
+    return {"report_to": both if value == "all" else names}
+
+
+def _repository(value: Any) -> Settings:
+    return {"push_to_hub": True, "hub_model_id": value}
+
+
+optimizer = Reader("use_8bit_adam", _optimizer)
+square = Reader("resolution", _square)
+warmup = Reader("lr_warmup_steps", _warmup)
+network = Reader("student", _network)
+prompts = Reader("validation_prompts", _prompts)
+trackers = Reader("report_to", _trackers)
+repository = Reader("hub_model_id", _repository)
