@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from prep.rows import MAX_IMAGE_BYTES
+from shared.defaults import MODEL
 from shared.numbers import Count, Natural, Numbers, Share
 from shared.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag
 
@@ -17,10 +18,11 @@ class EncodeConfig:
 
     shards: tuple[SourceFlag, ...]
     """Tars, Parquet files, folders, datasets: paths and URLs (braces and globs, quoted)."""
-    model: NameOrPath
+    model: NameOrPath = MODEL
     """sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or one .safetensors file."""
-    cache: PlaceFlag
-    """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist."""
+    cache: PlaceFlag | None = None
+    """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist.
+    caches/MODEL unless given."""
     resolution: Count | None = None
     """Pixels of a side; as the cache was begun, or the model's own, unless given."""
     center_crop: bool = True

@@ -20,6 +20,7 @@ from shared.wording import counted
 from train import checkpoint
 from train.bucket import open_buckets
 from train.config import DistillConfig
+from train.defaults import with_precision
 from train.draws import DrawSpec
 from train.flags import check_flags
 from train.loader import LatentSpec, Loader
@@ -41,7 +42,7 @@ from train.trackers import check_trackers
 
 def prepare(config: DistillConfig) -> Distillation:
     """Check and load everything. Raises UserError for what does not fit together."""
-    config = as_launched(config)
+    config = with_precision(as_launched(config))
     manifest = open_manifest(config.cache)
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
