@@ -185,7 +185,7 @@ class SampleConfig:
     run: LocalPath | None = None
     """The one of runs/ whose student is the newest unless given."""
     prompt: tuple[str, ...] = ()
-    """Those of the run's previews unless given."""
+    """The prompts of the run's previews unless given."""
     cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
     vae: NameOrPath | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -68,9 +69,7 @@ def model_of(cache: Place) -> str:
     name = model_name(recorded)
     if name in FAMILIES or Path(recorded).exists():
         return name if name in FAMILIES else recorded
-    raise UserError(
-        f"{cache} was made for the model {recorded!r}; pass it, or its copy, as --model"
-    )
+    raise UserError(f"{cache} was made for {recorded!r}; pass that, or its copy, as --model")
 
 
 def refuse_absent(cache: Place, model: str) -> None:
@@ -144,7 +143,7 @@ def device_precision(config: DistillConfig) -> str:
 
 
 def newest_run(run: Path | None, written: Callable[[Path], Path | None], lacks: str) -> Path:
-    """The run that is given, else that of `runs/` with the newest of the files that `written` names.
+    """The run that is given, else that of `runs/` whose file that `written` names is the newest.
 
     Says which in the first line. Raises UserError where there is none; `lacks` says of what.
     """
@@ -152,9 +151,10 @@ def newest_run(run: Path | None, written: Callable[[Path], Path | None], lacks: 
         return run
     found = {}
     for config in RUNS.glob("*/config.json"):
-        file = written(config.parent)
-        if file is not None and file.exists():
-            found[file.stat().st_mtime_ns] = config.parent
+        with contextlib.suppress(UserError):  # of a damaged one, which is not the one meant
+            file = written(config.parent)
+            if file is not None and file.exists():
+                found[file.stat().st_mtime_ns] = config.parent
     if not found:
         raise UserError(
             f"no run in {RUNS}/ has {lacks}; `python -m train distill` makes one, or pass --run"
