@@ -21,7 +21,7 @@ SUFFIX = ".zst"
 # The only names an archive may hold: nothing that leads out of the folder.
 _NAME = r"[^/\\\0\n]+"
 ALLOWED = re.compile(
-    rf"(identity\.json|manifest\.json|conditioning\.safetensors"
+    rf"(identity\.json|manifest\.json|holdout\.json|conditioning\.safetensors"
     rf"|units/{_NAME}\.json|samples/{_NAME}\.parquet|shards/{_NAME}\.tar\.zst)"
 )
 

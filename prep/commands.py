@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from prep import config, engine, identity, overwrite, plan, report
+from prep import config, engine, holdout, identity, overwrite, plan, report
 from prep.filters import Filters
 from prep.pipeline import Encoders, Settings, Work
 from prep.sources import SourceOptions, Unit, find_units
@@ -83,6 +83,7 @@ def encode(config: config.EncodeConfig) -> None:
         del chosen, todo  # or a GPU would hold two sets of encoders
     if note := identity.taken_over(config, chosen.stored):
         print(note, file=sys.stderr)
+    holdout.ask(cache, config.holdout)
     drop(cache, todo.stale.gone)
     encoders = chosen.encoders
     add_prompts(cache, model, encoders.text, config.preview_prompts, todo.captions)
@@ -270,6 +271,7 @@ def finish(config: config.FinishConfig) -> None:
     """Fold the committed units into the manifest."""
     cache = CachePaths(config.cache)
     sweep(cache.tmp)
+    holdout.ask(cache, config.holdout)
     print(engine.finish(cache))
     if config.report:
         print(report.write_report(cache, report.load_vae_for(cache, config)))

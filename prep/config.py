@@ -106,6 +106,9 @@ class EncodeConfig:
     """Drop the cache's units whose source is no longer listed in --shards."""
     overwrite: bool = False
     """Replace a cache that was made with other settings by one with these."""
+    holdout: Natural | None = None
+    """Set so many samples aside, chosen by a hash of their keys: nothing is trained on them, and
+    `train evaluate` draws them. They stay the same when the cache grows; 0 for none again."""
     report: bool = True
     """Write report.html, a page that shows whether the cache is good, at the end."""
     dry_run: bool = False
@@ -117,6 +120,8 @@ class FinishConfig:
     """Fold all committed units into the manifest (`encode` does it by itself)."""
 
     cache: PlaceFlag
+    holdout: Natural | None = None
+    """Samples to set aside, as for `encode`."""
     report: bool = True
     """Write report.html, too."""
     model: NameOrPath | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 
+from prep import holdout
 from prep.accounts import account_batches
 from prep.gc import retire
 from prep.identity import Shapes, VaeChoice
@@ -140,12 +141,13 @@ def finish(cache: CachePaths) -> str:
     rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())
     long = totals["truncated_captions"]
     retries = sum(unit.notes.get("fp32_retries", 0) for unit in units)
+    aside = f"; {counted(manifest.heldout, 'sample')} held out" if manifest.heldout else ""
     again = f"; {counted(retries, 'picture')} encoded again in float32" if retries else ""
     return (
         f"{cache.root}: {counted(totals['written'], 'sample')} of {counted(totals['read'], 'row')}"
         f"{f' ({rejected})' if rejected else ''}, {size_of(totals['bytes'])} in "
         f"{counted(len(manifest.shards), 'shard')}; {counted(long, 'caption')} "
-        f"{'was' if long == 1 else 'were'} longer than the encoder reads{again}"
+        f"{'was' if long == 1 else 'were'} longer than the encoder reads{again}{aside}"
     )
 
 
@@ -157,6 +159,8 @@ def write_fold(cache: CachePaths, units: list[UnitRecord]) -> Manifest:
     refuse_mixture(cache, units, generation_of(identity))
     refuse_nothing(cache, units)
     manifest = fold(identity, units, {name: version(name) for name in LIBRARIES})
+    holdout.choose(cache, manifest)
+    manifest = holdout.set_aside(cache, manifest)
     retire(cache, {shard.file for shard in manifest.shards})
     write_manifest(cache, manifest)
     return manifest

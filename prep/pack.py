@@ -40,6 +40,7 @@ def pack(config: PackConfig) -> None:
         raise UserError("--output must be another folder than --cache")
     refuse_strangers(output, {f"{unit.name}.json" for unit in units}, cache.root, "--output")
     small = [cache.identity, cache.conditioning, cache.manifest]
+    small += [cache.holdout] if cache.holdout.exists() else []
     small += [cache.units / f"{unit.name}.json" for unit in units]
     small += [cache.root / unit.samples for unit in units]
     if missing := [path for path in small if not path.is_file()]:

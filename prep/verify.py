@@ -10,6 +10,7 @@ import numpy as np
 
 from prep.config import VerifyConfig
 from prep.gc import retire
+from prep.holdout import set_aside
 from prep.reencode import disagreements
 from shared.cache import CachePaths, Manifest, Shard, UnitRecord, fold, open_manifest, unit_files
 from shared.conditioning import load_conditioning
@@ -107,8 +108,9 @@ def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRe
             "`prep encode`, or `prep finish` to take the units as they are"
         )
     stored = manifest.to_json()
-    folded = fold(load_json(cache.identity), units, manifest.versions).to_json()
-    differing = [name for name in folded if stored[name] != folded[name]]
+    added = fold(load_json(cache.identity), units, manifest.versions)
+    folded = set_aside(cache, added).to_json()
+    differing = [name for name in folded if stored.get(name) != folded[name]]
     if not differing:
         return ""
     return (

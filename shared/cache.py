@@ -49,6 +49,10 @@ class CachePaths:
         return self.root / "conditioning.safetensors"
 
     @property
+    def holdout(self) -> Place:  # noqa: D102
+        return self.root / "holdout.json"
+
+    @property
     def units(self) -> Place:  # noqa: D102
         return self.root / "units"
 
@@ -75,6 +79,12 @@ class Shard:
     count: int
     size: int
     sha256: str
+    heldout: tuple[int, ...] = ()  # samples never trained on; said by the manifest alone
+
+    @property
+    def trained(self) -> int:
+        """Samples that may be trained on."""
+        return self.count - len(self.heldout)
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,8 @@ class UnitRecord:
         value = asdict(self)
         if self.generation == 0:
             del value["generation"]
+        for shard in value["shards"]:
+            del shard["heldout"]
         return value
 
     @staticmethod
@@ -130,13 +142,22 @@ class Manifest:
     totals: Mapping[str, Any]
     statistics: Mapping[str, Any]
     versions: Mapping[str, str]
+    holdout: str = ""  # a hash over the keys of the samples that are held out, if there are any
+
+    @property
+    def heldout(self) -> int:
+        """Samples that are never trained on."""
+        return sum(len(shard.heldout) for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
         """As stored in manifest.json."""
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"file": s.file, "layout": i, "count": s.count, "size": s.size, "sha256": s.sha256}
             for s, i in zip(self.shards, self.shard_layouts, strict=True)
         ]
+        for row, shard in zip(rows, self.shards, strict=True):
+            if shard.heldout:  # which versions that do not know it refuse
+                row["heldout"] = list(shard.heldout)
         return {
             "format": FORMAT,
             "identity": dict(self.identity),
@@ -145,6 +166,7 @@ class Manifest:
             "totals": dict(self.totals),
             "statistics": dict(self.statistics),
             "versions": dict(self.versions),
+            **({"holdout": self.holdout} if self.holdout else {}),
         }
 
 
@@ -236,11 +258,19 @@ def open_manifest(root: Place, check_sizes: bool = True) -> Manifest:
     try:
         layouts = tuple(Layout.from_json(layout) for layout in stored["layouts"])
         shards = tuple(
-            Shard(**{**row, "layout": stored["layouts"][row["layout"]]}) for row in stored["shards"]
+            Shard(
+                **{
+                    **row,
+                    "layout": stored["layouts"][row["layout"]],
+                    "heldout": tuple(row.get("heldout", ())),
+                }
+            )
+            for row in stored["shards"]
         )
         manifest = Manifest(
             stored["identity"], layouts, shards, tuple(row["layout"] for row in stored["shards"]),
             stored["totals"], stored["statistics"], stored["versions"],
+            stored.get("holdout", ""),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{cache.manifest} is damaged ({error!r}); run `prep finish`") from None

@@ -53,7 +53,7 @@ def prepare(config: DistillConfig) -> Distillation:
     set_threads(config.threads)
     team = Team(config.device)
     batch_size, accumulation = batches(config, team, len(manifest.layouts), before)
-    config = with_steps(config, batch_size, manifest.totals["written"])
+    config = with_steps(config, batch_size, sum(shard.trained for shard in manifest.shards))
     check_speed(config, team.device, team.sharded, len(manifest.layouts))
     if team.main:
         say_memory(config, accumulation, model, manifest, team)
@@ -141,7 +141,7 @@ def build_loader(
     """This process's share of the global batches from sample `position` on."""
     buckets = open_buckets(config.cache, manifest, config.local_cache, config.max_train_samples)
     if not buckets:
-        raise UserError(f"{config.cache} holds no samples")
+        raise UserError(f"{config.cache} holds no samples to train on")
     identity, family = manifest.identity, model.family
     w_min, w_max = guidance_range(config, family.w_min, family.w_max)
     return Loader(

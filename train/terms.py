@@ -70,7 +70,10 @@ def run_terms(
     config: DistillConfig, manifest: Manifest, model: Model, student: Student
 ) -> dict[str, Any]:
     """What a checkpoint remembers and a resume must repeat; `student` is as it was built."""
-    shards = [[shard.file, shard.count] for shard in manifest.shards]
+    shards = [
+        [shard.file, shard.count, *([shard.heldout] if shard.heldout else [])]
+        for shard in manifest.shards
+    ]
     content = dump_json([manifest.identity["family"], shards])
     scheduler = load_config(model.source, "scheduler/scheduler_config.json")
     flags = to_dict(config)
@@ -80,6 +83,7 @@ def run_terms(
         **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
+        **({"holdout": manifest.holdout} if manifest.holdout else {}),
         **{name: scheduler.get(name, default) for name, default in SCHEDULE.items()},
         # A full fine-tuning has no teacher beside it, but weights that it began with.
         **({"teacher": signs(frozen)} if frozen else {"model": signs(unet.parameters())}),
