@@ -70,6 +70,7 @@ def test_a_preset_without_a_network_is_one_line_that_says_what_to_do(repo, tmp_p
     environment = {**os.environ, "PYTHONPATH": str(repo), "HF_HOME": str(tmp_path)}
     if how == "refused":
         environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+        environment["HF_HUB_OFFLINE"] = "0"  # another test may have gone offline
     else:
         environment["HF_HUB_OFFLINE"] = "1"
     code = "from shared.errors import run_main; from shared.family import resolve_model;"

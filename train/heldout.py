@@ -30,7 +30,7 @@ def with_eval_cache(config: EvaluateConfig, trained_on: Place) -> tuple[Evaluate
         return config, manifest
     other = "pass --eval-cache a cache of other pictures"
     if not manifest.heldout:
-        if config.eval_cache is not None:  # who names it has been told by the documentation
+        if config.eval_cache is not None:  # it was named, so it is meant
             return config, manifest
         raise UserError(
             f"{cache}, on which {config.run} was trained, has no samples set aside; {other}, or "
@@ -77,7 +77,8 @@ class HeldOut:
 def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
     """The first `count` samples of the cache's largest bucket, in the order of the shards.
 
-    Of a cache that has samples set aside only these. Raises UserError where there are too few to fit a Gaussian of 64 features.
+    Of a cache that has samples set aside only these. Raises UserError where there are too few to
+    fit a Gaussian of 64 features.
     """
     bucket = max(open_buckets(root, manifest, heldout=manifest.heldout > 0), key=len)
     count = min(count, len(bucket))
