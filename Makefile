@@ -36,17 +36,19 @@ demo: $(STAMP) ## offline, on a CPU, in minutes: prep, train, evaluate, a pictur
 reproduce: $(STAMP) ## the long version behind the README's table and picture
 	$(PY) -m data.demo --reproduce $(args)
 
-prep: $(STAMP) ## images and captions -> cache: SHARDS='pictures/{00..99}.tar' MODEL= CACHE= [ARGS=]
-	$(PY) -m prep encode --shards $(call quote,SHARDS) --model $(call quote,MODEL) --cache $(call quote,CACHE) $(args)
+# What is not given is left to the command, whose defaults the first line of its output says.
 
-train: $(STAMP) ## cache -> student: MODEL= CACHE= RUN= [ARGS='--student lora']
-	$(PY) -m train distill --model $(call quote,MODEL) --cache $(call quote,CACHE) --run $(call quote,RUN) $(args)
+prep: $(STAMP) ## images and captions -> cache: SHARDS='pictures/{00..99}.tar' [MODEL=sdxl] [CACHE=caches/MODEL] [ARGS=]
+	$(PY) -m prep encode $(call option,--shards,SHARDS) $(call option,--model,MODEL) $(call option,--cache,CACHE) $(args)
 
-evaluate: $(STAMP) ## student against teacher: RUN= [EVAL_CACHE=] [SCORER=module:function] [ARGS=]
-	$(PY) -m train evaluate --run $(call quote,RUN) $(call option,--eval-cache,EVAL_CACHE) $(call option,--scorer,SCORER) $(args)
+train: $(STAMP) ## cache -> student: [MODEL=sdxl] [CACHE=caches/MODEL] [RUN=runs/MODEL-STUDENT] [ARGS='--student lora']
+	$(PY) -m train distill $(call option,--model,MODEL) $(call option,--cache,CACHE) $(call option,--run,RUN) $(args)
 
-sample: $(STAMP) ## draw with a student: RUN= PROMPT='a red circle on a blue field' [ARGS=]
-	$(PY) -m train sample --run $(call quote,RUN) --prompt $(call quote,PROMPT) $(args)
+evaluate: $(STAMP) ## student against teacher: [RUN=the newest] [EVAL_CACHE=] [SCORER=module:function] [ARGS=]
+	$(PY) -m train evaluate $(call option,--run,RUN) $(call option,--eval-cache,EVAL_CACHE) $(call option,--scorer,SCORER) $(args)
+
+sample: $(STAMP) ## draw with a student: [RUN=the newest] [PROMPT='a red circle on a blue field'] [ARGS=]
+	$(PY) -m train sample $(call option,--run,RUN) $(call option,--prompt,PROMPT) $(args)
 
 test: lint ## lint, then the fast tests ([ARGS='-k shards'])
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(args)
@@ -78,13 +80,10 @@ clean-demo: ## remove what `make demo` wrote
 # ---- Mistakes on the command line: found while this file is read, so before any setup or download.
 
 wanted = $(filter $(1),$(MAKECMDGOALS))
-# $(call need,TARGET,VARIABLES,EXAMPLE)
-need = $(if $(call wanted,$(1)),$(foreach name,$(2),$(if $(value $(name)),,$(error $(name) is missing. For example: make $(1) $(3)))))
-
-$(call need,prep,SHARDS MODEL CACHE,SHARDS='pictures/{00..99}.tar' MODEL=sdxl CACHE=caches/pictures-sdxl)
-$(call need,train,MODEL CACHE RUN,MODEL=sdxl CACHE=caches/pictures-sdxl RUN=runs/lora ARGS='--student lora')
-$(call need,evaluate,RUN,RUN=runs/lora EVAL_CACHE=caches/heldout-sdxl)
-$(call need,sample,RUN PROMPT,RUN=runs/lora PROMPT='a red circle on a blue field')
+# ARGS may name the shards, in a --config, or ask for --help.
+ifneq ($(call wanted,prep),)
+  $(if $(value SHARDS)$(value ARGS),,$(error SHARDS is missing. For example: make prep SHARDS='pictures/{00..99}.tar' MODEL=sdxl))
+endif
 
 # Unquoted, SHARDS=a/{00..03}.tar reaches make as four SHARDS=..., of which it would keep the last.
 # The command line of make itself (the parent of $(shell)) still has them all. From that this awk

@@ -28,8 +28,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 def encode(config: EncodeConfig) -> None:
     """Sources to cache."""
     from prep import commands
+    from prep.defaults import with_cache
 
-    commands.encode(config)
+    commands.encode(with_cache(config))
 
 
 def finish(config: FinishConfig) -> None:

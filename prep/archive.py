@@ -15,13 +15,14 @@ from pathlib import Path
 from shared.errors import UserError
 from shared.places import Place
 from shared.reading import read_file
+from shared.wording import counted
 
 SUMS = "SHA256SUMS"
 SUFFIX = ".zst"
 # The only names an archive may hold: nothing that leads out of the folder.
 _NAME = r"[^/\\\0\n]+"
 ALLOWED = re.compile(
-    rf"(identity\.json|manifest\.json|conditioning\.safetensors"
+    rf"(identity\.json|manifest\.json|holdout\.json|conditioning\.safetensors"
     rf"|units/{_NAME}\.json|samples/{_NAME}\.parquet|shards/{_NAME}\.tar\.zst)"
 )
 
@@ -67,6 +68,6 @@ def refuse_strangers(folder: Place, known: set[str], other: Place, flag: str) ->
     extra = [name for name in extra if name not in known]
     if extra:
         raise UserError(
-            f"{folder} holds {len(extra)} units that {other} does not (first: {extra[0]}); "
-            f"choose another {flag}"
+            f"{folder} holds {counted(len(extra), 'unit')} that {other} does not "
+            f"(first: {extra[0]}); choose another {flag}"
         )

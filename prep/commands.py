@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from prep import config, engine, identity, overwrite, plan, report
+from prep import config, engine, holdout, identity, overwrite, plan, report
 from prep.filters import Filters
 from prep.folders import repeats_in
 from prep.pipeline import Encoders, Settings, Work
@@ -93,6 +93,7 @@ def encode(config: config.EncodeConfig) -> None:
         del chosen, todo  # or a GPU would hold two sets of encoders
     if note := identity.taken_over(config, chosen.stored):
         print(note, file=sys.stderr)
+    holdout.ask(cache, config.holdout)
     drop(cache, todo.stale.gone)
     encoders = chosen.encoders
     add_prompts(cache, model, encoders.text, config.preview_prompts, todo.captions)
@@ -107,7 +108,7 @@ def encode(config: config.EncodeConfig) -> None:
         known = of_generation(read_units(cache), chosen.generation)
         if not plan.pending(cache, units, known):
             drop(cache, todo.stale.replaced)
-    print(f"{done.pictures} pictures and {done.captions} captions encoded, the rest copied")
+    print(done)
     if config.part is not None:
         print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
         return
@@ -190,7 +191,7 @@ def encode_units(
     rows: int,
 ) -> Work:
     """Run the units on the engine that the flags ask for."""
-    with Progress("encode", rows, "img") as progress:
+    with Progress("encode", rows, "picture") as progress:
         if config.engine == "ray":
             from prep.engine_ray import encode_with_ray  # an extra that few need
 
@@ -292,6 +293,7 @@ def finish(config: config.FinishConfig) -> None:
     """Fold the committed units into the manifest."""
     cache = CachePaths(config.cache)
     sweep(cache.tmp)
+    holdout.ask(cache, config.holdout)
     print(engine.finish(cache))
     if config.report:
         vae = report.load_vae_for(cache, config)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from prep.rows import MAX_IMAGE_BYTES
+from shared.defaults import MODEL
 from shared.numbers import Count, Natural, Numbers, Share
 from shared.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag
 
@@ -17,10 +18,11 @@ class EncodeConfig:
 
     shards: tuple[SourceFlag, ...]
     """Tars, Parquet files, folders, datasets: paths and URLs (braces and globs, quoted)."""
-    model: NameOrPath
+    model: NameOrPath = MODEL
     """sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or one .safetensors file."""
-    cache: PlaceFlag
-    """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist."""
+    cache: PlaceFlag | None = None
+    """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist.
+    caches/MODEL unless given."""
     resolution: Count | None = None
     """Pixels of a side; as the cache was begun, or the model's own, unless given."""
     center_crop: bool = True
@@ -115,6 +117,9 @@ class EncodeConfig:
     """Drop the cache's units whose source is no longer listed in --shards."""
     overwrite: bool = False
     """Replace a cache that was made with other settings by one with these."""
+    holdout: Natural | None = None
+    """Set so many samples aside, chosen by a hash of their keys: nothing is trained on them, and
+    `train evaluate` draws them. They stay the same when the cache grows; 0 for none again."""
     report: bool = True
     """Write report.html, a page that shows whether the cache is good, at the end."""
     dry_run: bool = False
@@ -126,6 +131,8 @@ class FinishConfig:
     """Fold all committed units into the manifest (`encode` does it by itself)."""
 
     cache: PlaceFlag
+    holdout: Natural | None = None
+    """Samples to set aside, as for `encode`."""
     report: bool = True
     """Write report.html, too."""
     shards: tuple[SourceFlag, ...] = ()

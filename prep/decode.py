@@ -14,6 +14,7 @@ from shared.cache import CachePaths, open_manifest
 from shared.errors import UserError
 from shared.identity import whole_identity
 from shared.storage import guard
+from shared.wording import counted
 
 GAP = 4
 LABEL = 14
@@ -35,7 +36,9 @@ def decode(config: DecodeConfig) -> None:
             Image.fromarray(sheet).save(config.output)
     except ValueError:
         raise UserError(f"--output {config.output}: no such kind of picture; use .png") from None
-    print(f"{config.output}: {len(tiles)} pictures, original left, decoded latents right")
+    print(
+        f"{config.output}: {counted(len(tiles), 'picture')}, original left, decoded latents right"
+    )
     if unasked := originals.told():
         print(f"without originals: {unasked}")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 
+from prep import holdout
 from prep.accounts import account_batches
 from prep.gc import retire
 from prep.identity import Shapes, VaeChoice
@@ -24,6 +25,7 @@ from shared.errors import UserError, on_one_line
 from shared.family import Model
 from shared.identity import generation_of, read_identity
 from shared.progress import Progress
+from shared.wording import counted, size_of
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
 WRITES_AHEAD = 4  # chunks of samples that wait to be written
@@ -116,7 +118,9 @@ def add_up(outcomes: Iterable[Outcome], units: int, progress: Progress) -> Work:
             progress.write(f"skipped: {on_one_line(outcome.damage)}")
     if damages:
         more = f" (and {len(damages) - 1} more, listed above)" if len(damages) > 1 else ""
-        raise UserError(f"{damages[0]}{more}; the other {units - len(damages)} units are committed")
+        others = units - len(damages)
+        rest = f"the other {counted(others, 'unit')} {'is' if others == 1 else 'are'}"
+        raise UserError(f"{damages[0]}{more}; {rest} committed")
     return work
 
 
@@ -134,13 +138,15 @@ def finish(cache: CachePaths) -> str:
         units = now
     totals = manifest.totals
     rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())
+    long = totals["truncated_captions"]
     retries = sum(unit.notes.get("fp32_retries", 0) for unit in units)
+    aside = f"; {counted(manifest.heldout, 'sample')} held out" if manifest.heldout else ""
+    again = f"; {counted(retries, 'picture')} encoded again in float32" if retries else ""
     return (
-        f"{cache.root}: {totals['written']} samples of {totals['read']} rows"
-        f"{f' ({rejected})' if rejected else ''}, {totals['bytes'] / 1e6:.1f} MB in "
-        f"{len(manifest.shards)} shards; {totals['truncated_captions']} captions were longer "
-        "than the encoder reads"
-        f"{f'; {retries} pictures were encoded again in float32' if retries else ''}"
+        f"{cache.root}: {counted(totals['written'], 'sample')} of {counted(totals['read'], 'row')}"
+        f"{f' ({rejected})' if rejected else ''}, {size_of(totals['bytes'])} in "
+        f"{counted(len(manifest.shards), 'shard')}; {counted(long, 'caption')} "
+        f"{'was' if long == 1 else 'were'} longer than the encoder reads{again}{aside}"
     )
 
 
@@ -154,6 +160,8 @@ def write_fold(cache: CachePaths, units: list[UnitRecord]) -> Manifest:
     refuse_mixture(cache, units, generation_of(identity))
     refuse_nothing(cache, units)
     manifest = fold(identity, units, {name: version(name) for name in LIBRARIES})
+    holdout.choose(cache, manifest)
+    manifest = holdout.set_aside(cache, manifest)
     retire(cache, {shard.file for shard in manifest.shards})
     write_manifest(cache, manifest)
     return manifest
@@ -176,6 +184,7 @@ def refuse_nothing(cache: CachePaths, units: Sequence[UnitRecord]) -> None:
         None,
     )
     raise UserError(
-        f"{cache.root}: {rejected.total()} of {rejected.total()} rows rejected, {times} of them "
-        f"for {reason!r} (first: {example!r} of {unit.source}); mend the sources or let more in"
+        f"{cache.root}: {rejected.total()} of {counted(rejected.total(), 'row')} rejected, "
+        f"{times} of them for {reason!r} (first: {example!r} of {unit.source}); "
+        "mend the sources or let more in"
     )

@@ -10,12 +10,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from prep.config import GcConfig
-from prep.words import counted, size_of
 from shared.cache import CachePaths, iterate_units, open_manifest
 from shared.errors import UserError
 from shared.places import Place
 from shared.storage import file_sizes, guard
 from shared.temporary import strays, sweep
+from shared.wording import counted, size_of
 
 KEPT_SECONDS = 24 * 3600.0
 # How `prep encode` names what it writes; nothing else is ever touched.

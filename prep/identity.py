@@ -21,7 +21,14 @@ from shared.cache import FORMAT
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UsageError, UserError
-from shared.family import Model, force_zeros, recorded_model, unet_config
+from shared.family import (
+    Model,
+    force_zeros,
+    native_resolution,
+    recorded_model,
+    unet_config,
+    vae_downscale,
+)
 from shared.identity import ADDED
 from shared.layout import Layout, cache_layout
 
@@ -147,24 +154,25 @@ def load_encoders(
     torch.backends.cudnn.allow_tf32 = False  # torch's default: 10 bits where fp32 has 23
     encoder = VaeEncoder(vae.source, device, shapes.vae_batch_size, vae.dtype, vae.rescale)
     wanted = unet_config(model.source)["in_channels"]
-    if vae.source != model.source and encoder.channels != wanted:
+    if encoder.channels != wanted:
+        remedy = "pass a VAE made for this model"
+        if vae.source == model.source:
+            remedy = "one that also takes a picture or a mask is no teacher: pass its base model"
         raise UserError(
-            f"--vae {vae.source}: its latents have {encoder.channels} channels, "
-            f"{model.source} takes {wanted}; pass a VAE made for this model"
+            f"{vae.source}: its VAE's latents have {encoder.channels} channels, the UNet of "
+            f"{model.source} takes {wanted}; {remedy}"
         )
     return Encoders(encoder, TextEncoder(model, device, shapes.text_batch_size, clip_skip))
 
 
 def choose_settings(config: EncodeConfig, stored: Mapping[str, Any], model: Model) -> Settings:
-    """The flags, else what the cache was begun with, else the family's defaults.
+    """The flags, else what the cache was begun with, else the model's own.
 
     Raises UserError for those that do not go together.
     """
     begun = {} if config.overwrite else stored.get("preprocessing", {})  # perhaps another model's
-    resolution = config.resolution
-    if resolution is None:
-        resolution = begun.get("resolution", model.family.resolution)
-    framing = choose_framing(config, resolution)
+    resolution = config.resolution or begun.get("resolution") or native_resolution(model)
+    framing = choose_framing(config, resolution, vae_downscale(config.vae or model.source))
     filters = Filters(config.where, config.max_pwatermark)
     keep = keep_logvar(config, stored)
     return Settings(
@@ -198,10 +206,10 @@ def choose_shuffle(config: EncodeConfig) -> Shuffle | None:
     return Shuffle(separator, config.keep_tokens or 0, config.seed)
 
 
-def choose_framing(config: EncodeConfig, resolution: int) -> Framing:
+def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Framing:
     """What the flags make of a picture. Raises UserError for a resolution the VAE cannot take."""
-    if resolution % 8 or resolution <= 0:
-        raise UserError(f"--resolution {resolution} is not a multiple of 8")
+    if resolution % downscale or resolution <= 0:
+        raise UserError(f"--resolution {resolution} is not a multiple of {downscale}")
     random = config.random_crop or config.random_flip
     if config.views > 1 and not random:
         raise UserError(

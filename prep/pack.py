@@ -13,7 +13,7 @@ import zstandard
 
 from prep.archive import SUFFIX, SUMS, refuse_names, refuse_strangers, write_sums
 from prep.config import PackConfig
-from prep.words import share_of, size_of
+from prep.words import share_of
 from shared import cpus
 from shared.cache import CachePaths, Shard, open_manifest, read_units
 from shared.errors import UserError
@@ -21,6 +21,7 @@ from shared.places import Place
 from shared.progress import Progress
 from shared.storage import copy_durably, file_sha256, guard, publish, sync_folder
 from shared.temporary import sweep
+from shared.wording import counted, size_of
 
 BLOCK = 1 << 20
 
@@ -39,6 +40,7 @@ def pack(config: PackConfig) -> None:
         raise UserError("--output must be another folder than --cache")
     refuse_strangers(output, {f"{unit.name}.json" for unit in units}, cache.root, "--output")
     small = [cache.identity, cache.conditioning, cache.manifest]
+    small += [cache.holdout] if cache.holdout.exists() else []
     small += [cache.units / f"{unit.name}.json" for unit in units]
     small += [cache.root / unit.samples for unit in units]
     if missing := [path for path in small if not path.is_file()]:
@@ -55,7 +57,7 @@ def pack(config: PackConfig) -> None:
         print(f"{size_of(free)} free for up to {size_of(total)} of shards", file=sys.stderr)
     threads = config.threads or cpus.cpus()
     sums: dict[str, str] = {}
-    with Progress("pack", len(manifest.shards), "shards") as progress:
+    with Progress("pack", len(manifest.shards), "shard") as progress:
         for shard in manifest.shards:
             name = shard.file + SUFFIX
             sums[name] = pack_shard(cache, shard, output, config.level, threads)
@@ -71,7 +73,8 @@ def pack(config: PackConfig) -> None:
         (output / "tmp").rmdir()
     original = total + sum(path.stat().st_size for path in small)
     print(
-        f"{output}: {len(sums)} files, {size_of(packed)}, {share_of(packed, original)} of the cache"
+        f"{output}: {counted(len(sums), 'file')}, {size_of(packed)}, "
+        f"{share_of(packed, original)} of the cache"
     )
 
 

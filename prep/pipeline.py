@@ -26,6 +26,7 @@ from prep.sources import Row, Unit
 from prep.text import CaptionMemo, TextEncoder
 from prep.vae import Started, VaeEncoder
 from shared.device import use_device
+from shared.wording import counted
 
 T = TypeVar("T")
 
@@ -80,13 +81,25 @@ class Encoders:
 
 @dataclass
 class Work:
-    """What went through the encoders; the rest was copied."""
+    """What went through the encoders, and the pictures whose latents were there to be copied."""
 
     pictures: int = 0
     captions: int = 0
+    copied: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.pictures + other.pictures, self.captions + other.captions)
+        return Work(
+            self.pictures + other.pictures,
+            self.captions + other.captions,
+            self.copied + other.copied,
+        )
+
+    def __str__(self) -> str:
+        if not (self.pictures or self.captions or self.copied):
+            return "nothing had to be encoded"
+        copied = f", {counted(self.copied, 'picture')} copied" if self.copied else ""
+        captions = counted(self.captions, "caption")
+        return f"{counted(self.pictures, 'picture')} and {captions} encoded{copied}"
 
 
 def samples(
@@ -107,6 +120,7 @@ def samples(
     ):
         for chunk in chunked:
             done = [sample for sample in chunk if sample.reason or not sample.pictures]
+            work.copied += sum(not sample.reason for sample in done)
             for sample in chunk:
                 if sample.pictures and not sample.reason:
                     work.pictures += 1

@@ -21,6 +21,7 @@ from shared.cache import CachePaths, UnitRecord
 from shared.errors import UserError
 from shared.layout import Layout
 from shared.storage import file_sizes, free_bytes
+from shared.wording import counted, duration, size_of
 
 PROBED_ROWS = 256  # of each unit, in search of a usable one
 SEARCHED_ROWS = 1 << 16  # in all, where none of those was usable
@@ -38,13 +39,12 @@ class Estimate:
     free: int
 
     def __str__(self) -> str:
-        hours = ""
-        if self.seconds is not None:
-            seconds = self.seconds
-            hours = f", {seconds:.0f} s" if seconds < 600 else f", {seconds / 3600:.1f} h"
+        if not self.units:
+            return f"nothing to encode: every unit is there; {size_of(self.free)} free"
+        long = "" if self.seconds is None else f", {duration(self.seconds)}"
         return (
-            f"{self.units} units to encode, about {self.rows} pictures: "
-            f"{self.bytes / 1e9:.2f} GB{hours}; {self.free / 1e9:.1f} GB free"
+            f"{counted(self.units, 'unit')} to encode, about {counted(self.rows, 'picture')}: "
+            f"{size_of(self.bytes)}{long}; {size_of(self.free)} free"
         )
 
 
@@ -90,7 +90,7 @@ def refuse_full_disk(work: Estimate, cache: CachePaths) -> None:
     """Raise UserError where the cache would not fit."""
     if work.peak_bytes <= work.free:
         return
-    needed, free = f"{work.peak_bytes / 1e9:.2f} GB", f"{work.free / 1e9:.2f} GB are free"
+    needed, free = size_of(work.peak_bytes), f"{size_of(work.free)} are free"
     if isinstance(cache.root, Path):
         raise UserError(
             f"{cache.root}: the cache needs about {needed} while it is written, and {free}; "
@@ -190,7 +190,7 @@ class Search:
         """Why nothing was found."""
         if self.damage is not None:
             return self.damage
-        more = f" and {len(units) - 1} more units" if len(units) > 1 else ""
+        more = f" and {counted(len(units) - 1, 'more unit')}" if len(units) > 1 else ""
         told = Counter({r: n for r, n in self.reasons.items() if not is_filter(r)}) or self.reasons
         why = "they have no rows"
         if told:

@@ -22,6 +22,7 @@ from shared.errors import UserError
 from shared.family import recorded_model, resolve_model
 from shared.identity import whole_identity
 from shared.progress import Progress
+from shared.wording import counted
 
 # Largest relative error (RMS) that another machine may cause, by the encoder's recorded dtype.
 TOLERANCE = {"float32": 0.005, "float16": 0.02, "bfloat16": 0.1}
@@ -61,11 +62,15 @@ def disagreements(
                         f"{error:.2%} from those encoded now (up to {allowed:.1%} is rounding)",
                     )
     largest = ", ".join(f"{name} {error:.1e}" for name, error in worst.items()) or "none"
-    progress.write(f"encoded again: {len(fresh)} samples; largest relative difference: {largest}")
+    progress.write(
+        f"encoded again: {counted(len(fresh), 'sample')}; largest relative difference: {largest}"
+    )
     if unasked := originals.told():
         progress.write(f"not compared: {unasked}")
     if missing := len(stored) - len(fresh) - originals.unasked.total():
-        progress.write(f"not compared: {missing} samples whose source is gone or has changed")
+        progress.write(
+            f"not compared: {counted(missing, 'sample')} whose source is gone or has changed"
+        )
 
 
 def encoders_of(config: VerifyConfig, identity: Mapping[str, object]) -> Encoders:

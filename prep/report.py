@@ -32,12 +32,13 @@ from prep.originals import EncoderFlags, Pair, draw, pairs, vae_of
 from prep.recorded import Originals, WrongShards
 from prep.stats import Summary, flat, speed, summarize
 from prep.units import Unit
-from prep.words import share_of, size_of, visible
+from prep.words import share_of, visible
 from shared.cache import CachePaths, Manifest, check_shards, open_manifest
 from shared.errors import UserError
 from shared.identity import whole_identity
 from shared.storage import dump_json, publish
 from shared.temporary import sweep
+from shared.wording import size_of
 
 PICTURES = 12
 SEED = 0  # every report of a cache shows the same samples

@@ -10,6 +10,7 @@ from prep.units import Unit
 from shared.cache import CachePaths, UnitRecord
 from shared.errors import UserError
 from shared.storage import guard, sync_folder
+from shared.wording import counted
 
 DIVISION = re.compile(r"-\d+of(\d+)-[0-9a-f]{8}$")  # NAME-3of8-HASH: the source is cut into 8
 
@@ -49,8 +50,9 @@ def find_stale(
     ]
     if unlisted and not prune:
         raise UserError(
-            f"{cache.root} also holds {len(unlisted)} units that --shards does not list "
-            f"(first: {unlisted[0].source}); list them too, or drop them with --prune"
+            f"{cache.root} also holds {counted(len(unlisted), 'unit')} that --shards does not "
+            f"list (first: {unlisted[0].source}); list all, drop what is not listed with --prune, "
+            "or give another --cache"
         )
     gone = [record.name for record in former + unlisted]
     return Stale(gone, [record.name for record in stale if record.name not in gone])
@@ -76,8 +78,8 @@ def refuse_mixture(cache: CachePaths, records: Sequence[UnitRecord], generation:
     remedy = "run the same `prep encode`, with --part every part of it, to its end"
     if former := [record for record in records if record.generation != generation]:
         raise UserError(
-            f"{cache.root}: {len(former)} units are not yet encoded with the settings that "
-            f"--overwrite brought (first: {former[0].source}); {remedy}"
+            f"{cache.root}: {counted(len(former), 'unit')} still to be encoded with the settings "
+            f"that --overwrite brought (first: {former[0].source}); {remedy}"
         )
     divisions: dict[str, str] = {}
     for record in records:

@@ -17,13 +17,14 @@ import pyarrow.compute as pc
 
 from prep.accounts import account_batches
 from prep.config import StatsConfig
-from prep.words import share_of, size_of, visible
+from prep.words import share_of, visible
 from shared.cache import CachePaths, Manifest, UnitRecord, iterate_units, open_manifest
 from shared.errors import UserError
 from shared.identity import read_identity
 from shared.records import typed
 from shared.storage import load_record
 from shared.sums import ChannelSums
+from shared.wording import counted, size_of
 
 SOURCES_SHOWN = 10
 
@@ -188,9 +189,9 @@ def table(summary: Summary) -> str:
     lines = [
         f"{s.cache}: {s.state}",
         "",
-        f"  samples     {s.written:,} of {s.read:,} rows ({s.read - s.written:,} rejected), "
-        f"{s.units:,} units",
-        f"  size        {size_of(s.bytes)} in {s.shards:,} shards",
+        f"  samples     {s.written:,} of {counted(s.read, 'row')} "
+        f"({s.read - s.written:,} rejected), {counted(s.units, 'unit')}",
+        f"  size        {size_of(s.bytes)} in {counted(s.shards, 'shard')}",
         f"  captions    {s.truncated_captions:,} longer than the encoder reads",
     ]
     lines += [f"  note        {count:,} {visible(name)}" for name, count in s.notes.items()]

@@ -30,6 +30,7 @@ from shared.conditioning import TextEmbeds
 from shared.errors import UserError, first_line
 from shared.family import Model
 from shared.fingerprint import fingerprint
+from shared.hub import unreachable
 from shared.single_file import config_folder, is_single_file, whole
 from shared.weights import load_whole
 
@@ -69,7 +70,9 @@ class TextEncoder:
     @property
     def length(self) -> int:
         """L: tokens per caption, padding included."""
-        return int(self.tokenizers[0].model_max_length)
+        # A tokenizer that does not say gives a number with thirty digits.
+        most = self.encoders[0].config.max_position_embeddings
+        return int(min(self.tokenizers[0].model_max_length, most))
 
     @property
     def width(self) -> int:
@@ -186,6 +189,7 @@ def tokenizer_source(model: Model, folder: str) -> str:
     beside = Path(model.source).with_suffix("")
     if (beside / folder).is_dir():
         return str(beside)
+    unreachable()  # with no hub, only what was downloaded before is looked for
     try:
         hf_hub_download(model.family.pretrained, "tokenizer_config.json", subfolder=folder)
     except (OSError, ValueError) as error:

@@ -12,7 +12,6 @@ from prep.archive import SUFFIX, read_sums, refuse_strangers
 from prep.config import UnpackConfig
 from prep.gc import retire
 from prep.pack import copy_small, decompressed
-from prep.words import counted, size_of
 from shared.cache import CachePaths, Manifest, Shard, open_manifest, parse_unit
 from shared.errors import UserError
 from shared.identity import claim_identity, read_identity
@@ -20,6 +19,7 @@ from shared.progress import Progress
 from shared.reading import read_file
 from shared.storage import file_sha256, free_bytes, guard, publish
 from shared.temporary import sweep
+from shared.wording import counted, size_of
 
 
 def unpack(config: UnpackConfig) -> None:
@@ -39,7 +39,7 @@ def unpack(config: UnpackConfig) -> None:
     wanted = [shard for shard in manifest.shards if not in_place(cache, shard)]
     refuse_full_disk(cache, [shard.size for shard in wanted])
     claim_identity(cache, read_identity(CachePaths(archive)), "choose another --cache")
-    with Progress("unpack", len(wanted), "shards") as progress:
+    with Progress("unpack", len(wanted), "shard") as progress:
         for shard in wanted:
             packed = archive / (shard.file + SUFFIX)
             publish(checked(packed, shard), cache.root / shard.file, cache.tmp)
@@ -50,7 +50,7 @@ def unpack(config: UnpackConfig) -> None:
     kept = len(manifest.shards) - len(wanted)
     were = f" ({counted(kept, 'shard')} {'was' if kept == 1 else 'were'} there already)"
     print(
-        f"{cache.root}: {manifest.totals['written']:,} samples in "
+        f"{cache.root}: {counted(manifest.totals['written'], 'sample')} in "
         f"{counted(len(manifest.shards), 'shard')}, every sha256 right{were if kept else ''}"
     )
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from prep.config import VerifyConfig
 from prep.gc import retire
+from prep.holdout import set_aside
 from prep.reencode import disagreements
-from prep.words import counted
 from shared.cache import (
     CachePaths,
     Manifest,
@@ -31,6 +31,7 @@ from shared.places import Place
 from shared.progress import Progress
 from shared.reading import NotAFile, read_file
 from shared.storage import NewerVersion, file_sha256, guard, sync_folder
+from shared.wording import counted
 
 CHANGED = "is not the file that was committed (sha256 differs)"
 
@@ -45,7 +46,7 @@ def verify(config: VerifyConfig) -> int:
     manifest = open_manifest(config.cache, check_sizes=False)
     damaged: dict[Place, int] = {}  # a file that is to go, and how many damages say so
     units: list[UnitRecord] = []
-    with Progress("verify", manifest.totals["written"], "samples") as progress:
+    with Progress("verify", manifest.totals["written"], "sample") as progress:
 
         def note(path: Place, damage: str) -> None:
             damaged[path] = damaged.get(path, 0) + 1
@@ -69,7 +70,7 @@ def verify(config: VerifyConfig) -> int:
         print(f"damaged: {stale}", file=sys.stderr)
     count = sum(damaged.values()) + bool(stale)
     verdict = counted(count, "damage") if count else "no damage"
-    print(f"{config.cache}: {manifest.totals['written']} samples checked, {verdict}")
+    print(f"{config.cache}: {counted(manifest.totals['written'], 'sample')} checked, {verdict}")
     if damaged:
         print(repair(cache, list(damaged)) if config.repair else remedy(config, manifest))
     return 1 if count else 0
@@ -128,8 +129,9 @@ def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRe
             "`prep encode`, or `prep finish` to take the units as they are"
         )
     stored = manifest.to_json()
-    folded = fold(read_identity(cache), units, manifest.versions).to_json()
-    differing = [name for name in folded if stored[name] != folded[name]]
+    added = fold(read_identity(cache), units, manifest.versions)
+    folded = set_aside(cache, added).to_json()
+    differing = [name for name in folded if stored.get(name) != folded[name]]
     if not differing:
         return ""
     return (

@@ -29,15 +29,6 @@ def visible(text: str, longest: int = LONGEST) -> str:
     return "".join(shown)
 
 
-def size_of(count: float) -> str:
-    """Bytes as people say them: `12.3 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def share_of(part: float, whole: float) -> str:
     """`12.5%`; something never reads as nothing, nor nearly all as all."""
     if not whole or not part:
@@ -48,8 +39,3 @@ def share_of(part: float, whole: float) -> str:
     if 99.9 < percent < 100:
         return ">99.9%"
     return f"{percent:.1f}%" if percent < 99.95 else "100%"
-
-
-def counted(count: int, what: str) -> str:
-    """`1 file`, `2,000 files`."""
-    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -21,6 +21,7 @@ from shared.errors import UserError
 from shared.layout import cache_layout
 from shared.storage import move, staged
 from shared.sums import ChannelSums
+from shared.wording import counted
 
 ROW_GROUP = 4096  # rows of the accounts that are sorted and compressed at once
 LONGEST_KEY = 256  # characters; a longer one stands in samples/ alone
@@ -172,8 +173,8 @@ class UnitWriter:
         if count > max_reject_fraction * read:
             reason, times = unusable.most_common(1)[0]
             raise TooManyRejected(
-                f"{self.unit.source}: {count} of {read} rows rejected, {times} of them for "
-                f"{reason!r} (first: {self.examples[reason]!r}); mend the source or raise "
+                f"{self.unit.source}: {count} of {counted(read, 'row')} rejected, {times} of "
+                f"them for {reason!r} (first: {self.examples[reason]!r}); mend the source or raise "
                 f"--max-reject-fraction (now {max_reject_fraction})"
             )
 

@@ -45,6 +45,10 @@ class CachePaths:
         return self.root / "conditioning.safetensors"
 
     @property
+    def holdout(self) -> Place:  # noqa: D102
+        return self.root / "holdout.json"
+
+    @property
     def units(self) -> Place:  # noqa: D102
         return self.root / "units"
 
@@ -73,6 +77,12 @@ class Manifest:
     totals: Mapping[str, Any]
     statistics: Mapping[str, Any]
     versions: Mapping[str, str]
+    holdout: str = ""  # a hash over the keys of the samples that are held out, if there are any
+
+    @property
+    def heldout(self) -> int:
+        """Samples that are never trained on."""
+        return sum(len(shard.heldout) for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
         """As stored in manifest.json."""
@@ -80,6 +90,9 @@ class Manifest:
             {**s.to_json(), "layout": i}
             for s, i in zip(self.shards, self.shard_layouts, strict=True)
         ]
+        for row, shard in zip(rows, self.shards, strict=True):
+            if shard.heldout:  # which versions that do not know it refuse
+                row["heldout"] = list(shard.heldout)
         return {
             "format": FORMAT,
             "identity": dict(self.identity),
@@ -88,6 +101,7 @@ class Manifest:
             "totals": dict(self.totals),
             "statistics": dict(self.statistics),
             "versions": dict(self.versions),
+            **({"holdout": self.holdout} if self.holdout else {}),
         }
 
 
@@ -220,6 +234,7 @@ def _manifest(stored: Mapping[str, Any], root: Place) -> Manifest:
         typed(stored["identity"], Mapping[str, Any], "identity"), layouts, shards, numbers, totals,
         typed(stored["statistics"], Mapping[str, Any], "statistics"),
         typed(stored["versions"], Mapping[str, str], "versions"),
+        typed(stored.get("holdout", ""), str, "holdout"),
     )  # fmt: skip
 
 

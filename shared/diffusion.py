@@ -23,6 +23,7 @@ SCHEDULE = {
     "prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "linear",
     "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None, "rescale_betas_zero_snr": False,
 }  # fmt: skip
+NO_BETAS = ("EDM", "FlowMatch")  # schedulers of another formulation, by their class
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -51,9 +52,15 @@ class Schedule:
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     """The schedule in a diffusers `scheduler_config.json`.
 
-    Raises ValueError for a beta schedule or a prediction type that is not known here, and for noise
-    prediction with zero terminal SNR: there z is the noise itself, and x0 would be 0 / 0.
+    Raises ValueError for a scheduler without betas, for a beta schedule or a prediction type that
+    is not known here, and for noise prediction with zero terminal SNR: there z is the noise itself,
+    and x0 would be 0 / 0.
     """
+    if str(config.get("_class_name")).startswith(NO_BETAS):
+        raise ValueError(
+            f"its scheduler, {config['_class_name']}, has no beta schedule; teachers here are "
+            "trained on one (DDPM, DDIM, PNDM, Euler and their like)"
+        )
     config = {**SCHEDULE, **config}
     count = int(config["num_train_timesteps"])
     start, end = float(config["beta_start"]), float(config["beta_end"])

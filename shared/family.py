@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError
+from shared.hub import hub_file, is_downloaded
 from shared.records import record_of
 from shared.single_file import is_single_file, single_file_config
 from shared.storage import load_record
 
 ANEW = "fetch the model anew"
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = Path(__file__).resolve().parent.parent / "data"  # of a checkout; not installed
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # what is no repository's name
+DOWNSCALE = 8  # of a model whose own VAE is not there
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Family:
 
     name: str
     pretrained: str  # hub repository or local folder that the preset stands for
-    resolution: int
+    resolution: int  # of models whose own config says none
     cross_attention_dim: int  # with micro_conditioning, what a UNet's config is recognised by
     text_encoders: tuple[str, ...]
     hidden_state: (
@@ -69,7 +76,17 @@ def resolve_model(name: str) -> Model:
 
     Raises UserError where it does not exist or is of no known family.
     """
-    source = FAMILIES[name].pretrained if name in FAMILIES else name
+    if name in FAMILIES:
+        source = FAMILIES[name].pretrained
+        if DATA in Path(source).parents and not Path(source).is_dir():
+            raise UserError(
+                f"model {name!r} is part of the repository (data/{name}), which is not installed "
+                "with the package; clone the repository, or pass the path of its folder"
+            )
+    else:
+        source = str(Path(name).expanduser()) if name.startswith("~") else name
+        if not Path(source).exists():
+            refuse_mistyped(name, source)
     return Model(source, family_of_unet(unet_config(source), source))
 
 
@@ -121,6 +138,85 @@ def recorded_model(name: str, flag: str = "--model") -> str:
         ) from None
 
 
+def refuse_mistyped(name: str, source: str) -> None:
+    """Raise UserError for what is not here and can be no repository, with the nearest that is here.
+
+    `models/mine` where there is a folder `models` is taken for a path, unless a repository of that
+    name has been downloaded before.
+    """
+    path = Path(source)
+    if HUB_ID.fullmatch(source) and not source.endswith(FILES) and ".." not in source:
+        if not path.parent.is_dir() or is_downloaded(source, "unet/config.json"):
+            return
+        why = f"there is no {name!r}, and {path.parent} is a folder here, so the hub is not asked"
+    else:
+        why = (
+            f"model {name!r} is neither a folder here, nor a .safetensors file, nor a preset "
+            f"({', '.join(FAMILIES)}), nor a hub id (owner/name)"
+        )
+    near = nearest(source)
+    raise UserError(f"{why}{f'; did you mean {near}?' if near else ''}")
+
+
+def nearest(source: str) -> str:
+    """The preset, folder or file whose name is most like this one, or an empty string."""
+    turned = source.replace("\\", "/")
+    if turned != source and Path(turned).exists():
+        return turned
+    path = Path(source)
+    while not path.parent.is_dir() and path.parent != path:  # the first part that is missing
+        path = path.parent
+    names = {}
+    if os.access(path.parent, os.R_OK):
+        there = [one for one in sorted(path.parent.iterdir()) if one.name[0] != "."]
+        names = {one.name: str(one) for one in there if one.is_dir() or one.suffix in FILES}
+    if len(Path(source).parts) == 1:
+        names |= {preset: preset for preset in FAMILIES}
+    lower = {name.lower(): text for name, text in names.items()}
+    found = get_close_matches(path.name.lower(), lower, n=1)
+    return lower[found[0]] if found else ""
+
+
+def model_name(name: str) -> str:
+    """What folders are called after a MODEL: the preset, or the last part of its path or hub id.
+
+    The hub's own folders (models--OWNER--NAME/snapshots/REVISION) go by their repository's name.
+    """
+    for preset, family in FAMILIES.items():
+        if name in (preset, family.pretrained):
+            return preset
+    path = Path(name).expanduser()
+    if path.exists():
+        path = Path(os.path.abspath(path))  # not resolved: a link's own name is the user's
+        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+            return path.parent.parent.name.rpartition("--")[2]
+        if path.is_file():
+            return path.stem
+    return re.sub(r"[^\w.-]+", "-", path.name).strip("-.") or "model"
+
+
+def native_resolution(model: Model) -> int:
+    """Pixels of a side at which the model draws: its UNet's `sample_size` times the VAE's factor.
+
+    Models of one family differ here (SD 2.1 and 2.1-base, SDXL and its Turbo).
+    """
+    size = load_config(model.source, "unet/config.json").get("sample_size")
+    if isinstance(size, list | tuple) and size:
+        size = min(size)
+    if not isinstance(size, int) or size < 1:
+        return model.family.resolution
+    return size * vae_downscale(model.source)
+
+
+def vae_downscale(source: str) -> int:
+    """Pixels per latent, each way."""
+    try:
+        config = load_config(source, "vae/config.json")
+    except UserError:  # it is given with --vae
+        return DOWNSCALE
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
 def family_of_unet(config: Mapping[str, Any], source: str) -> Family:
     """The family whose text conditioning the UNet takes."""
     width = config.get("cross_attention_dim")
@@ -153,19 +249,6 @@ def load_config(source: str, file: str) -> dict[str, Any]:
         if not (local / file).exists():
             raise UserError(f"{source} has no {file}; a diffusers model folder is expected")
         return load_record(local / file, dict, ANEW)
-    if local.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise UserError(
-            f"model {source!r} is neither a folder here, nor a .safetensors file, nor a preset "
-            f"({', '.join(FAMILIES)}), nor a hub id (owner/name)"
-        )
-    from huggingface_hub import hf_hub_download  # slow to import, so only now
-
-    try:
-        found = Path(hf_hub_download(source, file))
-    except (OSError, ValueError) as error:
-        first = first_line(error)
-        raise UserError(
-            f"model {source!r} cannot be read ({first}); check the name, your connection, "
-            "or pass the path of a local diffusers folder"
-        ) from None
-    return load_record(found, dict, ANEW)
+    if not HUB_ID.fullmatch(source):
+        refuse_mistyped(source, source)
+    return load_record(hub_file(source, file), dict, ANEW)

@@ -8,11 +8,13 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from shared.wording import counted, duration, rate
+
 LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Counts towards `total`; `note` stands behind the count (`loss 0.012`).
+    """Counts `unit`s, named in the singular, towards `total`; `note` stands behind (`loss 0.012`).
 
     Rates and the time left count from `initial`, so a resumed run does not flatter itself.
     """
@@ -25,7 +27,7 @@ class Progress:
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(
-                total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True,
+                total=total, initial=initial, desc=what, unit=f" {unit}", dynamic_ncols=True,
                 smoothing=0.05,
             )  # fmt: skip
 
@@ -48,12 +50,11 @@ class Progress:
 
     def _log(self) -> None:
         self._logged = time.monotonic()
-        rate = (self.count - self.initial) / max(self._logged - self._started, 1e-9)
-        left = max(0, self.total - self.count) / rate if rate else float("inf")
-        eta = f"{left:.0f} s left" if left < 3600 else f"{left / 3600:.1f} h left"
-        line = (
-            f"{self.what}: {self.count}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s, {eta}"
-        )
+        speed = (self.count - self.initial) / max(self._logged - self._started, 1e-9)
+        line = f"{self.what}: {self.count:,} of {counted(self.total, self.unit)}"
+        if speed:
+            left = max(0, self.total - self.count) / speed
+            line += f", {rate(speed, self.unit)}{f', {duration(left)} left' if left else ''}"
         print(f"{line}  {self._note}".rstrip(), file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:

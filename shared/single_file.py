@@ -19,6 +19,7 @@ from shared.errors import UserError, first_line
 from shared.reading import open_regular
 from shared.storage import load_record
 from shared.weights import check_finite
+from shared.wording import counted
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 FAMILIES = {"v1": "sd15", "v2": "sd21", "xl_base": "sdxl"}  # diffusers' names and ours
@@ -119,7 +120,7 @@ def whole(model: M, source: str, part: str) -> M:
     missing = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if missing:
         raise UserError(
-            f"{source} lacks {len(missing)} weights of its {part}, {missing[0]} first; "
+            f"{source} lacks {counted(len(missing), 'weight')} of its {part}, {missing[0]} first; "
             "pass a whole checkpoint"
         )
     return check_finite(model, source, part)

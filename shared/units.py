@@ -24,10 +24,17 @@ class Shard:
     size: int
     sha256: str
     first_key: str = ""  # KEY of its first sample; older caches do not say it
+    heldout: tuple[int, ...] = ()  # samples never trained on; said by the manifest alone
+
+    @property
+    def trained(self) -> int:
+        """Samples that may be trained on."""
+        return self.count - len(self.heldout)
 
     def to_json(self) -> dict[str, Any]:
         """As stored in a unit's record."""
         value = {**vars(self), "layout": dict(self.layout)}
+        del value["heldout"]
         if not self.first_key:
             del value["first_key"]
         return value
@@ -38,6 +45,8 @@ class Shard:
         shard = record_of(Shard, value)
         not_negative(count=shard.count, size=shard.size)
         inside("shards", shard.file)
+        if any(not 0 <= number < shard.count for number in shard.heldout):
+            raise ValueError(f"heldout names samples beyond the {shard.count} there are")
         if not HEX.fullmatch(shard.sha256):
             raise ValueError(f"sha256 is {shard.sha256!r:.100}")
         return shard

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import UserError, first_line
+from shared.hub import unreachable
 from shared.rescale import RESCALE_FILE, restore
 from shared.single_file import is_single_file, load_part
 from shared.storage import load_record
@@ -29,11 +30,14 @@ def load_vae(source: str) -> AutoencoderKL:
     """
     if is_single_file(source):
         vae = load_part(AutoencoderKL, source, "vae")
-        return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    if not Path(source).is_dir() and source.count("/") != 1:
-        raise UserError(
-            f"no VAE can be read from {source!r} (neither a folder here nor a hub id, owner/name)"
-        )
+        return _ready(vae, source)
+    if not Path(source).is_dir():
+        if source.count("/") != 1:
+            raise UserError(
+                f"no VAE can be read from {source!r} (neither a folder here nor a hub id, "
+                "owner/name)"
+            )
+        unreachable()  # with no hub, only what was downloaded before is looked for
     try:
         folder = _subfolder(source)
         rescale = _find(source, folder, RESCALE_FILE)
@@ -46,6 +50,16 @@ def load_vae(source: str) -> AutoencoderKL:
     )  # fmt: skip
     if rescale is not None:
         restore(vae, rescale)
+    return _ready(vae, source)
+
+
+def _ready(vae: AutoencoderKL, source: str) -> AutoencoderKL:
+    for name in ("latents_mean", "latents_std", "shift_factor"):  # of others than Stable Diffusion
+        if vae.config.get(name) is not None:
+            raise UserError(
+                f"{source}: its VAE's latents are shifted ({name} in its config.json), which no "
+                "model that can be a teacher here expects"
+            )
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

@@ -169,25 +169,36 @@ def test_quoted_shards_arrive_as_typed(make, shards):
 
 
 @pytest.mark.parametrize(
-    ("words", "missing"),
+    ("words", "passed"),
     [
-        ("prep MODEL=m CACHE=c", "SHARDS"),
-        ("train MODEL=m CACHE=c", "RUN"),
-        ("evaluate EVAL_CACHE=c", "RUN"),
-        ("sample RUN=r", "PROMPT"),
+        ("prep SHARDS='a b/{0..3}.tar'", ["prep", "encode", "--shards", "a b/{0..3}.tar"]),
+        ("prep ARGS='--config run.toml'", ["prep", "encode", "--config", "run.toml"]),
+        ("prep ARGS=--help", ["prep", "encode", "--help"]),
+        ("train", ["train", "distill"]),
+        ("train MODEL=sdxl", ["train", "distill", "--model", "sdxl"]),
+        ("train CACHE= RUN='my run'", ["train", "distill", "--run", "my run"]),
+        ("train ARGS='--config run.toml'", ["train", "distill", "--config", "run.toml"]),
+        ("evaluate", ["train", "evaluate"]),
+        ("evaluate RUN=r", ["train", "evaluate", "--run", "r"]),
+        ("evaluate EVAL_CACHE=c SCORER=m:f ARGS='--seed 1'",
+         ["train", "evaluate", "--eval-cache", "c", "--scorer", "m:f", "--seed", "1"]),
+        ("sample", ["train", "sample"]),
+        ("sample PROMPT='a cat'", ["train", "sample", "--prompt", "a cat"]),
     ],
-)
-def test_missing_variables_are_one_line(make, words, missing):
+)  # fmt: skip
+def test_only_what_is_given_is_passed_on(make, words, passed):
     answer = make(words)
+    assert answer.stderr == ""
+    assert answer.stdout.splitlines() == ["-m", *passed]
+
+
+def test_pictures_must_be_named_in_one_line(make):
+    answer = make("prep MODEL=m CACHE=c")
     assert answer.returncode == 2
-    assert f"{missing} is missing. For example: make {words.split()[0]} " in answer.stderr
+    assert (
+        "SHARDS is missing. For example: make prep SHARDS='pictures/{00..99}.tar'" in answer.stderr
+    )
     assert answer.stderr.count("\n") == 1
-
-
-def test_evaluate_passes_only_what_is_set(make):
-    assert make("evaluate RUN=r").stdout.split() == ["-m", "train", "evaluate", "--run", "r"]
-    answer = make("evaluate RUN=r EVAL_CACHE=c SCORER=m:f ARGS=--dry-run")
-    assert answer.stdout.split()[5:] == ["--eval-cache", "c", "--scorer", "m:f", "--dry-run"]
 
 
 def test_help_lists_every_target(make):

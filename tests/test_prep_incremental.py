@@ -228,4 +228,4 @@ def test_the_command_says_what_it_encoded(tmp_path):
     words = ["encode", "--shards", folder, "--model", "tiny-sd", "--cache", tmp_path / "cache"]
     assert "3 pictures and 3 captions encoded" in prep(*words, "--threads", 1).out
     edit_pictures(folder, 1)
-    assert "1 pictures and 0 captions encoded, the rest copied" in prep(*words).out
+    assert "1 picture and 0 captions encoded" in prep(*words).out

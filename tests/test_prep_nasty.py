@@ -359,7 +359,7 @@ def test_running_again_does_nothing(sources, nasty):
     words = ["--cache", nasty, *FLAGS, "--max-image-bytes", 1_000_000, "--no-report"]
     answer = prep("encode", "--shards", *sources, *words)
     assert answer.status == 0
-    assert "0 units to encode" in answer.err
+    assert "nothing to encode" in answer.err
     assert tree(nasty) == before
 
 
@@ -443,7 +443,7 @@ def test_damaged_sources_cost_their_units_only(tmp_path, server):
     answer = prep(*words)
     assert answer.status == 1
     assert len(answer.errors) == 1
-    assert f"and {len(bad)} more, listed above); the other 1 units are committed" in answer.err
+    assert f"and {len(bad)} more, listed above); the other 1 unit is committed" in answer.err
     skipped = [line for line in answer.err.splitlines() if "skipped: " in line]
     for name in bad:
         shown = name.encode("unicode_escape").decode()

@@ -187,7 +187,7 @@ def test_a_saved_dataset_through_the_whole_stage(tmp_path):
     before = tree(cache)
     assert manifest(cache)["totals"]["written"] == 5
     answer = prep("encode", "--shards", tmp_path / "data", "--model", "tiny-sd", "--cache", cache)
-    assert "0 units to encode" in answer.err
+    assert "nothing to encode" in answer.err
     assert tree(cache) == before
 
 

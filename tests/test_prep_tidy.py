@@ -204,7 +204,7 @@ def test_sources_that_are_gone_are_no_damage(tmp_path):
     write_tar(tars[1], [("0005.png", png(77)), ("0005.txt", b"x"), *captioned([6])])
     answer = prep("verify", "--cache", cache, "--reencode", 100)
     assert answer.status == 0
-    assert "encoded again: 1 samples" in answer.err
+    assert "encoded again: 1 sample;" in answer.err
     assert "not compared: 3 samples whose source is gone or has changed" in answer.err
 
 

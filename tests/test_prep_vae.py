@@ -183,7 +183,7 @@ def test_retries_are_counted_per_unit_and_said(tmp_path):
     flags = ("--threads", 1, "--vae-dtype", "float16", "--vae-batch-size", 3)
     answer = prep("encode", "--shards", grey, mixed, *words, *flags)
     assert answer.status == 0, answer.err
-    assert "1 pictures were encoded again in float32" in answer.out
+    assert "1 picture encoded again in float32" in answer.out
     notes = {unit["source"]: unit["notes"] for unit in units(tmp_path / "cache").values()}
     assert notes == {str(grey): {}, str(mixed): {"fp32_retries": 1}}
     assert manifest(tmp_path / "cache")["totals"]["written"] == 6
@@ -222,7 +222,7 @@ def test_tables_from_before_retries_were_counted_are_copied_from(pictures, tmp_p
     write_tar(tar, captioned(range(4)))
     words = ("--model", "tiny-sd", "--cache", cache, "--threads", 1, "--no-report")
     answer = prep("encode", "--shards", tar, *words)
-    assert "1 pictures and 1 captions encoded, the rest copied" in answer.out
+    assert "1 picture and 1 caption encoded, 3 pictures copied" in answer.out
     assert set(retries_of(cache).values()) == {0}
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from shared import family
+from shared import family, hub
 from shared.errors import UserError
 from shared.family import FAMILIES, family_of_unet, load_config, resolve_model
 
@@ -89,6 +89,7 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch):
         raise OSError("404 Client Error.\nEntry Not Found for url: ...")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     with pytest.raises(UserError) as error:
         resolve_model("stable-diffusion-v1-5/no-such-model")
     assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from shared.config import dispatch
 from shared.errors import run_main
@@ -17,7 +18,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 def distill(config: DistillConfig) -> None:
     """Check, then train."""
     from train import loop, setup
+    from train.defaults import with_defaults
 
+    config = with_defaults(config)
     run = setup.prepare(config)
     if not config.dry_run:
         loop.distill(run)
@@ -26,22 +29,25 @@ def distill(config: DistillConfig) -> None:
 def evaluate(config: EvaluateConfig) -> None:
     """Compare student and teacher."""
     from train import evaluate
+    from train.defaults import newest_student
 
-    evaluate.evaluate(config)
+    evaluate.evaluate(replace(config, run=newest_student(config.run)))
 
 
 def sample(config: SampleConfig) -> None:
     """Draw prompts with a student."""
     from train import draw
+    from train.defaults import newest_student
 
-    draw.draw_prompts(config)
+    draw.draw_prompts(replace(config, run=newest_student(config.run)))
 
 
 def export(config: ExportConfig) -> None:
     """Write a checkpoint's student."""
+    from train.defaults import newest_checkpoint
     from train.export import export_checkpoint
 
-    print(export_checkpoint(config))
+    print(export_checkpoint(replace(config, run=newest_checkpoint(config.run))))
 
 
 COMMANDS = {

@@ -30,14 +30,25 @@ _gap = memoryview(bytearray(JOIN))  # where gaps go; nobody looks at it
 
 
 class Bucket:
-    """The shards of one layout as one array of samples, numbered as the manifest lists them."""
+    """The shards of one layout as one array of samples, numbered as the manifest lists them.
+
+    Without those that are held out, or of these alone.
+    """
 
     def __init__(
-        self, root: Any, layout: Layout, shards: Sequence[Shard], local: LocalCache | None = None
+        self,
+        root: Any,
+        layout: Layout,
+        shards: Sequence[Shard],
+        local: LocalCache | None = None,
+        heldout: bool = False,
     ) -> None:
         self.layout, self.shards = layout, shards
         self.paths = [root / shard.file for shard in shards]
-        self.ends = list(accumulate(shard.count for shard in shards))
+        self.ends = list(accumulate(samples_of(shard, heldout) for shard in shards))
+        self.picked = [shard.heldout for shard in shards] if heldout else None
+        # How many of a shard's samples stand before each that is left out.
+        self.left_out = [[n - i for i, n in enumerate(shard.heldout)] for shard in shards]
         self.remote = not isinstance(root, Path)
         self._runs = lru_cache(RUNS)(lambda rows: runs(layout, rows))
         self._reader = _open_reader(self.paths, layout.stride, shards, local)
@@ -48,8 +59,12 @@ class Bucket:
     def locate(self, number: int) -> tuple[int, int]:
         """Shard and byte offset of a sample."""
         shard = bisect_right(self.ends, number)
-        first = self.ends[shard - 1] if shard else 0
-        return shard, (number - first) * self.layout.stride
+        index = number - (self.ends[shard - 1] if shard else 0)
+        if self.picked is not None:
+            index = self.picked[shard][index]
+        else:
+            index += bisect_right(self.left_out[shard], index)
+        return shard, index * self.layout.stride
 
     def spans(self, number: int, rows: Rows, views: Sequence[memoryview]) -> list[Span]:
         """Where these rows of a sample's fields lie; `views` is the memory that each goes to."""
@@ -147,8 +162,11 @@ def open_buckets(
     manifest: Manifest,
     local_cache: Path | None = None,
     max_samples: int | None = None,
+    heldout: bool = False,
 ) -> list[Bucket]:
     """A bucket for each layout of the manifest that has samples, in its order.
+
+    With `heldout` those that are set aside, otherwise all the others.
 
     `root` is a Path, or the UPath of a remote cache, whose samples `local_cache` keeps.
     `max_samples` takes the first so many samples, shard after shard as the manifest lists them.
@@ -165,31 +183,39 @@ def open_buckets(
     for shard, number in zip(taken, manifest.shard_layouts, strict=False):
         shards[number].append(shard)
     return [
-        Bucket(root, layout, mine, local)
+        Bucket(root, layout, mine, local, heldout)
         for layout, mine in zip(manifest.layouts, shards, strict=True)
-        if sum(shard.count for shard in mine)
+        if sum(samples_of(shard, heldout) for shard in mine)
     ]
 
 
-def largest_bucket(root: Any, manifest: Manifest) -> Bucket:
+def largest_bucket(root: Any, manifest: Manifest, heldout: bool = False) -> Bucket:
     """The bucket with the most samples. Raises UserError for a cache that has none."""
-    buckets = open_buckets(root, manifest)
+    buckets = open_buckets(root, manifest, heldout=heldout)
     if not buckets:
         raise UserError(f"{root} holds no samples")
     return max(buckets, key=len)
 
 
 def first_samples(shards: Sequence[Shard], count: int | None) -> list[Shard]:
-    """The shards that hold the first `count` samples, the last of them with fewer samples."""
+    """The shards that hold the first `count` samples, the last of them with fewer samples.
+
+    Those that are held out do not count.
+    """
     if count is None:
         return list(shards)
     taken = []
     for shard in shards:
         if count <= 0:
             break
-        taken.append(replace(shard, count=min(shard.count, count)))
-        count -= shard.count
+        taken.append(replace(shard, count=min(shard.trained, count) + len(shard.heldout)))
+        count -= shard.trained
     return taken
+
+
+def samples_of(shard: Shard, heldout: bool) -> int:
+    """How many samples of a shard are held out, or are not."""
+    return len(shard.heldout) if heldout else shard.trained
 
 
 def _open_reader(

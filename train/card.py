@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from shared.cache import CachePaths, open_manifest
 from shared.conditioning import load_conditioning
 from shared.errors import UserError
-from shared.family import Family, resolve_model
+from shared.family import Family, Model, native_resolution, resolve_model
 from shared.places import place
 from shared.single_file import is_single_file
 from shared.storage import copy_durably, publish
@@ -224,9 +224,9 @@ def prompt(config: Mapping[str, Any]) -> str:
 
 
 def resolution(config: Mapping[str, Any], family: Family) -> int:
-    """The pixels that the cache was made at; the family's where it cannot be read any more."""
+    """The pixels that the cache was made at; the model's own where it cannot be read any more."""
     try:
         manifest = open_manifest(place(str(config["cache"])), check_sizes=False)
     except (OSError, UserError):
-        return family.resolution
+        return native_resolution(Model(str(config["model"]), family))
     return int(manifest.identity["preprocessing"]["resolution"])

@@ -27,12 +27,15 @@ Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale
 class DistillConfig:
     """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 
-    model: NameOrPath
-    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file."""
-    cache: PlaceFlag
-    """A cache made by `python -m prep encode` for this model: a folder or a URL."""
-    run: LocalPath
-    """Folder for checkpoints, metrics, previews and the exported student."""
+    model: NameOrPath | None = None
+    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file.
+    sdxl unless given, or what the --cache was made for."""
+    cache: PlaceFlag | None = None
+    """A cache made by `python -m prep encode` for this model: a folder or a URL. caches/MODEL
+    unless given."""
+    run: LocalPath | None = None
+    """Folder for checkpoints, metrics, previews and the exported student. runs/MODEL-STUDENT
+    unless given, with what else is not as usual: other flags make another run."""
     vae: NameOrPath | None = None
     """The VAE that decodes pictures, where the cache was made with another than the model's."""
     student: Literal["lora", "full"] = "lora"
@@ -109,8 +112,9 @@ class DistillConfig:
     """torch.compile the blocks of the networks; the first steps take minutes."""
     allow_tf32: bool = False
     """Let fp32 matrix products on the GPU use TF32."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast dtype of student, teacher and target alike; trainables and losses stay fp32."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Autocast dtype of student, teacher and target alike; trainables and losses stay fp32. bf16
+    where a GPU has it, fp16 on an older one, no on a CPU unless given; a run keeps its own."""
     checkpointing_steps: Natural = 500
     """Steps between checkpoints; 0 for the last one alone."""
     checkpoints_total_limit: Count | None = None
@@ -153,9 +157,11 @@ class DistillConfig:
 class EvaluateConfig:
     """Compare student and teacher: one table and one picture."""
 
-    run: LocalPath
-    eval_cache: PlaceFlag
-    """Cache of held-out pictures: their captions are the prompts, their latents the real ones."""
+    run: LocalPath | None = None
+    """The one of runs/ whose student is the newest unless given."""
+    eval_cache: PlaceFlag | None = None
+    """Cache of held-out pictures: their captions are the prompts, their latents the real ones.
+    What --holdout has set aside in the run's own cache unless given."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
     vae: NameOrPath | None = None
@@ -176,8 +182,10 @@ class EvaluateConfig:
 class SampleConfig:
     """Draw pictures with a student, for prompts whose embeddings are in its cache."""
 
-    run: LocalPath
-    prompt: tuple[str, ...]
+    run: LocalPath | None = None
+    """The one of runs/ whose student is the newest unless given."""
+    prompt: tuple[str, ...] = ()
+    """The prompts of the run's previews unless given."""
     cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
     vae: NameOrPath | None = None
@@ -198,7 +206,8 @@ class SampleConfig:
 class ExportConfig:
     """Write a checkpoint's student in diffusers format (`distill` does it at its end)."""
 
-    run: LocalPath
+    run: LocalPath | None = None
+    """The one of runs/ whose checkpoint is the newest unless given."""
     checkpoint: NameOrPath = "latest"
     """latest, or the folder of a checkpoint."""
     output: LocalPath | None = None

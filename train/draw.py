@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 
 from shared.cache import CachePaths, open_manifest
-from shared.conditioning import load_conditioning
+from shared.conditioning import Conditioning, load_conditioning
 from shared.errors import UserError
 from shared.places import place
 from shared.vae import decode_latents
@@ -15,7 +19,22 @@ from train.config import SampleConfig
 from train.export import run_config
 from train.objectives import OBJECTIVES
 from train.pictures import write_grid, write_picture
+from train.preview import MAX_PROMPTS
 from train.sample import most_steps
+
+
+def with_prompts(
+    config: SampleConfig, run: Mapping[str, Any], conditioning: Conditioning
+) -> SampleConfig:
+    """The same with the prompts that the run's previews have, unless some are given.
+
+    Raises UserError where there are none.
+    """
+    prompts = config.prompt or tuple(run["validation_prompts"])
+    prompts = prompts or conditioning.prompts[:MAX_PROMPTS]
+    if not prompts:
+        raise UserError("the cache has no prompts; pass --prompt")
+    return replace(config, prompt=prompts)
 
 
 def draw_prompts(config: SampleConfig) -> None:
@@ -39,6 +58,7 @@ def draw_prompts(config: SampleConfig) -> None:
     artist.check_cache(manifest, cache)
     bucket = largest_bucket(cache, manifest)
     conditioning = load_conditioning(CachePaths(cache).conditioning, bucket.layout)
+    config = with_prompts(config, stored, conditioning)
     texts = conditioning.find(config.prompt)
     artist = artist.with_empty(conditioning.unconditional)
     shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.cache import open_manifest
 from shared.errors import UserError
+from shared.places import place
 from shared.progress import Progress
 from train.artist import Artist, open_artist
 from train.config import EvaluateConfig
-from train.heldout import HeldOut, load_heldout
+from train.heldout import HeldOut, load_heldout, with_eval_cache
 from train.judge import Row, Scorer, decode_all, draw_all
 from train.metrics import FEATURES
 from train.reference import REFERENCE, STEPS, teacher_calls, teacher_reference, unet_calls
@@ -35,7 +35,7 @@ def evaluate(config: EvaluateConfig) -> None:
     artist = open_artist(
         config.run, config.threads, config.device, config.guidance_scale, config.vae
     )
-    manifest = open_manifest(config.eval_cache)
+    config, manifest = with_eval_cache(config, place(str(artist.config["cache"])))
     artist.check_cache(manifest, config.eval_cache)
     heldout = load_heldout(config.eval_cache, manifest, config.num_samples)
     config = with_batch_size(config, heldout.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,13 +168,18 @@ def run_config(run: Path) -> dict[str, Any]:
     return stored_config(run / "config.json")
 
 
+def student_file(run: Path, config: Mapping[str, Any]) -> Path:
+    """Where the exported student of a run with this configuration lies: a file, or a folder."""
+    return run / (LORA_FILE if config["student"] == "lora" else UNET_FOLDER)
+
+
 def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, Any]]:
     """An exported student, ready to draw, and the configuration it was distilled with.
 
     Raises UserError where the run has no export.
     """
     config = run_config(run)
-    wanted = run / (LORA_FILE if config["student"] == "lora" else UNET_FOLDER)
+    wanted = student_file(run, config)
     if not wanted.exists():
         raise UserError(
             f"{run} has no {wanted.name} yet; let `train distill` finish, "

@@ -6,7 +6,7 @@ also where the value is the default one: `DistillConfig.typed`.
 
 from __future__ import annotations
 
-from shared.errors import UsageError, UserError
+from shared.errors import UsageError
 from train.config import DistillConfig
 from train.hub import check_push
 from train.objectives import OBJECTIVES
@@ -38,8 +38,6 @@ def check_flags(config: DistillConfig) -> None:
         raise UsageError("--num-train-epochs and --max-train-steps exclude each other; give one")
     check_push(config)
     check_schedule(config)
-    if 1000 % config.num_ddim_timesteps:
-        raise UserError(f"--num-ddim-timesteps {config.num_ddim_timesteps} must divide 1000")
 
 
 def ignored(config: DistillConfig) -> dict[str, str]:

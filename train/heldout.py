@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shared.cache import CachePaths, Manifest
+from shared.cache import CachePaths, Manifest, open_manifest
 from shared.conditioning import TextEmbeds, load_conditioning
 from shared.errors import UserError
 from shared.places import Place
+from shared.wording import counted
 from train.bucket import Bucket, largest_bucket
+from train.checkpoint import latest_checkpoint, read_progress
+from train.config import EvaluateConfig
 from train.heads import check_heads
 from train.loader import fault
+
+
+def with_eval_cache(config: EvaluateConfig, trained_on: Place) -> tuple[EvaluateConfig, Manifest]:
+    """The same with a cache to evaluate on, and its manifest: what is given, else the run's own.
+
+    Raises UserError where that one has nothing set aside, or had not when the run was trained.
+    """
+    cache = config.eval_cache or trained_on
+    manifest = open_manifest(cache)
+    if str(cache) != str(trained_on):
+        return config, manifest
+    other = "pass --eval-cache a cache of other pictures"
+    if not manifest.heldout:
+        if config.eval_cache is not None:  # it was named, so it is meant
+            return config, manifest
+        raise UserError(
+            f"{cache}, on which {config.run} was trained, has no samples set aside; {other}, or "
+            f"set some aside for runs to come: python -m prep finish --cache {cache} --holdout 1000"
+        )
+    latest = latest_checkpoint(config.run)
+    if latest is None or read_progress(latest).terms.get("holdout") != manifest.holdout:
+        raise UserError(
+            f"{config.run} may have been trained on the samples that {cache} holds out now (they "
+            f"were set aside later, or its checkpoints are gone); {other}, or train anew"
+        )
+    print(
+        f"on {counted(manifest.heldout, 'sample')} held out of {cache} "
+        "(--eval-cache chooses others)",
+        file=sys.stderr,
+    )
+    return replace(config, eval_cache=cache), manifest
 
 
 @dataclass(frozen=True)
@@ -44,14 +79,15 @@ class HeldOut:
 def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
     """The first `count` samples of the cache's largest bucket, in the order of the shards.
 
-    Raises UserError where there are too few to fit a Gaussian of 64 features.
+    Of a cache that has samples set aside only these. Raises UserError where there are too few to
+    fit a Gaussian of 64 features.
     """
-    bucket = largest_bucket(root, manifest)
+    bucket = largest_bucket(root, manifest, heldout=manifest.heldout > 0)
     check_heads([bucket])
     count = min(count, len(bucket))
     if count < 65:
         raise UserError(
-            f"{root}: {count} samples; a Fréchet distance needs at least 65, better 1000"
+            f"{root}: {counted(count, 'sample')}; a Fréchet distance needs at least 65, better 1000"
         )
     latents = bucket.layout.fields[0]
     channels = manifest.identity["vae"]["channels"]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from shared.cache import Shard
 from shared.errors import UserError
+from shared.wording import size_of
 from train.reader import OPEN_FILES, LocalReader, Span
 from train.remote import RemoteReader
 
@@ -53,8 +54,8 @@ class LocalCache:
                 kept += self.path(shard).stat().st_blocks * 512
         free = shutil.disk_usage(self.folder).free
         return (
-            f"local cache {self.folder}: up to {total / 1e9:.2f} GB, {kept / 1e9:.2f} GB of them "
-            f"there, {free / 1e9:.2f} GB free"
+            f"local cache {self.folder}: up to {size_of(total)}, {size_of(kept)} of them "
+            f"there, {size_of(free)} free"
         )
 
     def holds(self, shard: Shard, sample: int) -> bool:

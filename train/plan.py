@@ -13,6 +13,7 @@ from torch import nn
 from shared.cache import Manifest
 from shared.errors import UserError
 from shared.family import Model, unet_config
+from shared.wording import counted
 from train.checkpoint import Progressed
 from train.config import DistillConfig
 from train.loader import Loader
@@ -76,8 +77,9 @@ def plan(
         drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
-        f"{origin}\n{config.max_train_steps} steps of {batch} samples{over}, "
-        f"{passes:.1f} passes over {samples} samples, {drawn}, learning rate {learning_rate:g}"
+        f"{origin}\n{counted(config.max_train_steps, 'step')} of {counted(batch, 'sample')}{over}, "
+        f"{passes:.1f} passes over {counted(samples, 'sample')}, {drawn}, "
+        f"learning rate {learning_rate:g}"
     )
 
 
@@ -108,7 +110,7 @@ def warn_of_small_buckets(loader: Loader) -> None:
         if size < loader.order.batch_size:
             height, width = bucket.layout.latent_size
             print(
-                f"note: only {size} samples of {height}x{width} latents, fewer than a batch of "
-                f"{loader.order.batch_size}: some repeat within a batch",
+                f"note: only {counted(size, 'sample')} of {height}x{width} latents, fewer than a "
+                f"batch of {loader.order.batch_size}: some repeat within a batch",
                 file=sys.stderr,
             )

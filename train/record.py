@@ -24,6 +24,7 @@ from shared.progress import Progress
 from shared.reading import read_if_there
 from shared.records import typed
 from shared.storage import dump_json, guard, publish
+from shared.wording import rate as rate_of
 from train.checkpoint import whole_checkpoints
 from train.config import DistillConfig
 from train.loader import Loader
@@ -164,7 +165,7 @@ class Recorder:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
         self.trackers.log(values, step)
-        return f"loss {loss:.4f}, {rate:.0f} samples/s"
+        return f"loss {loss:.4f}, {rate_of(rate, 'sample')}"
 
     def picture(self, step: int, sheet: NDArray[np.uint8]) -> None:
         """Show a preview in every tracker."""

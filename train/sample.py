@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from shared.conditioning import TextEmbeds
-from shared.diffusion import SCHEDULE, guidance_embedding
+from shared.diffusion import SCHEDULE, guidance_embedding, schedule_from_config
 from train.objectives import OBJECTIVES
 from train.teacher import call_unet, twice
 
@@ -51,7 +51,7 @@ def most_steps(config: dict[str, Any], scheduler_config: dict[str, Any]) -> int:
     """The largest number of steps that the student of a run with this `config` can be drawn in."""
     if OBJECTIVES[config["objective"]].few_steps:
         return int(config["num_ddim_timesteps"])
-    return int(scheduler_config.get("num_train_timesteps", 1000))
+    return schedule_from_config(scheduler_config).num_train_timesteps
 
 
 def student_scheduler(config: dict[str, Any], distilled: dict[str, Any]) -> LCMScheduler:

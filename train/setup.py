@@ -16,9 +16,11 @@ from shared.errors import UserError
 from shared.family import Model, resolve_model
 from shared.storage import dump_json, publish
 from shared.temporary import sweep
+from shared.wording import counted
 from train import checkpoint
 from train.bucket import open_buckets
 from train.config import DistillConfig
+from train.defaults import with_precision
 from train.draws import DrawSpec
 from train.flags import check_flags
 from train.heads import check_heads
@@ -41,7 +43,7 @@ from train.trackers import check_trackers
 
 def prepare(config: DistillConfig) -> Distillation:
     """Check and load everything. Raises UserError for what does not fit together."""
-    config = as_launched(config)
+    config = with_precision(as_launched(config))
     manifest = open_manifest(config.cache)
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
@@ -52,7 +54,7 @@ def prepare(config: DistillConfig) -> Distillation:
     set_threads(config.threads)
     team = Team(config.device)
     batch_size, accumulation = batches(config, team, len(manifest.layouts), before)
-    config = with_steps(config, batch_size, manifest.totals["written"])
+    config = with_steps(config, batch_size, sum(shard.trained for shard in manifest.shards))
     check_speed(config, team.device, team.sharded, len(manifest.layouts))
     if team.main:
         say_memory(config, accumulation, model, manifest, team)
@@ -109,7 +111,7 @@ def check_resumed(
     checkpoint.check_terms(folder, before.terms, terms)
     if before.step > config.max_train_steps:
         raise UserError(
-            f"{folder} has {before.step} steps behind it, more than --max-train-steps "
+            f"{folder} has {counted(before.step, 'step')} behind it, more than --max-train-steps "
             f"{config.max_train_steps}; give more, or an earlier checkpoint"
         )
 
@@ -140,7 +142,7 @@ def build_loader(
     """This process's share of the global batches from sample `position` on."""
     buckets = open_buckets(config.cache, manifest, config.local_cache, config.max_train_samples)
     if not buckets:
-        raise UserError(f"{config.cache} holds no samples")
+        raise UserError(f"{config.cache} holds no samples to train on")
     check_heads(buckets)
     identity, family = manifest.identity, model.family
     w_min, w_max = guidance_range(config, family.w_min, family.w_max)

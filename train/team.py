@@ -126,11 +126,12 @@ def as_launched(config: DistillConfig) -> DistillConfig:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp8":
         raise UserError("--mixed_precision fp8 is not for this trainer; launch with bf16")
-    untyped = {"mixed_precision", "gradient_accumulation_steps"} - config.typed
-    if config.mixed_precision == "no" and "mixed_precision" in untyped:
+    # It says "no" also where nobody has asked it for a precision.
+    if config.mixed_precision is None and precision != "no":
         config = replace(config, mixed_precision=precision)
     accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
-    if config.gradient_accumulation_steps == 1 and "gradient_accumulation_steps" in untyped:
+    untyped = "gradient_accumulation_steps" not in config.typed
+    if config.gradient_accumulation_steps == 1 and untyped:
         config = replace(config, gradient_accumulation_steps=accumulation)
     return config
 

@@ -16,6 +16,7 @@ from shared.diffusion import SCHEDULE
 from shared.errors import UserError
 from shared.family import Model, load_config
 from shared.storage import dump_json
+from shared.wording import counted
 from train.checkpoint import Progressed
 from train.config import DistillConfig
 from train.objectives import OBJECTIVES
@@ -48,7 +49,8 @@ def divide(
         ]
         way = f"--train-batch-size {fitting[-1]}" if fitting else f"--global-batch-size {nearest}"
         raise UserError(
-            f"a global batch of {batch_size} does not divide by {config.train_batch_size} samples "
+            f"a global batch of {batch_size} does not divide by "
+            f"{counted(config.train_batch_size, 'sample')} "
             f"on each of {world} processes; use {way}"
         )
     if before is not None and buckets > 1 and batch_size != before.batch_size:
@@ -68,7 +70,10 @@ def run_terms(
     config: DistillConfig, manifest: Manifest, model: Model, student: Student
 ) -> dict[str, Any]:
     """What a checkpoint remembers and a resume must repeat; `student` is as it was built."""
-    shards = [[shard.file, shard.count] for shard in manifest.shards]
+    shards = [
+        [shard.file, shard.count, *([shard.heldout] if shard.heldout else [])]
+        for shard in manifest.shards
+    ]
     content = dump_json([manifest.identity["family"], shards])
     scheduler = load_config(model.source, "scheduler/scheduler_config.json")
     flags = to_dict(config)
@@ -78,6 +83,7 @@ def run_terms(
         **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
+        **({"holdout": manifest.holdout} if manifest.holdout else {}),
         **{name: scheduler.get(name, default) for name, default in SCHEDULE.items()},
         # A full fine-tuning has no teacher beside it, but weights that it began with.
         **({"teacher": signs(frozen)} if frozen else {"model": signs(unet.parameters())}),

@@ -22,6 +22,7 @@ from shared.diffusion import (
     predicted_x0,
     solver_timesteps,
 )
+from shared.errors import UserError
 from train.batch import Batch
 from train.config import DistillConfig
 from train.objectives.objective import Objective
@@ -88,7 +89,15 @@ class LCD:
 
 
 def build(config: DistillConfig, schedule: Schedule) -> LCD:
-    """The loss that the flags ask for."""
+    """The loss that the flags ask for. Raises UserError for intervals that do not divide T."""
+    steps, total = config.num_ddim_timesteps, schedule.num_train_timesteps
+    if total % steps:
+        divisors = [n for n in range(1, total + 1) if not total % n]
+        nearest = min(divisors, key=lambda n: abs(n - steps))
+        raise UserError(
+            f"--num-ddim-timesteps {steps} must divide {total}, the timesteps of the teacher "
+            f"(num_train_timesteps); the nearest that does is {nearest}"
+        )
     return LCD(
         schedule=schedule,
         num_ddim_timesteps=config.num_ddim_timesteps,

@@ -1,0 +1,107 @@
+"""Samples set aside for evaluation, on which nothing is ever trained.
+
+A sample's key is a hash and a shard is sorted by it. When a cache with `--holdout N` is finished
+for the first time, the N smallest keys of all are held out, and `holdout.json` keeps them: whatever
+comes or goes later, the same samples stay held out, and none that was trained on becomes one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from shared.cache import CachePaths, Manifest, Shard
+from shared.errors import UserError
+from shared.layout import Layout
+from shared.storage import dump_json, guard, parse_json, read_if_there
+from shared.update import update
+from shared.wording import counted
+
+READERS = 16  # shards that are looked into at once
+KEY_BYTES = 16  # of a sample's name, with which its first tar header begins
+LARGEST = 2**64 - 1
+
+
+def ask(cache: CachePaths, count: int | None) -> None:
+    """Note that `count` samples are to be held out; 0 for none again, None leaves what was said.
+
+    Another number than before lets them be chosen anew.
+    """
+
+    def change(content: bytes | None) -> bytes | None:
+        noted = 0 if content is None else parse_json(content, cache.holdout).get("count", 0)
+        return None if count == noted else dump_json({"count": count})
+
+    if count is not None:
+        update(cache.holdout, change, cache.tmp)
+
+
+def held_out(cache: CachePaths) -> dict[str, Any]:
+    """What holdout.json says: `count`, and `keys` where they have been chosen. Empty without it."""
+    content = read_if_there(cache.holdout)
+    return {} if content is None else dict(parse_json(content, cache.holdout))
+
+
+def choose(cache: CachePaths, manifest: Manifest) -> None:
+    """Choose the samples that were asked for, unless that was done.
+
+    Raises UserError where none would be left.
+    """
+    stored = held_out(cache)
+    count, total = stored.get("count", 0), manifest.totals["written"]
+    if not count or "keys" in stored:
+        return
+    if count >= total:
+        raise UserError(
+            f"--holdout {count}: the cache has {counted(total, 'sample')}, and some must be left "
+            "to train on; `prep finish --holdout N` sets fewer aside"
+        )
+    share, keys = 0.0, list[str]()
+    while len(keys) < count:
+        share = min(1.0, 2 * share or (count + 4 * count**0.5) / total)
+        found = keys_up_to(cache, manifest.shards, f"{int(share * LARGEST):016x}")
+        keys = sorted(key for some in found for key in some)
+    chosen = dump_json({"count": count, "keys": keys[:count]})
+
+    def change(content: bytes | None) -> bytes | None:
+        now = {} if content is None else parse_json(content, cache.holdout)
+        return None if "keys" in now else chosen  # another process has finished it, too
+
+    update(cache.holdout, change, cache.tmp)
+
+
+def set_aside(cache: CachePaths, manifest: Manifest) -> Manifest:
+    """The manifest, its shards with the samples that are held out."""
+    keys = set(held_out(cache).get("keys", ()))
+    if not keys:
+        return manifest
+    found = keys_up_to(cache, manifest.shards, max(keys))
+    shards = tuple(
+        replace(shard, heldout=tuple(i for i, key in enumerate(some) if key in keys))
+        for shard, some in zip(manifest.shards, found, strict=True)
+    )
+    digest = hashlib.sha256("".join(sorted(keys)).encode()).hexdigest()[:16]
+    return replace(manifest, shards=shards, holdout=digest)
+
+
+def keys_up_to(cache: CachePaths, shards: Sequence[Shard], last: str) -> list[list[str]]:
+    """The first keys of each shard, none of them larger than `last`."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda shard: list(_keys(cache, shard, last)), shards))
+
+
+def _keys(cache: CachePaths, shard: Shard, last: str) -> Iterator[str]:
+    path, stride = cache.root / shard.file, Layout.from_json(shard.layout).stride
+    try:
+        with guard(path), path.open("rb", 0) as file:
+            for number in range(shard.count):
+                file.seek(number * stride)
+                key = file.read(KEY_BYTES).decode("ascii", "replace")
+                if key > last:
+                    return
+                yield key
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; `prep verify --repair` tells how to mend it") from None
