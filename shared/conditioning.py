@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from shared.errors import UserError
 from shared.places import Place
 from shared.storage import publish
+from shared.tensors import tensor_chunks
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> Non
         tensors[f"{name}.prompt_embeds"] = embeds.prompt_embeds
         if embeds.pooled_prompt_embeds is not None:
             tensors[f"{name}.pooled_prompt_embeds"] = embeds.pooled_prompt_embeds
-    content = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-    # One metadata entry: safetensors writes several in no fixed order.
-    publish([save(content, {"prompts": json.dumps(conditioning.prompts)})], path, tmp)
+    content = {name: tensor.half() for name, tensor in tensors.items()}
+    metadata = {"prompts": json.dumps(conditioning.prompts)}
+    publish(tensor_chunks(content, metadata), path, tmp)
 
 
 def load_conditioning(path: Place) -> Conditioning:

@@ -63,6 +63,21 @@ def stage(chunks: Iterable[bytes | memoryview], tmp: Path) -> tuple[Path, str]:
     return staged, digest.hexdigest()
 
 
+@contextmanager
+def workshop(tmp: Path, label: str) -> Iterator[Path]:
+    """A fresh folder in `tmp` to build something in; what is still in it at the end is removed.
+
+    Raises UserError, of `tmp`'s parent, when the disk is full or not writable.
+    """
+    building = temporary(tmp, label)
+    try:
+        with guard(tmp.parent):
+            building.mkdir(parents=True)
+            yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def move(staged: Path, path: Place) -> None:
     """Give a staged file its final name, replacing what stood there, durably."""
     if not isinstance(path, Path):

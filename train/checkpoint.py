@@ -16,13 +16,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shared.errors import UserError
 from shared.identity import differences
-from shared.storage import dump_json, file_sizes, guard, load_json, move, publish, sync_folder
+from shared.storage import (
+    dump_json,
+    file_sizes,
+    load_json,
+    move,
+    publish,
+    sync_folder,
+    workshop,
+)
 from shared.temporary import temporary
+from shared.tensors import tensor_chunks
 from train.optim import restored, saved
 
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
@@ -55,18 +64,15 @@ def save_checkpoint(
     """Write a whole checkpoint of CPU tensors, then prune the oldest beyond `total_limit`."""
     final = checkpoint_folder(run, progressed.step)
     tmp = run / "tmp"
-    building = temporary(tmp, f"-{final.name}")
-    with guard(run):
-        building.mkdir(parents=True, exist_ok=True)
-    for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):
-        content = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        publish([save(content)], building / name, tmp)
-    state = {**vars(progressed), "files": file_sizes(building)}
-    publish([dump_json(state)], building / STATE, tmp)
-    sync_folder(building)
-    if final.exists():  # of an earlier, longer run that was resumed from before it
-        remove(final, tmp)
-    move(building, final)
+    with workshop(tmp, f"-{final.name}") as building:
+        for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):
+            publish(tensor_chunks(tensors), building / name, tmp)
+        state = {**vars(progressed), "files": file_sizes(building)}
+        publish([dump_json(state)], building / STATE, tmp)
+        sync_folder(building)
+        if final.exists():  # of an earlier, longer run that was resumed from before it
+            remove(final, tmp)
+        move(building, final)
     prune(run, total_limit, final)
     return final
 

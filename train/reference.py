@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from shared.cache import CachePaths
@@ -18,6 +18,7 @@ from shared.errors import UserError
 from shared.places import Place
 from shared.progress import Progress
 from shared.storage import dump_json, load_json, publish
+from shared.tensors import tensor_chunks
 from train.artist import Artist
 from train.config import EvaluateConfig
 from train.heldout import HeldOut
@@ -96,13 +97,13 @@ def keep_reference(path: Place, tmp: Path, judge: Judge, rows: Sequence[Row]) ->
     """Store a reference for the next evaluation; a read-only cache goes without."""
     tensors = {
         "mean": torch.from_numpy(judge.real.mean),
-        "covariance": torch.from_numpy(judge.real.covariance).contiguous(),
-        "solution": judge.solution.contiguous(),
+        "covariance": torch.from_numpy(judge.real.covariance),
+        "solution": judge.solution,
     }
     table = {"sharpness": judge.sharpness, "rows": [asdict(row) for row in rows]}
     try:
         publish([dump_json(table)], path.with_suffix(".json"), tmp)
-        publish([save(tensors)], path, tmp)
+        publish(tensor_chunks(tensors), path, tmp)
     except (OSError, UserError) as error:
         print(f"the teacher's rows are not kept for next time: {error}")
 
