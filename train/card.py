@@ -34,14 +34,20 @@ dtype = torch.float16 if device == "cuda" else torch.float32
 
 
 def write_card(
-    run: Path, folder: Path, tmp: Path, config: Mapping[str, Any], student: str | None, name: str
+    run: Path,
+    folder: Path,
+    tmp: Path,
+    config: Mapping[str, Any],
+    student: str | None,
+    latest: bool,
+    name: str,
 ) -> bool:
     """Write README.md beside an export, and the newest preview up to its step as `preview.png`.
 
     `config` is the run's resolved configuration, its `max_train_steps` those that the student
-    took; `name` is what a user loads it by: a hub id or the folder. Where the run's evaluation is
-    of this `student` (a fingerprint, or None for one that is not the run's latest), the table is
-    part of the card; returns whether it is.
+    took; `student` is its fingerprint, and `latest` whether it is what the run has come to; `name`
+    is what a user loads it by: a hub id or the folder. Where the run's evaluation is of this
+    student, the table is part of the card; returns whether it is.
     """
     family = resolve_model(str(config["model"])).family
     last = f"step-{config['max_train_steps']:08d}.png"
@@ -55,40 +61,39 @@ def write_card(
     parts += ["## Use", f"```python\n{lines}```", guidance(config, family)]
     if uses := file_uses(folder, config):
         parts += ["## Files", "\n".join(f"- {line}" for line in uses)]
-    if table := evaluation(run, student):
+    if table := evaluation(run, student, latest):
         parts += [f"## {EVALUATION}", table]
     parts += [f"## {AFTER_EVALUATION}", settings(config), "## Licence", licence(config)]
     publish(["\n\n".join(parts).encode() + b"\n"], folder / CARD_FILE, tmp)
     return bool(table)
 
 
-def evaluation(run: Path, student: str | None) -> str:
+def evaluation(run: Path, student: str | None, latest: bool) -> str:
     """The table of a run's evaluation; nothing where there is none or it is of another student.
 
-    An older version's evaluation does not say of whom it is, and is believed.
+    An older version's does not say of whom it is, and is taken for the latest's.
     """
     figures, table = run / "evaluation.json", run / "evaluation.md"
-    if student is None or not (figures.is_file() and table.is_file()):
+    if not (figures.is_file() and table.is_file()):
         return ""
     try:
         told = load_record(figures, lambda record: record.get("weights"), "evaluate again")
     except UserError as error:
         print(f"note: the card has no table: {error}", file=sys.stderr)
         return ""
-    return table.read_text().strip() if told in (None, student) else ""
+    mine = latest if told is None else told == student
+    return table.read_text().strip() if mine else ""
 
 
-def update_card(folder: Path, table: str) -> Path | None:
-    """Put a new evaluation into a card that is there, whatever else was written into it.
-
-    Returns the card, or None where there is none.
-    """
+def update_card(folder: Path) -> None:
+    """Put a folder's evaluation into its card, if there is one, and leave the rest of it alone."""
     card = folder / CARD_FILE
     if not card.is_file():
-        return None
+        return
     sections = re.split(r"^(?=## )", card.read_text(), flags=re.MULTILINE)
     titles = [section.partition("\n")[0].removeprefix("## ").strip() for section in sections]
-    section = f"## {EVALUATION}\n\n{table.strip()}\n\n"
+    table = (folder / "evaluation.md").read_text().strip()
+    section = f"## {EVALUATION}\n\n{table}\n\n"
     if EVALUATION in titles:
         sections[titles.index(EVALUATION)] = section
     elif AFTER_EVALUATION in titles:
@@ -96,7 +101,7 @@ def update_card(folder: Path, table: str) -> Path | None:
     else:
         sections += ["\n", section]
     publish(["".join(sections).rstrip().encode() + b"\n"], card, folder / "tmp")
-    return card
+    print(card)
 
 
 def header(config: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def write_export(
     def describe(building: Path, student: str) -> None:
         scheduler = drawing_scheduler(stored).to_json_string()
         publish([scheduler.encode()], building / SCHEDULER_FILE, tmp)
-        write_card(config.run, building, tmp, stored, student if latest else None, str(folder))
+        write_card(config.run, building, tmp, stored, student, latest, str(folder))
 
     return export_student(unet, folder, config.export_dtype, describe)
 
@@ -138,8 +138,8 @@ def publish_export(
     """With --push-to-hub, upload what `write_export` wrote; say where it is and what it is for."""
     stored = told_config(config.run, step)
     if config.push_to_hub:
-        student = exported_student(folder, stored["student"]) if latest else None
-        write = partial(write_card, config.run, folder, folder / "tmp", stored, student)
+        student = exported_student(folder, stored["student"])
+        write = partial(write_card, config.run, folder, folder / "tmp", stored, student, latest)
         print(f"published: {push(config, folder, stored['student'], write)}")
     for line in file_uses(folder, stored):
         print(f"note: {line}", file=sys.stderr)
