@@ -28,7 +28,7 @@ READERS, READ_AHEAD = 16, 256  # small files read at a time, and held in memory
 COPY_BYTES = 1 << 20
 
 
-def publish(chunks: Iterable[bytes], path: Place, tmp: Path) -> str:
+def publish(chunks: Iterable[bytes | memoryview], path: Place, tmp: Path) -> str:
     """Write `chunks` to `path` atomically by way of the folder `tmp` (for a Path on its disk).
 
     Returns the content's sha256 in hex. Raises UserError when the disk is full or not writable;
@@ -240,6 +240,8 @@ def copy_durably(source: Place, path: Place, tmp: Path) -> str:
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EFBIG: "the file would be larger than is allowed here; see `ulimit -f`, or choose a disk",
+    errno.EIO: "the disk reports an error; check it, or choose another folder",
     errno.EACCES: "permission denied; choose a folder you may write to",
     errno.EPERM: "permission denied; choose a folder you may write to",
     errno.EROFS: "the file system is read-only; choose another folder",

@@ -60,4 +60,4 @@ def read_metadata(path: Path) -> dict[str, str]:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values in order, without a copy where they lie so in the CPU's memory."""
     values = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(values.view(torch.uint8).numpy())
+    return values.view(torch.uint8).numpy().data
