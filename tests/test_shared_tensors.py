@@ -75,6 +75,6 @@ def test_conditioning_is_as_it_was(tmp_path):
     rows = torch.randn(2, 4, 3).half()
     conditioning = Conditioning(TextEmbeds(rows[:1]), ("ä", "b"), TextEmbeds(rows))
     save_conditioning(conditioning, tmp_path / "file", tmp_path / "tmp")
-    tensors = {"prompts.prompt_embeds": rows, "empty.prompt_embeds": rows[:1].contiguous()}
+    tensors = {"prompts.prompt_embeds": rows, "empty.prompt_embeds": rows[:1].clone()}
     prompts = {"prompts": json.dumps(conditioning.prompts)}
     assert (tmp_path / "file").read_bytes() == save(tensors, prompts)

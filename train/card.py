@@ -23,6 +23,7 @@ from train.uses import file_uses, half_precision
 
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
 EVALUATION, AFTER_EVALUATION = "Evaluation", "Training"  # sections
+READ = ("utf-8", "surrogateescape")  # what others wrote into a card stays as it is
 SHOWN = (
     "objective", "student", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler", "w_min", "w_max", "num_ddim_timesteps", "loss_type",
@@ -82,7 +83,7 @@ def evaluation(run: Path, student: str | None, latest: bool) -> str:
         print(f"note: the card has no table: {error}", file=sys.stderr)
         return ""
     mine = latest if told is None else told == student
-    return table.read_text().strip() if mine else ""
+    return table.read_bytes().decode().strip() if mine else ""
 
 
 def update_card(folder: Path) -> None:
@@ -90,9 +91,9 @@ def update_card(folder: Path) -> None:
     card = folder / CARD_FILE
     if not card.is_file():
         return
-    sections = re.split(r"^(?=## )", card.read_text(), flags=re.MULTILINE)
+    sections = re.split(r"^(?=## )", card.read_bytes().decode(*READ), flags=re.MULTILINE)
     titles = [section.partition("\n")[0].removeprefix("## ").strip() for section in sections]
-    table = (folder / "evaluation.md").read_text().strip()
+    table = (folder / "evaluation.md").read_bytes().decode().strip()
     section = f"## {EVALUATION}\n\n{table}\n\n"
     if EVALUATION in titles:
         sections[titles.index(EVALUATION)] = section
@@ -100,7 +101,7 @@ def update_card(folder: Path) -> None:
         sections.insert(titles.index(AFTER_EVALUATION), section)
     else:
         sections += ["\n", section]
-    publish(["".join(sections).rstrip().encode() + b"\n"], card, folder / "tmp")
+    publish(["".join(sections).rstrip().encode(*READ) + b"\n"], card, folder / "tmp")
     print(card)
 
 
