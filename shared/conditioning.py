@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from shared.errors import UserError, first_line
@@ -22,6 +22,7 @@ from shared.places import Place
 from shared.reading import read_if_there
 from shared.records import typed
 from shared.storage import publish
+from shared.tensors import tensor_chunks
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,8 @@ def dump_conditioning(conditioning: Conditioning) -> bytes:
         tensors[f"{name}.prompt_embeds"] = embeds.prompt_embeds
         if embeds.pooled_prompt_embeds is not None:
             tensors[f"{name}.pooled_prompt_embeds"] = embeds.pooled_prompt_embeds
-    content = {name: tensor.half().contiguous() for name, tensor in tensors.items()}
-    # One metadata entry: safetensors writes several in no fixed order.
-    return save(content, {"prompts": json.dumps(conditioning.prompts)})
+    content = {name: tensor.half() for name, tensor in tensors.items()}
+    return b"".join(tensor_chunks(content, {"prompts": json.dumps(conditioning.prompts)}))
 
 
 def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def fingerprint(module: nn.Module) -> str:
     """16 hex digits over names, shapes and fp32 values, so an fp16 copy that was cast up agrees."""
+    return tensors_fingerprint(module.state_dict())
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The same over tensors by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         values = tensor.detach().cpu()
         values = values.float() if values.is_floating_point() else values

@@ -34,6 +34,7 @@ from shared.errors import UserError
 from shared.fingerprint import fingerprint
 from shared.records import typed
 from shared.storage import dump_json, load_record, publish
+from shared.tensors import tensor_chunks
 
 PEAK_LIMIT = 2.0**12  # 16 times below fp16's largest number: room for other pictures
 RESCALE_FILE = "rescale.json"
@@ -175,7 +176,9 @@ def save_rescaled(vae: AutoencoderKL, folder: Path) -> None:
     # First, so that scaled weights never lie there without their scales.
     stored = {**asdict(scales_of(vae)), "fingerprint": fingerprint(vae)}
     publish([dump_json(stored)], folder / RESCALE_FILE, folder)
-    vae.save_pretrained(folder, safe_serialization=True)
+    publish([vae.to_json_string().encode()], folder / "config.json", folder)
+    weights = tensor_chunks(vae.state_dict(), {"format": "pt"})
+    publish(weights, folder / "diffusion_pytorch_model.safetensors", folder)
 
 
 def restore(vae: AutoencoderKL, file: Path) -> None:

@@ -44,7 +44,7 @@ READERS, READ_AHEAD = 16, 256  # small files read at a time, and held in memory
 COPY_BYTES = 1 << 20
 
 
-def publish(chunks: Iterable[bytes], path: Place, tmp: Path) -> str:
+def publish(chunks: Iterable[bytes | memoryview], path: Place, tmp: Path) -> str:
     """Write `chunks` to `path` atomically by way of the folder `tmp` (for a Path on its disk).
 
     Returns the content's sha256 in hex. Raises UserError when the disk is full or not writable;
@@ -73,6 +73,17 @@ def staged(chunks: Iterable[bytes | memoryview], tmp: Path) -> Iterator[tuple[Pa
         finally:
             os.close(fd)
         yield file, digest.hexdigest()
+
+
+@contextmanager
+def workshop(tmp: Path, label: str) -> Iterator[Path]:
+    """A fresh folder in `tmp` to build something in; what is still in it at the end is removed.
+
+    Raises UserError, of `tmp`'s parent, when the disk is full or not writable.
+    """
+    with guard(tmp.parent), temporary(tmp, label) as building:
+        building.mkdir()
+        yield building
 
 
 def move(file: Path, path: Place) -> None:

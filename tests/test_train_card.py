@@ -19,7 +19,7 @@ from shared.config import to_dict
 from shared.family import FAMILIES
 from train.card import snippet
 from train.config import DistillConfig
-from train.export import export_student, publish_export
+from train.export import write_export
 from train.student import build_student
 from train.teacher import load_schedule
 
@@ -47,8 +47,7 @@ def export(run: Path, model: Path, cache: Path, student: str) -> str:
         unet_time_cond_proj_dim=32, num_ddim_timesteps=20, timestep_scaling_factor=8.0,
     )  # fmt: skip
     (run / "config.json").write_text(json.dumps(to_dict(config)))
-    export_student(build_student(str(model), config).exported(), run)
-    publish_export(config, run)
+    write_export(config, build_student(str(model), config).exported(), run)
     (code,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)
     return code
 

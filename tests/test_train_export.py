@@ -167,7 +167,7 @@ def test_everything_loads_without_a_warning(run, warnings, recwarn):
     assert len(loaded) >= len(stored)
     for name, layer in layers.items():
         adapter = next(iter(layer.lora_A))
-        assert layer.scaling[adapter] == ALPHA / RANK  # alpha survives
+        assert layer.scaling[adapter] == 1  # alpha is part of the weights
         for part in ("lora_A", "lora_B"):
             weight = getattr(layer, part)[adapter].weight
             assert torch.equal(weight, stored[f"unet.{name}.{part}.weight"])
@@ -205,7 +205,7 @@ def test_lora_metadata_name_the_adapter(run):
 
     with safe_open(run.folder / "pytorch_lora_weights.safetensors", "pt") as file:
         stored = json.loads(file.metadata()["lora_adapter_metadata"])
-    assert (stored["unet.r"], stored["unet.lora_alpha"]) == (RANK, ALPHA)
+    assert (stored["unet.r"], stored["unet.lora_alpha"]) == (RANK, RANK)
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(run, cli, tmp_path):

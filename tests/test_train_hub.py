@@ -109,8 +109,11 @@ def test_export_publishes_card_and_weights(run, cli, hub, tmp_path):
     assert hub.tokens == {f"Bearer {TOKEN}"}
     weights = {
         "lora": {"pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"},
-        "full": {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"},
-    }[kind]
+        "full": {
+            "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+        },
+    }[kind]  # fmt: skip
     scheduler = "scheduler/scheduler_config.json"
     assert set(hub.files) == {"README.md", "preview.png", scheduler, *weights}
     for name, content in hub.files.items():

@@ -121,7 +121,7 @@ def test_every_module_of_the_published_models_is_found_again(name, config):
         spatial = weight.shape[2:]
         adapter[f"{target}.lora_A.weight"] = torch.zeros(1, weight.shape[1], *spatial)
         adapter[f"{target}.lora_B.weight"] = torch.zeros(weight.shape[0], 1, *[1 for _ in spatial])
-    tensors = kohya_tensors(adapter, 0.5, 2 if name == "sdxl" else None)
+    tensors = kohya_tensors(adapter, unet)
     assert len(tensors) == 3 * len(targets)
     stems = {key.partition(".")[0] for key in tensors}
     assert stems.issuperset(KNOWN[name])
@@ -132,7 +132,7 @@ def test_every_module_of_the_published_models_is_found_again(name, config):
     unet.load_lora_adapter(found, prefix="unet", network_alphas=alphas, low_cpu_mem_usage=True)
     loaded = {n: m for n, m in unet.named_modules() if hasattr(m, "lora_A")}
     assert sorted(loaded) == sorted(targets)
-    assert {m.scaling[key] for m in loaded.values() for key in m.scaling} == {0.5}  # alpha / 1
+    assert {m.scaling[key] for m in loaded.values() for key in m.scaling} == {1.0}  # alpha / rank
     for target, layer in loaded.items():
         (down,) = layer.lora_A.values()
         assert down.weight.shape == adapter[f"{target}.lora_A.weight"].shape
@@ -164,13 +164,13 @@ def test_the_file_says_what_it_is(config, base, v2):
     told = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(RANK),
-        "ss_network_alpha": str(ALPHA),
+        "ss_network_alpha": str(RANK),
         "ss_base_model_version": base,
         "ss_v2": v2,
     }
     assert kohya_metadata(unet, {"x": torch.zeros(4, 320)}) == told
     convolved = kohya_metadata(unet, {"x": torch.zeros(4, 320, 3, 3)})
-    assert json.loads(convolved.pop("ss_network_args")) == {"conv_dim": "4", "conv_alpha": "6.0"}
+    assert json.loads(convolved.pop("ss_network_args")) == {"conv_dim": "4", "conv_alpha": "4"}
     assert convolved == told
 
 
@@ -180,7 +180,7 @@ def test_what_the_file_holds(tiny_xl, tmp_path):
         assert file.metadata()["ss_network_dim"] == str(RANK)
         keys = list(file.keys())
         alphas = {float(file.get_tensor(key)) for key in keys if key.endswith(".alpha")}
-    assert alphas == {ALPHA}
+    assert alphas == {RANK}
     assert {key.partition(".")[2] for key in keys} == {
         "lora_down.weight", "lora_up.weight", "alpha",
     }  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from shared.errors import UserError
 from shared.family import Family, Model, native_resolution, resolve_model
 from shared.places import place
 from shared.single_file import is_single_file
-from shared.storage import copy_durably, publish
-from train.kohya import KOHYA_FILE
+from shared.storage import copy_durably, load_record, publish
 from train.objectives import OBJECTIVES
+from train.uses import file_uses, half_precision
 
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
+EVALUATION, AFTER_EVALUATION = "Evaluation", "Training"  # sections
+READ = ("utf-8", "surrogateescape")  # what others wrote into a card stays as it is
 SHOWN = (
     "objective", "student", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler", "w_min", "w_max", "num_ddim_timesteps", "loss_type",
@@ -30,29 +34,75 @@ dtype = torch.float16 if device == "cuda" else torch.float32
 """
 
 
-def write_card(run: Path, folder: Path, config: Mapping[str, Any], latest: bool, name: str) -> Path:
+def write_card(
+    run: Path,
+    folder: Path,
+    tmp: Path,
+    config: Mapping[str, Any],
+    student: str | None,
+    latest: bool,
+    name: str,
+) -> bool:
     """Write README.md beside an export, and the newest preview up to its step as `preview.png`.
 
     `config` is the run's resolved configuration, its `max_train_steps` those that the student
-    took; `name` is what a user loads it by: a hub id or the folder. Where the run was evaluated
-    and the student is its `latest`, the table is part of the card.
+    took; `student` is its fingerprint, and `latest` whether it is what the run has come to; `name`
+    is what a user loads it by: a hub id or the folder. Where the run's evaluation is of this
+    student, the table is part of the card; returns whether it is.
     """
     family = resolve_model(str(config["model"])).family
     last = f"step-{config['max_train_steps']:08d}.png"
     previews = sorted(p for p in (run / "previews").glob("step-*.png") if p.name <= last)
     parts = [header(config), introduction(config, name)]
     if previews:
-        copy_durably(previews[-1], folder / PREVIEW_FILE, folder / "tmp")
+        copy_durably(previews[-1], folder / PREVIEW_FILE, tmp)
         shown = "Prompts at 1, 2, 4 and 8 steps" if few_steps(config) else "Prompts"
         parts.append(f"![{shown}]({PREVIEW_FILE})")
-    parts += ["## Use", f"```python\n{snippet(config, name, family)}```", guidance(config, family)]
-    if (folder / KOHYA_FILE).is_file():
-        parts.append(kohya(config))
-    if latest and (run / "evaluation.json").is_file():
-        parts += ["## Evaluation", (run / "evaluation.md").read_text().strip()]
-    parts += ["## Training", settings(config), "## Licence", licence(config)]
-    publish(["\n\n".join(parts).encode() + b"\n"], folder / CARD_FILE, folder / "tmp")
-    return folder / CARD_FILE
+    lines = snippet(config, name, family, half_precision(folder))
+    parts += ["## Use", f"```python\n{lines}```", guidance(config, family)]
+    if uses := file_uses(folder, config):
+        parts += ["## Files", "\n".join(f"- {line}" for line in uses)]
+    if table := evaluation(run, student, latest):
+        parts += [f"## {EVALUATION}", table]
+    parts += [f"## {AFTER_EVALUATION}", settings(config), "## Licence", licence(config)]
+    publish(["\n\n".join(parts).encode() + b"\n"], folder / CARD_FILE, tmp)
+    return bool(table)
+
+
+def evaluation(run: Path, student: str | None, latest: bool) -> str:
+    """The table of a run's evaluation; nothing where there is none or it is of another student.
+
+    An older version's does not say of whom it is, and is taken for the latest's.
+    """
+    figures, table = run / "evaluation.json", run / "evaluation.md"
+    if not (figures.is_file() and table.is_file()):
+        return ""
+    try:
+        told = load_record(figures, lambda record: record.get("weights"), "evaluate again")
+    except UserError as error:
+        print(f"note: the card has no table: {error}", file=sys.stderr)
+        return ""
+    mine = latest if told is None else told == student
+    return table.read_bytes().decode().strip() if mine else ""
+
+
+def update_card(folder: Path) -> None:
+    """Put a folder's evaluation into its card, if there is one, and leave the rest of it alone."""
+    card = folder / CARD_FILE
+    if not card.is_file():
+        return
+    sections = re.split(r"^(?=## )", card.read_bytes().decode(*READ), flags=re.MULTILINE)
+    titles = [section.partition("\n")[0].removeprefix("## ").strip() for section in sections]
+    table = (folder / "evaluation.md").read_bytes().decode().strip()
+    section = f"## {EVALUATION}\n\n{table}\n\n"
+    if EVALUATION in titles:
+        sections[titles.index(EVALUATION)] = section
+    elif AFTER_EVALUATION in titles:
+        sections.insert(titles.index(AFTER_EVALUATION), section)
+    else:
+        sections += ["\n", section]
+    publish(["".join(sections).rstrip().encode(*READ) + b"\n"], card, folder / "tmp")
+    print(card)
 
 
 def header(config: Mapping[str, Any]) -> str:
@@ -88,8 +138,11 @@ def introduction(config: Mapping[str, Any], name: str) -> str:
     )
 
 
-def snippet(config: Mapping[str, Any], name: str, family: Family) -> str:
-    """Python that draws one picture with stock diffusers."""
+def snippet(config: Mapping[str, Any], name: str, family: Family, variant: str = "") -> str:
+    """Python that draws one picture with stock diffusers.
+
+    `variant` is Python for that of a full student's weights.
+    """
     source = str(config["model"])
     kind = "StableDiffusionXLPipeline" if family.micro_conditioning else "StableDiffusionPipeline"
     lora = config["student"] == "lora"
@@ -101,7 +154,9 @@ def snippet(config: Mapping[str, Any], name: str, family: Family) -> str:
     if not lora:
         lines += (
             "unet = UNet2DConditionModel.from_pretrained(\n"
-            f'    {quoted(name)}, subfolder="unet", torch_dtype=dtype\n)\n'
+            f'    {quoted(name)},\n    subfolder="unet",\n    torch_dtype=dtype,\n'
+            + (f"    variant={variant},\n" if variant else "")
+            + ")\n"
         )
         parts.insert(0, "unet=unet")
     load = "from_pretrained"
@@ -155,14 +210,6 @@ def guidance(config: Mapping[str, Any], family: Family) -> str:
     return (
         f"`guidance_scale` may lie between {low + 1:g} and {high + 1:g}, the range it was trained "
         "for, and costs nothing: the UNet is told it, there is no second pass."
-    )
-
-
-def kohya(config: Mapping[str, Any]) -> str:
-    """What the other LoRA file is for."""
-    use = "; there, too: LCM sampler, CFG 1" if few_steps(config) else ""
-    return (
-        f"`{KOHYA_FILE}` is the same LoRA for ComfyUI and other tools that read kohya's names{use}."
     )
 
 

@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from shared.errors import UserError, first_line
 from shared.identity import differences
 from shared.records import not_negative, record_of, typed
-from shared.storage import dump_json, file_sizes, guard, load_record, move, publish, sync_folder
+from shared.storage import (
+    dump_json,
+    file_sizes,
+    load_record,
+    move,
+    publish,
+    sync_folder,
+    workshop,
+)
 from shared.temporary import temporary
+from shared.tensors import tensor_chunks
 from train.optim import averages_of, restored, saved
 from train.tensors import check_moments, check_tensors, load_tensors
 
@@ -60,11 +68,9 @@ def save_checkpoint(
     """Write a whole checkpoint of CPU tensors, then prune the oldest beyond `total_limit`."""
     final = checkpoint_folder(run, progressed.step)
     tmp = run / "tmp"
-    with guard(run), temporary(tmp, f"-{final.name}") as building:
-        building.mkdir()
+    with workshop(tmp, f"-{final.name}") as building:
         for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):
-            content = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            publish([save(content)], building / name, tmp)
+            publish(tensor_chunks(tensors), building / name, tmp)
         state = {**vars(progressed), "files": file_sizes(building)}
         publish([dump_json(state)], building / STATE, tmp)
         sync_folder(building)

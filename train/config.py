@@ -20,6 +20,7 @@ from shared.numbers import (
 )
 from shared.paths import LocalPath, NameOrPath, PlaceFlag
 
+ExportDtype = Literal["both", "fp32", "fp16"]
 Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1
 
 
@@ -140,6 +141,8 @@ class DistillConfig:
     threads: Count | None = None
     """CPU threads of the networks; as many as the process may use unless given."""
     device: str = "auto"
+    export_dtype: ExportDtype = "both"
+    """Of the exported weights. both: a UNet in fp32 and as variant="fp16", a LoRA in fp32."""
     push_to_hub: bool = False
     """Publish the finished student on the Hugging Face hub, with a model card."""
     hub_model_id: str | None = None
@@ -212,6 +215,8 @@ class ExportConfig:
     """latest, or the folder of a checkpoint."""
     output: LocalPath | None = None
     """The run's folder unless given."""
+    export_dtype: ExportDtype = "both"
+    """Of the exported weights. both: a UNet in fp32 and as variant="fp16", a LoRA in fp32."""
     push_to_hub: bool = False
     """Publish the student on the Hugging Face hub, with a model card."""
     hub_model_id: str | None = None

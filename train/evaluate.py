@@ -15,12 +15,14 @@ from shared.errors import UserError
 from shared.places import place
 from shared.progress import Progress
 from train.artist import Artist, open_artist
+from train.card import update_card
 from train.config import EvaluateConfig
 from train.heldout import HeldOut, load_heldout, with_eval_cache
 from train.judge import Row, Scorer, decode_all, draw_all
-from train.metrics import FEATURES
+from train.metrics import FEATURES, few_pictures
 from train.reference import REFERENCE, STEPS, teacher_calls, teacher_reference, unet_calls
 from train.table import write_report
+from train.weights import exported_student
 
 STUDENT_ROWS = tuple(("student", steps) for steps in STEPS)
 MOST_DRAWN = 100  # pictures drawn at once
@@ -30,11 +32,15 @@ SHOWN = 6  # captions in the picture
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Write evaluation.json, evaluation.md and evaluation.png, and print the table."""
+    """Write evaluation.json, evaluation.md and evaluation.png, and print the table.
+
+    The model card of the run's export tells it too, unless `--output` is elsewhere.
+    """
     scorer = load_scorer(config.scorer)
     artist = open_artist(
         config.run, config.threads, config.device, config.guidance_scale, config.vae
     )
+    weights = exported_student(config.run, artist.config["student"])
     config, manifest = with_eval_cache(config, place(str(artist.config["cache"])))
     artist.check_cache(manifest, config.eval_cache)
     heldout = load_heldout(config.eval_cache, manifest, config.num_samples)
@@ -55,13 +61,18 @@ def evaluate(config: EvaluateConfig) -> None:
     result = {
         "features": FEATURES,
         "num_samples": len(heldout),
+        "fd_note": few_pictures(len(heldout)),
         "guidance_scale": artist.guidance_scale,
         "student": artist.config["student"],
+        "weights": weights,  # of which student this is told
         "scorer": config.scorer,
         "rows": [asdict(row) for row in rows],
     }
     folder = config.output or config.run
     write_report(folder, result, showcase(artist, heldout, config), heldout.captions)
+    still_there = exported_student(config.run, artist.config["student"]) == weights
+    if folder.resolve() == config.run.resolve() and still_there:
+        update_card(folder)
 
 
 def with_batch_size(config: EvaluateConfig, shape: tuple[int, int, int]) -> EvaluateConfig:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from peft.utils import get_peft_model_state_dict
+from diffusers import UNet2DConditionModel
 
 from shared.cache import Manifest
 from shared.config import coerce
 from shared.errors import UserError
 from shared.family import load_config, resolve_model
-from shared.storage import copy_durably, guard, move, publish, sync_tree
-from shared.temporary import sweep, temporary
+from shared.storage import guard, publish, workshop
+from shared.temporary import sweep
+from shared.together import replace_together
 from shared.weights import load_whole
-from train.card import write_card
+from train.card import CARD_FILE, PREVIEW_FILE, write_card
 from train.checkpoint import (
     check_terms,
     find_checkpoint,
@@ -30,7 +29,7 @@ from train.checkpoint import (
 )
 from train.config import DistillConfig, ExportConfig
 from train.hub import check_push, push
-from train.kohya import KOHYA_FILE, save_kohya
+from train.kohya import KOHYA_FILE
 from train.objectives import OBJECTIVES
 from train.sample import student_scheduler, teacher_scheduler
 from train.stored import stored_config
@@ -38,66 +37,65 @@ from train.student import build_student
 from train.teacher import load_unet
 from train.tensors import check_lora
 from train.terms import run_terms
+from train.uses import file_uses
+from train.weights import (
+    LORA_FILE,
+    UNET_FILES,
+    UNET_FOLDER,
+    exported_student,
+    write_lora,
+    write_unet,
+)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-UNET_FOLDER = "unet"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
+COMPANIONS = (KOHYA_FILE, SCHEDULER_FILE, CARD_FILE, PREVIEW_FILE)  # of the weights
 NO_CACHE = Manifest({"family": None}, (), (), (), {}, {}, {})
 
 
-def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
-    """Write a UNet folder, or `pytorch_lora_weights.safetensors` with rank and alpha.
+def export_student(
+    unet: UNet2DConditionModel,
+    folder: Path,
+    dtype: str = "both",
+    describe: Callable[[Path, str], object] = lambda building, student: None,
+) -> Path:
+    """Write a UNet folder, or `pytorch_lora_weights.safetensors` and, beside it, kohya's file.
 
-    Beside the latter lies `kohya_lora_weights.safetensors` for ComfyUI and its like, unless it
-    cannot express a layer. The former export is replaced only when the new one is whole. Returns
-    what was written.
+    `describe` is called with the folder in which the export is built and the student's
+    fingerprint, and may put `COMPANIONS` there. The former export is replaced when all of the new
+    one is whole, and no file of it is left beside the new ones. Returns what was written. Raises
+    UserError when the disk refuses; the former export is then as it was.
     """
     tmp = folder / "tmp"
-    sweep(tmp)
-    with temporary(tmp, "-export") as building:
-        building.mkdir()
-        if getattr(unet, "peft_config", None):
-            return export_lora(unet, building, folder)
-        unet.save_pretrained(building)
-        sync_tree(building)
-        final = folder / UNET_FOLDER
-        with temporary(tmp, "-old") as old:
-            if final.exists():
-                os.replace(final, old)
-            move(building, final)
-        return final
+    with guard(folder):
+        sweep(tmp)
+    with workshop(tmp, "-export") as building:
+        lora = bool(getattr(unet, "peft_config", None))
+        write, primary = (write_lora, LORA_FILE) if lora else (write_unet, UNET_FOLDER)
+        describe(building, write(unet, building, dtype, tmp))
+        replace_together(building, folder, primary, COMPANIONS)
+    return folder / primary
 
 
-def export_lora(unet: UNet2DConditionModel, building: Path, folder: Path) -> Path:
-    """The LoRA files by way of `building`; returns the one for diffusers."""
-    tmp = folder / "tmp"
-    save_lora(unet, building)
-    try:
-        save_kohya(unet, building / KOHYA_FILE)
-    except UserError as error:
-        print(f"note: {KOHYA_FILE} is left out: {error}", file=sys.stderr)
-        (folder / KOHYA_FILE).unlink(missing_ok=True)  # of a former export
-    else:
-        copy_durably(building / KOHYA_FILE, folder / KOHYA_FILE, tmp)
-    copy_durably(building / LORA_FILE, folder / LORA_FILE, tmp)
-    return folder / LORA_FILE
+def write_export(
+    config: DistillConfig | ExportConfig,
+    unet: UNet2DConditionModel,
+    folder: Path,
+    step: int | None = None,
+    latest: bool = True,
+) -> Path:
+    """Export a run's student with its scheduler and model card; returns the weights' path.
 
-
-def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
-    """diffusers' LoRA file; its metadata carry the adapter's config, alpha included.
-
-    The names stay peft's throughout: diffusers' own conversion renames the attention layers only,
-    and a file with both kinds of names loses half its modules on loading.
+    `step` is that of the student, the run's last unless given.
     """
-    xl = unet.config.addition_embed_type == "text_time"
-    pipeline = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-    adapter = unet.peft_config["default"].to_dict()
-    adapter["target_modules"] = sorted(adapter["target_modules"])
-    pipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=adapter,
-    )
+    stored = told_config(config.run, step)
+    tmp = folder / "tmp"
+
+    def describe(building: Path, student: str) -> None:
+        scheduler = drawing_scheduler(stored).to_json_string()
+        publish([scheduler.encode()], building / SCHEDULER_FILE, tmp)
+        write_card(config.run, building, tmp, stored, student, latest, str(folder))
+
+    return export_student(unet, folder, config.export_dtype, describe)
 
 
 def export_checkpoint(config: ExportConfig) -> Path:
@@ -119,9 +117,10 @@ def export_checkpoint(config: ExportConfig) -> Path:
     # Its cache may have grown or be gone: an export does not need it.
     check_terms(checkpoint, before.terms, {**terms, "cache": before.terms.get("cache")})
     restore_networks(checkpoint, student)
-    path = export_student(student.exported(), folder)
-    latest = [path.resolve() for path in whole_checkpoints(config.run)[-1:]]
-    publish_export(config, folder, before.step, checkpoint.resolve() in latest)
+    newest = [path.resolve() for path in whole_checkpoints(config.run)[-1:]]
+    latest = checkpoint.resolve() in newest
+    path = write_export(config, student.exported(), folder, before.step, latest)
+    publish_export(config, folder, before.step, latest)
     return path
 
 
@@ -139,18 +138,20 @@ def wanted_checkpoint(config: ExportConfig) -> Path:
 def publish_export(
     config: DistillConfig | ExportConfig, folder: Path, step: int | None = None, latest: bool = True
 ) -> None:
-    """Write an export's scheduler and model card; with --push-to-hub, upload all and say where.
-
-    `step` is that of the student, the run's last unless given.
-    """
-    stored = run_config(config.run)
-    stored["max_train_steps"] = step or stored["max_train_steps"]
-    scheduler = drawing_scheduler(stored).to_json_string()
-    publish([scheduler.encode()], folder / SCHEDULER_FILE, folder / "tmp")
-    write = partial(write_card, config.run, folder, stored, latest)
-    write(str(folder))
+    """With --push-to-hub, upload what `write_export` wrote; say where it is and what it is for."""
+    stored = told_config(config.run, step)
     if config.push_to_hub:
-        print(f"published: {push(config, folder, write)}")
+        student = exported_student(folder, stored["student"])
+        write = partial(write_card, config.run, folder, folder / "tmp", stored, student, latest)
+        print(f"published: {push(config, folder, stored['student'], write)}")
+    for line in file_uses(folder, stored):
+        print(f"note: {line}", file=sys.stderr)
+
+
+def told_config(run: Path, step: int | None) -> dict[str, Any]:
+    """A run's configuration as its student's card tells it: with the steps that it took."""
+    stored = run_config(run)
+    return {**stored, "max_train_steps": step or stored["max_train_steps"]}
 
 
 def drawing_scheduler(config: dict[str, Any]) -> Any:
@@ -193,7 +194,17 @@ def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel,
         unet.unload_lora()
     else:
         unet = load_whole(
-            UNet2DConditionModel.from_pretrained, str(wanted), "UNet", torch_dtype=torch.float32
+            UNet2DConditionModel.from_pretrained,
+            str(wanted),
+            "UNet",
+            torch_dtype=torch.float32,
+            variant=variant(wanted),
         )
     unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return unet.to(device), config
+
+
+def variant(unet: Path) -> str | None:
+    """diffusers' name for the weights to take of an exported UNet: those in fp32 if it has them."""
+    only_half = not (unet / UNET_FILES["fp32"]).is_file() and (unet / UNET_FILES["fp16"]).is_file()
+    return "fp16" if only_half else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -14,10 +13,12 @@ from shared.errors import UserError, first_line
 from train.config import DistillConfig, ExportConfig
 
 # What belongs to an export; checkpoints, metrics and the cache's path stay at home.
-FILES = [
-    "README.md", "preview.png", "evaluation.json", "evaluation.png",
-    "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors", "unet/*", "scheduler/*",
-]  # fmt: skip
+WEIGHTS = {
+    "lora": ["pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"],
+    "full": ["unet/*"],
+}
+BESIDE = ["README.md", "preview.png", "scheduler/*"]
+EVALUATION = ["evaluation.json", "evaluation.png"]
 REMEDIES = {
     401: "the hub does not accept the token: `hf auth login`, or another --hub-token",
     403: "the token may not write there: take one with write access, or another --hub-model-id",
@@ -50,20 +51,26 @@ def model_id(config: DistillConfig | ExportConfig) -> str:
 
 
 def push(
-    config: DistillConfig | ExportConfig, folder: Path, write_card: Callable[[str], Any]
+    config: DistillConfig | ExportConfig,
+    folder: Path,
+    student: str,
+    write_card: Callable[[str], bool],
 ) -> str:
     """Make the repository, let `write_card` name it, upload the export; returns the address.
+
+    Of the folder goes what belongs to a `lora` or `full` student, the evaluation if `write_card`
+    says that it is the student's.
 
     Raises UserError, in a line, for whatever the hub refuses; the export stays where it is.
     """
     api = HfApi(token=config.hub_token)
     try:
         repo = api.create_repo(model_id(config), exist_ok=True)
-        write_card(repo.repo_id)
+        evaluated = write_card(repo.repo_id)
         api.upload_folder(
             repo_id=repo.repo_id,
             folder_path=folder,
-            allow_patterns=FILES,
+            allow_patterns=[*WEIGHTS[student], *BESIDE, *(EVALUATION if evaluated else [])],
             commit_message="Publish a distilled student",
         )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.errors import UserError
@@ -39,24 +36,12 @@ RESNET_PARTS = {
 }
 
 
-def save_kohya(unet: UNet2DConditionModel, file: Path) -> None:
-    """Write the adapter of `unet` with its rank and alpha, fp32.
-
-    Raises UserError for a layer that has no name there.
-    """
-    xl = unet.config.addition_embed_type == "text_time"
-    tensors = kohya_tensors(
-        get_peft_model_state_dict(unet),
-        float(unet.peft_config["default"].lora_alpha),
-        unet.config.layers_per_block if xl else None,
-    )
-    save_file(tensors, file, kohya_metadata(unet, tensors))
-
-
 def kohya_metadata(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What sd-scripts writes of a LoRA; web UIs sort by `ss_base_model_version` and `ss_v2`."""
-    adapter = unet.peft_config["default"]
-    rank, alpha = str(adapter.r), str(adapter.lora_alpha)
+    """What sd-scripts writes of a LoRA; web UIs sort by `ss_base_model_version` and `ss_v2`.
+
+    alpha is the rank: what it was in training is part of the weights.
+    """
+    rank = str(unet.peft_config["default"].r)
     v2 = unet.config.cross_attention_dim == 1024
     base = "sd_v2" if v2 else "sd_v1"
     if unet.config.addition_embed_type == "text_time":
@@ -64,32 +49,33 @@ def kohya_metadata(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) ->
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
-        "ss_network_alpha": alpha,
+        "ss_network_alpha": rank,
         "ss_base_model_version": base,
         "ss_v2": str(v2),
     }
     if any(tensor.ndim == 4 and tensor.shape[-1] > 1 for tensor in tensors.values()):
-        metadata["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": alpha})
+        metadata["ss_network_args"] = json.dumps({"conv_dim": rank, "conv_alpha": rank})
     return metadata
 
 
-def kohya_tensors(
-    adapter: Mapping[str, Tensor], alpha: float, layers_per_block: int | None
-) -> dict[str, Tensor]:
+def kohya_tensors(adapter: Mapping[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """peft's tensors of a UNet (`PATH.lora_A.weight`, `PATH.lora_B.weight`) under kohya's names.
 
-    With `layers_per_block`, paths become those of the original SDXL checkpoint; raises UserError
-    for one that has no counterpart there.
+    Every `alpha` is its module's rank, so that a strength of 1 is what the weights say. For SDXL,
+    paths become those of the original checkpoint; raises UserError for one that has no
+    counterpart there.
     """
+    xl = unet.config.addition_embed_type == "text_time"
     tensors = {}
     for name, tensor in adapter.items():
         path, _, part = name.removesuffix(".weight").rpartition(".")
-        if layers_per_block is not None:
-            path = original_path(path, layers_per_block)
+        if xl:
+            path = original_path(path, unet.config.layers_per_block)
         module = f"lora_unet_{path.replace('.', '_')}"
         side = {"lora_A": "lora_down", "lora_B": "lora_up"}[part]
-        tensors[f"{module}.{side}.weight"] = tensor.detach().cpu().contiguous()
-        tensors[f"{module}.alpha"] = torch.tensor(alpha)
+        tensors[f"{module}.{side}.weight"] = tensor
+        if part == "lora_A":
+            tensors[f"{module}.alpha"] = torch.tensor(float(len(tensor)))
     return tensors
 
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 FEATURES = "thumb48-edges16-percent"
 FEATURE_COUNT = 64
 THUMB = 4  # cells per side
+DIMENSIONS = 4 * THUMB**2  # of the features: three colours and an edge for each cell
+ENOUGH = 10 * DIMENSIONS  # pictures, for a covariance that is more than an impression
 PORTION = 2**22  # pixels measured at once
 HIGH_FREQUENCY = 0.25  # cycles per pixel; the Nyquist limit is 0.5
 
@@ -73,6 +75,18 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     difference = a.mean - b.mean
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum()
     return float(difference @ difference + trace)
+
+
+def few_pictures(count: int) -> str | None:
+    """What to know of a Fréchet distance from `count` pictures, where they are few."""
+    if count >= ENOUGH:
+        return None
+    return (
+        f"Few pictures: {count} for {DIMENSIONS} features, whose covariance has "
+        f"{DIMENSIONS * (DIMENSIONS + 1) // 2:,} entries. A Fréchet distance from so few is biased "
+        f"upwards and moves with the choice of captions: compare it only between rows of this "
+        f"table, and take {ENOUGH} captions or more (better 1,000) to compare students."
+    )
 
 
 def high_frequency_share(images: NDArray[np.uint8]) -> float:

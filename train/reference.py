@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from shared.cache import CachePaths
@@ -23,6 +23,7 @@ from shared.progress import Progress
 from shared.reading import read_file, read_if_there
 from shared.records import typed
 from shared.storage import dump_json, load_record, publish
+from shared.tensors import tensor_chunks
 from train.artist import Artist
 from train.config import EvaluateConfig
 from train.heldout import HeldOut
@@ -138,13 +139,13 @@ def keep_reference(path: Place, tmp: Path, judge: Judge, rows: Sequence[Row]) ->
     """Store a reference for the next evaluation; a read-only cache goes without."""
     tensors = {
         "mean": torch.from_numpy(judge.real.mean),
-        "covariance": torch.from_numpy(judge.real.covariance).contiguous(),
-        "solution": judge.solution.contiguous(),
+        "covariance": torch.from_numpy(judge.real.covariance),
+        "solution": judge.solution,
     }
     table = {"sharpness": judge.sharpness, "rows": [asdict(row) for row in rows]}
     try:
         publish([dump_json(table)], path.with_suffix(".json"), tmp)
-        publish([save(tensors)], path, tmp)
+        publish(tensor_chunks(tensors), path, tmp)
     except (OSError, UserError) as error:
         print(f"the teacher's rows are not kept for next time: {error}")
 

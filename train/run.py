@@ -13,7 +13,7 @@ from shared.conditioning import TextEmbeds
 from shared.errors import UserError
 from train import checkpoint
 from train.config import DistillConfig, ExportConfig
-from train.export import export_checkpoint, export_student, publish_export
+from train.export import export_checkpoint, publish_export, write_export
 from train.loader import Loader
 from train.objectives.objective import Loss
 from train.preview import Previews
@@ -99,11 +99,12 @@ class Distillation:
 
     def export(self) -> None:
         """Write the student in diffusers' format."""
-        if self.team.main:
-            if self.team.sharded:  # no process has the whole of it; the checkpoint does
-                written = export_checkpoint(ExportConfig(self.config.run))
-            else:
-                written = export_student(self.student.exported(), self.config.run)
-            print(f"student: {written}")
-            publish_export(self.config, self.config.run)
+        config = self.config
+        if self.team.main and self.team.sharded:  # no process has it whole; the checkpoint does
+            fields = ("run", "export_dtype", "push_to_hub", "hub_model_id", "hub_token")
+            same = {name: getattr(config, name) for name in fields}
+            print(f"student: {export_checkpoint(ExportConfig(**same))}")
+        elif self.team.main:
+            print(f"student: {write_export(config, self.student.exported(), config.run)}")
+            publish_export(config, config.run)
         self.team.wait()

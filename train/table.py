@@ -39,6 +39,8 @@ def write_report(
         "features. Latent MSE: 1 step, against the teacher's 50 from the same noise. Sharpness: "
         "high-frequency energy relative to the teacher's 50 steps. ms/image without decoding."
     )
+    if result["fd_note"]:
+        note += f"\n\n{result['fd_note']}"
     picture = folder / "evaluation.png"
     count = len(next(iter(columns.values())))
     rows = [[images[i] for images in columns.values()] for i in range(count)]

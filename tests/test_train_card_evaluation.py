@@ -1,0 +1,111 @@
+"""The evaluation in the model card: of the student that lies there, and of no other."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import evaluate, reference
+from train.config import DistillConfig, EvaluateConfig, ExportConfig
+from train.export import export_checkpoint
+from train.loop import distill
+from train.metrics import DIMENSIONS, ENOUGH, features, few_pictures
+from train.setup import prepare
+
+TEACHER = (("ddim", 3), ("ddim", 1))
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """A table of two rows for the teacher and one for the student."""
+    for module in (evaluate, reference):
+        monkeypatch.setattr(module, "REFERENCE", TEACHER[0])
+    monkeypatch.setattr(reference, "SOLVER_ROWS", TEACHER[1:])
+    monkeypatch.setattr(reference, "TEACHER_ROWS", TEACHER)
+    monkeypatch.setattr(reference, "TRIED", 10)
+    monkeypatch.setattr(evaluate, "STUDENT_ROWS", (("student", 1),))
+    monkeypatch.setattr(evaluate, "TIMED", 2)
+
+
+@pytest.fixture
+def held(tiny_cache, tmp_path) -> Path:
+    """A cache of one's own: the teacher's rows are kept in it."""
+    return Path(shutil.copytree(tiny_cache, tmp_path / "held"))
+
+
+@pytest.fixture
+def config(tiny_cache, tiny_sd, tmp_path) -> DistillConfig:
+    return DistillConfig(
+        model=str(tiny_sd), cache=tiny_cache, run=tmp_path / "run", train_batch_size=2,
+        max_train_steps=1, lora_rank=2, learning_rate=1e-2, validation_steps=0, threads=1,
+        device="cpu", report_to=("none",),
+    )  # fmt: skip
+
+
+def assess(run: Path, cache: Path, output: Path | None = None) -> None:
+    """On a CPU, with as few captions as are accepted."""
+    config = EvaluateConfig(
+        run=run, eval_cache=cache, num_samples=65, output=output, threads=1, device="cpu"
+    )
+    evaluate.evaluate(config)
+
+
+def test_the_card_follows_the_evaluation(config, held, tmp_path, few_rows, capsys):
+    run = config.run
+    distill(prepare(config))
+    card = run / "README.md"
+    card.write_text(
+        card.read_text().replace("## Licence", "## My own words\n\nKept.\n\n## Licence")
+    )
+    without = card.read_text()
+    assess(run, held, tmp_path / "elsewhere")
+    assert card.read_text() == without
+    assess(run, held)
+    assert str(card) in capsys.readouterr().out
+    table = (run / "evaluation.md").read_text().strip()
+    assert f"## Evaluation\n\n{table}\n\n## Training" in card.read_text()
+    assert card.read_text().replace(f"## Evaluation\n\n{table}\n\n", "") == without
+    # Evaluated again, the table is replaced.
+    (run / "README.md").write_text(card.read_text().replace("| teacher", "| an older teacher"))
+    assess(run, held)
+    assert card.read_text().count("## Evaluation") == 1
+    assert "an older teacher" not in card.read_text()
+    # The same student is exported with it, whatever the precision; a further trained one without.
+    export_checkpoint(ExportConfig(run, export_dtype="fp16"))
+    assert "## Evaluation" in card.read_text()
+    first = run / "checkpoints/step-00000001"
+    more = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
+    distill(prepare(more))
+    assert (run / "evaluation.json").is_file()
+    assert "## Evaluation" not in card.read_text()
+    export_checkpoint(ExportConfig(run, checkpoint=str(first), output=tmp_path / "earlier"))
+    assert "## Evaluation" in (tmp_path / "earlier/README.md").read_text()
+
+
+def test_few_pictures_are_said_to_be_few(config, held, few_rows, capsys):
+    distill(prepare(config))
+    assess(config.run, held)
+    told = json.loads((config.run / "evaluation.json").read_text())["fd_note"]
+    assert told.startswith("Few pictures: 65 for 64 features")
+    assert told in capsys.readouterr().out
+    assert told in (config.run / "evaluation.md").read_text()
+    assert told in (config.run / "README.md").read_text()
+
+
+def test_enough_pictures_need_no_word():
+
+    assert features(np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, DIMENSIONS)
+    assert few_pictures(ENOUGH) is None
+    assert "biased upwards" in few_pictures(ENOUGH - 1)
+
+
+def test_a_damaged_evaluation_costs_no_export(config, capsys):
+    config.run.mkdir()
+    (config.run / "evaluation.json").write_text("[1, 2")
+    (config.run / "evaluation.md").write_text("| a table |")
+    distill(prepare(config))
+    assert "note: the card has no table: " in capsys.readouterr().err
+    assert "a table" not in (config.run / "README.md").read_text()
