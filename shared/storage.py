@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shared import ownership
 from shared.errors import UserError, first_line
 from shared.places import Place
 from shared.temporary import temporary
@@ -64,7 +65,10 @@ def stage(chunks: Iterable[bytes | memoryview], tmp: Path) -> tuple[Path, str]:
 
 
 def move(staged: Path, path: Place) -> None:
-    """Give a staged file its final name, replacing what stood there, durably."""
+    """Give a staged file its final name, replacing what stood there, durably.
+
+    Raises UserError where the folder has been taken from this process (shared/ownership.py).
+    """
     if not isinstance(path, Path):
         try:
             path.upload(staged)
@@ -76,6 +80,7 @@ def move(staged: Path, path: Place) -> None:
             if path.is_dir() and staged.is_file():
                 raise UserError(f"{path} is a folder; choose another name for the file")
             path.parent.mkdir(parents=True, exist_ok=True)
+            ownership.check(path)
             os.replace(staged, path)
             sync_folder(path.parent)
     except UserError:

@@ -116,7 +116,9 @@ class DistillConfig:
     checkpoints_total_limit: Count | None = None
     """Older checkpoints beyond this many are removed."""
     resume_from_checkpoint: str | None = None
-    """latest, or the folder of a checkpoint."""
+    """latest, step-N, or the folder of a checkpoint. The same command goes on by itself."""
+    take_over: bool = False
+    """Take the run from the process that writes it, where that one hangs."""
     validation_steps: Natural = 250
     """Steps between preview pictures; 0 for none."""
     validation_prompts: tuple[str, ...] = ()
@@ -200,7 +202,7 @@ class ExportConfig:
 
     run: Path
     checkpoint: str = "latest"
-    """latest, or the folder of a checkpoint."""
+    """latest, step-N, or the folder of a checkpoint."""
     output: Path | None = None
     """The run's folder unless given."""
     push_to_hub: bool = False

@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
 
+from shared import ownership
 from shared.cache import Manifest
 from shared.config import coerce
 from shared.errors import UserError
@@ -59,6 +60,7 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
             save_kohya(unet, building / KOHYA_FILE)
         except UserError as error:
             print(f"note: {KOHYA_FILE} is left out: {error}", file=sys.stderr)
+            ownership.check(folder)
             (folder / KOHYA_FILE).unlink(missing_ok=True)  # of a former export
         else:
             copy_durably(building / KOHYA_FILE, folder / KOHYA_FILE, tmp)
@@ -67,6 +69,7 @@ def export_student(unet: UNet2DConditionModel, folder: Path) -> Path:
         return folder / LORA_FILE
     unet.save_pretrained(building)
     sync_tree(building)
+    ownership.check(folder)
     final, old = folder / UNET_FOLDER, temporary(tmp, "-old")
     if final.exists():
         os.replace(final, old)
