@@ -36,6 +36,7 @@ from train.sample import student_scheduler, teacher_scheduler
 from train.student import build_student
 from train.teacher import load_unet
 from train.terms import run_terms
+from train.whereabouts import found
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNET_FOLDER = "unet"
@@ -157,10 +158,14 @@ def drawing_scheduler(config: dict[str, Any]) -> Any:
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    """A run's resolved configuration. Raises UserError where the folder is no run."""
+    """A run's resolved configuration, its paths as they lead from here.
+
+    Raises UserError where the folder is no run.
+    """
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run (no config.json); `train distill --run {run}` makes one")
-    return {"objective": "lcd", **load_json(run / "config.json")}  # older runs name no objective
+    stored = {"objective": "lcd", **load_json(run / "config.json")}  # older runs name no objective
+    return found(stored, run)
 
 
 def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, Any]]:

@@ -38,6 +38,7 @@ from train.teacher import check_fit, load_schedule
 from train.team import Team, as_launched
 from train.terms import run_terms
 from train.trackers import check_trackers
+from train.whereabouts import told
 
 REPLACE = (
     "wait for it, end it, choose another --run, or add --take-over where it hangs (it will write "
@@ -55,14 +56,15 @@ def say_finished(config: DistillConfig) -> bool:
 
 def prepare(config: DistillConfig) -> Distillation:
     """Check and load everything. Raises UserError for what does not fit together."""
-    config = as_left(as_launched(config))
+    config = as_launched(config)
+    if not config.take_over:
+        owner.refuse_other(config.run, REPLACE)
+    config = as_left(config)
     manifest = open_manifest(config.cache)
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
     check_flags(config)
     check_trackers(config.report_to)
-    if not config.take_over:
-        owner.refuse_other(config.run, REPLACE)
     latest = checkpoint.latest_checkpoint(config.run)
     resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
     before = None if resumed is None else checkpoint.read_progress(resumed)
@@ -206,7 +208,7 @@ def begin_run_folder(
             f"another process has gone on with {config.run} meanwhile; give the same command again"
         )
     sweep(config.run / "tmp")
-    resolved = {**to_dict(config), "model": model.source}
+    resolved = told({**to_dict(config), "model": model.source})
     resolved["learning_rate"] = base_learning_rate(config)
     publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
     return checkpoint.begin_branch(config.run, resumed)
