@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shared import ownership
 from shared.errors import REMEDIES, UserError, first_line
 from shared.places import Place
 from shared.reading import open_regular, read_file, read_if_there
@@ -87,7 +88,10 @@ def workshop(tmp: Path, label: str) -> Iterator[Path]:
 
 
 def move(file: Path, path: Place) -> None:
-    """Give a staged file or folder its final name, replacing a file there, durably."""
+    """Give a staged file or folder its final name, replacing a file there, durably.
+
+    Raises UserError where the folder has been taken from this process (shared/ownership.py).
+    """
     if not isinstance(path, Path):
         path.upload(file)
         return
@@ -95,6 +99,7 @@ def move(file: Path, path: Place) -> None:
         if path.is_dir() and file.is_file():
             raise UserError(f"{path} is a folder; choose another name for the file")
         path.parent.mkdir(parents=True, exist_ok=True)
+        ownership.check(path)
         os.replace(file, path)
         sync_folder(path.parent)
 

@@ -15,23 +15,28 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The commands import what they need themselves, so that --help and mistakes answer at once.
 
 
-def distill(config: DistillConfig) -> None:
-    """Check, then train."""
+def distill(config: DistillConfig) -> int:
+    """Check, then train; the exit status."""
     from train import loop, setup
     from train.defaults import with_defaults
 
     config = with_defaults(config)
+    if setup.say_finished(config):
+        return 0
     run = setup.prepare(config)
-    if not config.dry_run:
-        loop.distill(run)
+    return 0 if config.dry_run else loop.distill(run)
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Compare student and teacher."""
     from train import evaluate
     from train.defaults import newest_student
+    from train.owner import owning
 
-    evaluate.evaluate(replace(config, run=newest_student(config.run)))
+    config = replace(config, run=newest_student(config.run))
+    remedy = "wait for it, or give --output another folder"
+    with owning(config.output or config.run, "train evaluate", remedy):
+        evaluate.evaluate(config)
 
 
 def sample(config: SampleConfig) -> None:
@@ -46,8 +51,12 @@ def export(config: ExportConfig) -> None:
     """Write a checkpoint's student."""
     from train.defaults import newest_checkpoint
     from train.export import export_checkpoint
+    from train.owner import owning
 
-    print(export_checkpoint(replace(config, run=newest_checkpoint(config.run))))
+    config = replace(config, run=newest_checkpoint(config.run))
+    remedy = "wait for it, or give --output another folder"
+    with owning(config.output or config.run, "train export", remedy):
+        print(export_checkpoint(config))
 
 
 COMMANDS = {

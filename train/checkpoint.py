@@ -7,6 +7,7 @@ state.json, comes before the step where `latest` and the oldest are told.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from shared import ownership
 from shared.errors import UserError, first_line
 from shared.identity import differences
 from shared.records import not_negative, record_of, typed
@@ -92,6 +94,7 @@ def prune(run: Path, total_limit: int | None, newest: Path) -> None:
 def remove(folder: Path, tmp: Path) -> None:
     """Delete a checkpoint: out of sight first, so that no part of it is ever seen or left over."""
     with temporary(tmp, f"-{folder.name}") as gone:
+        ownership.check(folder)
         os.replace(folder, gone)
         sync_folder(folder.parent)
 
@@ -160,10 +163,10 @@ def damage(folder: Path) -> str:
 
 
 def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: None, `latest` (None if there is none yet) or a folder.
+    """The checkpoint to resume from: `latest` (None if there is none yet), a step or a folder.
 
-    Raises UserError where the folder is no whole checkpoint, or where the run has checkpoints that
-    nobody asked to resume from.
+    Raises UserError where there is no such checkpoint or it is not whole, where none is, or where
+    the run has checkpoints that nobody asked to resume from.
     """
     if wanted is None:
         if existing := sorted((run / "checkpoints").glob(f"step-*/{STATE}")):
@@ -173,17 +176,44 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
             )
         return None
     if wanted == "latest":
-        for folder in sorted((run / "checkpoints").glob("step-*")):
-            if problem := damage(folder):
-                print(f"note: {folder} is damaged ({problem}) and left out", file=sys.stderr)
+        folders = sorted((run / "checkpoints").glob("step-*"))
+        damaged = {folder: problem for folder in folders if (problem := damage(folder))}
+        if folders and len(damaged) == len(folders):
+            raise UserError(
+                f"no checkpoint in {run} is whole ({folders[-1].name}: {damaged[folders[-1]]}); "
+                "restore one, or choose another --run"
+            )
+        for folder, problem in damaged.items():
+            print(f"note: {folder} is damaged ({problem}) and left out", file=sys.stderr)
         return latest_checkpoint(run)
-    folder = Path(wanted)
+    folder = named_checkpoint(run, wanted)
     if problem := damage(folder):
         raise UserError(
             f"--resume-from-checkpoint {folder}: not a whole checkpoint ({problem}); "
             "choose another, or latest for the last whole one"
         )
     return folder
+
+
+def named_checkpoint(run: Path, wanted: str) -> Path:
+    """The folder that `step-N`, diffusers' `checkpoint-N`, N or a path means.
+
+    Raises UserError, naming those that there are, where the run has none of that step.
+    """
+    folder = Path(wanted)
+    named = re.fullmatch(r"(?:(?:step|checkpoint)-)?0*(\d+)", folder.name)
+    if folder.exists() or not named:
+        return folder
+    if len(folder.parts) > 1:  # of the run that the path leads to, without the zeros
+        return folder.with_name(checkpoint_folder(run, int(named[1])).name)
+    found = checkpoint_folder(run, int(named[1]))
+    if not found.exists():
+        others = ", ".join(path.name for path in whole_checkpoints(run)) or "none yet"
+        raise UserError(
+            f"--resume-from-checkpoint {wanted}: {run} has no checkpoint of step {named[1]}; "
+            f"choose of those it has ({others}), or latest"
+        )
+    return found
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -237,12 +267,25 @@ def check_terms(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, An
 
     An older version remembered fewer terms: what only one side has is not compared.
     """
-    both = stored.keys() & wanted.keys()
+    both = (stored.keys() & wanted.keys()) - {"samples"}
     before, here = ({name: terms[name] for name in both} for terms in (stored, wanted))
     if differing := differences(before, here):
+        then, now = (terms.get("samples") for terms in (stored, wanted))
+        if before.get("cache") != here.get("cache") and then and now and then != now:
+            raise UserError(f"{folder} belongs to a run on {other_samples(then, now)}")
         raise UserError(
             f"{folder} belongs to another run: {differing}; give the same flags, or another --run"
         )
+
+
+def other_samples(then: int, now: int) -> str:
+    """How a cache has changed since a run began, and how to go on."""
+    changed = f"grown by {now - then:,}" if now > then else f"shrunk by {then - now:,}"
+    return (
+        f"{then:,} samples, and the cache has {changed} to {now:,} since; a run keeps the data it "
+        "began with: train another --run on these, or encode the former --shards into another "
+        "--cache and give this run that one"
+    )
 
 
 def load_networks(folder: Path) -> dict[str, Tensor]:

@@ -121,7 +121,9 @@ class DistillConfig:
     checkpoints_total_limit: Count | None = None
     """Older checkpoints beyond this many are removed."""
     resume_from_checkpoint: NameOrPath | None = None
-    """latest, or the folder of a checkpoint."""
+    """latest, step-N, or the folder of a checkpoint. The same command goes on by itself."""
+    take_over: bool = False
+    """Take the run from the process that writes it, where that one hangs."""
     validation_steps: Natural = 250
     """Steps between preview pictures; 0 for none."""
     validation_prompts: tuple[str, ...] = ()
@@ -212,7 +214,7 @@ class ExportConfig:
     run: LocalPath | None = None
     """The one of runs/ whose checkpoint is the newest unless given."""
     checkpoint: NameOrPath = "latest"
-    """latest, or the folder of a checkpoint."""
+    """latest, step-N, or the folder of a checkpoint."""
     output: LocalPath | None = None
     """The run's folder unless given."""
     export_dtype: ExportDtype = "both"

@@ -23,16 +23,11 @@ from shared.places import Place
 from train.checkpoint import latest_checkpoint
 from train.config import DistillConfig
 from train.export import run_config, student_file
+from train.resume import FREE
 from train.team import as_launched
 
 # Flags that make no other student, so the run is the same; and those that have a part of the name.
-BESIDE = frozenset({
-    "model", "cache", "run", "student", "vae", "resume_from_checkpoint", "take_over", "dry_run",
-    "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_prompts",
-    "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
-    "local_cache", "threads", "device", "push_to_hub", "hub_model_id", "hub_token", "compile",
-    "attention", "gradient_checkpointing", "offload_ema", "allow_tf32", "mixed_precision", "typed",
-})  # fmt: skip
+BESIDE = FREE | {"student", "hub_token", "mixed_precision", "typed"}
 LONGEST = 80  # characters of a run's name
 
 

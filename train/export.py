@@ -46,6 +46,7 @@ from train.weights import (
     write_lora,
     write_unet,
 )
+from train.whereabouts import found
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 COMPANIONS = (KOHYA_FILE, SCHEDULER_FILE, CARD_FILE, PREVIEW_FILE)  # of the weights
@@ -163,10 +164,13 @@ def drawing_scheduler(config: dict[str, Any]) -> Any:
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    """A run's resolved configuration. Raises UserError where the folder is no run, or damaged."""
+    """A run's resolved configuration, its paths as they lead from here.
+
+    Raises UserError where the folder is no run, or damaged.
+    """
     if not (run / "config.json").exists():
         raise UserError(f"{run} is no run (no config.json); `train distill --run {run}` makes one")
-    return stored_config(run / "config.json")
+    return found(stored_config(run / "config.json"), run)
 
 
 def student_file(run: Path, config: Mapping[str, Any]) -> Path:

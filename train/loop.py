@@ -15,14 +15,29 @@ from shared.errors import UserError
 from train.batch import Batch
 from train.config import DistillConfig
 from train.optim import set_learning_rate
+from train.owner import release
+from train.resume import LATEST
 from train.run import Distillation
 from train.stop import Stop
 
+INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 SMALLEST_SCALE = 2.0**-10  # of the fp16 loss; torch begins at 2**16
 
 
-def distill(run: Distillation) -> None:
-    """Take optimizer steps from where the run stands to `max_train_steps`, or to SIGTERM."""
+def distill(run: Distillation) -> int:
+    """Train to `max_train_steps`, SIGTERM or Ctrl-C; the exit status, 130 where that was the end.
+
+    The run is this process's until then.
+    """
+    try:
+        return take_steps(run)
+    finally:
+        if run.team.main:
+            release(run.config.run)
+
+
+def take_steps(run: Distillation) -> int:
+    """Take optimizer steps from where the run stands; save, and export where it is finished."""
     config, student = run.config, run.student
     saved = run.step
     with Stop(run.team) as stop:
@@ -48,13 +63,15 @@ def distill(run: Distillation) -> None:
             finished = run.step == config.max_train_steps
             if run.step != saved:
                 run.save()
-        if finished:  # and SIGTERM waits for what is left to do
+        if finished:  # and a signal waits for what is left to do
             run.export()
-    if not finished and run.team.main:
-        print(
-            f"stopped after step {run.step}; --resume-from-checkpoint latest goes on from there",
-            file=sys.stderr,
-        )
+    if finished:
+        return 0
+    if run.team.main:
+        same = config.resume_from_checkpoint in (None, LATEST)
+        command = "the same command" if same else f"--resume-from-checkpoint {LATEST}"
+        print(f"stopped after step {run.step}; {command} goes on from there", file=sys.stderr)
+    return INTERRUPTED if stop.interrupted else 0
 
 
 def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared import ownership
 from shared.config import to_dict
 from shared.errors import UserError
 from shared.progress import Progress
@@ -161,6 +162,7 @@ class Recorder:
             "samples_per_second": rate,
             "loader_wait": window.waited / seconds,
         }
+        ownership.check(self.path)
         with guard(self.path):
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()

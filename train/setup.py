@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from shared.family import Model, resolve_model
 from shared.storage import dump_json, publish
 from shared.temporary import sweep
 from shared.wording import counted
-from train import checkpoint
+from train import checkpoint, owner
 from train.bucket import open_buckets
 from train.config import DistillConfig
 from train.defaults import with_precision
@@ -32,6 +33,7 @@ from train.order import Order
 from train.plan import batches, plan, say_memory, warn_of_small_buckets, with_steps
 from train.preview import open_previews
 from train.record import Recorder
+from train.resume import as_left, finished
 from train.run import Distillation
 from train.speed import check_speed, speed_up
 from train.student import Student, build_student
@@ -39,16 +41,34 @@ from train.teacher import check_fit, load_schedule
 from train.team import Team, as_launched
 from train.terms import run_terms
 from train.trackers import check_trackers
+from train.whereabouts import told
+
+REPLACE = (
+    "wait for it, end it, choose another --run, or add --take-over where it hangs (it will write "
+    "nothing more)"
+)
+
+
+def say_finished(config: DistillConfig) -> bool:
+    """Has this very command trained and exported the run already? The main process says so."""
+    said = finished(as_launched(config))
+    if said and os.environ.get("RANK", "0") == "0":
+        print(said)
+    return bool(said)
 
 
 def prepare(config: DistillConfig) -> Distillation:
     """Check and load everything. Raises UserError for what does not fit together."""
     config = with_precision(as_launched(config))
+    if not config.take_over:
+        owner.refuse_other(config.run, REPLACE)
+    config = as_left(config)
     manifest = open_manifest(config.cache)
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
     check_flags(config)
     check_trackers(config.report_to)
+    latest = checkpoint.latest_checkpoint(config.run)
     resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
     before = None if resumed is None else checkpoint.read_progress(resumed)
     set_threads(config.threads)
@@ -99,7 +119,7 @@ def prepare(config: DistillConfig) -> Distillation:
         warn_of_small_buckets(loader)
         print(plan(config, parameters, loader, resumed, team.world, learning_rate), file=sys.stderr)
         if not config.dry_run:
-            run.branch = begin_run_folder(config, model, resumed)
+            run.branch = begin_run_folder(config, model, resumed, latest)
     team.wait()
     return run
 
@@ -178,13 +198,21 @@ def guidance_range(config: DistillConfig, w_min: float, w_max: float) -> tuple[f
     return low, high
 
 
-def begin_run_folder(config: DistillConfig, model: Model, resumed: Path | None) -> int:
-    """Make the folder and save the resolved configuration, the model's source in it.
+def begin_run_folder(
+    config: DistillConfig, model: Model, resumed: Path | None, latest: Path | None
+) -> int:
+    """Make the folder our own and save the resolved configuration, the model's source in it.
 
-    Returns the branch of the checkpoints to come (train/checkpoint.py).
+    Returns the branch of the checkpoints to come (train/checkpoint.py). Raises UserError where the
+    run has come further than `latest`, which was its latest checkpoint when this command began.
     """
+    owner.take(config.run, "train distill", REPLACE, config.take_over)
+    if checkpoint.latest_checkpoint(config.run) != latest:
+        raise UserError(
+            f"another process has gone on with {config.run} meanwhile; give the same command again"
+        )
     sweep(config.run / "tmp")
-    resolved = {**to_dict(config), "model": model.source}
+    resolved = told({**to_dict(config), "model": model.source})
     resolved["learning_rate"] = base_learning_rate(config)
     publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
     return checkpoint.begin_branch(config.run, resumed)

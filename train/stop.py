@@ -1,9 +1,11 @@
-"""SIGTERM, which pre-emptible machines send, ends a run after a step and not within one."""
+"""SIGTERM, which pre-emptible machines send, and Ctrl-C end a run after a step, not within one."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,17 +14,21 @@ import torch.distributed as dist
 
 from train.team import Team
 
+ECHO_SECONDS = 3.0  # a launcher passes on the Ctrl-C that its processes had from the terminal
+
 
 class Stop:
     """Between steps, `asked()` tells all processes the same, whichever of them was signalled.
 
     They agree by adding up a flag each. The sum of one step is read at the next, so nobody waits;
-    it travels over gloo, so a GPU's stream never does either.
+    it travels over gloo, so a GPU's stream never does either. A second Ctrl-C ends at once.
     """
 
     def __init__(self, team: Team) -> None:
         self.flagged = False
-        self._former: Any = None
+        self.interrupted = 0.0  # when Ctrl-C came first
+        self._team = team
+        self._former: dict[int, Any] = {}
         self._sent: tuple[torch.Tensor, Any] | None = None
         self._group = dist.new_group(backend="gloo") if team.world > 1 else None
 
@@ -40,7 +46,10 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._former = signal.signal(signal.SIGTERM, self._note)
+            self._former = {
+                signal.SIGTERM: signal.signal(signal.SIGTERM, self._note),
+                signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt),
+            }
         return self
 
     def __exit__(
@@ -49,10 +58,19 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._former is not None:
-            signal.signal(signal.SIGTERM, self._former)
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
         if self._sent is not None and error is None:
             self._sent[1].wait()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.flagged = True
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.interrupted and (self._team.world == 1 or now - self.interrupted > ECHO_SECONDS):
+            raise KeyboardInterrupt
+        if not self.interrupted and self._team.main:
+            line = "interrupted: what is under way is finished and saved; Ctrl-C again ends at once"
+            print(f"\n{line}", file=sys.stderr)
+        self.flagged, self.interrupted = True, self.interrupted or now

@@ -21,12 +21,14 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
+from torch.distributed import DistNetworkError
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from shared.device import pick_device
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from train.config import DistillConfig
+from train.launch import join
 from train.student import Student
 
 # The others wait while one saves, draws previews or uploads; NCCL would give up after ten minutes.
@@ -44,16 +46,28 @@ class Team:
 
     def __init__(self, device: str = "auto") -> None:
         refuse_launchers()
+        started = join()
         alone = pick_device(device)
-        self.accelerator = Accelerator(
-            cpu=alone.type == "cpu",  # or it would not see the other processes
-            mixed_precision="no",  # the trainer has one explicit autocast of its own
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=PATIENCE),
-            ],
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=alone.type == "cpu",  # or it would not see the other processes
+                mixed_precision="no",  # the trainer has one explicit autocast of its own
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=PATIENCE),
+                ],
+            )
+        except DistNetworkError as error:
+            raise UserError(
+                f"the {started} processes cannot meet ({first_line(error)}); export MASTER_ADDR "
+                "and a free MASTER_PORT, or check the launcher's"
+            ) from None
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if self.world != started:
+            raise UserError(
+                f"a launcher has started {started} processes, which --device {device} cannot join; "
+                "leave the flag out, or start one process"
+            )
         self.main = self.rank == 0
         if self.world > 1 and alone.index is not None:
             raise UserError(
@@ -121,8 +135,10 @@ def refuse_launchers() -> None:
 def as_launched(config: DistillConfig) -> DistillConfig:
     """The flags, and where they were left alone what accelerate's launcher was told.
 
-    Raises UserError for a precision that the trainer does not have.
+    Raises UserError for a precision that the trainer does not have, and for processes that a
+    launcher has started and that could not find each other.
     """
+    join()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp8":
         raise UserError("--mixed_precision fp8 is not for this trainer; launch with bf16")

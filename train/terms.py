@@ -75,6 +75,7 @@ def run_terms(
         for shard in manifest.shards
     ]
     content = dump_json([manifest.identity["family"], shards])
+    samples = sum(shard.count for shard in manifest.shards)
     scheduler = load_config(model.source, "scheduler/scheduler_config.json")
     flags = to_dict(config)
     unet = student.networks()[-1]
@@ -84,6 +85,7 @@ def run_terms(
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
         **({"holdout": manifest.holdout} if manifest.holdout else {}),
+        "samples": samples,  # to say of another cache how it differs
         **{name: scheduler.get(name, default) for name, default in SCHEDULE.items()},
         # A full fine-tuning has no teacher beside it, but weights that it began with.
         **({"teacher": signs(frozen)} if frozen else {"model": signs(unet.parameters())}),
