@@ -10,10 +10,12 @@ from typing import TypeVar
 
 from prep import config, engine, identity, overwrite, plan, report
 from prep.filters import Filters
+from prep.folders import repeats_in
 from prep.pipeline import Encoders, Settings, Work
 from prep.sources import SourceOptions, Unit, find_units
 from prep.stale import drop, find_stale, of_generation
 from prep.text import TextEncoder
+from prep.text_encoding import check_encoding
 from prep.vae import posterior_matters
 from shared.cache import CachePaths, open_manifest, read_units
 from shared.conditioning import Conditioning, load_conditioning, save_conditioning
@@ -46,6 +48,8 @@ def encode(config: config.EncodeConfig) -> None:
     """Sources to cache: claim the identity, encode what is pending, fold the manifest."""
     check_flags(config)
     units = find_units(config.shards, source_options(config))
+    if said := repeats_in(units):
+        print(said, file=sys.stderr)
     model = resolve_model(config.model)
     cache = CachePaths(config.cache)
     chosen = choose(config, cache, model)
@@ -157,6 +161,8 @@ def share(items: Sequence[T], part: str | None) -> list[T]:
 def check_flags(config: config.EncodeConfig) -> None:
     """Raise UserError for filters that cannot be understood, and flags that would be ignored."""
     Filters(config.where, config.max_pwatermark)
+    if config.caption_encoding is not None:
+        check_encoding(config.caption_encoding)
     if config.ray_address is not None and config.engine != "ray":
         raise UserError("--ray-address is for --engine ray; add that, or leave it out")
 
@@ -167,6 +173,7 @@ def source_options(config: config.EncodeConfig) -> SourceOptions:
         folder_units=config.folder_units,
         image_column=config.image_column,
         caption_column=config.caption_column,
+        caption_encoding=config.caption_encoding,
         key_column=config.key_column,
         streaming=config.streaming,
         dataset_config_name=config.dataset_config_name,

@@ -74,6 +74,9 @@ class EncodeConfig:
     caption_column: str | None = None
     """Column of a table, or key of the json, that holds the captions; caption, text, TEXT, prompt
     unless given, and of a tar the txt before them."""
+    caption_encoding: str | None = None
+    """Of captions in files (NAME.txt, metadata.csv) that are no UTF-8: cp1252, cp932, gb18030 ...;
+    a byte order mark at a file's beginning goes before it."""
     key_column: str | None = None
     """Column of a table that names its rows; the picture's path, id or url unless given."""
     dataset_config_name: str | None = None

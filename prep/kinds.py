@@ -27,6 +27,9 @@ class Sort(Enum):
     OTHER = "something else"
 
 
+NO_PICTURE = "no picture"
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of file: its name, with an article where a sentence needs one."""
@@ -62,6 +65,33 @@ def why_no_picture(head: bytes) -> str:
     if kind.sort in (Sort.PICTURE, Sort.DRAWING):
         return f"{kind.name} is not read: convert it to PNG or JPEG"
     return f"{kind.name}, no picture"
+
+
+def no_picture_in(head: bytes) -> str:
+    """Why a file whose name does not say that it is a picture is none; nothing if it is one.
+
+    `NO_PICTURE` where it may be anything: it stands for no picture.
+    """
+    kind = kind_of(head)
+    if kind is not None and kind.sort in (Sort.PICTURE, Sort.DRAWING, Sort.VIDEO):
+        return why_no_picture(head)
+    return "" if kind is not None and kind.is_picture else NO_PICTURE
+
+
+def not_a_source(head: bytes) -> str:
+    """What a file that is no source is, and what to pass instead; nothing where it may be one."""
+    kind = kind_of(head)
+    if kind is None or kind.sort in (Sort.TAR, Sort.TABLE):
+        return ""
+    if kind.is_picture:
+        return f"a picture ({kind.name}); pass the folder that it is in"
+    advice = {
+        Sort.ARCHIVE: "unpack it and pass the folder",
+        Sort.PAGE: "if a server sent that, download it again",
+        Sort.POINTER: "get the files with `git lfs pull`",
+        Sort.TEXT: "if it lists pictures, pass the folder that it is in",
+    }
+    return f"{kind.name}; {advice.get(kind.sort, 'leave it out of --shards')}"
 
 
 def _starts(*beginnings: bytes) -> Callable[[bytes], bool]:
@@ -149,8 +179,8 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], str, Sort], ...] = (
     (_starts(b"BPG\xfb"), "BPG", Sort.PICTURE),
     (_starts(b"FLIF"), "FLIF", Sort.PICTURE),
     (_starts(b"II\xbc"), "JPEG XR", Sort.PICTURE),
-    (_starts(b"\0\0\1\0", b"icns"), "an icon", Sort.PICTURE),
-    (_matches(rb"\x00\x00\x02\x00[\x01-\xff]\x00.{3}\x00"), "an icon", Sort.PICTURE),
+    (_starts(b"\0\0\1\0", b"icns"), "ICO or ICNS", Sort.PICTURE),
+    (_matches(rb"\x00\x00\x02\x00[\x01-\xff]\x00.{3}\x00"), "ICO or ICNS", Sort.PICTURE),
     (_matches(rb"\x0a[\x00\x02-\x05]\x01[\x01\x02\x04\x08]"), "PCX", Sort.PICTURE),
     (_starts(b"\x01\xda\0", b"\x01\xda\1"), "SGI", Sort.PICTURE),
     (_starts(b"SIMPLE  ="), "FITS", Sort.PICTURE),
@@ -175,9 +205,9 @@ _KINDS: tuple[tuple[Callable[[bytes], bool], str, Sort], ...] = (
     (_starts(b"PK\3\4", b"PK\5\6"), "a zip archive", Sort.ARCHIVE),
     (_starts(b"Rar!\x1a\x07"), "a RAR archive", Sort.ARCHIVE),
     (_starts(b"7z\xbc\xaf\x27\x1c"), "a 7z archive", Sort.ARCHIVE),
-    (_starts(b"BZh"), "packed with bzip2", Sort.ARCHIVE),
-    (_starts(b"\xfd7zXZ\0"), "packed with xz", Sort.ARCHIVE),
-    (_starts(b"\x04\x22\x4d\x18"), "packed with lz4", Sort.ARCHIVE),
+    (_starts(b"BZh"), "a file packed with bzip2", Sort.ARCHIVE),
+    (_starts(b"\xfd7zXZ\0"), "a file packed with xz", Sort.ARCHIVE),
+    (_starts(b"\x04\x22\x4d\x18"), "a file packed with lz4", Sort.ARCHIVE),
     (lambda head: head[257:262] == b"ustar" or head[:2] == b"\x1f\x8b"
      or head[:4] == b"\x28\xb5\x2f\xfd", "a tar", Sort.TAR),
     (_starts(b"PAR1"), "a Parquet file", Sort.TABLE),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from prep.evidence import Evidence
 from prep.filters import is_filter
 from prep.pipeline import Encoders, Sample, Settings, decoded
+from prep.pixels import HEIF_MISSING, reads_heif
 from prep.sources import SourceError, Unit, estimate_rows
 from shared.cache import CachePaths, UnitRecord
 from shared.errors import UserError
@@ -50,6 +51,7 @@ class Estimate:
 def pending(cache: CachePaths, units: Sequence[Unit], known: Sequence[UnitRecord]) -> list[Unit]:
     """The units that are not committed for their present source, with all files in place.
 
+    So are those with pictures that could not be read for want of a package that is there by now.
     `known` are the records that count, of the present settings.
     """
     records = {record.name: record for record in known}
@@ -60,6 +62,7 @@ def pending(cache: CachePaths, units: Sequence[Unit], known: Sequence[UnitRecord
         record = records.get(unit.name)
         return (
             record is not None
+            and not (HEIF_MISSING in record.rejected and reads_heif())
             and record.source_state == dict(unit.state)
             and all(sizes.get(shard.file) == shard.size for shard in record.shards)
             and record.samples in tables

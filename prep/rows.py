@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prep.text_encoding import is_blank
+from prep.kinds import NO_PICTURE
+from prep.text_encoding import UnreadableText, decode_json_text, is_blank
 from shared.errors import UserError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+# Usual ones of pictures that are read, which is told by content; the first that a row has counts.
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "jpe", "jfif", "mpo", "apng", "avif",
+    "heic", "heif", "hif", "jp2", "j2k", "jpf", "jpx", "j2c", "jpc", "tga", "ppm", "pgm", "pbm",
+    "pnm", "qoi", "dds",
+)  # fmt: skip
+CAPTION_EXTENSIONS = ("txt", "caption")  # beside a picture; the first that it has counts
+METADATA_EXTENSION = "json"
 CAPTION_KEYS = ("caption", "text", "TEXT", "prompt", "captions", "CAPTION")
+NO_CAPTION = "no caption"
 TOO_LARGE = "larger than --max-image-bytes"
 MAX_IMAGE_BYTES = 256_000_000  # unless told: 40 megapixels in uncompressed 16-bit colours
 MAX_CAPTION = 100_000  # characters, of which an encoder reads some 300
@@ -53,9 +63,9 @@ def make_row(
     if any(len(caption) > MAX_CAPTION for caption in captions):
         captions, problem = (), problem or LONG_CAPTION
     if not problem and image is None:
-        problem = "no picture"
+        problem = NO_PICTURE
     elif not problem and not captions:
-        problem = "no caption"
+        problem = NO_CAPTION
     weight = len(image or b"") + sum(map(len, captions)) + metadata_weight
     return Row(key, 0, image, captions, metadata, problem, weight)
 
@@ -66,6 +76,17 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
         if found := as_captions(metadata.get(name)):
             return found
     return ()
+
+
+def record_in(content: bytes, encoding: str | None) -> tuple[Mapping[str, Any], str]:
+    """The object in a json, and why it cannot be read; one that is no JSON says nothing."""
+    try:
+        value = json.loads(decode_json_text(content, encoding))
+    except UnreadableText as error:
+        return {}, f"its json is {error}"
+    except (ValueError, RecursionError):
+        return {}, ""
+    return (value, "") if isinstance(value, dict) else ({}, "")
 
 
 def as_captions(value: Any) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ again and gives the same rows. docs/sources.md has the table of what `--shards` 
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,16 +17,29 @@ from urllib.parse import urlsplit
 from prep.braces import expand_braces
 from prep.folders import FolderReader, folder_units
 from prep.hub import RangeReader, ShardReader, dataset_units
+from prep.kinds import HEAD_BYTES, not_a_source
+from prep.listing import list_folder, walk
 from prep.opening import HUB, is_saved_dataset
+from prep.patterns import TARS, is_url, local_path, matches, refuse_gaps, without_sidecars
 from prep.remote import Found, RemoteFile, find_remote
 from prep.rows import MAX_IMAGE_BYTES, Row, SourceError
 from prep.streams import Command, LocalFile
 from prep.tables import ParquetReader
 from prep.tars import TarReader
-from prep.units import UNIT_ROWS, Reader, SourceOptions, Unit, printable, stem, unit_name
+from prep.units import (
+    UNIT_ROWS,
+    Reader,
+    SourceOptions,
+    Unit,
+    caption_flags,
+    printable,
+    stem,
+    unit_name,
+)
 from shared.errors import UserError
 
 PIPE = "pipe:"
+TEXTS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".md", ".log", ".toml", ".yaml", ".yml")
 COUNTED = 16  # units whose rows are counted; the others' are estimated by size
 
 __all__ = [
@@ -53,14 +65,20 @@ def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> l
     for shard in shards:
         if shard.startswith(PIPE):
             found = _pipes(shard, options)
+        elif shard and os.path.lexists(path := local_path(shard)):  # meant, whatever its name has
+            found = _local(Path(os.path.normpath(path)), options)
         else:
             names = expand_braces(shard)
-            urls += [name for name in names if _is_url(name)]
-            found = [u for name in names if not _is_url(name) for u in _find(name, options)]
+            refuse_gaps(names, shard)
+            urls += [name for name in names if is_url(name)]
+            found = [u for name in names if not is_url(name) for u in _find(name, options)]
         units.update({unit.name: unit for unit in found})
-    for one in find_remote(urls):
-        unit = _remote(one, options)
-        units[unit.name] = unit
+    remote = find_remote(urls)
+    kept = {*urls, *without_sidecars([one.url for one in remote])}
+    for one in remote:
+        if one.url in kept:
+            unit = _remote(one, options)
+            units[unit.name] = unit
     _check_columns(list(units.values()))
     _refuse_idle_flags([unit.reader for unit in units.values()], options)
     if options.max_image_bytes != MAX_IMAGE_BYTES:  # with another limit other rows are rejected
@@ -84,6 +102,7 @@ def options_of(state: Mapping[str, Any]) -> SourceOptions:
         # As flagged for Parquet, as chosen for a dataset: chosen again, it is the same.
         image_column=state.get("image_column", state.get("image")),
         caption_column=state.get("caption_column", state.get("caption")),
+        caption_encoding=state.get("caption_encoding"),
         key_column=state.get("key_column", state.get("key")),
         streaming="shard" in state,
         max_image_bytes=state.get("max_image_bytes", MAX_IMAGE_BYTES),
@@ -106,10 +125,6 @@ def estimate_rows(units: Sequence[Unit]) -> dict[str, int]:
     return rows
 
 
-def _is_url(name: str) -> bool:
-    return "://" in name and HUB.fullmatch(name) is None and not name.startswith("file://")
-
-
 def _pipes(shard: str, options: SourceOptions) -> list[Unit]:
     if not options.pipes:
         raise UserError(f"{shard!r} would run a shell; type it on the command line, in --shards")
@@ -124,10 +139,9 @@ def _find(name: str, options: SourceOptions) -> list[Unit]:
     """Units of a hub dataset, a path or a glob of paths."""
     if HUB.fullmatch(name):
         return dataset_units(name, options)
-    name = name.removeprefix("file://")
-    found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-    if not found or not os.path.exists(found[0]):
-        parent = Path(name).parent
+    found = matches(name)
+    if not found or not os.path.lexists(found[0]):
+        parent = Path(local_path(name)).parent
         hint = f"{parent} has no such file" if parent.is_dir() else f"{parent} does not exist"
         raise UserError(f"--shards: nothing matches {printable(name)!r} ({printable(hint)})")
     paths = (Path(os.path.normpath(path)) for path in found)
@@ -136,19 +150,45 @@ def _find(name: str, options: SourceOptions) -> list[Unit]:
 
 def _local(path: Path, options: SourceOptions) -> list[Unit]:
     if path.is_dir():
-        if is_saved_dataset(path):
-            return dataset_units(str(path), options)
-        return folder_units(path, options)
+        return _folder(path, options)
     file = LocalFile(str(path))
-    if not path.is_file() or path.stat().st_size == 0:
+    if not path.exists():
+        raise UserError(f"{file.source} is a link to what is not there")
+    if not path.is_file():
+        raise UserError(f"{file.source} is a pipe or a device; pass a file, or 'pipe:cat ...'")
+    stat = path.stat()
+    if stat.st_size == 0:
         raise UserError(f"{file.source} is empty; download it again or leave it out of --shards")
     if path.suffix == ".arrow":
         return dataset_units(str(path), options)
-    stat = path.stat()
     state = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     if path.suffix == ".parquet":
         return [_parquet(file, path.name, stat.st_size, state, options)]
+    if not path.name.endswith(TARS):  # whose damage costs their unit only, when they are read
+        _refuse_other_files(path, file)
     return [_tar(file, path.name, stat.st_size, state, options)]
+
+
+def _refuse_other_files(path: Path, file: LocalFile) -> None:
+    with file.open() as opened:
+        told = not_a_source(opened.read(HEAD_BYTES))
+    if not told and path.suffix.lower() in TEXTS:
+        told = "a text; if it describes pictures, pass the folder that they are in"
+    if told:
+        raise UserError(f"{file.source} is {told}")
+
+
+def _folder(path: Path, options: SourceOptions) -> list[Unit]:
+    """Units of a saved dataset, of a folder of pictures, or of the tars or tables in a folder."""
+    if is_saved_dataset(path):
+        return dataset_units(str(path), options)
+    members = list_folder(path, options.caption_encoding)
+    if not members:
+        names = [str(path / level.path / name) for level in walk(path) for name in level.names]
+        for endings in (TARS, (".parquet",)):
+            if found := sorted(name for name in names if name.endswith(endings)):
+                return [unit for name in found for unit in _local(Path(name), options)]
+    return folder_units(path, members, options)
 
 
 def _remote(found: Found, options: SourceOptions) -> Unit:
@@ -169,10 +209,8 @@ def _tar(
     options: SourceOptions,
 ) -> Unit:
     name = unit_name(stem(path), _identity(stream))
-    column = options.caption_column
-    flag = {"caption_column": column} if column else {}
-    reader = TarReader(stream, size, options.max_image_bytes, column)
-    return Unit(name, stream.source, {**state, **flag}, reader, size=size)
+    reader = TarReader(stream, size, options)
+    return Unit(name, stream.source, {**state, **caption_flags(options)}, reader, size=size)
 
 
 def _parquet(
@@ -180,7 +218,7 @@ def _parquet(
 ) -> Unit:
     flags = {
         name: value
-        for name in ("image_column", "caption_column", "key_column")
+        for name in ("image_column", "caption_column", "caption_encoding", "key_column")
         if (value := getattr(options, name)) is not None
     }
     name = unit_name(stem(path), _identity(file))

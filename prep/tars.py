@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO, cast
 
 import zstandard
 
+from prep.kinds import HEAD_BYTES, NO_PICTURE, no_picture_in, not_a_source
+from prep.litter import is_litter
 from prep.rows import (
     IMAGE_EXTENSIONS,
     LARGE_JSON,
     LONG_CAPTION,
+    METADATA_EXTENSION,
     TEXT_BYTES,
     TOO_LARGE,
     Row,
     SourceError,
-    as_captions,
-    captions_of,
-    make_row,
 )
 from prep.streams import LocalFile, Stream, decompressed
+from prep.tar_rows import CAPTION_FILES, Member, Together, row_of, split_name
+from prep.units import SourceOptions
 
-CAPTION, METADATA = "txt", "json"
-READ_EXTENSIONS = (*IMAGE_EXTENSIONS, CAPTION, METADATA)
-JSON_WEIGHT = 50  # bytes of memory that a byte of json may take: an empty list does, for two
 HEADER_BYTES = 1 << 20  # of a long name or of PAX keywords; more is damage or an attack
 SAMPLE_BYTES = 4 << 20  # read of a tar, packed or not, to estimate its rows
 SAMPLE_UNPACKED = 64 << 20  # or so much, of what it unpacks to
@@ -70,43 +69,37 @@ class StrictInfo(tarfile.TarInfo):
 
 
 @dataclass(frozen=True)
-class Member:
-    """A regular file of a tar; `problem` says why its content was not read."""
-
-    name: str
-    content: bytes
-    problem: str = ""
-
-
-@dataclass(frozen=True)
 class TarReader:
     """Reads a tar from wherever it lies."""
 
     stream: Stream
     size: int | None
-    max_image_bytes: int
-    caption_column: str | None = None  # a key of the json; None: the txt, else the usual keys
+    options: SourceOptions
 
     def rows(self) -> Iterator[Row]:
-        """Consecutive files that share the name before the first dot, as in webdataset."""
+        """Consecutive files that share the name before the first dot, as in webdataset.
+
+        Raises SourceError for damage, for a tar without any, and for one whose pictures and
+        captions all lie apart.
+        """
+        found = Together()
+        for key, files in self._groups():
+            row = row_of(key, files, self.options)
+            yield found.seen(row)
+        found.check(self.stream.source, self.stream.remedy)
+
+    def _groups(self) -> Iterator[tuple[str, dict[str, Member]]]:
+        """Key and files by extension of each row."""
         key, files = "", dict[str, Member]()
-        empty = True
-        for member in self._members():
-            stem, extension = split_name(member.name)
-            if not extension:
-                continue
+        for name, member in self._members():
+            stem, extension = split_name(name)
             if files and (stem != key or extension in files):
-                yield _row(key, files, self.caption_column)
+                yield key, files
                 files = {}
-            key, empty = stem, False
+            key = stem
             files[extension] = member
         if files:
-            yield _row(key, files, self.caption_column)
-        if empty:
-            raise SourceError(
-                f"{self.stream.source} holds no files of samples; {self.stream.remedy} or leave "
-                "it out of --shards"
-            )
+            yield key, files
 
     def sample(self) -> tuple[int, int]:
         """Pictures by the headers: of a whole plain file, of the first bytes of anything else.
@@ -121,20 +114,24 @@ class TarReader:
                 enough = read > SAMPLE_BYTES or info.offset > SAMPLE_UNPACKED
                 if enough and not self._seekable:
                     return found, read
-                found += info.isfile() and split_name(info.name)[1] in IMAGE_EXTENSIONS
+                found += (
+                    info.isfile()
+                    and split_name(info.name)[1] in IMAGE_EXTENSIONS
+                    and not is_litter(info.name)
+                )
         return found, self.size or 0
 
     @property
     def _seekable(self) -> bool:
         return isinstance(self.stream, LocalFile) and self.stream.path.endswith(".tar")
 
-    def _members(self) -> Iterator[Member]:
-        """Every regular file. Raises SourceError where the tar is cut or is none."""
+    def _members(self) -> Iterator[tuple[str, Member]]:
+        """Every regular file that is no litter. Raises SourceError where the tar is cut or none."""
         with self._open() as (tar, _):
             while (info := tar.next()) is not None:
                 tar.members = []  # tarfile would remember them all
-                if info.isfile():
-                    yield self._read(tar, info)
+                if info.isfile() and split_name(info.name)[1] and not is_litter(info.name):
+                    yield info.name, self._read(tar, info)
                 _skip_to(tar, tar.offset)
             # The rest is read too: a command's exit status comes at its end.
             assert tar.fileobj is not None
@@ -143,30 +140,45 @@ class TarReader:
                     raise tarfile.ReadError("it goes on after its end mark: several tars in one?")
 
     def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
+        """As much as its row needs: a file of unusual extension shows whether it is a picture."""
         extension = split_name(info.name)[1]
-        if extension not in READ_EXTENSIONS:
-            return Member(info.name, b"")
+        picture = extension in IMAGE_EXTENSIONS
+        text = extension in CAPTION_FILES or extension == METADATA_EXTENSION
+        if not (picture or text) and "." in extension:  # a mask, a second view: not the picture
+            return Member(b"")
         if info.issparse():
-            return Member(info.name, b"", "sparse file")
-        text = {CAPTION: (TEXT_BYTES, LONG_CAPTION), METADATA: (TEXT_BYTES, LARGE_JSON)}
-        most, problem = text.get(extension, (self.max_image_bytes, TOO_LARGE))
-        if info.size > most:
-            return Member(info.name, b"", problem)
+            return Member(b"", "sparse file", picture)
+        most, too_large = self.options.max_image_bytes, TOO_LARGE
+        if text:
+            most = TEXT_BYTES
+            too_large = LARGE_JSON if extension == METADATA_EXTENSION else LONG_CAPTION
         file = tar.extractfile(info)
         assert file is not None
-        return Member(info.name, file.read())
+        head = b""
+        if not (picture or text):
+            head = file.read(HEAD_BYTES)
+            if problem := no_picture_in(head):
+                return Member(b"", problem, problem != NO_PICTURE)
+            picture = True
+        if info.size > most:
+            return Member(b"", too_large, picture)
+        return Member(head + file.read(), "", picture)
 
     @contextlib.contextmanager
     def _open(self, seek: bool = False) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
         """The tar, and the file that it is packed in, if it is."""
+        head = b""
         try:
             with self.stream.open() as raw, decompressed(raw) as file:
+                head = cast(io.BufferedReader, raw).peek(HEAD_BYTES)[:HEAD_BYTES]
                 mode = "r:" if seek and self._seekable and file is raw else "r|"
                 with tarfile.open(  # type: ignore[call-overload]
                     fileobj=file, mode=mode, tarinfo=StrictInfo, bufsize=BUFFER_BYTES
                 ) as tar:
                     yield tar, None if file is raw else raw
         except (tarfile.TarError, EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
+            if told := not_a_source(head):
+                raise SourceError(f"{self.stream.source} is not a whole tar but {told}") from None
             words = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(
                 f"{self.stream.source} is not a whole tar ({words}); {self.stream.remedy}"
@@ -179,37 +191,3 @@ def _skip_to(tar: tarfile.TarFile, offset: int) -> None:
     while (left := offset - tar.fileobj.tell()) > 0:
         if not tar.fileobj.read(min(left, BUFFER_BYTES)):
             raise tarfile.ReadError("unexpected end of data")
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and extension: the extension begins at the first dot of the last part of the name.
-
-    As in webdataset a file without either is no part of a sample: its extension is empty here.
-    """
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    if not stem:
-        return "", ""
-    return folder + slash + stem, extension.lower()
-
-
-def _row(key: str, files: Mapping[str, Member], column: str | None) -> Row:
-    problem = next((member.problem for member in files.values() if member.problem), "")
-    image = next((files[ext].content for ext in IMAGE_EXTENSIONS if ext in files), None)
-    metadata: Mapping[str, Any] = {}
-    weight = 0
-    if METADATA in files:
-        weight = JSON_WEIGHT * len(files[METADATA].content)
-        try:
-            loaded = json.loads(files[METADATA].content)
-            metadata = loaded if isinstance(loaded, dict) else {}
-        except (ValueError, RecursionError):
-            metadata = {}  # the picture and its txt may still be good
-    text = files[CAPTION].content.decode("utf-8-sig", "replace") if CAPTION in files else ""
-    if column is None:
-        captions = as_captions(text) or captions_of(metadata)
-    else:
-        captions = as_captions(metadata.get(column))
-        if image is not None and not captions:
-            problem = problem or f"no caption in {column!r} of its json"
-    return make_row(key, None if problem else image, captions, metadata, problem, weight)

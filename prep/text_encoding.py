@@ -36,7 +36,7 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
     for mark, name in _MARKS:
         if data.startswith(mark):
             return _decoded(data[len(mark) :], name)
-    if encoding is None and (wide := _wide(data)):
+    if not _is_wide(encoding) and (wide := _wide(data)):
         raise UnreadableText(
             f"UTF-16 without a byte order mark; save as UTF-8 or say --caption-encoding {wide}"
         )
@@ -44,10 +44,16 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
 
 
 def decode_json_text(data: bytes, encoding: str | None = None) -> str:
-    """As `decode_text`; of UTF-16 and UTF-32 without a mark JSON's first character tells."""
-    if encoding is None and _wide(data):
-        encoding = json.detect_encoding(data)
-    return decode_text(data, encoding)
+    """As `decode_text`, but JSON is Unicode by itself: `encoding` is for what cannot be that.
+
+    Of UTF-16 and UTF-32 without a mark the first character tells.
+    """
+    try:
+        return decode_text(data, json.detect_encoding(data) if _wide(data) else None)
+    except UnreadableText:
+        if encoding is None:
+            raise
+        return decode_text(data, encoding)
 
 
 def check_encoding(name: str) -> None:
@@ -86,8 +92,12 @@ def _decoded(data: bytes, encoding: str) -> str:
         raise UnreadableText(told) from None
 
 
+def _is_wide(encoding: str | None) -> bool:
+    return encoding is not None and codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+
+
 def _wide(data: bytes) -> str:
-    """UTF-16 of which kind, where every fourth pair of bytes has a NUL on one side; or nothing."""
+    """Which UTF-16 it is, by a NUL on one side in every fourth pair of bytes; or nothing."""
     pairs = len(data) // 2
     if not pairs or len(data) % 2:
         return ""

@@ -108,6 +108,12 @@ def printable(source: str) -> str:
     return source.encode("utf-8", "backslashreplace").decode()
 
 
+def caption_flags(options: SourceOptions) -> dict[str, str]:
+    """The flags given about captions in files, which decide what rows say: for a unit's state."""
+    flags = {"caption_column": options.caption_column, "caption_encoding": options.caption_encoding}
+    return {name: value for name, value in flags.items() if value is not None}
+
+
 def power_of_two(at_least: float) -> int:
     """The smallest power of two that is not below `at_least`."""
     power = 1

@@ -84,7 +84,7 @@ BOMBS = {
     "profile bomb": (png_with(chunk(b"iCCP", b"a\0\0" + ZEROS)), "cannot be decoded"),
     "scan bomb": (many_scans(), "too many pixels"),
     "truncated jpeg": (file_of(photo(1, 300, 300), "JPEG")[:-2000], "cannot be decoded"),
-    "nothing": (b"", "cannot be decoded"),
+    "nothing": (b"", "empty file"),
 }
 
 
@@ -183,9 +183,12 @@ def bad_pictures() -> dict[str, tuple[bytes, str]]:
         "truncated gif": (file_of(photo(1), "GIF")[:-3000], broken),
         "truncated header": (file_of(photo(1))[:20], broken),
         "text": (b"this is no picture at all", broken),
-        "page": (b"<!doctype html><title>404</title>", broken),
-        "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', broken),
-        "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", broken),
+        "page": (b"<!doctype html><title>404</title>",
+                 "a web page instead of a picture: download it again"),
+        "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+                "SVG is not read: convert it to PNG or JPEG"),
+        "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+                "PostScript is not read: convert it to PNG or JPEG"),
         "wrong crc": (file_of(photo(1)).replace(b"IHDR", b"IHDS"), broken),
         "no pixels": (png_with(size=(0, 0)), broken),
         "large gif": (b"GIF89a" + b"\xff" * 4 + b"\0\0\0,\0\0\0\0" + b"\xff" * 4 + b"\0\2\0;",

@@ -33,23 +33,27 @@ from support_prep import (
 )
 from test_prep_remote import Server
 
+from prep.tar_rows import DOTTED
+
 CAPTION = b"a caption"
 LARGE = "larger than --max-image-bytes"
 GOOD, BAD = good_pictures(), bad_pictures()
 PNG = png(1, 16, 16)
 FLAGS = ("--model", "tiny-sd", "--threads", 1, "--latents", "mean", "--max-reject-fraction", 1.0)
 
+NOT_UTF8 = "its txt is not UTF-8; save as UTF-8, or say --caption-encoding cp1252 or what it is"
+
 # What a NAME.txt holds, and the reason for which its row is rejected.
 TEXTS = {
-    "long": (b"word " * 20_000, ""), "latin-1": ("caf\xe9".encode("latin-1"), ""),
-    "utf-16": ("a star".encode("utf-16"), ""), "bytes": (bytes(range(256)), ""),
-    "nul": (b"a\0b", ""), "only nul": (b"\0", ""), "empty": (b"", "no caption"),
+    "long": (b"word " * 20_000, ""), "latin-1": ("caf\xe9".encode("latin-1"), NOT_UTF8),
+    "utf-16": ("a star".encode("utf-16"), ""), "bytes": (bytes(range(256)), NOT_UTF8),
+    "nul": (b"a\0b", ""), "only nul": (b"\0", "no caption"), "empty": (b"", "no caption"),
     "blank": (b" \r\n\t ", "no caption"), "mark": (b"\xef\xbb\xbf", "no caption"),
     "right to left": ("\u202eabc\u202c \u05d0\u05d1".encode(), ""),
     "control": (b"\x1b[31mred\x1b[0m\x07\x08\r\n", ""), "emoji": ("👩‍👩‍👧‍👦🏳️‍🌈".encode(), ""),
     "combining": (("a" + "\u0301" * 5000).encode(), ""),
     "html": (b"<img src=x onerror=alert(1)></script>", ""), "special": (b"<|endoftext|>", ""),
-    "one word": (b"x" * 100_000, ""), "surrogates": (b"\xed\xa0\x80", ""),
+    "one word": (b"x" * 100_000, ""), "surrogates": (b"\xed\xa0\x80", NOT_UTF8),
 }  # fmt: skip
 
 # What "caption" is in a json.
@@ -58,7 +62,7 @@ VALUES = {
     "object": ({"en": "a"}, "no caption"), "list": (["", "a star", 3, None], ""),
     "no list": ([], "no caption"), "lists": ([["a"]], "no caption"),
     "surrogate": ("a\ud800b", ""), "nan": (float("nan"), "no caption"),
-    "text of nul": ("\0", ""), "many": ([f"caption {n}" for n in range(3000)], ""),
+    "text of nul": ("\0", "no caption"), "many": ([f"caption {n}" for n in range(3000)], ""),
     "long text": ("x" * 100_000, ""), "huge number": (10**5000, "no caption"),
 }  # fmt: skip
 
@@ -108,7 +112,8 @@ def jsons():
             (f"both {name}.json", content),
             (f"both {name}.txt", b"a"),
         ]
-        expected += [(f"json {name}", "no caption"), (f"both {name}", "")]
+        reason = NOT_UTF8.replace("txt", "json") if name == "bytes of json" else "no caption"
+        expected += [(f"json {name}", reason), (f"both {name}", "")]
     files += [("json deep enough.png", PNG), ("json deep enough.json", DEEP_ENOUGH)]
     return files, [*expected, ("json deep enough", "")]
 
@@ -167,8 +172,8 @@ def names():
     ]  # fmt: skip
     expected += [
         ("sparse", "sparse file"), ("twice", ""), ("twice", ""), ("twice", "no caption"),
-        ("dots", "no picture"), ("UP", ""), ("alone", "no caption"), ("only", "no picture"),
-        ("two", ""), ("other", "no picture"),
+        ("dots", DOTTED), ("UP", ""), ("alone", "no caption"), ("only", "no picture"),
+        ("two", ""), ("other", ""),
     ]  # fmt: skip
     return files, expected
 
@@ -198,7 +203,9 @@ def nasty_folder(path):
         (path / name).write_bytes(content)
     (path / "alone.png").write_bytes(PNG)
     (path / "sub.folder").mkdir()
-    for name in ("sub.folder/a.b", "-rf", "line\nfeed", "emoji 👩‍👩‍👧‍👦", ".hidden", "x" * 240):
+    (path / ".hidden.png").write_bytes(PNG)
+    (path / ".hidden.txt").write_bytes(CAPTION)
+    for name in ("sub.folder/a.b", "-rf", "line\nfeed", "emoji 👩‍👩‍👧‍👦", "x" * 240):
         (path / f"{name}.PNG").write_bytes(PNG)
         (path / f"{name}.txt").write_bytes(CAPTION)
         expected.append((f"{name}.PNG", ""))
@@ -216,7 +223,7 @@ def nasty_folder(path):
     (path / "nowhere.png").symlink_to("gone.png")
     return [
         *expected, ("alone.png", "no caption"), ("fifo.png", "file missing"),
-        ("a folder.png", "file missing"), ("out.png", "outside the folder"),
+        ("a folder.png", "file missing"), ("out.png", "file missing"),
         ("loop.png", "file missing"), ("nowhere.png", "file missing"),
     ]  # fmt: skip
 
