@@ -184,3 +184,14 @@ def test_lists_of_pixels_are_no_files(tmp_path):
     source = written(tmp_path / "a.parquet", {"image": pixels, "caption": ["a"]})
     with pytest.raises(UserError, match="which one holds the pictures"):
         rows_of(source)
+
+
+def test_a_hash_or_numbers_beside_the_picture_are_none(tmp_path):
+    columns = {
+        "photo": [PNG], "phash": pa.array([b"12345678"], pa.binary(8)), "tokens": [[1, 2]],
+        "mask": pa.array([[1, 0]], pa.list_(pa.uint8())), "caption": ["a"],
+        "audio": pa.array([{"path": "a.wav"}], pa.struct({"path": pa.string()})),
+    }  # fmt: skip
+    (row,) = rows_of(written(tmp_path / "a.parquet", columns))
+    assert row.image == PNG
+    assert row.metadata["tokens"] == [1, 2]
