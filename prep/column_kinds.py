@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-# What a column may hold. Lists of whole numbers may be a picture's bytes, or anything else.
-PICTURE, TEXT, NUMBERS, OTHER = "picture", "text", "numbers", "other"
+# What a column may hold. A hash, numbers or a path may be a picture's, where the name says so.
+PICTURE, MAYBE, TEXT, OTHER = "picture", "maybe a picture", "text", "other"
 
 
 def arrow_kind(kind: pa.DataType) -> str:
@@ -16,13 +16,15 @@ def arrow_kind(kind: pa.DataType) -> str:
     if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
         return PICTURE
     if types.is_fixed_size_binary(kind):
-        return PICTURE
+        return MAYBE
     if types.is_struct(kind):
-        inner = [arrow_kind(field.type) for field in kind if field.name in ("bytes", "path")]
-        return PICTURE if inner and OTHER not in inner else OTHER
+        inner = {field.name: arrow_kind(field.type) for field in kind}
+        if OTHER not in (inner.get("bytes", OTHER), inner.get("path", TEXT)):
+            return PICTURE
+        return MAYBE if inner.get("path") == TEXT else OTHER
     if is_list(kind):
         if types.is_integer(kind.value_type):
-            return PICTURE if kind.value_type.bit_width == 8 else NUMBERS
+            return MAYBE
         inner_kind = arrow_kind(kind.value_type)
         # Lists of lists of numbers are pixels, not files.
         return OTHER if is_list(kind.value_type) and inner_kind != TEXT else inner_kind

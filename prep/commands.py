@@ -12,6 +12,7 @@ from prep import config, engine, holdout, identity, overwrite, plan, report
 from prep.filters import Filters
 from prep.folders import repeats_in
 from prep.pipeline import Encoders, Settings, Work
+from prep.recorded import Originals
 from prep.sources import SourceOptions, Unit, find_units
 from prep.stale import Stale, drop, find_stale, of_generation
 from prep.text import TextEncoder
@@ -117,7 +118,7 @@ def encode(config: config.EncodeConfig) -> None:
     changed = bool(todo.units or todo.stale.gone or todo.stale.replaced)
     if config.report and (changed or not (cache.root / "report.html").exists()):
         seconds, read = time.monotonic() - started, units if changed else ()
-        report.write_after_encode(cache, encoders.vae.vae, read, done.pictures, seconds)
+        report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds, read)
 
 
 def choose(config: config.EncodeConfig, stored: Mapping[str, Any], model: Model) -> Chosen:
@@ -297,4 +298,4 @@ def finish(config: config.FinishConfig) -> None:
     print(engine.finish(cache))
     if config.report:
         vae = report.load_vae_for(cache, config)
-        print(report.write_report(cache, vae, report.Originals(config.shards)))
+        print(report.write_report(cache, vae, Originals(config.shards)))

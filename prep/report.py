@@ -76,8 +76,9 @@ def load_vae_for(cache: CachePaths, flags: EncoderFlags) -> AutoencoderKL | str:
 
 
 def write_after_encode(
-    cache: CachePaths, vae: AutoencoderKL, units: Sequence[Unit], images: int, seconds: float
-) -> None:
+    cache: CachePaths, vae: AutoencoderKL, images: int, seconds: float,
+    units: Sequence[Unit] = (),
+) -> None:  # fmt: skip
     """The report at the end of `prep encode`, which it never makes fail; and how fast that was.
 
     `units` are those that were named: the originals of others are looked for in local files.

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prep.column_kinds import NUMBERS, OTHER, PICTURE, TEXT, arrow_kind, column_kinds, is_list
+from prep.column_kinds import MAYBE, OTHER, PICTURE, TEXT, arrow_kind, column_kinds, is_list
 from prep.held import cell_of
 from prep.linked import Home, home_of
 from prep.litter import HIDDEN, is_litter
@@ -122,11 +122,11 @@ def _image_column(
 ) -> str | None:
     texts = (*CAPTION_KEYS, options.caption_column)  # which may be bytes, too
     pictures = [name for name in columns if kinds[name] == PICTURE and name not in texts]
-    usual = [name for name in IMAGE_COLUMNS if kinds.get(name) in (PICTURE, NUMBERS)]
-    if usual:
-        return usual[0]
-    if pictures:
-        return pictures[0] if len(pictures) == 1 else None
+    usual = [name for name in IMAGE_COLUMNS if name in pictures]
+    if usual or pictures:
+        return usual[0] if usual else pictures[0] if len(pictures) == 1 else None
+    if likely := [name for name in IMAGE_COLUMNS if kinds.get(name) == MAYBE]:
+        return likely[0]
     if _is_account(columns):
         return None
     named = (*NAMED_COLUMNS, *URL_COLUMNS) if options.allow_external_images else NAMED_COLUMNS

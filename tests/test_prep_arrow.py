@@ -7,7 +7,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support_prep import encode, manifest, png, prep, refusal, units
+from support_prep import encode, manifest, png, refusal, units
 
 from prep.sources import SourceError, SourceOptions, find_units
 from shared.errors import UserError
@@ -156,17 +156,17 @@ def test_arrow_files_of_both_kinds(tmp_path, stream, kind):
 def test_of_several_splits_it_is_said_which_is_read(tmp_path):
     data = datasets.Dataset.from_dict({"image": [PNG], "text": ["a"]})
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "data")
-    words = ("--model", "tiny-sd", "--cache", tmp_path / "c", "--dry-run")
-    told = prep("encode", "--shards", tmp_path / "data", *words).err
-    assert (
-        f"only its split train is read; name the others to read them, too: {tmp_path}/data/test"
-        in told
-    )
+
+    def said(source):
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            find_units([str(source)])
+        return told.getvalue()
+
+    told = said(tmp_path / "data")
+    assert "only its split train is read; name the others to read them, too: " in told
+    assert told.endswith(f"{tmp_path}/data/test\n")
     for named in ("train", "test"):
-        assert "split" not in prep("encode", "--shards", tmp_path / "data" / named, *words).err
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        find_units([str(tmp_path / "data")])
-    assert "only its split train" in said.getvalue()
+        assert said(tmp_path / "data" / named) == ""
 
 
 @pytest.mark.parametrize("at", [0, 4, 50, -20, -5])
@@ -184,3 +184,14 @@ def test_lists_of_pixels_are_no_files(tmp_path):
     source = written(tmp_path / "a.parquet", {"image": pixels, "caption": ["a"]})
     with pytest.raises(UserError, match="which one holds the pictures"):
         rows_of(source)
+
+
+def test_a_hash_or_numbers_beside_the_picture_are_none(tmp_path):
+    columns = {
+        "photo": [PNG], "phash": pa.array([b"12345678"], pa.binary(8)), "tokens": [[1, 2]],
+        "mask": pa.array([[1, 0]], pa.list_(pa.uint8())), "caption": ["a"],
+        "audio": pa.array([{"path": "a.wav"}], pa.struct({"path": pa.string()})),
+    }  # fmt: skip
+    (row,) = rows_of(written(tmp_path / "a.parquet", columns))
+    assert row.image == PNG
+    assert row.metadata["tokens"] == [1, 2]

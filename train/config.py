@@ -169,6 +169,8 @@ class EvaluateConfig:
     What --holdout has set aside in the run's own cache unless given."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
+    model: NameOrPath | None = None
+    """Where the teacher is; the run's own, if it is on this machine, unless given."""
     vae: NameOrPath | None = None
     """The VAE that decodes; the run's unless given."""
     num_samples: Annotated[int, Numbers(int, 65)] = 1000
@@ -193,6 +195,8 @@ class SampleConfig:
     """The prompts of the run's previews unless given."""
     cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
+    model: NameOrPath | None = None
+    """Where the teacher is; the run's own, if it is on this machine, unless given."""
     vae: NameOrPath | None = None
     """The VAE that decodes; the run's unless given."""
     steps: Count | None = None

@@ -38,7 +38,12 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     scorer = load_scorer(config.scorer)
     artist = open_artist(
-        config.run, config.threads, config.device, config.guidance_scale, config.vae
+        config.run,
+        config.threads,
+        config.device,
+        config.guidance_scale,
+        config.vae,
+        config.model,
     )
     weights = exported_student(config.run, artist.config["student"])
     config, manifest = with_eval_cache(config, place(str(artist.config["cache"])))
