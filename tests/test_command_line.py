@@ -120,7 +120,7 @@ def test_bash_completes(tmp_path, line, completed):
     (tmp_path / "script").write_text(script)
     words = line.split()
     asked = (
-        f"source script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        f"source ./script; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
         f"$(complete -p {program} | sed 's/.*-F \\([^ ]*\\).*/\\1/'); printf '%s\\n' "
         '"${COMPREPLY[@]}"'
     )
