@@ -14,7 +14,7 @@ TAGS = "1girl, red hair,blue eyes , smile, hat"
 
 def test_orders_keep_the_first_tags_and_lose_none():
     found = Shuffle(keep_tokens=2).captions([TAGS], SHA, 6)
-    assert len(found) == len(set(found)) > 3
+    assert len(set(found)) == len(found) == 6  # all that three tags have
     for caption in found:
         tags = caption.split(", ")
         assert tags[:2] == ["1girl", "red hair"]
@@ -84,7 +84,8 @@ def test_what_is_there_is_copied_by_its_own_text(shuffled, tmp_path):
     assert "1 pictures and 1 captions encoded" in answer.out, answer
     one_go = tmp_path / "one"
     assert prep("encode", *flags[:4], "--cache", one_go, *flags[6:]).status == 0
-    assert tree(tmp_path / "cache" / "shards") == tree(one_go / "shards")
+    kept = tree(tmp_path / "cache" / "shards")  # the shard that was replaced stays until `gc`
+    assert tree(one_go / "shards").items() <= kept.items()
     assert prep("verify", "--cache", one_go, "--reencode", 3).status == 0
     assert folder != grown
 
