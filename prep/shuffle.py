@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+DRAWS = 4  # for each order that is wanted, at most: some come up twice
+
 
 @dataclass(frozen=True)
 class Shuffle:
@@ -31,10 +33,14 @@ class Shuffle:
         """Up to `count` captions in orders of their own, of several captions in turns.
 
         A pure function of captions and picture, whatever the row is called. There are fewer where
-        a caption has not so many orders; chance may draw one twice, which counts once.
+        the captions have not so many orders, or chance hides one.
         """
-        turns = (self._order(captions[i % len(captions)], image_sha256, i) for i in range(count))
-        return tuple(dict.fromkeys(turns)) if captions else ()
+        found: dict[str, None] = {}
+        for number in range(DRAWS * count if captions else 0):
+            found[self._order(captions[number % len(captions)], image_sha256, number)] = None
+            if len(found) == count:
+                break
+        return tuple(found)
 
     def _order(self, caption: str, image_sha256: str, number: int) -> str:
         tags = [tag for part in caption.split(self.separator) if (tag := part.strip())]

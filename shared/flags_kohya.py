@@ -98,7 +98,7 @@ REFUSED: dict[str, str] = {
         ("base_weights", "base_weights_multiplier"),
         "merge that LoRA into the model first, and pass it as --model",
     ),
-    "dim_from_weights": "--lora-rank says it",
+    "dim_from_weights": "--lora-rank says it, of adapters that begin anew",
     "network_dropout": "it drops values between the two matrices; --lora-dropout those before them",
     "network_train_unet_only": "the UNet alone is trained, always; leave it out",
     "scale_weight_norms": "not offered; --max-grad-norm and --lora-alpha keep weights small",

@@ -244,7 +244,7 @@ def test_nothing_but_these_is_taken_otherwise():
 
 
 WRONG = [
-    ("prep encode", ["--resolution", "768,512"], "is not square; .* --buckets and --resolution 640"),
+    ("prep encode", ["--resolution", "768,512"], "is not square; .* --resolution 640, a"),
     ("prep encode", ["--resolution", "a,b"], "is not a number of pixels"),
     ("train distill", ["--optimizer_type", "Lion"], "AdamW and AdamW8bit are"),
     ("train distill", ["--network_module", "lycoris.kohya"], "networks.lora is, as --student lora"),

@@ -7,6 +7,7 @@ also where the value is the default one: `DistillConfig.typed`.
 from __future__ import annotations
 
 from shared.errors import UsageError
+from shared.flags import dashed
 from train.config import DistillConfig
 from train.hub import check_push
 from train.objectives import OBJECTIVES
@@ -57,8 +58,3 @@ def ignored(config: DistillConfig) -> dict[str, str]:
                 f"{dashed(name)} means nothing beside {dashed(flag)} {shown}; leave it out"
             )
     return {name: why for name, why in found.items() if name in config.typed}
-
-
-def dashed(name: str) -> str:
-    """A flag as it is typed."""
-    return f"--{name.replace('_', '-')}"
