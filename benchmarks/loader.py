@@ -28,6 +28,7 @@ import torch
 
 from benchmarks import _readers as readers
 from benchmarks._machine import record
+from shared.paths import local_argument
 
 PLAIN = ("mmap, random", "preadv, 1 thread", "preadv, 4 threads", "preadv, 16 threads")
 
@@ -151,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--folder", type=Path, help="where to write 1.5 GB for a minute")
+    parser.add_argument("--folder", type=local_argument, help="where to write 1.5 GB for a minute")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

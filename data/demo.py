@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shared.paths import local_argument
+
 PROMPTS = (
     "a red circle on a blue field",
     "a large yellow star at the top of a purple field",
@@ -91,7 +93,7 @@ def main() -> int:
     """Run the plan; stop at the first command that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reproduce", action="store_true", help="the long version")
-    parser.add_argument("--folder", type=Path, help="where to put everything")
+    parser.add_argument("--folder", type=local_argument, help="where to put everything")
     args = parser.parse_args()
     plan = REPRODUCE if args.reproduce else DEMO
     plan = replace(plan, folder=args.folder or plan.folder)

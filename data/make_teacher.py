@@ -26,6 +26,7 @@ from torch import Tensor
 from data.make_pictures import picture
 from data.shapes import caption
 from data.tiny_models import TEACHERS, Teacher, build_vae
+from shared.paths import local_argument
 
 HERE = Path(__file__).resolve().parent
 SEED = 7  # of the pictures the teachers learn from
@@ -190,7 +191,7 @@ def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=["vae", *TEACHERS])
-    parser.add_argument("--work", type=Path, default=HERE / "work")
+    parser.add_argument("--work", type=local_argument, default=HERE / "work")
     parser.add_argument("--steps", type=int, help="0 leaves a teacher's weights random")
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()

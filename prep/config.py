@@ -39,7 +39,7 @@ class EncodeConfig:
     views: Count = 1
     """Crops and flips kept per picture, of which training draws one each time."""
     seed: Natural = 0
-    """Of the random crops and flips; another one gives others."""
+    """Of the random crops, flips and orders of tags; another one gives others."""
     buckets: bool = False
     """Keep aspect ratios: crop to the nearest of many sizes, all of about resolution² pixels."""
     bucket_reso_steps: Count | None = None
@@ -55,7 +55,13 @@ class EncodeConfig:
     latents: str = "auto"
     """mean, posterior (mean and logvar, twice the bytes), or auto: posterior where it matters."""
     max_captions: Count = 1
-    """Captions kept per picture, where its json lists several."""
+    """Captions kept per picture, where its json lists several or --shuffle-caption makes them."""
+    shuffle_caption: bool = False
+    """Keep --max-captions orders of a caption's tags, of which training draws one each time."""
+    keep_tokens: Natural | None = None
+    """So many first tags stay in front when the others are shuffled; none unless given."""
+    caption_separator: str | None = None
+    """Between the tags that are shuffled; a comma unless given."""
     clip_skip: Natural = 0
     """Layers of the text encoders left out at the end, as in diffusers: 1 where kohya says 2."""
     preview_prompts: tuple[str, ...] = ()

@@ -13,13 +13,14 @@ from prep.config import EncodeConfig
 from prep.filters import Filters
 from prep.images import Framing
 from prep.pipeline import Encoders, Settings
+from prep.shuffle import Shuffle
 from prep.text import TextEncoder
 from prep.vae import VaeEncoder
 from shared import cpus
 from shared.cache import FORMAT
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
-from shared.errors import UserError
+from shared.errors import UsageError, UserError
 from shared.family import (
     Model,
     force_zeros,
@@ -171,8 +172,26 @@ def choose_settings(config: EncodeConfig, stored: Mapping[str, Any], model: Mode
     resolution = config.resolution or begun.get("resolution") or native_resolution(model)
     framing = choose_framing(config, resolution, vae_downscale(config.vae or model.source))
     filters = Filters(config.where, config.max_pwatermark)
-    keep = keep_logvar(config, stored)
-    return Settings(framing, keep, config.max_captions, filters, config.clip_skip)
+    keep, shuffle = keep_logvar(config, stored), choose_shuffle(config)
+    return Settings(framing, keep, config.max_captions, filters, config.clip_skip, shuffle)
+
+
+def choose_shuffle(config: EncodeConfig) -> Shuffle | None:
+    """How tags are shuffled. Raises UsageError for flags that would do nothing."""
+    if not config.shuffle_caption:
+        for flag in ("keep_tokens", "caption_separator"):
+            if getattr(config, flag) is not None:
+                raise UsageError(f"--{flag.replace('_', '-')} needs --shuffle-caption")
+        return None
+    if config.max_captions == 1:
+        raise UsageError(
+            "--shuffle-caption: each order of the tags is a caption of the sample; say how many "
+            "to keep, such as --max-captions 8"
+        )
+    separator = "," if config.caption_separator is None else config.caption_separator
+    if not separator:
+        raise UsageError("--caption-separator is empty; leave it out for a comma")
+    return Shuffle(separator, config.keep_tokens or 0, config.seed)
 
 
 def keep_logvar(config: EncodeConfig, stored: Mapping[str, Any]) -> bool:
@@ -229,6 +248,7 @@ def build_identity(
             "max_captions": settings.max_captions,
             "where": settings.filters.where,
             "max_pwatermark": settings.filters.max_pwatermark,
+            **({"shuffle": settings.shuffle.to_json()} if settings.shuffle else {}),
         },
         "shapes": shapes.to_json(),
         **({"generation": generation} if generation else {}),

@@ -23,6 +23,7 @@ from prep.accounts import accounts
 from prep.hub import HUB
 from prep.images import Framing
 from prep.pipeline import Sample, Settings, decode_row
+from prep.shuffle import Shuffle
 from prep.sources import Row, find_units, options_of
 from prep.writer import sample_key
 from shared.cache import CachePaths, Shard, UnitRecord, read_unit
@@ -84,6 +85,7 @@ def settings_of(identity: Mapping[str, Any]) -> Settings:
         keep_logvar=identity["latents"] == "posterior",
         max_captions=made["max_captions"],
         clip_skip=identity["text"].get("clip_skip", 0),
+        shuffle=Shuffle.from_json(made.get("shuffle")),
     )
 
 

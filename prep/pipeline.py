@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from prep.filters import Filters
 from prep.images import BadImage, Framing, Picture, prepare
 from prep.overlap import mapped, read_ahead
 from prep.reuse import NOTHING, Known
+from prep.shuffle import Shuffle
 from prep.sources import Row, Unit
 from prep.text import CaptionMemo, TextEncoder
 from prep.vae import Started, VaeEncoder
@@ -43,6 +44,13 @@ class Settings:
     max_captions: int
     filters: Filters = field(default_factory=Filters)
     clip_skip: int = 0
+    shuffle: Shuffle | None = None
+
+    def captions(self, row: Row, image_sha256: str) -> tuple[str, ...]:
+        """A row's captions, those that its own are shuffled to."""
+        if self.shuffle is None:
+            return row.captions
+        return self.shuffle.captions(row.captions, image_sha256, self.max_captions)
 
 
 @dataclass
@@ -195,7 +203,8 @@ def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Sample:
     """
     reason = row.problem or settings.filters.reason(row.metadata)
     digest = hashlib.sha256(row.image or b"").hexdigest()
-    sample = Sample(row.unburdened(), digest, reason=reason)
+    captions = settings.captions(row, digest)
+    sample = Sample(replace(row.unburdened(), captions=captions), digest, reason=reason)
     if sample.reason or row.image is None:
         return sample
     if found := known.picture(sample.image_sha256):

@@ -12,17 +12,19 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
+from shared.completion import completion_script
 from shared.errors import UsageError
 from shared.flags import Translation, closest
 from shared.numbers import check_numbers
-from shared.paths import path_kind, read_paths
+from shared.paths import Written, read_paths
 from shared.places import Place, RemotePlace, place
 from shared.settings_file import read_settings, split_config
 
@@ -46,9 +48,14 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.default is field.default_factory is dataclasses.MISSING:
             values.setdefault(field.name, tyro.MISSING)
-    config = tyro.cli(kind, args=rest, prog=prog, description=kind.__doc__, default=kind(**values))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="tyro")  # of types: the file's are checked
+        config = tyro.cli(
+            kind, args=rest, prog=prog, description=kind.__doc__, default=kind(**values)
+        )
     check_numbers(config)
-    config = read_paths(config)
+    read = read_paths(kind, vars(config), Written)
+    config = dataclasses.replace(config, **read)  # type: ignore[type-var]
     if hasattr(config, TYPED):
         return dataclasses.replace(config, **{TYPED: frozenset(given)})  # type: ignore[type-var]
     return config
@@ -88,12 +95,9 @@ def _read_file(kind: type[Any], path: Path) -> dict[str, Any]:
         if not _fits(value, hints[name]):
             wanted = str(getattr(hints[name], "__name__", hints[name])).replace("typing.", "")
             raise UsageError(f"--config {path}: {name} = {value!r} is not of type {wanted}")
-    paths = {name for name, hint in _full_hints(kind).items() if path_kind(hint)}
-    return coerce(kind, values, paths)
-
-
-def _full_hints(kind: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
+    paths = read_paths(kind, values)
+    rest = {name: value for name, value in values.items() if name not in paths}
+    return {**coerce(kind, rest), **paths}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -112,14 +116,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
-def coerce(
-    kind: type[Any], values: Mapping[str, Any], as_written: Collection[str] = ()
-) -> dict[str, Any]:
-    """Values from TOML or JSON with the paths and tuples that the dataclass `kind` wants.
-
-    The paths named in `as_written` stay text, for `read_paths`.
-    """
-    hints = {**typing.get_type_hints(kind), **dict.fromkeys(as_written, str)}
+def coerce(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values from TOML or JSON with the paths and tuples that the dataclass `kind` wants."""
+    hints = typing.get_type_hints(kind)
     return {name: _coerce(value, hints[name]) for name, value in values.items()}
 
 
@@ -152,9 +151,17 @@ def dispatch(
         print(f"usage: {prog} COMMAND [flags]     ({prog} COMMAND --help lists the flags)\n")
         for name, (kind, _) in commands.items():
             print(f"  {name:<10} {(kind.__doc__ or '').strip().splitlines()[0]}")
+        print("\nEvery command takes --config FILE, settings in TOML or JSON.")
+        print(f"{prog} --version; {prog} --print-completion bash|zsh|fish")
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"latent-distillery {_version()}")
+        return 0
+    if argv[0].partition("=")[0] == "--print-completion":
+        shell = "".join(argv[1:2]) or argv[0].partition("=")[2]
+        program = prog.replace("python -m ", "distillery-")  # which is what has completions
+        kinds = {name: kind for name, (kind, _) in commands.items()}
+        print(completion_script(program, kinds, shell))
         return 0
     if argv[0] not in commands:
         near = closest(argv[0], commands)

@@ -24,9 +24,10 @@ ENCODE = frozenset({
     "buckets", "bucket_reso_steps", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale",
     "min_size", "latents", "max_captions", "shuffle_caption", "keep_tokens", "caption_separator",
     "clip_skip", "preview_prompts", "vae_batch_size", "text_batch_size", "decode_workers",
-    "folder_units", "image_column", "caption_column", "key_column", "dataset_config_name",
-    "streaming", "max_image_bytes", "where", "max_pwatermark", "max_reject_fraction", "engine",
-    "ray_address", "cpus_per_worker", "part", "prune", "overwrite",
+    "folder_units", "image_column", "caption_column", "caption_encoding", "key_column",
+    "dataset_config_name", "allow_external_images", "streaming", "max_image_bytes", "where",
+    "max_pwatermark", "max_reject_fraction", "engine", "ray_address", "cpus_per_worker", "part",
+    "prune", "overwrite",
 })  # fmt: skip
 DISTILL = frozenset({
     "student", "objective", "train_batch_size", "gradient_accumulation_steps", "global_batch_size",
@@ -40,6 +41,7 @@ DISTILL = frozenset({
     "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "validation_prompts",
     "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
     "max_train_samples", "local_cache", "push_to_hub", "hub_model_id", "hub_token",
+    "export_dtype", "take_over",
 })  # fmt: skip
 
 STAGES = (("one", "prep encode", ENCODE), ("two", "train distill", DISTILL))

@@ -9,13 +9,12 @@ so that no file of settings sends a variable's content anywhere.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 from urllib.parse import unquote
 
 import tyro
@@ -23,19 +22,18 @@ import tyro
 from shared.errors import UsageError, UserError
 from shared.places import Place, place
 
-C = TypeVar("C")
-
 FILE = re.compile(r"file:(?://([^/]*))?(/.*)")  # its host and its path
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # also with the one slash that pathlib leaves
 NO_URL = "{!r} is no URL, which has two slashes behind its colon"
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
-class PathKind(tyro.constructors.PrimitiveConstructorSpec[Any]):
-    """What a flag's text stands for: `read` makes it of the text, or raises UserError.
+class Written(str):
+    """A path as it was typed: tyro keeps it until `read_paths`, which can name the flag."""
 
-    tyro keeps the text as it is typed; `read_paths` reads it, with that from files of settings.
-    """
+
+class PathKind(tyro.constructors.PrimitiveConstructorSpec[Any]):
+    """What a flag's text stands for: `read` makes it of the text, or raises UserError."""
 
     read: Callable[[str], Any]
 
@@ -43,28 +41,31 @@ class PathKind(tyro.constructors.PrimitiveConstructorSpec[Any]):
         super().__init__(
             nargs=1,
             metavar=metavar,
-            instance_from_str=lambda words: words[0],
+            instance_from_str=lambda words: Written(words[0]),
             is_instance=lambda value: isinstance(value, str | Place),
             str_from_instance=lambda value: [str(value)],
         )
         vars(self).update(read=read)  # tyro's class is frozen
 
 
-def read_paths(config: C) -> C:
-    """A dataclass of flags with all its paths read. Raises UsageError that names the flag."""
-    read = dict[str, Any]()
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        value, kind = getattr(config, name), path_kind(hint)
-        if kind is None:
+def read_paths(kind: type[Any], values: Mapping[str, Any], text: type[str] = str) -> dict[str, Any]:
+    """Those of a dataclass's `values` that are paths, given as `text`, as what they stand for.
+
+    Raises UsageError that names the flag.
+    """
+    found = dict[str, Any]()
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        value, path = values.get(name), path_kind(hint)
+        several = isinstance(value, tuple | list)
+        texts: list[Any] = [*value] if isinstance(value, tuple | list) else [value]
+        if path is None or not all(isinstance(one, text) for one in texts):
             continue
         try:
-            if isinstance(value, str):
-                read[name] = kind.read(value)
-            elif isinstance(value, tuple):
-                read[name] = tuple(map(kind.read, value))
+            read = tuple(path.read(str(one)) for one in texts)
         except UserError as error:
             raise UsageError(f"--{name.replace('_', '-')} {error}") from None
-    return dataclasses.replace(config, **read)  # type: ignore[type-var]
+        found[name] = read if several else read[0]
+    return found
 
 
 def path_kind(hint: Any) -> PathKind | None:

@@ -10,6 +10,12 @@ from typing import Any
 from shared.errors import UsageError, UserError
 from shared.paths import local_path
 
+LAUNCHER = {"compute_environment", "distributed_type"}  # what accelerate's file has
+LAUNCHER_HINT = (
+    "these are accelerate's settings: `accelerate launch --config_file FILE -m train distill ...` "
+    "reads them; ours are in TOML or JSON"
+)
+
 
 def split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
     """Take `--config FILE` (or `--config=FILE`) out of the arguments."""
@@ -46,6 +52,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path}: {error}") from None
     if not isinstance(stored, dict):
         raise UsageError(f"--config {path}: holds a {type(stored).__name__}, not names and values")
+    if LAUNCHER & stored.keys():
+        raise UsageError(f"--config {path}: {LAUNCHER_HINT}")
     for name, value in stored.items():
         if isinstance(value, dict) or (isinstance(value, list) and any(map(_is_dict, value))):
             raise UsageError(f"--config {path}: {sections_hint(name)}")
@@ -54,11 +62,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def yaml_hint(text: str) -> str:
     """What to do with a file in YAML."""
-    if "compute_environment" in text or "distributed_type" in text:
-        return (
-            "these are accelerate's settings: `accelerate launch --config_file FILE -m train "
-            "distill ...` reads them; ours are in TOML or JSON"
-        )
+    if any(name in text for name in LAUNCHER):
+        return LAUNCHER_HINT
     return "settings are in TOML (name = value) or JSON; rename the file once it is either"
 
 

@@ -102,7 +102,6 @@ def test_files_that_cannot_be_read(tmp_path):
     [
         ([], "--cache-folder"),
         (["--cache-folder", "c", "--batch-size", "x"], "--batch-size"),
-        (["--cache-folder", "c", "--nonsense"], "--nonsense"),
         (["--cache-folder", "c", "--kind", "medium"], "medium"),
     ],
 )
@@ -145,9 +144,11 @@ def test_dispatch_lists_commands_and_refuses_others(program, capsys):
     assert program()[0] == 2
     assert program("-h")[0] == 0
     assert "do         Do a thing." in capsys.readouterr().out
-    assert program("undo")[0] == 1
-    line = "error: 'undo' is not a command of prog; choose do, count\n"
+    assert program("undo")[0] == 2
+    line = "error: 'undo' is not a command of prog; did you mean do? There are do, count\n"
     assert capsys.readouterr().err == line
+    assert program("run")[0] == 2
+    assert capsys.readouterr().err == "error: 'run' is not a command of prog; choose do, count\n"
 
 
 FULL = "error: the GPU's memory is full; take less\n"

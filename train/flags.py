@@ -6,7 +6,8 @@ also where the value is the default one: `DistillConfig.typed`.
 
 from __future__ import annotations
 
-from shared.errors import UserError
+from shared.errors import UsageError, UserError
+from shared.flags import dashed
 from train.config import DistillConfig
 from train.hub import check_push
 from train.objectives import OBJECTIVES
@@ -33,9 +34,9 @@ NOT_WITH: dict[tuple[str, object], tuple[str, ...]] = {
 def check_flags(config: DistillConfig) -> None:
     """Raise UserError for flags that do not go together, and numbers that cannot work."""
     for why in ignored(config).values():
-        raise UserError(why)
+        raise UsageError(why)
     if {"num_train_epochs", "max_train_steps"} <= config.typed:
-        raise UserError("--num-train-epochs and --max-train-steps exclude each other; give one")
+        raise UsageError("--num-train-epochs and --max-train-steps exclude each other; give one")
     check_push(config)
     check_schedule(config)
 
@@ -57,8 +58,3 @@ def ignored(config: DistillConfig) -> dict[str, str]:
                 f"{dashed(name)} means nothing beside {dashed(flag)} {shown}; leave it out"
             )
     return {name: why for name, why in found.items() if name in config.typed}
-
-
-def dashed(name: str) -> str:
-    """A flag as it is typed."""
-    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,45 @@
+"""Several orders of a caption's tags, as several captions of a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """`--shuffle-caption`: the first `keep_tokens` tags stay in place, the others are shuffled."""
+
+    separator: str = ","
+    keep_tokens: int = 0
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As identity.json has it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any] | None) -> Shuffle | None:
+        """The inverse of `to_json`; None for a cache whose captions are as they were written."""
+        return None if value is None else Shuffle(**value)
+
+    def captions(self, captions: Sequence[str], image_sha256: str, count: int) -> tuple[str, ...]:
+        """Up to `count` captions in orders of their own, of several captions in turns.
+
+        A pure function of captions and picture, whatever the row is called. There are fewer where
+        a caption has not so many orders; chance may draw one twice, which counts once.
+        """
+        turns = (self._order(captions[i % len(captions)], image_sha256, i) for i in range(count))
+        return tuple(dict.fromkeys(turns)) if captions else ()
+
+    def _order(self, caption: str, image_sha256: str, number: int) -> str:
+        tags = [tag for part in caption.split(self.separator) if (tag := part.strip())]
+        kept, others = tags[: self.keep_tokens], tags[self.keep_tokens :]
+        drawn = f"{self.seed}\0{image_sha256}\0{number}\0{caption}"
+        digest = hashlib.blake2b(drawn.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        order = np.random.default_rng(int.from_bytes(digest, "little")).permutation(len(others))
+        return ", ".join([*kept, *(others[i] for i in order)]) or caption
