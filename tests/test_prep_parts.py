@@ -231,6 +231,19 @@ def test_eight_parts_at_once_on_s3(server, tmp_path, sources, every):
     assert_one_bucket(urls, sources, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_parts_overwrite_a_cache_on_s3_at_once(server, tmp_path, sources):
+    flags = ["--rounds", 3, "--parts", 4, "--overwrite", "--unlike"]
+    encode = ["--vae-dtype", "float16"]
+    for url in together(tmp_path, sources, *flags, cache="s3://bucket/anew", encode=encode):
+        made = [json.loads(bucket().cat_file(name)) for name in bucket().find(f"{url}/units")]
+        assert [unit["generation"] for unit in made] == [1] * TARS
+        found = json.loads(bucket().cat_file(f"{url}/manifest.json"))
+        assert found["totals"]["written"] == TARS * PICTURES
+        assert found["identity"]["preprocessing"]["resolution"] == 32
+
+
 def test_a_prompt_that_was_added_meanwhile_is_kept_on_s3(server, monkeypatch, tmp_path):
     """Two change the file that both have read: the one that comes too late reads it again."""
     from shared.update import update
