@@ -209,7 +209,9 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--minutes", type=float, default=8.5)
     parser.add_argument("--only", default="", help="rows whose name holds this, e.g. 'sd15 lora'")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="of a CPU's networks; all cores unless given")
+    parser.add_argument(
+        "--threads", type=int, help="of a CPU's networks; what may be used unless given"
+    )
     parser.add_argument("--tiny", action="store_true", help="the tiny models; writes no file")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(words)

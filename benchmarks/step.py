@@ -127,7 +127,9 @@ def main() -> None:
     """Measure everything and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="of the networks; all cores unless given")
+    parser.add_argument(
+        "--threads", type=int, help="of the networks; what may be used unless given"
+    )
     parser.add_argument("--pairs", type=int, default=100, help="with the tiny teacher")
     parser.add_argument(
         "--large", default="sd15", help="the model of real size, `tiny-xl` for a trial"

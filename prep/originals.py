@@ -27,7 +27,7 @@ from prep.shuffle import Shuffle
 from prep.sources import Row, find_units, options_of
 from prep.writer import sample_key
 from shared.cache import CachePaths, Shard, UnitRecord, read_unit
-from shared.device import pick_device
+from shared.device import pick_device, set_threads
 from shared.errors import UserError
 from shared.family import resolve_model
 from shared.layout import Layout
@@ -95,6 +95,7 @@ def vae_of(identity: Mapping[str, Any], flags: EncoderFlags) -> AutoencoderKL:
     Raises UserError where it cannot be loaded or is another one.
     """
     source = vae_source(identity, flags)
+    set_threads(None)
     vae = load_vae(source).to(pick_device(flags.device))
     if vae_fingerprint(vae) != identity["vae"]["fingerprint"]:
         raise UserError(

@@ -93,13 +93,19 @@ def strays(tmp: Path, young: bool = False) -> Iterator[Path]:
 
 
 def sweep(tmp: Path, young: bool = False) -> None:
-    """Remove what dead processes left in `tmp` (see `strays`); a living one's files stay."""
+    """Remove what dead processes left in `tmp` (see `strays`); a living one's files stay.
+
+    So does what another user left, who alone may remove it.
+    """
     for path in list(tmp.iterdir()) if tmp.is_dir() else ():
-        with contextlib.suppress(FileNotFoundError), _abandoned(path, young) as dead:
-            if dead and HELD.fullmatch(path.name):
-                _remove_desk(path)
-            elif dead:
-                _remove(path)
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            with _abandoned(path, young) as dead:
+                if dead and HELD.fullmatch(path.name):
+                    _empty(path)
+                elif dead:
+                    _remove(path)
+            if dead:
+                _remove_folder(path)
 
 
 @dataclass
@@ -144,9 +150,10 @@ class _Desks:
                 desk.users -= 1
                 if not desk.users and self.held.get(key) is desk:
                     del self.held[key]
+                    os.close(desk.lock)  # nothing needs it any more
                     with contextlib.suppress(OSError):
-                        _remove_desk(tmp / desk.name)
-                    os.close(desk.lock)
+                        _empty(tmp / desk.name)
+                    _remove_folder(tmp / desk.name)
 
     def owns(self, folder: Path) -> bool:
         """Is it this process's? Closing its lock, opened anew, could let go of it over NFS."""
@@ -252,13 +259,18 @@ def _age(path: Path) -> float:
     return time.time() - changed
 
 
-def _remove_desk(folder: Path) -> None:
-    """Remove a held folder, its lock last: as long as there is anything, it can be told whose."""
+def _empty(folder: Path) -> None:
+    """Remove what a held folder holds, its lock last: until then it can be told whose it is."""
     for path in folder.iterdir():
         if path.name != LOCK:
             _remove(path)
     (folder / LOCK).unlink(missing_ok=True)
-    folder.rmdir()
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove an empty folder, if it is there. Over NFS it is empty once its lock is closed."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _remove(path: Path) -> None:

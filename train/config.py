@@ -138,7 +138,7 @@ class DistillConfig:
     local_cache: LocalPath | None = None
     """Folder that keeps the samples read from a remote cache."""
     threads: Count | None = None
-    """CPU threads of the networks; all cores unless given."""
+    """CPU threads of the networks; as many as the process may use unless given."""
     device: str = "auto"
     push_to_hub: bool = False
     """Publish the finished student on the Hugging Face hub, with a model card."""
