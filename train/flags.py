@@ -6,7 +6,7 @@ also where the value is the default one: `DistillConfig.typed`.
 
 from __future__ import annotations
 
-from shared.errors import UsageError, UserError
+from shared.errors import UsageError
 from shared.flags import dashed
 from train.config import DistillConfig
 from train.hub import check_push
