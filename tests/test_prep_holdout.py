@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from support_prep import (
+    accounts,
     captioned,
     encode,
     prep,
@@ -46,7 +47,7 @@ def tars(tmp_path):
 
 def test_the_trainer_sees_all_but_the_held_out(tars, tmp_path):
     cache = encode(tars, tmp_path / "cache", holdout=5)
-    everything = sorted(samples(cache))
+    everything = sorted(row["key"] for row in accounts(cache))
     assert len(everything) == 20
     aside, rest = keys_of(cache, heldout=True), keys_of(cache, heldout=False)
     assert sorted(aside) == everything[:5]  # the smallest hashes
@@ -56,7 +57,8 @@ def test_the_trainer_sees_all_but_the_held_out(tars, tmp_path):
 
 def test_samples_that_are_read_are_those_that_are_meant(tars, tmp_path):
     cache = encode(tars, tmp_path / "cache", holdout=5)
-    latents = {key: sample.arrays["latents"] for key, sample in samples(cache).items()}
+    keys = {row["source_key"]: row["key"] for row in accounts(cache)}
+    latents = {keys[name]: sample.arrays["latents"] for name, sample in samples(cache).items()}
     for heldout in (True, False):
         (bucket,) = open_buckets(cache, open_manifest(cache), heldout=heldout)
         for number, key in enumerate(keys_of(cache, heldout)):

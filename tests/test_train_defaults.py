@@ -36,6 +36,7 @@ def set_aside(cli, count: int) -> None:
     assert cli("prep", "finish", *words).status == 0
 
 
+@pytest.mark.slow  # an evaluation
 def test_train_evaluate_sample_and_export_find_what_they_need(cli, here):
     set_aside(cli, 66)
     answer = cli("train", "distill", "--model", "tiny-sd", *FEW)
