@@ -62,7 +62,7 @@ def choose(cache: CachePaths, manifest: Manifest) -> None:
     share, keys = 0.0, list[str]()
     while len(keys) < count:
         share = min(1.0, 2 * share or (count + 4 * count**0.5) / total)
-        found = keys_up_to(cache, manifest.shards, f"{int(share * LARGEST):016x}")
+        found = keys_up_to(cache, manifest.shards, f"{min(int(share * 2**64), LARGEST):016x}")
         keys = sorted(key for some in found for key in some)
     chosen = dump_json({"count": count, "keys": keys[:count]})
 

@@ -174,18 +174,8 @@ def choose_settings(config: EncodeConfig, stored: Mapping[str, Any], model: Mode
     resolution = config.resolution or begun.get("resolution") or native_resolution(model)
     framing = choose_framing(config, resolution, vae_downscale(config.vae or model.source))
     filters = Filters(config.where, config.max_pwatermark)
-    keep = keep_logvar(config, stored)
-    return Settings(
-        framing, keep, config.max_captions, filters, config.clip_skip, choose_shuffle(config)
-    )
-
-
-def keep_logvar(config: EncodeConfig, stored: Mapping[str, Any]) -> bool:
-    """Is the posterior's logvar stored? False where that is yet to be measured."""
-    if config.latents not in ("auto", "mean", "posterior"):
-        raise UserError(f"--latents {config.latents!r} is not one of auto, mean, posterior")
-    kind = stored.get("latents") if config.latents == "auto" else config.latents
-    return kind == "posterior"
+    keep, shuffle = keep_logvar(config, stored), choose_shuffle(config)
+    return Settings(framing, keep, config.max_captions, filters, config.clip_skip, shuffle)
 
 
 def choose_shuffle(config: EncodeConfig) -> Shuffle | None:
@@ -204,6 +194,14 @@ def choose_shuffle(config: EncodeConfig) -> Shuffle | None:
     if not separator:
         raise UsageError("--caption-separator is empty; leave it out for a comma")
     return Shuffle(separator, config.keep_tokens or 0, config.seed)
+
+
+def keep_logvar(config: EncodeConfig, stored: Mapping[str, Any]) -> bool:
+    """Is the posterior's logvar stored? False where that is yet to be measured."""
+    if config.latents not in ("auto", "mean", "posterior"):
+        raise UserError(f"--latents {config.latents!r} is not one of auto, mean, posterior")
+    kind = stored.get("latents") if config.latents == "auto" else config.latents
+    return kind == "posterior"
 
 
 def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Framing:

@@ -24,7 +24,7 @@ from shared.identity import read_identity
 from shared.records import typed
 from shared.storage import load_record
 from shared.sums import ChannelSums
-from shared.wording import counted, size_of
+from shared.wording import counted, duration, rate, size_of
 
 SOURCES_SHOWN = 10
 
@@ -255,7 +255,11 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def speed(throughput: Mapping[str, Any]) -> str:
-    """`12.3 images/s (1,000 in 81 s on cpu)`."""
+    """`12 images/s (1,000 in 81 s on cpu)`."""
     images, seconds = throughput["images"], throughput["seconds"]
-    rate = images / max(seconds, 1e-9)
-    return f"{rate:.1f} images/s ({images:,} in {seconds:,.0f} s on {throughput['device']})"
+    if not images:
+        return f"no image was new ({duration(seconds)} on {throughput['device']})"
+    return (
+        f"{rate(images / max(seconds, 1e-9), 'image')} "
+        f"({images:,} in {duration(seconds)} on {throughput['device']})"
+    )

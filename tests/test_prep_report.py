@@ -33,6 +33,7 @@ from support_prep import (
 from prep.checks import check_rejected
 from prep.stats import Rejection, Summary
 from prep.words import share_of, visible
+from shared.wording import rate
 
 HOSTILE = (
     "<script>document.title='owned'</script></style></title><img src=x onerror="
@@ -172,7 +173,7 @@ def test_totals_rejections_identity_and_speed(reported):
     row = json.loads((reported / "throughput.json").read_text())
     assert row["images"] == 9  # the rejected one was not encoded
     assert row["seconds"] > 0
-    assert f"{row['images'] / row['seconds']:.1f} images/s (9 in" in page.text
+    assert f"{rate(row['images'] / row['seconds'], 'image')} (9 in" in page.text
 
 
 def test_the_latents_histogram_is_theirs(reported):
@@ -221,7 +222,7 @@ def test_an_encode_waits_only_so_long_for_pictures(cache, monkeypatch):
     report.write_after_encode(paths, report.load_vae_for(paths, ReportConfig(cache)), 5, 2.0)
     page = page_of(cache)
     assert "1 of 9 are shown" in page.text
-    assert "2.5 images/s (5 in 2 s" in page.text
+    assert "2.5 images/s (5 in 2.0 s" in page.text
 
 
 def test_no_cache_no_page(tmp_path):

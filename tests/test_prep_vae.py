@@ -243,7 +243,7 @@ def test_who_begins_a_cache_second_takes_over_the_scale(
 
     def overtaken(*arguments):
         found = probe(*arguments)
-        cache.mkdir()
+        cache.mkdir(exist_ok=True)
         (cache / "identity.json").write_text(json.dumps(identity))
         return found
 
@@ -251,7 +251,7 @@ def test_who_begins_a_cache_second_takes_over_the_scale(
     words = ("--shards", pictures, "--model", loud, "--cache", cache, "--threads", 1)
     flags = ("--latents", "mean", "--vae-dtype", "float16", "--no-report")
     if other == "resolution":
-        line = refusal("encode", *words, *flags)
+        line = refusal("encode", *words, *flags, "--resolution", 64)  # as flagged, or not at all
         assert "preprocessing.resolution is 128 there, 64 here" in line
         assert "rescale" not in line
         return
