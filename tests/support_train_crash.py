@@ -34,7 +34,7 @@ from support_calls import KILLED, Calls, forked, in_child  # noqa: E402
 from torch.utils import tensorboard  # noqa: E402, F401 (or each child would import it)
 
 from shared.errors import run_main  # noqa: E402
-from shared.storage import sweep  # noqa: E402
+from shared.temporary import sweep  # noqa: E402
 from train import checkpoint, loop, setup  # noqa: E402
 from train.config import DistillConfig  # noqa: E402
 
