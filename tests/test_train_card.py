@@ -19,9 +19,10 @@ from shared.config import to_dict
 from shared.family import FAMILIES
 from train.card import snippet
 from train.config import DistillConfig
-from train.export import write_export
+from train.export import publish_export, write_export
 from train.student import build_student
 from train.teacher import load_schedule
+from train.uses import half_precision
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,32 @@ def test_the_lines_for_one_file_draw_on_the_schedule_of_training(
     torch.testing.assert_close(scheduler.alphas_cumprod, trained.alphas_cumprod)
     assert scheduler.config.original_inference_steps == 20
     assert scheduler.config.timestep_scaling == 8.0
+
+
+def test_which_file_is_for_which_program(tiny_sd, tiny_cache, tmp_path, capsys):
+    """In the card and in the last lines of a run; ComfyUI knows one number of solver steps."""
+    export(tmp_path, tiny_sd, tiny_cache, "lora")
+    card = (tmp_path / "README.md").read_text()
+    assert "- `pytorch_lora_weights.safetensors` is for diffusers; ComfyUI reads only half" in card
+    assert "`kohya_lora_weights.safetensors`, the same LoRA, is for ComfyUI, AUTOMATIC1111" in card
+    assert "strength 1, CFG 1, sampler LCM, in ComfyUI with scheduler `simple`" in card
+    assert "50 solver steps and scaling 10 for granted, where this student has 20 and 8" in card
+    config = DistillConfig(model=str(tiny_sd), cache=tiny_cache, run=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    publish_export(config, tmp_path)
+    first, last = capsys.readouterr().err.splitlines()
+    assert "`pytorch_lora_weights.safetensors` is for diffusers" in first
+    assert last.startswith("note: `kohya_lora_weights.safetensors`")
+    assert last.endswith("in ComfyUI with scheduler `simple`")  # its solver is this one
+
+
+def test_the_lines_for_a_full_student_take_the_half_of_it_on_a_gpu(tiny_sd, tiny_cache, tmp_path):
+    code = export(tmp_path, tiny_sd, tiny_cache, "full")
+    assert 'variant="fp16" if device == "cuda" else None,' in code
+    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
+    assert half_precision(tmp_path) == '"fp16"'
+    (tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert half_precision(tmp_path) == ""
 
 
 def test_without_configs_beside_it_the_familys_repository_has_them(tiny_cache, tmp_path):

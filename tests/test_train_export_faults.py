@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from shared.errors import UserError
 from shared.storage import publish
+from train import checkpoint
 from train.config import DistillConfig
 from train.export import COMPANIONS, export_student
 from train.loop import distill
@@ -169,6 +170,29 @@ def test_what_the_new_export_does_not_have_is_gone(export, tmp_path, kind):
     assert all(content(run)[n] != b"the former student's" for n in COMPANIONS if (run / n).exists())
     assert not (run / "preview.png").exists()
     assert (run / "notes.txt").read_text() == "the user's"
+
+
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+    """Which would keep the disk full."""
+
+    def save(step: int) -> None:
+        tensors = {"a": torch.full((3,), float(step))}
+        progressed = checkpoint.Progressed(step, step, 1, {})
+        checkpoint.save_checkpoint(tmp_path, progressed, tensors, tensors, 1)
+
+    save(1)
+    before = content(tmp_path)
+    with monkeypatch.context() as patch:
+        calls = Refusing(patch, MAKING)
+        save(2)
+    shutil.rmtree(tmp_path / "checkpoints")
+    save(1)
+    for first in range(1, calls.count + 1):
+        with monkeypatch.context() as patch:
+            Refusing(patch, MAKING, lambda number, first=first: number >= first)
+            with pytest.raises(UserError, match="the disk is full"):
+                save(2)
+        assert content(tmp_path) == before
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ from train.weights import (
 from train.whereabouts import found
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-COMPANIONS = (KOHYA_FILE, SCHEDULER_FILE, CARD_FILE, PREVIEW_FILE)  # of the weights
+COMPANIONS = (SCHEDULER_FILE, CARD_FILE, PREVIEW_FILE)  # of the weights
 NO_CACHE = Manifest({"family": None}, (), (), (), {}, {}, {})
 
 
@@ -73,7 +73,8 @@ def export_student(
         lora = bool(getattr(unet, "peft_config", None))
         write, primary = (write_lora, LORA_FILE) if lora else (write_unet, UNET_FOLDER)
         describe(building, write(unet, building, dtype, tmp))
-        replace_together(building, folder, primary, COMPANIONS)
+        companions = (KOHYA_FILE, *COMPANIONS) if lora else COMPANIONS
+        replace_together(building, folder, primary, companions)
     return folder / primary
 
 
