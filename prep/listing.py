@@ -25,6 +25,8 @@ from prep.rows import (
     TEXT_BYTES,
 )
 from prep.text_encoding import UnreadableText, decode_text
+from prep.units import printable
+from shared.errors import UserError
 
 OUTSIDE = "outside the folder"
 MISSING = "file missing"
@@ -51,6 +53,11 @@ class Member:
     def name(self) -> str:
         """The row's key."""
         return str(self.row[FILE_NAME])
+
+    @property
+    def may_have_caption(self) -> bool:
+        """Is it listed, or does anything lie beside it?"""
+        return self.listed or bool(self.json or self.problem) or "text" in self.row
 
 
 @dataclass
@@ -100,23 +107,31 @@ def walk(root: Path, ends: Collection[str] = ()) -> Iterator[Level]:
             continue
         seen.add((stat.st_dev, stat.st_ino))
         level, below = Level(path), list[str]()
-        with os.scandir(root / path) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if is_litter(entry.name):
-                    continue
-                if not entry.is_dir():
-                    level.add(entry.name)
-                    continue
-                level.folders.append(entry.name)
-                if not entry.is_symlink():
-                    below.append(f"{path}{entry.name}/")
-                elif os.path.realpath(entry.path) not in above:
-                    linked.append(f"{path}{entry.name}/")
+        for entry in _entries(root / path):
+            if is_litter(entry.name):
+                continue
+            if not entry.is_dir():
+                level.add(entry.name)
+                continue
+            level.folders.append(entry.name)
+            if not entry.is_symlink():
+                below.append(f"{path}{entry.name}/")
+            elif os.path.realpath(entry.path) not in above:
+                linked.append(f"{path}{entry.name}/")
         if any(name in level.names for name in ends):
             linked = [link for link in linked if not link.startswith(path)]
         else:
             real += reversed(below)
         yield level
+
+
+def _entries(path: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        shown = printable(str(path))
+        raise UserError(f"{shown}: the folder cannot be listed ({error.strerror})") from None
 
 
 def _members(finder: Finder, level: Level, encoding: str | None) -> list[Member]:

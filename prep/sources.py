@@ -173,7 +173,7 @@ def _folder(path: Path, options: SourceOptions) -> list[Unit]:
     if is_saved_dataset(path):
         return dataset_units(str(path), options)
     members = list_folder(path, options.caption_encoding)
-    if not members:
+    if not any(member.may_have_caption for member in members):
         names = [str(path / level.path / name) for level in walk(path) for name in level.names]
         for endings in (TARS, (".parquet",)):
             if found := sorted(name for name in names if name.endswith(endings)):

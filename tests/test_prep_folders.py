@@ -189,9 +189,7 @@ def test_kohyas_repeats_are_not_applied_and_it_says_so(tmp_path):
     folder = fill(tmp_path / "train", {"10_cat/a.png": png(1), "10_cat/a.txt": "a cat"})
     answer = prep("encode", "--shards", folder, "--cache", tmp_path / "c", *WORDS)
     assert answer.status == 0
-    assert (
-        "10_cat: the repeats in a folder's name" in answer.err
-    )
+    assert "10_cat: the repeats in a folder's name" in answer.err
     assert manifest(tmp_path / "c")["totals"]["written"] == 1
     inner = prep("encode", "--shards", folder / "10_cat", "--cache", tmp_path / "d", *WORDS)
     assert "10_cat: the repeats" in inner.err

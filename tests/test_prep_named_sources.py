@@ -149,3 +149,17 @@ def test_names_with_dots_in_a_tar(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [("IMG.2024.png", PNG), ("IMG.2024.txt", b"a")])
     (problem,) = [problem for _, problem in rows_of(tar).values()]
     assert problem.startswith("no picture (its name has a dot")
+
+
+def test_tars_beside_a_picture_of_them(tmp_path):
+    folder = fill(tmp_path / "f", {"preview.png": PNG, "README.md": "# Pictures"})
+    write_tar(folder / "a.tar", PAIR)
+    assert rows_of(folder) == ROWS
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_listed(tmp_path):
+    folder = fill(tmp_path / "f", {"a.png": PNG, "sub/b.png": PNG})
+    (folder / "sub").chmod(0)
+    with pytest.raises(UserError, match="cannot be listed"):
+        find_units([str(folder)])
