@@ -110,7 +110,7 @@ def walk(root: Path, ends: Collection[str] = ()) -> Iterator[Level]:
         for entry in _entries(root / path):
             if is_litter(entry.name):
                 continue
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 level.add(entry.name)
                 continue
             level.folders.append(entry.name)
@@ -132,6 +132,13 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
     except OSError as error:
         shown = printable(str(path))
         raise UserError(f"{shown}: the folder cannot be listed ({error.strerror})") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _members(finder: Finder, level: Level, encoding: str | None) -> list[Member]:

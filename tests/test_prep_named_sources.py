@@ -27,7 +27,6 @@ def test_what_exists_is_meant(tmp_path, monkeypatch, name):
     assert rows_of(f"{name}.tar") == rows_of(tmp_path / f"{name}.tar") == ROWS
     assert rows_of(name) == rows_of(tmp_path / name) == {"a.png": (("a star",), "")}
     assert rows_of(f"file://{tmp_path}/{name}.tar") == ROWS
-    assert rows_of(f"{tmp_path}/{{{name},other}}.tar") == ROWS if name == "a b" else True
 
 
 def test_home(tmp_path, monkeypatch):
@@ -46,7 +45,7 @@ OTHERS = {
     "a.7z": (b"7z\xbc\xaf\x27\x1c", "is a 7z archive; unpack it and pass the folder"),
     "a.tar.bz2": (b"BZh91AY", "is a file packed with bzip2; unpack it"),
     "a.tar.xz": (b"\xfd7zXZ\0", "is a file packed with xz; unpack it"),
-    "page": (b"<!DOCTYPE html>\n<html>", "is a web page; if a server sent that, download it again"),
+    "page": (b"<!DOCTYPE html>\n<html>", "is a web page; download it again"),
     "a.bin": (b"version https://git-lfs.github.com/spec/v1\n", "get the files with `git lfs pull`"),
     "README.md": (b"# Pictures\n", "is a text; if it describes pictures"),
 }
@@ -65,7 +64,7 @@ def test_a_file_that_is_no_source_says_what_it_is(tmp_path, name):
 def test_a_page_named_like_a_tar_costs_its_unit_only(tmp_path):
     path = fill(tmp_path, {"a.tar": "<!DOCTYPE html>\n<html>404"}) / "a.tar"
     (unit,) = find_units([str(path)])
-    with pytest.raises(SourceError, match=r"not a whole tar but a web page; .* download it again"):
+    with pytest.raises(SourceError, match=r"not a whole tar but a web page; download it again"):
         list(unit.rows())
 
 
