@@ -18,13 +18,14 @@ from prep.braces import expand_braces
 from prep.folders import FolderReader, folder_units
 from prep.hub import HUB, RangeReader, ShardReader, dataset_units, is_saved_dataset
 from prep.kinds import HEAD_BYTES, not_a_source
-from prep.listing import list_folder, walk
+from prep.listing import list_folder
 from prep.patterns import TARS, is_url, local_path, matches, refuse_gaps, without_sidecars
 from prep.remote import Found, RemoteFile, find_remote
 from prep.rows import MAX_IMAGE_BYTES, Row, SourceError
 from prep.streams import Command, LocalFile
 from prep.tables import ParquetReader
 from prep.tars import TarReader
+from prep.tree import walk
 from prep.units import (
     UNIT_ROWS,
     Reader,
