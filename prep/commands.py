@@ -12,6 +12,7 @@ from prep import config, engine, identity, overwrite, plan, report
 from prep.filters import Filters
 from prep.folders import repeats_in
 from prep.pipeline import Encoders, Settings, Work
+from prep.recorded import Originals
 from prep.sources import SourceOptions, Unit, find_units
 from prep.stale import drop, find_stale, of_generation
 from prep.text import TextEncoder
@@ -21,7 +22,7 @@ from shared.cache import CachePaths, open_manifest, read_units
 from shared.conditioning import Conditioning, load_conditioning, save_conditioning
 from shared.device import pick_device
 from shared.errors import UserError
-from shared.family import Model, resolve_model
+from shared.family import Model, recorded_model, resolve_model
 from shared.identity import generation_of, other_settings, read_identity
 from shared.progress import Progress
 from shared.storage import load_json
@@ -92,9 +93,11 @@ def encode(config: config.EncodeConfig) -> None:
         print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
         return
     print(engine.finish(cache))
-    if config.report:
-        seconds = time.monotonic() - started
-        report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds)
+    # Of a cache in which nothing has changed no source is read again, not for its report either.
+    changed = bool(todo or stale.gone or stale.replaced)
+    if config.report and (changed or not (cache.root / "report.html").exists()):
+        seconds, read = time.monotonic() - started, units if changed else ()
+        report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds, read)
 
 
 def choose(config: config.EncodeConfig, cache: CachePaths, model: Model) -> Chosen:
@@ -168,10 +171,17 @@ def check_flags(config: config.EncodeConfig) -> None:
 def source_options(config: config.EncodeConfig) -> SourceOptions:
     """The flags about sources. A `pipe:` may run: `parse` takes one from the command line only."""
     return SourceOptions(
-        config.folder_units, config.image_column, config.caption_column, config.caption_encoding,
-        config.key_column, config.streaming, config.dataset_config_name, config.max_image_bytes,
+        folder_units=config.folder_units,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        caption_encoding=config.caption_encoding,
+        key_column=config.key_column,
+        streaming=config.streaming,
+        dataset_config_name=config.dataset_config_name,
+        max_image_bytes=config.max_image_bytes,
+        allow_external_images=config.allow_external_images,
         pipes=True,
-    )  # fmt: skip
+    )
 
 
 def keep_logvar(config: config.EncodeConfig, cache: CachePaths) -> bool:
@@ -205,7 +215,7 @@ def embed(config: config.EmbedConfig) -> None:
     cache = CachePaths(config.cache)
     stored = open_manifest(config.cache).identity
     sweep(cache.tmp)
-    model = resolve_model(config.model or stored["model"])
+    model = resolve_model(config.model or recorded_model(str(stored["model"])))
     encoder = TextEncoder(
         model, pick_device(config.device), stored["shapes"]["text_batch_size"],
         stored["text"].get("clip_skip", 0),
@@ -225,4 +235,5 @@ def finish(config: config.FinishConfig) -> None:
     sweep(cache.tmp)
     print(engine.finish(cache))
     if config.report:
-        print(report.write_report(cache, report.load_vae_for(cache, config)))
+        vae = report.load_vae_for(cache, config)
+        print(report.write_report(cache, vae, Originals(config.shards)))

@@ -86,6 +86,8 @@ class EncodeConfig:
     max_image_bytes: Count = MAX_IMAGE_BYTES
     """Reject a picture whose file is larger, without reading it; another limit than the former
     one reads all units again, and encodes what it lets in."""
+    allow_external_images: bool = False
+    """Read pictures that the rows of a table name outside the table's folder, host or bucket."""
     where: str | None = None
     """Keep rows of which this holds or is unknown: "similarity > 0.3 and license != 'nc'"."""
     max_pwatermark: Share | None = None
@@ -119,6 +121,8 @@ class FinishConfig:
     cache: PlaceFlag
     report: bool = True
     """Write report.html, too."""
+    shards: tuple[str, ...] = ()
+    """Where the originals are, as for encode; otherwise only local files are looked at."""
     model: str | None = None
     """Where the report's VAE is; the cache's own model unless given."""
     vae: str | None = None
@@ -144,6 +148,8 @@ class VerifyConfig:
     cache: PlaceFlag
     reencode: Natural = 0
     """Samples, drawn at random, that are encoded again from their source and compared."""
+    shards: tuple[str, ...] = ()
+    """Where the originals are, as for encode; otherwise only local files are looked at."""
     repair: bool = False
     """Remove the records of damaged units, so that `prep encode` makes these units again."""
     seed: Natural = 0
@@ -163,6 +169,8 @@ class DecodeConfig:
     output: Path = Path("contact-sheet.png")
     count: Count = 12
     """Pictures, drawn at random."""
+    shards: tuple[str, ...] = ()
+    """Where the originals are, as for encode; otherwise only local files are looked at."""
     seed: Natural = 0
     model: str | None = None
     """Where the VAE is; the cache's own model unless given."""
@@ -185,6 +193,8 @@ class ReportConfig:
     """Write CACHE/report.html: pictures, charts and what was rejected, on one page."""
 
     cache: PlaceFlag
+    shards: tuple[str, ...] = ()
+    """Where the originals are, as for encode; otherwise only local files are looked at."""
     model: str | None = None
     """Where the VAE is; the cache's own model unless given."""
     vae: str | None = None

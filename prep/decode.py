@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from prep.config import DecodeConfig
 from prep.originals import Pair, draw, pairs, vae_of
+from prep.recorded import Originals
 from prep.words import visible
 from shared.cache import CachePaths, open_manifest
 from shared.errors import UserError
@@ -23,7 +24,8 @@ def decode(config: DecodeConfig) -> None:
     cache, manifest = CachePaths(config.cache), open_manifest(config.cache)
     vae = vae_of(manifest.identity, config)
     stored = draw(cache, manifest.shards, config.count, config.seed)
-    tiles = [tile(pair) for pair in pairs(cache, manifest.identity, vae, stored)]
+    originals = Originals(config.shards)
+    tiles = [tile(pair) for pair in pairs(cache, manifest.identity, vae, stored, originals)]
     sheet = grid(tiles, columns=max(1, round(len(tiles) ** 0.5 / 1.4)))
     try:
         with guard(config.output.parent):
@@ -32,6 +34,8 @@ def decode(config: DecodeConfig) -> None:
     except ValueError:
         raise UserError(f"--output {config.output}: no such kind of picture; use .png") from None
     print(f"{config.output}: {len(tiles)} pictures, original left, decoded latents right")
+    if unasked := originals.told():
+        print(f"without originals: {unasked}")
 
 
 def tile(pair: Pair) -> NDArray[np.uint8]:
@@ -41,7 +45,7 @@ def tile(pair: Pair) -> NDArray[np.uint8]:
     left = np.full_like(right, 128)
     if pair.original is not None:
         left = pair.original.repeat(zoom, 0).repeat(zoom, 1)
-    label = "source gone" if pair.psnr is None else f"{pair.psnr:.1f} dB"
+    label = "no original" if pair.psnr is None else f"{pair.psnr:.1f} dB"
     both = np.concatenate([left, np.full((len(left), GAP, 3), 255, np.uint8), right], axis=1)
     strip = Image.new("RGB", (both.shape[1], LABEL), "white")
     text = f"{label}  {visible(pair.caption)}".encode("latin-1", "replace").decode("latin-1")

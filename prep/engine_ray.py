@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+from prep.blame import raised_in
 from prep.engine import Job, Outcome, encode_unit
 from prep.identity import load_encoders
 from prep.pipeline import Encoders
 from prep.sources import Unit
+from shared.access import is_mistake
 from shared.device import pick_device
 from shared.errors import UserError, first_line
 from shared.progress import Progress
@@ -91,21 +93,37 @@ def connect(ray: Any, address: str | None) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     own = {} if address else {"include_dashboard": False, "object_store_memory": STORE_BYTES}
     terminate = signal.getsignal(signal.SIGTERM)
+    if address and address != "auto":  # where nobody listens, Ray would try for a minute
+        _knock(address)
     try:
-        if address and address != "auto":  # where nobody listens, Ray would try for a minute
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # Ray raises bare ones too, such as for a node too slow to start
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if is_mistake(error) or not (isinstance(error, OSError) or raised_in(error, "ray")):
+            raise
         if address is None:
+            reason = first_line(error)
             raise UserError(f"Ray does not start here ({reason}); use --engine local") from None
-        raise UserError(
-            f"--ray-address {address}: no cluster to join there ({reason}); give the HOST:PORT "
-            "that `ray start --head` printed, or auto on a machine of the cluster"
-        ) from None
+        raise _no_cluster(address, first_line(error)) from None
     if signal.getsignal(signal.SIGTERM) is not terminate:  # Ray's own ends without a word
         signal.signal(signal.SIGTERM, terminate)
+
+
+def _knock(address: str) -> None:
+    """Raise UserError where nobody listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if not (port.isdecimal() and int(port) < 1 << 16):
+        raise _no_cluster(address, f"{port!r} is no port")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, UnicodeError) as error:  # the latter for a name that is none
+        raise _no_cluster(address, first_line(error)) from None
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    return UserError(
+        f"--ray-address {address}: no cluster to join there ({reason}); give the HOST:PORT "
+        "that `ray start --head` printed, or auto on a machine of the cluster"
+    )
 
 
 def dispatched(

@@ -20,7 +20,7 @@ from shared.cache import FORMAT, CachePaths
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
 from shared.errors import UserError
-from shared.family import Model, force_zeros, load_config
+from shared.family import Model, force_zeros, load_config, recorded_model
 from shared.identity import ADDED, OtherSettings, claim_identity
 from shared.layout import Layout, cache_layout
 from shared.storage import load_json
@@ -82,7 +82,8 @@ def choose_vae(config: EncodeConfig, cache: CachePaths, model: Model, device: st
     default = "float16" if device == "cuda" else "float32"
     dtype = stored.get("dtype", default) if config.vae_dtype == "auto" else config.vae_dtype
     return VaeChoice(
-        config.vae or stored.get("source", model.source),
+        config.vae
+        or (recorded_model(str(stored["source"]), "--vae") if "source" in stored else model.source),
         dtype,
         stored.get("rescale") if dtype == stored.get("dtype") else None,
     )

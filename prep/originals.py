@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import itertools
-import re
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +18,15 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from prep.accounts import accounts
-from prep.hub import HUB
 from prep.images import Framing
 from prep.pipeline import Sample, Settings, decode_row
-from prep.sources import Row, find_units, options_of
+from prep.recorded import Originals
+from prep.sources import Row
 from prep.writer import sample_key
 from shared.cache import CachePaths, Shard, UnitRecord, read_unit
 from shared.device import pick_device
 from shared.errors import UserError
-from shared.family import resolve_model
+from shared.family import recorded_model, resolve_model
 from shared.layout import Layout
 from shared.rescale import vae_fingerprint
 from shared.vae import decode_latents, load_vae
@@ -105,7 +103,9 @@ def vae_of(identity: Mapping[str, Any], flags: EncoderFlags) -> AutoencoderKL:
 def vae_source(identity: Mapping[str, Any], flags: EncoderFlags) -> str:
     """Where the VAE of a cache is: as flagged, else as recorded, else with the model."""
     recorded = None if flags.model else identity["vae"].get("source")
-    return flags.vae or recorded or resolve_model(flags.model or identity["model"]).source
+    if flags.vae or recorded:
+        return flags.vae or recorded_model(str(recorded), "--vae")
+    return resolve_model(flags.model or recorded_model(str(identity["model"]))).source
 
 
 def places(shards: Sequence[Shard], count: int, seed: int) -> list[tuple[Shard, int]]:
@@ -140,11 +140,11 @@ def read_sample(cache: CachePaths, shard: Shard, index: int) -> Stored:
 
 def pairs(
     cache: CachePaths, identity: Mapping[str, Any], vae: AutoencoderKL, stored: Sequence[Stored],
-    seconds: float = float("inf"),
+    originals: Originals, seconds: float = float("inf"),
 ) -> Iterator[Pair]:  # fmt: skip
     """Each sample's decoded latents beside its picture; ends early when `seconds` have passed."""
     deadline = time.monotonic() + seconds
-    rows, settings = rows_of(cache, stored, deadline), settings_of(identity)
+    rows, settings = rows_of(cache, stored, originals, deadline), settings_of(identity)
     for number, sample in enumerate(stored):
         if number and time.monotonic() > deadline:
             return
@@ -164,9 +164,10 @@ def pixels_of(sample: Sample) -> NDArray[np.uint8] | None:
 
 
 def rows_of(
-    cache: CachePaths, stored: Sequence[Stored], deadline: float = float("inf")
-) -> dict[str, Row]:
-    """The source row of each sample by key; without those that are gone or have changed.
+    cache: CachePaths, stored: Sequence[Stored], originals: Originals,
+    deadline: float = float("inf"),
+) -> dict[str, Row]:  # fmt: skip
+    """The source row of each sample by key; without those that are gone, changed or not asked for.
 
     Each source is read once, as far as needed, and until `deadline` (`time.monotonic`).
     """
@@ -181,16 +182,17 @@ def rows_of(
         keys = {sample.key for sample in group}
         hashes = {row["key"]: row["image_sha256"] for row in accounts(cache, unit, keys)}
         hashes |= {s.key: s.record["sha256"] for s in group if "sha256" in s.record}
-        found |= _search(unit, hashes, deadline)
+        found |= _search(unit, hashes, originals, deadline)
     return found
 
 
-def _search(unit: UnitRecord, hashes: Mapping[str, str], deadline: float) -> dict[str, Row]:
+def _search(
+    unit: UnitRecord, hashes: Mapping[str, str], originals: Originals, deadline: float
+) -> dict[str, Row]:
     found: dict[str, Row] = {}
+    candidates = originals.of(unit, len(hashes))
     with contextlib.suppress(UserError, OSError):  # a source that cannot be read any more
-        units = find_units([_typed(unit.source)], options_of(unit.source_state))
-        named = [candidate for candidate in units if candidate.name == unit.name]
-        for candidate in named or units:  # a folder may have been split in other units
+        for candidate in candidates:
             for row in candidate.rows():
                 if len(found) == len(hashes) or time.monotonic() > deadline:
                     return found
@@ -198,11 +200,6 @@ def _search(unit: UnitRecord, hashes: Mapping[str, str], deadline: float) -> dic
                 if key in hashes and hashlib.sha256(row.image or b"").hexdigest() == hashes[key]:
                     found[key] = row
     return found
-
-
-def _typed(source: str) -> str:
-    """What `--shards` takes for this one source."""
-    return source if HUB.fullmatch(source) else re.sub(r"([{}\\])", r"\\\1", glob.escape(source))
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:

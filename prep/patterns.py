@@ -7,8 +7,8 @@ import os
 import re
 from collections.abc import Sequence
 
-from prep.hub import HUB
 from prep.litter import is_litter
+from prep.opening import HUB
 from prep.units import printable
 from shared.errors import UserError
 

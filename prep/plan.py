@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from prep.evidence import Evidence
 from prep.filters import is_filter
 from prep.pipeline import Encoders, Sample, Settings, decoded
 from prep.pixels import HEIF_MISSING, reads_heif
@@ -127,17 +128,19 @@ def usable(units: Sequence[Unit], settings: Settings, count: int) -> list[Sample
 
     Every unit's beginning is looked at before any is read further, and then `SEARCHED_ROWS` more
     rows at most. Raises UserError where there are none: for damage to a source if there is any,
-    else with the reason that most rows have.
+    else with the reason that most rows have. And where the filters decide nothing.
     """
     square = replace(settings, framing=replace(settings.framing, views=1, buckets=None))
     search = Search(square, count)
     for unit in units:
         if found := search.look(unit, PROBED_ROWS):
+            search.evidence.insist(units)
             return found
     left = SEARCHED_ROWS
     for unit in tuple(search.unread):
         before = search.reasons.total()
         if found := search.look(unit, left):
+            search.evidence.insist(units)
             return found
         left -= search.reasons.total() - before
         if left <= 0:
@@ -150,6 +153,7 @@ class Search:
 
     def __init__(self, settings: Settings, count: int) -> None:
         self.settings, self.count = settings, count
+        self.evidence = Evidence(settings.filters)
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, str] = {}  # the first row of each reason
         self.damage: SourceError | None = None
@@ -159,8 +163,9 @@ class Search:
         """Usable samples among the unit's first `limit` rows that the filters leave."""
         found: list[Sample] = []
         seen = 0
+        noted = self.evidence.noting(unit.rows())
         try:
-            with closing(decoded(unit.rows(), self.settings, 2, self.count)) as rows:
+            with closing(decoded(noted, self.settings, 2, self.count)) as rows:
                 for sample in rows:
                     if sample.pictures:
                         found.append(sample)

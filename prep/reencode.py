@@ -13,12 +13,13 @@ from prep.config import VerifyConfig
 from prep.identity import Shapes, VaeChoice, load_encoders, same_encoder
 from prep.originals import Stored, draw, rows_of, settings_of, vae_source
 from prep.pipeline import Encoders, Sample, Settings
+from prep.recorded import Originals
 from prep.reuse import NOTHING
 from prep.text import CaptionMemo
 from shared.cache import CachePaths, Manifest
 from shared.device import pick_device
 from shared.errors import UserError
-from shared.family import resolve_model
+from shared.family import recorded_model, resolve_model
 from shared.progress import Progress
 
 # Largest relative error (RMS) that another machine may cause, by the encoder's recorded dtype.
@@ -37,7 +38,8 @@ def disagreements(
     encoders = encoders_of(config, identity)
     settings = settings_of(identity)
     stored = draw(cache, manifest.shards, config.reencode, config.seed)
-    rows = rows_of(cache, stored)
+    originals = Originals(config.shards)
+    rows = rows_of(cache, stored, originals)
     found = [(old, rows[old.key]) for old in stored if old.key in rows]
     decoded = [(old, pipeline.decode_row(row, settings)) for old, row in found]
     fresh = [(old, new) for old, new in decoded if not new.reason]
@@ -58,13 +60,15 @@ def disagreements(
                     )
     largest = ", ".join(f"{name} {error:.1e}" for name, error in worst.items()) or "none"
     progress.write(f"encoded again: {len(fresh)} samples; largest relative difference: {largest}")
-    if missing := len(stored) - len(fresh):
+    if unasked := originals.told():
+        progress.write(f"not compared: {unasked}")
+    if missing := len(stored) - len(fresh) - originals.unasked.total():
         progress.write(f"not compared: {missing} samples whose source is gone or has changed")
 
 
 def encoders_of(config: VerifyConfig, identity: Mapping[str, object]) -> Encoders:
     """The cache's encoders, on this machine's device, with the recorded batch shapes."""
-    model = resolve_model(config.model or str(identity["model"]))
+    model = resolve_model(config.model or recorded_model(str(identity["model"])))
     shapes = Shapes(**identity["shapes"])  # type: ignore[arg-type]
     made = identity["vae"]
     assert isinstance(made, Mapping)

@@ -16,8 +16,10 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from prep.addresses import strayed
+from prep.blame import is_failure
 from prep.rows import SourceError
-from shared.access import cause_of, is_permanent, known_protocol, without_password
+from shared.access import cause_of, is_permanent, known_protocol, status_of, without_password
 from shared.errors import UserError
 
 BLOCK_BYTES = 8 << 20  # of a ranged read; the next block is fetched while one is read
@@ -93,6 +95,8 @@ def _glob(pattern: str) -> list[tuple[str, Mapping[str, Any] | None]]:
     try:
         infos = filesystem.glob(path, detail=True)
     except Exception as error:  # each file system raises what its library does
+        if not is_failure(error):
+            raise
         raise UserError(f"--shards: {pattern!r} cannot be listed ({cause_of(error)})") from None
     if not infos:
         raise UserError(f"--shards: nothing matches {pattern!r}; check the address")
@@ -114,7 +118,9 @@ def _infos(urls: Sequence[str]) -> list[Mapping[str, Any]]:
             filesystem, path = _filesystem(folder)
             try:
                 listed = {info["name"]: info for info in filesystem.ls(path, detail=True)}
-            except Exception:  # a folder that may be read but not listed
+            except Exception as error:  # a folder that may be read but not listed
+                if not is_failure(error):
+                    raise
                 continue
             names = {url: filesystem._strip_protocol(url) for url in members}
             known |= {url: listed[name] for url, name in names.items() if name in listed}
@@ -128,6 +134,8 @@ def _info(url: str) -> Mapping[str, Any]:
         try:
             return dict(filesystem.info(path))
         except Exception as error:
+            if not is_failure(error):
+                raise
             if is_permanent(error) or attempt == RETRIES:
                 raise UserError(
                     f"--shards: {RemoteFile(url).source} cannot be read ({cause_of(error)}); "
@@ -137,25 +145,42 @@ def _info(url: str) -> Mapping[str, Any]:
     raise AssertionError
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def _filesystem(url: str, options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
     with known_protocol(url, "--shards"):
-        filesystem, path = fsspec.url_to_fs(url)
+        filesystem, path = fsspec.url_to_fs(url, **(options or {}))
     return filesystem, path
+
+
+class Unreadable(SourceError):
+    """A file that cannot be read: `why` in a word or two; `strayed` where a server sent us away."""
+
+    def __init__(self, url: str, error: BaseException, tries: int) -> None:
+        tried = f", {tries} times" if tries > 1 else ""
+        super().__init__(
+            f"{RemoteFile(url).source} cannot be read ({cause_of(error)}{tried}); run the same "
+            "command again when it can"
+        )
+        status = status_of(error)
+        self.why = f"HTTP {status}" if status else type(error.__cause__ or error).__name__
+        self.strayed = strayed(error)
 
 
 class RetryingFile(io.RawIOBase):
     """A remote file that is opened again where reading it broke off.
 
-    Raises SourceError, naming URL and cause, when `RETRIES` attempts in a row have failed.
+    Raises Unreadable, naming URL and cause, when `retries` more attempts in a row have failed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self, url: str, retries: int = RETRIES, options: Mapping[str, Any] | None = None,
+        ranges: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.url = url
+        self.url, self.retries, self.options = url, retries, options
         self._file: Any = None
         self._size: int | None = None
         self._position = 0
-        self._ranges = True  # until the server turns out not to know them
+        self._ranges = ranges  # until the server turns out not to know them
 
     def readable(self) -> bool:
         """Yes."""
@@ -204,20 +229,20 @@ class RetryingFile(io.RawIOBase):
         return data
 
     def _attempt(self, act: Any) -> Any:
-        for attempt in range(RETRIES + 1):
+        for attempt in range(self.retries + 1):
             try:
                 return act()
+            except UserError:  # an address that cannot be used
+                raise
             except Exception as error:  # each file system raises what its library does
                 self._drop()
+                if not is_failure(error):
+                    raise
                 if isinstance(error, ValueError) and self._ranges:
                     self._ranges = False  # the answer was the whole file, not the range
-                elif is_permanent(error) or attempt == RETRIES:
-                    tried = "" if is_permanent(error) else f", {RETRIES + 1} times"
-                    source = RemoteFile(self.url).source
-                    raise SourceError(
-                        f"{source} cannot be read ({cause_of(error)}{tried}); run the same command "
-                        "again when it can"
-                    ) from None
+                elif (lost := is_permanent(error) or strayed(error)) or attempt == self.retries:
+                    tries = 1 if lost else self.retries + 1
+                    raise Unreadable(self.url, error, tries) from None
                 else:
                     time.sleep(FIRST_WAIT * 2**attempt)
         raise AssertionError
@@ -225,7 +250,7 @@ class RetryingFile(io.RawIOBase):
     def _open(self) -> None:
         if self._file is not None:
             return
-        filesystem, path = _filesystem(self.url)
+        filesystem, path = _filesystem(self.url, self.options)
         if self._ranges:
             self._file = filesystem.open(
                 path, "rb", block_size=BLOCK_BYTES, cache_type="background",

@@ -29,7 +29,9 @@ from prep.charts import HEIGHT, LIMIT, WIDTH, Histogram, histograms
 from prep.checks import Check, check_all, told, verdict
 from prep.config import ReportConfig
 from prep.originals import EncoderFlags, Pair, draw, pairs, vae_of
+from prep.recorded import Originals, WrongShards
 from prep.stats import Summary, flat, speed, summarize
+from prep.units import Unit
 from prep.words import share_of, size_of, visible
 from shared.cache import CachePaths, Manifest, check_shards, open_manifest
 from shared.errors import UserError
@@ -51,6 +53,7 @@ class Contents:
     histograms: Sequence[Histogram] = ()
     no_pictures: str = ""  # why there are none or fewer
     damage: str = ""
+    unasked: str = ""  # where originals may be that were not asked for
 
 
 def report(config: ReportConfig) -> None:
@@ -58,7 +61,7 @@ def report(config: ReportConfig) -> None:
     cache = CachePaths(config.cache)
     vae = load_vae_for(cache, config)
     sweep(cache.tmp)
-    print(write_report(cache, vae))
+    print(write_report(cache, vae, Originals(config.shards)))
 
 
 def load_vae_for(cache: CachePaths, flags: EncoderFlags) -> AutoencoderKL | str:
@@ -70,33 +73,43 @@ def load_vae_for(cache: CachePaths, flags: EncoderFlags) -> AutoencoderKL | str:
         return str(error)
 
 
-def write_after_encode(cache: CachePaths, vae: AutoencoderKL, images: int, seconds: float) -> None:
-    """The report at the end of `prep encode`, which it never makes fail; and how fast that was."""
+def write_after_encode(
+    cache: CachePaths, vae: AutoencoderKL, images: int, seconds: float,
+    units: Sequence[Unit] = (),
+) -> None:  # fmt: skip
+    """The report at the end of `prep encode`, which it never makes fail; and how fast that was.
+
+    `units` are those that were named: the originals of others are looked for in local files.
+    """
     try:
         if images:
             row = {"images": images, "seconds": round(seconds, 3), "device": str(vae.device)}
             publish([dump_json(row)], cache.root / "throughput.json", cache.tmp)
-        print(write_report(cache, vae, ENCODE_SECONDS))
+        print(write_report(cache, vae, Originals(units=units), ENCODE_SECONDS))
     except UserError as error:
         print(f"no report: {error}", file=sys.stderr)
 
 
-def write_report(cache: CachePaths, vae: AutoencoderKL | str, seconds: float = float("inf")) -> str:
+def write_report(
+    cache: CachePaths, vae: AutoencoderKL | str, originals: Originals,
+    seconds: float = float("inf"),
+) -> str:  # fmt: skip
     """Write the page, with pictures if `vae` is one (else it says why); returns a line about it.
 
     Looking for originals and decoding stops after `seconds`.
     """
     manifest = open_manifest(cache.root, check_sizes=False)
     summary = summarize(cache)
-    contents = gather(cache, manifest, vae, seconds)
+    contents = gather(cache, manifest, vae, originals, seconds)
     path = cache.root / "report.html"
     publish([page(summary, contents).encode()], path, cache.tmp)
     return f"{path}: {told(checks_of(summary, contents))}"
 
 
 def gather(
-    cache: CachePaths, manifest: Manifest, vae: AutoencoderKL | str, seconds: float
-) -> Contents:
+    cache: CachePaths, manifest: Manifest, vae: AutoencoderKL | str, originals: Originals,
+    seconds: float,
+) -> Contents:  # fmt: skip
     """Pictures and histograms, or what is in their way."""
     try:
         check_shards(cache, manifest)
@@ -104,8 +117,10 @@ def gather(
         if isinstance(vae, str):
             return Contents(histograms=charts, no_pictures=vae)
         stored = draw(cache, manifest.shards, PICTURES, SEED)
-        found = list(pairs(cache, manifest.identity, vae, stored, seconds))
-        return Contents(found, charts)
+        found = list(pairs(cache, manifest.identity, vae, stored, originals, seconds))
+        return Contents(found, charts, unasked=originals.told())
+    except WrongShards:
+        raise
     except UserError as error:
         return Contents(
             no_pictures="the cache is damaged", damage=str(error).partition(": the cache")[0]
@@ -115,7 +130,7 @@ def gather(
 def checks_of(summary: Summary, contents: Contents) -> list[Check]:
     """The checks that the page lists."""
     psnrs = [pair.psnr for pair in contents.pairs if pair.psnr is not None]
-    return check_all(summary, contents.damage, psnrs, contents.no_pictures)
+    return check_all(summary, contents.damage, psnrs, contents.no_pictures or contents.unasked)
 
 
 def page(summary: Summary, contents: Contents) -> str:
@@ -159,7 +174,7 @@ def missing_pictures(summary: Summary, contents: Contents) -> str:
             f"{len(contents.pairs)} of {wanted} are shown, because the encode was not to wait "
             "for more; `python -m prep report` shows all."
         )
-    return ""
+    return f"Without their originals: {contents.unasked}." if contents.unasked else ""
 
 
 def identity_groups(identity: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 from prep.braces import expand_braces
 from prep.folders import FolderReader, folder_units
-from prep.hub import HUB, RangeReader, ShardReader, dataset_units, is_saved_dataset
+from prep.hub import RangeReader, ShardReader, dataset_units
 from prep.kinds import HEAD_BYTES, not_a_source
 from prep.listing import list_folder
+from prep.opening import HUB, is_saved_dataset
 from prep.patterns import TARS, is_url, local_path, matches, refuse_gaps, without_sidecars
 from prep.remote import Found, RemoteFile, find_remote
 from prep.rows import MAX_IMAGE_BYTES, Row, SourceError
@@ -84,7 +85,16 @@ def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> l
     if options.max_image_bytes != MAX_IMAGE_BYTES:  # with another limit other rows are rejected
         limit = {"max_image_bytes": options.max_image_bytes}
         units = {n: replace(unit, state={**unit.state, **limit}) for n, unit in units.items()}
+    if options.allow_external_images:  # likewise
+        units = {n: _with_external(unit) for n, unit in units.items()}
     return [units[name] for name in sorted(units)]
+
+
+def _with_external(unit: Unit) -> Unit:
+    """A table's unit that reads pictures outside of it is another one."""
+    if not isinstance(unit.reader, ParquetReader | RangeReader | ShardReader):
+        return unit
+    return replace(unit, state={**unit.state, "external_images": True})
 
 
 def options_of(state: Mapping[str, Any]) -> SourceOptions:
@@ -245,6 +255,7 @@ def _refuse_idle_flags(readers: Sequence[Reader], options: SourceOptions) -> Non
         ("streaming", "datasets of the hub (hf://)", hub),
         ("image_column", "Parquet files and datasets", tables),
         ("key_column", "Parquet files and datasets", tables),
+        ("allow_external_images", "Parquet files and datasets", tables),
         ("folder_units", "folders, and for datasets with --key-column", cut),
     ):
         if getattr(options, flag) and not there:

@@ -30,6 +30,7 @@ class SourceOptions:
     streaming: bool = False
     dataset_config_name: str | None = None
     max_image_bytes: int = MAX_IMAGE_BYTES
+    allow_external_images: bool = False  # may rows name pictures outside of their data set?
     pipes: bool = False  # may `pipe:` run a shell? Only where the user typed it
 
 

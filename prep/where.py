@@ -42,7 +42,7 @@ ORDER: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.GtE: operator.ge,
 }
 COMPARISONS = (*ORDER, ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Is, ast.IsNot)
-FUNCTIONS = ("has", "len", "lower")
+FUNCTIONS = ("has", "len", "lower", "number")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class Where:
     def keeps(self, metadata: Mapping[str, Any]) -> bool:
         """Is the predicate true or unknown of this row?"""
         return _truth(_value(self.tree, metadata)) is not False
+
+
+def is_known(part: ast.expr, metadata: Mapping[str, Any]) -> bool:
+    """Is a part of a predicate true or false of this row?"""
+    return not isinstance(_truth(_value(part, metadata)), Unknown)
 
 
 def lookup(metadata: Mapping[str, Any], name: str) -> Any:
@@ -125,12 +130,12 @@ def _check_call(node: ast.Call, text: str) -> Sequence[ast.expr]:
         raise _mistake(text, f"there is no function {name}, only {', '.join(FUNCTIONS)}")
     if len(node.args) != 1 or node.keywords:
         raise _mistake(text, f"{name} takes one argument")
-    if name == "has" and _key_of(node.args[0]) is None:
+    if name == "has" and key_of(node.args[0]) is None:
         raise _mistake(text, "has takes the name of a key: has(license)")
     return node.args
 
 
-def _key_of(node: ast.expr) -> str | None:
+def key_of(node: ast.expr) -> str | None:
     """The key that `has(key)` or `has("key")` means."""
     if isinstance(node, ast.Name):
         return node.id
@@ -198,11 +203,24 @@ def _arithmetic(apply: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
 def _call(node: ast.Call, row: Mapping[str, Any]) -> Any:
     assert isinstance(node.func, ast.Name)
     if node.func.id == "has":
-        return not isinstance(lookup(row, _key_of(node.args[0]) or ""), Unknown)
+        return not isinstance(lookup(row, key_of(node.args[0]) or ""), Unknown)
     value = _value(node.args[0], row)
+    if node.func.id == "number":
+        return _number(value)
     if node.func.id == "len":
         return len(value) if isinstance(value, str | list | tuple | dict) else UNKNOWN
     return value.lower() if isinstance(value, str) else UNKNOWN
+
+
+def _number(value: Any) -> Any:
+    """A number, also one that is written as text, as in a CSV file."""
+    if not isinstance(value, int | float | str):
+        return UNKNOWN
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return UNKNOWN
+    return UNKNOWN if math.isnan(number) else number
 
 
 def _compare(node: ast.Compare, row: Mapping[str, Any]) -> bool | Unknown:

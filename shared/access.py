@@ -17,6 +17,18 @@ def without_password(url: str) -> str:
     return re.sub(r"(?<=://)[^/@]*@", "", url)
 
 
+# Python's own words for a mistake in a program; libraries have kinds of their own for what fails.
+MISTAKES = (
+    TypeError, AttributeError, NameError, AssertionError, LookupError, ArithmeticError, MemoryError,
+    RecursionError,
+)  # fmt: skip
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Is it a bug, here or in a library, that no other try will mend and that is to be seen?"""
+    return isinstance(error, MISTAKES) and type(error).__module__ == "builtins"
+
+
 @contextmanager
 def known_protocol(url: str, flag: str = "") -> Iterator[None]:
     """Raise UserError where fsspec does not know the URL's protocol or lacks a package for it."""

@@ -7,19 +7,21 @@ is folded from the records and is all that the trainer opens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from shared.errors import UserError
 from shared.layout import Layout
 from shared.places import Place
+from shared.records import inside, not_negative, record_of, typed
 from shared.storage import (
     dump_json,
     file_sizes,
-    load_json,
-    parse_json,
+    parse_record,
     publish,
     read_all,
     read_if_there,
@@ -28,6 +30,7 @@ from shared.sums import ChannelSums
 from shared.temporary import scratch
 
 FORMAT = 1
+HEX = re.compile(r"([0-9a-f]{64})?")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,24 @@ class Shard:
     count: int
     size: int
     sha256: str
+    first_key: str = ""  # KEY of its first sample; older caches do not say it
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in a unit's record."""
+        value = {**vars(self), "layout": dict(self.layout)}
+        if not self.first_key:
+            del value["first_key"]
+        return value
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Shard:
+        """The inverse of `to_json`. Raises ValueError for what no cache has."""
+        shard = record_of(Shard, value)
+        not_negative(count=shard.count, size=shard.size)
+        inside("shards", shard.file)
+        if not HEX.fullmatch(shard.sha256):
+            raise ValueError(f"sha256 is {shard.sha256!r:.100}")
+        return shard
 
 
 @dataclass(frozen=True)
@@ -100,23 +121,23 @@ class UnitRecord:
 
     def to_json(self) -> dict[str, Any]:
         """As stored in units/NAME.json."""
-        value = asdict(self)
+        value = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
         if self.generation == 0:
             del value["generation"]
         return value
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> UnitRecord:
-        """The inverse of `to_json`."""
-        sums = value["sums"]
-        return UnitRecord(
-            **{
-                **value,
-                "shards": tuple(Shard(**shard) for shard in value["shards"]),
-                "sums": sums
-                and ChannelSums(sums["count"], tuple(sums["total"]), tuple(sums["squares"])),
-            }
-        )
+        """The inverse of `to_json`. Raises ValueError or NewerRecord for what is no record."""
+        shards = [Shard.from_json(shard) for shard in typed(value.get("shards"), list, "shards")]
+        for shard in shards:
+            Layout.from_json(shard.layout)
+        unit = record_of(UnitRecord, {**value, "shards": []})
+        numbers = {name: getattr(unit, name) for name in ("read", "written", "truncated_captions")}
+        not_negative(**numbers, generation=unit.generation, **unit.rejected)
+        if unit.samples:
+            inside("samples", unit.samples)
+        return replace(unit, shards=tuple(shards))
 
 
 @dataclass(frozen=True)
@@ -134,7 +155,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """As stored in manifest.json."""
         rows = [
-            {"file": s.file, "layout": i, "count": s.count, "size": s.size, "sha256": s.sha256}
+            {**s.to_json(), "layout": i}
             for s, i in zip(self.shards, self.shard_layouts, strict=True)
         ]
         return {
@@ -154,10 +175,10 @@ def commit_unit(cache: CachePaths, record: UnitRecord) -> None:
 
 
 def read_unit(cache: CachePaths, name: str) -> UnitRecord | None:
-    """A unit's record, or None where it has not been committed."""
+    """A unit's record, or None where it has not been committed. Raises UserError for damage."""
     path = cache.units / f"{name}.json"
     content = read_if_there(path)
-    return None if content is None else UnitRecord.from_json(parse_json(content, path))
+    return None if content is None else parse_unit(content, path)
 
 
 def read_units(cache: CachePaths) -> list[UnitRecord]:
@@ -166,11 +187,23 @@ def read_units(cache: CachePaths) -> list[UnitRecord]:
 
 
 def iterate_units(cache: CachePaths) -> Iterator[UnitRecord]:
-    """The same with few in memory at a time."""
+    """The same with few in memory at a time. Raises UserError, naming it, for one that is none."""
     paths = unit_files(cache)
     for path, content in zip(paths, read_all(paths), strict=True):
         if content is not None:  # else dropped since the folder was listed
-            yield UnitRecord.from_json(parse_json(content, path))
+            yield parse_unit(content, path)
+
+
+def parse_unit(content: bytes, path: Place) -> UnitRecord:
+    """The record in a file's content. Raises UserError, naming the file, where it is none."""
+    remedy = "delete it and run the same `prep encode`, which makes its unit again"
+    unit = parse_record(content, path, UnitRecord.from_json, remedy)
+    if normalize("NFC", unit.name) != normalize("NFC", path.name.removesuffix(".json")):
+        raise UserError(
+            f"{path} is the record of another unit ({unit.name}), whose samples would count twice; "
+            "remove the copy"
+        )
+    return unit
 
 
 def unit_files(cache: CachePaths) -> list[Place]:
@@ -223,30 +256,49 @@ def open_manifest(root: Place, check_sizes: bool = True) -> Manifest:
     Raises UserError where it is missing, unfinished, of another format or damaged.
     """
     cache = CachePaths(root)
-    if not cache.manifest.exists():
+    content = read_if_there(cache.manifest)
+    if content is None:
         if cache.identity.exists():
             raise UserError(f"{root} is unfinished: run the same `prep encode` to its end")
         raise UserError(
             f"{root} is not a cache (no manifest.json); `prep encode --cache {root}` makes one"
         )
-    stored = load_json(cache.manifest)
-    if (found := stored.get("format")) != FORMAT:
-        remedy = "update" if isinstance(found, int) and found > FORMAT else "encode anew"
-        raise UserError(f"{root} has cache format {found}, this version reads {FORMAT}: {remedy}")
-    try:
-        layouts = tuple(Layout.from_json(layout) for layout in stored["layouts"])
-        shards = tuple(
-            Shard(**{**row, "layout": stored["layouts"][row["layout"]]}) for row in stored["shards"]
-        )
-        manifest = Manifest(
-            stored["identity"], layouts, shards, tuple(row["layout"] for row in stored["shards"]),
-            stored["totals"], stored["statistics"], stored["versions"],
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{cache.manifest} is damaged ({error!r}); run `prep finish`") from None
+    manifest = parse_record(
+        content, cache.manifest, lambda stored: _manifest(stored, root), "run `prep finish`"
+    )
     if check_sizes:
         check_shards(cache, manifest)
     return manifest
+
+
+def refuse_format(stored: Mapping[str, Any], root: Place) -> None:
+    """Raise UserError for a manifest or an identity of another format than this version's."""
+    if (found := stored.get("format")) != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "update, a newer version wrote it" if newer else "encode anew"
+        raise UserError(
+            f"{root} has cache format {found!s:.40}, this version reads {FORMAT}: {remedy}"
+        )
+
+
+def _manifest(stored: Mapping[str, Any], root: Place) -> Manifest:
+    refuse_format(stored, root)
+    tables = typed(stored["layouts"], list[Any], "layouts")
+    rows = typed(stored["shards"], tuple[Mapping[str, Any], ...], "shards")
+    layouts = tuple(map(Layout.from_json, tables))
+    numbers = tuple(typed(row.get("layout"), int, "layout") for row in rows)
+    not_negative(layout=min(numbers, default=0))
+    shards = tuple(
+        Shard.from_json({**row, "layout": tables[number]})
+        for row, number in zip(rows, numbers, strict=True)
+    )
+    totals = typed(stored["totals"], Mapping[str, Any], "totals")
+    not_negative(written=typed(totals["written"], int, "written"))
+    return Manifest(
+        typed(stored["identity"], Mapping[str, Any], "identity"), layouts, shards, numbers, totals,
+        typed(stored["statistics"], Mapping[str, Any], "statistics"),
+        typed(stored["versions"], Mapping[str, str], "versions"),
+    )  # fmt: skip
 
 
 def check_shards(cache: CachePaths, manifest: Manifest) -> None:

@@ -7,7 +7,7 @@ The unconditional embedding (for guidance and caption dropout) and the embedding
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
+from shared.layout import Layout
 from shared.places import Place
-from shared.storage import publish
+from shared.records import typed
+from shared.storage import publish, read_if_there
 
 
 @dataclass(frozen=True)
@@ -96,23 +98,58 @@ def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> Non
     publish([save(content, {"prompts": json.dumps(conditioning.prompts)})], path, tmp)
 
 
-def load_conditioning(path: Place) -> Conditioning:
-    """Read it back, fp16. Raises UserError where it is missing or damaged."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run the same `prep encode` to its end") from None
+def load_conditioning(path: Place, layout: Layout | None = None) -> Conditioning:
+    """Read it back, fp16.
+
+    Raises UserError where it is missing or damaged, or where its embeddings do not have the shape
+    of those in the cache's shards, whose `layout` is given.
+    """
+    data = read_if_there(path)
+    if data is None:
+        raise UserError(f"{path} does not exist; run the same `prep encode` to its end")
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        prompts = tuple(json.loads(header["__metadata__"]["prompts"]))
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        prompts = typed(json.loads(header["__metadata__"]["prompts"]), tuple[str, ...], "prompts")
+        empty, embeds = (_embeds(tensors, name) for name in ("empty", "prompts"))
+        _check(empty, embeds, len(prompts))
+        if layout is not None:
+            _check_fit(empty, layout)
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(
-            f"{path} is damaged ({error}); delete it and run `prep encode` again"
+            f"{path} is damaged ({why}); delete it and run `prep encode` again"
         ) from None
+    return Conditioning(empty, prompts, embeds)
 
-    def embeds(name: str) -> TextEmbeds:
-        pooled = tensors.get(f"{name}.pooled_prompt_embeds")
-        return TextEmbeds(tensors[f"{name}.prompt_embeds"], pooled)
 
-    return Conditioning(embeds("empty"), prompts, embeds("prompts"))
+def _embeds(tensors: Mapping[str, Tensor], name: str) -> TextEmbeds:
+    pooled = tensors.get(f"{name}.pooled_prompt_embeds")
+    return TextEmbeds(tensors[f"{name}.prompt_embeds"], pooled)
+
+
+def _check(empty: TextEmbeds, embeds: TextEmbeds, count: int) -> None:
+    """Raise ValueError for shapes and types that `save_conditioning` does not write."""
+    for name, found, rows in (("empty", empty, 1), ("prompts", embeds, count)):
+        parts = ((found.prompt_embeds, 3), (found.pooled_prompt_embeds, 2))
+        for tensor, axes in parts:
+            if tensor is not None and (
+                tensor.ndim != axes or len(tensor) != rows or tensor.dtype != torch.float16
+            ):
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{name} are {kind} {list(tensor.shape)} for {rows} rows")
+    if _widths(empty) != _widths(embeds):
+        raise ValueError(f"empty has widths {_widths(empty)}, prompts {_widths(embeds)}")
+
+
+def _widths(embeds: TextEmbeds) -> list[tuple[int, ...] | None]:
+    parts = (embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+    return [None if part is None else tuple(part.shape[1:]) for part in parts]
+
+
+def _check_fit(embeds: TextEmbeds, layout: Layout) -> None:
+    """Raise ValueError where the shards' embeddings have another shape."""
+    parts = [layout.field(name) for name in ("prompt_embeds", "pooled_prompt_embeds")]
+    wanted = [None if part is None else part.shape[1:] for part in parts]
+    if _widths(embeds) != wanted:
+        raise ValueError(f"its embeddings are {_widths(embeds)}, those in the shards {wanted}")

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+# What to do where the operating system refuses.
+REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EACCES: "permission denied; choose a folder you may write to",
+    errno.EPERM: "permission denied; choose a folder you may write to",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
+    errno.ELOOP: "its links go round in a circle; mend them",
+    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter path",
+    errno.EFBIG: "the file system takes no file of that size; choose another folder",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n) or use fewer threads",
+    errno.ENFILE: "the machine has too many files open; end what opens them",
+    errno.ENOMEM: "the memory is full; free some of it",
+}
+# What is no refusal of this folder, but trouble of the machine's.
+TROUBLE = {
+    errno.EIO: "the disk fails (input/output error); look into the system's log",
+    errno.ESTALE: "the file server has lost it (stale handle); run the same command again",
+}
+# How torch, and what it is built on, say that the machine's memory is full.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+NO_THREADS = "can't start new thread"
 
 
 class UserError(Exception):
@@ -17,21 +44,24 @@ class UserError(Exception):
 def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
     """Run a command's `main`; a UserError, Ctrl-C or SIGTERM ends it in one line.
 
-    So does a GPU whose memory is full: `less_memory` says which flags need less of it. Exits 0 on
-    success, 1 on an error, 130 on Ctrl-C, 143 on SIGTERM.
+    So does what the operating system refuses, and memory that is full, the GPU's or the machine's:
+    `less_memory` says which flags need less of it. Exits 0 on success, 1 on an error, 130 on
+    Ctrl-C, 143 on SIGTERM.
     """
+    speak_any_name()
     terminated: list[bool] = []
     try:
         with _terminable(terminated):
-            sys.exit(main() or 0)
+            status = main() or 0
+            sys.stdout.flush()  # here a full disk is still an error of ours
+        sys.exit(status)
     except UserError as error:
-        print(f"error: {on_one_line(str(error))}", file=sys.stderr)
-        sys.exit(1)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+        _fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        what = exhausted(error)
+        if not what:
             raise
-        print(f"error: the GPU's memory is full; {less_memory}", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"{what}; {less_memory}" if less_memory else f"{what}; close other programs")
     except KeyboardInterrupt:
         print(
             "interrupted: what was committed is safe; the same command goes on from there",
@@ -41,12 +71,65 @@ def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
     except BrokenPipeError:  # `python -m prep stats | head`
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        _drop_unwritten()
+        _fail(system_error(error))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Is it torch's error for a full GPU? Without torch, which takes a while to load, it is not."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+def speak_any_name() -> None:
+    """Let names that are not UTF-8, or not what the terminal can show, be printed spelled out."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def _fail(message: str) -> NoReturn:
+    with contextlib.suppress(OSError):  # nobody can be told
+        print(f"error: {on_one_line(message)}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _drop_unwritten() -> None:
+    """Forget what stdout could not be given, or Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # no real stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def system_error(error: OSError) -> str:
+    """An error of the operating system in a line: which file, what is wrong, what to do."""
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    remedies = REMEDIES | TROUBLE
+    if not isinstance(error.errno, int) or error.errno not in remedies:
+        return f"{where}{error.strerror or first_line(error)}"
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = "what was to be written does not fit: "
+    return f"{where}{remedies[error.errno]}"
+
+
+def unreadable(error: OSError) -> str:
+    """Why a file cannot be read, and what to do about it."""
+    why = error.strerror or first_line(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, *TROUBLE):
+        return f"({why}): {(REMEDIES | TROUBLE)[error.errno]}"
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    return f"({why}); {'make it readable for you' if denied else 'restore it'}"
+
+
+def exhausted(error: BaseException) -> str:
+    """Which memory is full, or an empty string where the error says nothing of the kind."""
+    if isinstance(error, MemoryError):
+        return "the memory is full"
+    torch = sys.modules.get("torch")  # which takes a while to load
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full"
+    said = str(error)
+    if any(words in said for words in NO_MEMORY):
+        return "the memory is full"
+    return "the system allows no more threads (ulimit -u)" if NO_THREADS in said else ""
 
 
 def on_one_line(text: str) -> str:

@@ -71,6 +71,25 @@ def resolve_model(name: str) -> Model:
     return Model(source, family_of_unet(load_config(source, "unet/config.json"), source))
 
 
+def recorded_model(name: str, flag: str = "--model") -> str:
+    """Where the model is that a record names: a path on this machine, or the hub's local copy.
+
+    A record may come from anybody, so nobody else is asked. Raises UserError where it is not here;
+    `flag` is the one by which the user names it.
+    """
+    if name in FAMILIES or Path(name).exists() or name.count("/") != 1:
+        return name
+    from huggingface_hub import snapshot_download  # slow to import, so only now
+
+    try:
+        return str(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{name!r}, with which it was made, is not on this machine, and what a record names "
+            f"is not downloaded unasked; say {flag} {name} if you trust it"
+        ) from None
+
+
 def family_of_unet(config: Mapping[str, Any], source: str) -> Family:
     """The family whose text conditioning the UNet takes."""
     width = config.get("cross_attention_dim")

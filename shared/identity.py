@@ -8,14 +8,78 @@ made it. So the replacement of this one file makes every former unit stale at on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
-from shared.cache import CachePaths
+from shared.cache import CachePaths, refuse_format
 from shared.errors import UserError
-from shared.storage import create_exclusively, dump_json, load_json
+from shared.records import record_of
+from shared.storage import create_exclusively, dump_json, load_record, parse_record, read_if_there
 
-OURS = {"format", "family", "model", "vae", "text", "latents", "preprocessing", "shapes"}
 ADDED = ("config", "configs", "tokenizers")  # what older caches do not say of their encoders
+
+
+@dataclass(frozen=True)
+class _Vae:
+    fingerprint: str
+    channels: int
+    downscale: int
+    scaling_factor: float
+    dtype: str
+    rescale: float | None = None
+    source: str | None = None
+    config: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Text:
+    fingerprints: tuple[str, ...]
+    length: int
+    width: int
+    force_zeros: bool
+    pooled_width: int | None = None
+    clip_skip: int = 0
+    configs: Mapping[str, Any] | None = None
+    tokenizers: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Preprocessing:
+    resolution: int
+    views: int
+    max_captions: int
+    center_crop: bool
+    random_crop: bool = False
+    random_flip: bool = False
+    seed: int = 0
+    min_size: int = 0
+    buckets: Mapping[str, int | bool] | None = None
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    vae_batch_size: int
+    text_batch_size: int
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """What every identity says, and of what type it is; there may be more."""
+
+    format: int
+    family: str
+    model: str
+    latents: str
+    vae: _Vae
+    text: _Text
+    preprocessing: _Preprocessing
+    shapes: _Shapes
+    generation: int = 0
+
+
+OURS = {field.name for field in fields(_Identity)} - {"generation"}
 
 
 class OtherSettings(UserError):
@@ -30,23 +94,44 @@ def claim_identity(cache: CachePaths, identity: Mapping[str, Any], remedy: str) 
     """
     if create_exclusively(dump_json(identity), cache.identity, cache.tmp):
         return
-    if differing := other_settings(load_json(cache.identity), identity):
+    stored = load_record(cache.identity, dict, "restore it, or choose another --cache")
+    if differing := other_settings(stored, identity):
         raise OtherSettings(f"{cache.root} was made with other settings: {differing}; {remedy}")
 
 
 def read_identity(cache: CachePaths) -> dict[str, Any]:
     """What the cache was begun with; empty where there is none yet.
 
-    Raises UserError for a file of that name that is not ours, which is never to be replaced.
+    Raises UserError for a file of that name that is damaged, of another format, or not ours: none
+    of these is ever to be replaced.
     """
-    if not cache.identity.exists():
+    content = read_if_there(cache.identity)
+    if content is None:
         return {}
-    stored = load_json(cache.identity)
-    if not isinstance(stored, dict) or not stored.keys() >= OURS:
-        raise UserError(
-            f"{cache.identity} is not one that `prep encode` writes; choose another --cache"
-        )
-    return stored
+
+    def build(stored: Mapping[str, Any]) -> dict[str, Any]:
+        if not stored.keys() >= OURS:
+            raise UserError(
+                f"{cache.identity} is not one that `prep encode` writes; choose another --cache"
+            )
+        refuse_format(stored, cache.root)
+        check_identity(stored)
+        return dict(stored)
+
+    return parse_record(content, cache.identity, build, "restore it, or choose another --cache")
+
+
+def check_identity(stored: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming what is wrong, for what is not the identity of a cache."""
+    found = record_of(_Identity, stored, ignore_unknown=True)
+    made, vae, shapes = found.preprocessing, found.vae, found.shapes
+    numbers = (vae.channels, vae.downscale, made.resolution, made.views, made.max_captions,
+               found.text.length, found.text.width, shapes.vae_batch_size, shapes.text_batch_size,
+               shapes.threads)  # fmt: skip
+    if min(numbers) < 1 or vae.scaling_factor <= 0 or found.generation < 0:
+        raise ValueError("a number in it is zero or below")
+    if found.latents not in ("mean", "posterior"):
+        raise ValueError(f"latents is {found.latents!r:.60}, neither mean nor posterior")
 
 
 def generation_of(identity: Mapping[str, Any]) -> int:
@@ -60,7 +145,9 @@ def other_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def _without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
-    vae = {name: value for name, value in identity.get("vae", {}).items() if name != "source"}
+    vae = identity.get("vae", {})
+    if isinstance(vae, Mapping):
+        vae = {name: value for name, value in vae.items() if name != "source"}
     return {**identity, "model": None, "vae": vae}
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.places import Place
+from shared.records import record_of, typed
 
 BLOCK = 512  # tar's unit
 NAME_BYTES = 100  # of a tar's header, which begins with the name
@@ -31,6 +32,8 @@ TRAILER = bytes(2 * BLOCK)  # the end of a tar
 RECORD_BYTES = 1024
 SHORTEST_CAPTION = 8  # characters that a caption is cut by, and to
 FIELD_ORDER = ("latents", "pooled_prompt_embeds", "prompt_embeds", "time_ids")
+AXES = {"latents": 4, "pooled_prompt_embeds": 2, "prompt_embeds": 3, "time_ids": 2}
+DTYPES = ("<f2", "<i4")
 # What KEY.json gives up first when it does not fit; captions are cut, not dropped.
 DROP_ORDER = ("source", "url", "original_size", "sha256", "captions", "source_key")
 
@@ -58,7 +61,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         names = [field.name for field in self.fields]
-        assert names == [name for name in FIELD_ORDER if name in names], names
+        if names != [name for name in FIELD_ORDER if name in names]:
+            raise ValueError(f"the fields are {names!s:.100}")
 
     @cached_property
     def stride(self) -> int:
@@ -120,8 +124,7 @@ class Layout:
         view = memoryview(sample)
         if len(view) != self.stride:
             raise ValueError(f"{len(view)} bytes where a sample has {self.stride}")
-        key = _check_member(view, 0, ".json", self.record_bytes)
-        record = json.loads(bytes(view[BLOCK : BLOCK + self.record_bytes]))
+        key, record = self.unpack_head(view)
         arrays = {}
         for field in self.fields:
             offset = self.offsets[field.name]
@@ -133,6 +136,26 @@ class Layout:
             data = np.frombuffer(view[offset : offset + field.nbytes], dtype=field.dtype)
             arrays[field.name] = data.reshape(field.shape)
         return key, record, arrays
+
+    @property
+    def head_bytes(self) -> int:
+        """Of a sample: the record and its header."""
+        return BLOCK + self.record_bytes
+
+    def unpack_head(self, head: bytes | memoryview) -> tuple[str, dict[str, Any]]:
+        """Key and record of a sample, from its first `head_bytes`.
+
+        Raises ValueError where they are not the beginning of a sample of this layout.
+        """
+        view = memoryview(head)
+        key = _check_member(view, 0, ".json", self.record_bytes)
+        try:
+            record = json.loads(bytes(view[BLOCK : BLOCK + self.record_bytes]))
+        except RecursionError:
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"the record of {key} is no JSON object")
+        return key, record
 
     def read(self, shard: Place, index: int) -> tuple[str, dict[str, Any], dict[str, NDArray[Any]]]:
         """Sample `index` of a shard, as `unpack` gives it. Raises OSError and ValueError."""
@@ -170,11 +193,23 @@ class Layout:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Layout:
-        """The inverse of `to_json`. Raises ValueError where stored offsets disagree with ours."""
+        """The inverse of `to_json`.
+
+        Raises ValueError for what no cache has, and where stored offsets disagree with ours.
+        """
+        fields = typed(value.get("fields"), tuple[Mapping[str, Any], ...], "fields")
         layout = Layout(
-            tuple(Field(f["name"], f["dtype"], tuple(f["shape"])) for f in value["fields"]),
-            value["record_bytes"],
+            tuple(record_of(Field, row, ignore_unknown=True) for row in fields),
+            typed(value.get("record_bytes"), int, "record_bytes"),
         )
+        found = {field.name: len(field.shape) for field in layout.fields}
+        sound = [f.dtype in DTYPES and all(side > 0 for side in f.shape) for f in layout.fields]
+        if (
+            not all(sound)
+            or layout.record_bytes < 1
+            or found != {name: AXES[name] for name in {"latents", "prompt_embeds", *found}}
+        ):
+            raise ValueError("the layout is none that a cache has")
         if layout.to_json() != value:
             raise ValueError("the layout's offsets do not follow from its fields")
         return layout
@@ -233,7 +268,8 @@ def _cut_captions(record: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 def _compact(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")  # of lone surrogates, as JSON escapes them
 
 
 def _padded(size: int) -> int:

@@ -17,6 +17,7 @@ from upath.extensions import ProxyUPath
 from shared.access import (
     cause_of,
     is_absence,
+    is_mistake,
     is_permanent,
     known_protocol,
     status_of,
@@ -135,6 +136,8 @@ class RemotePlace(ProxyUPath):
             except FileExistsError:  # the answer to `create`
                 raise
             except Exception as error:  # each file system raises what its library does
+                if is_mistake(error):
+                    raise
                 if is_absence(error):
                     raise self._absent() from error
                 if is_permanent(error) or number == TRIES - 1:

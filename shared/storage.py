@@ -7,22 +7,33 @@ is uploaded whole instead of renamed: object storage shows nobody a part of it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from shared.errors import UserError, first_line
+from shared.errors import REMEDIES, UserError, first_line, unreadable
 from shared.places import Place
+from shared.records import NewerRecord
 from shared.temporary import temporary
 
 T = TypeVar("T")
+
+JSON_KINDS = {
+    list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false",
+    type(None): "null",
+}  # fmt: skip
+
+# How Python says that a value is not of the shape that a record has.
+STUMBLES = (
+    KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, RecursionError,
+)  # fmt: skip
 
 READERS, READ_AHEAD = 16, 256  # small files read at a time, and held in memory
 COPY_BYTES = 1 << 20
@@ -130,20 +141,69 @@ def sync_tree(folder: Path) -> None:
 
 
 def dump_json(value: Any) -> bytes:
-    """JSON that is the same for the same value: sorted keys, two spaces, a final newline."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """JSON that is the same for the same value: sorted keys, two spaces, a final newline.
+
+    Names that are not UTF-8 are written as JSON escapes them, and read back as they were.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def load_json(path: Place) -> Any:
     """Parse a JSON file. Raises UserError, naming the file, where it is missing or damaged."""
-    return parse_json(_content(path), path)
+    return parse_json(read_file(path), path)
 
 
-def _content(path: Place) -> bytes:
+def read_file(path: Place) -> bytes:
+    """A file's content. Raises UserError, naming it, where it is missing or cannot be read."""
+    content = read_if_there(path)
+    if content is None:
+        raise UserError(f"{path} does not exist")
+    return content
+
+
+def read_if_there(path: Place) -> bytes | None:
+    """A file's content, or None where there is none.
+
+    Raises UserError for what is no file (a pipe would be waited for), or may not be read.
+    """
     try:
-        return path.read_bytes()
+        if not isinstance(path, Path):
+            return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        return None
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A local file's bytes. Raises UserError for what is no file or may not be read.
+
+    FileNotFoundError where there is nothing.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # which waits for no pipe
+        with os.fdopen(fd, "rb") as file:
+            kind = os.fstat(fd).st_mode
+            if not stat.S_ISREG(kind):
+                raise UserError(
+                    f"{path} is {kind_of(kind)}, where a file is expected; move it away"
+                )
+            yield file
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError:  # Python does not open a folder's descriptor
+        raise UserError(f"{path} is a folder, no file; move it away") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read {unreadable(error)}") from None
+
+
+def kind_of(mode: int) -> str:
+    """What `st_mode` says that something is, which is no file."""
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a named pipe" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
 def parse_json(content: bytes, path: Place) -> Any:
@@ -162,7 +222,7 @@ def load_record(path: Place, build: Callable[[Mapping[str, Any]], T], remedy: st
     Raises UserError, naming the file and the remedy, where it is missing, damaged or of another
     shape: `build` may stumble over it in any of the ways that Python has for that.
     """
-    return parse_record(_content(path), path, build, remedy)
+    return parse_record(read_file(path), path, build, remedy)
 
 
 def parse_record(
@@ -171,10 +231,15 @@ def parse_record(
     """The same of a file's content that has been read already."""
     value = parse_json(content, path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object; {remedy}")
+        kind = JSON_KINDS[type(value)]
+        raise UserError(f"{path} holds {kind}, not a JSON object; {remedy}")
     try:
         return build(value)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except NewerRecord as error:
+        raise UserError(f"{path} was written by a newer version ({error}): update") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({first_line(error):.200}); {remedy}") from None
+    except STUMBLES as error:
         raise UserError(f"{path} is damaged ({error!r:.200}); {remedy}") from None
 
 
@@ -186,14 +251,6 @@ def read_all(paths: Sequence[Place]) -> Iterator[bytes | None]:
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
         for start in range(0, len(paths), READ_AHEAD):
             yield from pool.map(read_if_there, paths[start : start + READ_AHEAD])
-
-
-def read_if_there(path: Place) -> bytes | None:
-    """A file's content, or None where there is none."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 def file_sizes(folder: Place) -> dict[str, int]:
@@ -211,8 +268,8 @@ def free_bytes(folder: Path) -> int:
 
 
 def file_sha256(path: Place) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    """sha256 of a file's bytes, in hex. Raises UserError for what is no file or cannot be read."""
+    with open_regular(path) if isinstance(path, Path) else path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
@@ -222,22 +279,17 @@ def copy_durably(source: Place, path: Place, tmp: Path) -> str:
         return publish(iter(lambda: file.read(COPY_BYTES), b""), path, tmp)
 
 
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space and run the same command again",
-    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-    errno.EACCES: "permission denied; choose a folder you may write to",
-    errno.EPERM: "permission denied; choose a folder you may write to",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
-}
-
-
 @contextmanager
 def guard(folder: Place) -> Iterator[None]:
-    """Turn the operating system's refusals into one-line errors that name the folder."""
+    """Turn the operating system's refusals into one-line errors that name the folder.
+
+    Other errors of its pass, and name the folder where they name no file.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in _REMEDIES:
-            raise UserError(f"{folder}: {_REMEDIES[error.errno]}") from error
+        if error.errno in REMEDIES:
+            raise UserError(f"{folder}: {REMEDIES[error.errno]}") from error
+        if error.filename is None:
+            error.filename = str(folder)
         raise

@@ -106,12 +106,11 @@ def test_columns_by_flag_and_by_type(tmp_path):
     ("columns", "flags", "named"),
     [
         ({"a": [1], "caption": ["x"]}, [], "--image-column"),
-        ({"image": ["not bytes"], "caption": ["x"]}, [], "--image-column"),
         ({"image": [PNG], "label": ["x"]}, [], "--caption-column"),
         ({"image": [PNG], "caption": [3]}, [], "--caption-column"),
         ({"image": [PNG], "label": ["x"]}, ["--caption-column", "lable"], "'lable'"),
         ({"image": [PNG], "caption": ["x"]}, ["--key-column", "id"], "--key-column 'id'"),
-        ({"image": [PNG], "caption": ["x"]}, ["--image-column", "caption"], "--image-column"),
+        ({"image": [PNG], "caption": ["x"], "n": [1]}, ["--image-column", "n"], "--image-column"),
     ],
 )
 def test_columns_that_are_not_there_are_one_line(tmp_path, columns, flags, named):
@@ -415,6 +414,6 @@ def test_pictures_that_a_dataset_keeps_in_files(tmp_path, monkeypatch, streaming
     found = find_units(["hf://someone/files"], SourceOptions(streaming=streaming))
     (folder / "0001.png").unlink()
     rows = [row for unit in found for row in unit.rows()]
-    assert [row.problem for row in rows] == ["", "no picture", ""]
+    assert [row.problem for row in rows] == ["", "file missing", ""]
     assert rows[2].image == png(2)
     assert rows[2].captions == ("picture number 2",)

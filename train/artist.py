@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.cache import Manifest
 from shared.conditioning import TextEmbeds
 from shared.device import pick_device, set_threads
-from shared.family import Model, load_config, resolve_model
+from shared.family import Model, load_config, recorded_model, resolve_model
 from shared.fingerprint import fingerprint
 from shared.places import Place
 from shared.vae import load_vae
@@ -105,6 +105,7 @@ def open_artist(
     device_name: str,
     guidance_scale: float | None,
     vae: str | None = None,
+    model: str | None = None,
 ) -> Artist:
     """The exported student of a run, with the VAE that is given, else the run's, else the model's.
 
@@ -113,13 +114,14 @@ def open_artist(
     set_threads(threads)
     device = pick_device(device_name)
     student, config = load_student(run, device)
-    model = resolve_model(str(config["model"]))
-    vae_source = str(vae or config.get("vae") or model.source)
-    scale = model.family.guidance_scale if guidance_scale is None else guidance_scale
+    teacher = resolve_model(model or recorded_model(str(config["model"])))
+    recorded = None if model else config.get("vae")
+    vae_source = vae or (recorded_model(str(recorded), "--vae") if recorded else teacher.source)
+    scale = teacher.family.guidance_scale if guidance_scale is None else guidance_scale
     return Artist(
-        model=model,
+        model=teacher,
         config=config,
-        scheduler_config=load_config(model.source, "scheduler/scheduler_config.json"),
+        scheduler_config=load_config(teacher.source, "scheduler/scheduler_config.json"),
         student=student,
         vae=load_vae(vae_source).to(device),
         vae_source=vae_source,

@@ -158,6 +158,8 @@ class EvaluateConfig:
     """Cache of held-out pictures: their captions are the prompts, their latents the real ones."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
+    model: str | None = None
+    """Where the teacher is; the run's own, if it is on this machine, unless given."""
     vae: str | None = None
     """The VAE that decodes; the run's unless given."""
     num_samples: Annotated[int, Numbers(int, 65)] = 1000
@@ -180,6 +182,8 @@ class SampleConfig:
     prompt: tuple[str, ...]
     cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
+    model: str | None = None
+    """Where the teacher is; the run's own, if it is on this machine, unless given."""
     vae: str | None = None
     """The VAE that decodes; the run's unless given."""
     steps: Count | None = None

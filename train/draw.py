@@ -28,7 +28,12 @@ def draw_prompts(config: SampleConfig) -> None:
             "(--w-min, --w-max); leave it out"
         )
     artist = open_artist(
-        config.run, config.threads, config.device, config.guidance_scale, config.vae
+        config.run,
+        config.threads,
+        config.device,
+        config.guidance_scale,
+        config.vae,
+        config.model,
     )
     steps = artist.objective.sample_steps if config.steps is None else config.steps
     most = most_steps(artist.config, artist.scheduler_config)

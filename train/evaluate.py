@@ -33,7 +33,12 @@ def evaluate(config: EvaluateConfig) -> None:
     """Write evaluation.json, evaluation.md and evaluation.png, and print the table."""
     scorer = load_scorer(config.scorer)
     artist = open_artist(
-        config.run, config.threads, config.device, config.guidance_scale, config.vae
+        config.run,
+        config.threads,
+        config.device,
+        config.guidance_scale,
+        config.vae,
+        config.model,
     )
     manifest = open_manifest(config.eval_cache)
     artist.check_cache(manifest, config.eval_cache)

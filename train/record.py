@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from torch import Tensor
 from shared.config import to_dict
 from shared.errors import UserError
 from shared.progress import Progress
-from shared.storage import dump_json, publish
+from shared.records import typed
+from shared.storage import dump_json, guard, publish, read_if_there
 from train.checkpoint import whole_checkpoints
 from train.config import DistillConfig
 from train.loader import Loader
@@ -66,7 +68,8 @@ class Recorder:
         if self.team.main:
             self.path = self.config.run / "metrics.jsonl"
             keep_until(self.path, self.done)
-            self.file = self.path.open("a")
+            with guard(self.path):
+                self.file = self.path.open("a")
             folder = self.config.logging_dir or self.config.run / "logs"
             reported = [name for name in self.config.report_to if name != "none"]
             project = self.config.tracker_project_name
@@ -95,7 +98,8 @@ class Recorder:
         self._turn(self._close_window(self.rate) if self.values else None)
         self.catch_up()
         if self.team.main:
-            os.fsync(self.file.fileno())
+            with guard(self.path):
+                os.fsync(self.file.fileno())
 
     def catch_up(self) -> None:
         """Write the line that is due, so that trackers get what follows in the order of steps."""
@@ -155,8 +159,9 @@ class Recorder:
             "samples_per_second": rate,
             "loader_wait": window.waited / seconds,
         }
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        with guard(self.path):
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
         self.trackers.log(values, step)
         return f"loss {loss:.4f}, {rate:.0f} samples/s"
 
@@ -205,8 +210,23 @@ class Recorder:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop lines past `step`, which a run resumed from there will write again."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        publish(["".join(kept).encode()], path, path.parent / "tmp")
+    """Drop lines past `step`, which a run resumed from there will write again.
+
+    Lines that are damaged go too, and that is said: they are for people, and stop no run.
+    """
+    lines = (read_if_there(path) or b"").splitlines(keepends=True)
+    if not lines:
+        return
+    steps = [step_of(line) for line in lines]
+    if damaged := sum(found is None for found in steps[:-1]):  # the last may have been cut
+        print(f"note: {damaged} damaged lines are left out of {path}", file=sys.stderr)
+    kept = [line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+    publish(kept, path, path.parent / "tmp")
+
+
+def step_of(line: bytes) -> float | None:
+    """The step that a line of metrics is about, or None where it is no such line."""
+    try:
+        return typed(json.loads(line)["step"], float, "step") if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None

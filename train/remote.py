@@ -9,8 +9,8 @@ from typing import Any
 
 from fsspec.asyn import AsyncFileSystem
 
-from shared.access import is_permanent, without_password
-from shared.errors import UserError
+from shared.access import is_mistake, is_permanent, without_password
+from shared.errors import UserError, first_line
 from train.reader import Span
 
 ATTEMPTS = 6
@@ -56,11 +56,15 @@ class RemoteReader:
         try:
             return list(self.fs.cat_ranges(paths, starts, ends, on_error="return", **self._options))
         except Exception as error:  # a time-out of the whole call, or a broken connection
+            if is_mistake(error):
+                raise
             return [error] * len(spans)
 
     def _check_final(self, failed: Sequence[tuple[Span, Any]], attempt: int) -> None:
-        """Raise UserError where trying again is of no use."""
+        """Raise UserError where trying again is of no use; a bug passes as it is."""
         for span, answer in failed:
+            if isinstance(answer, Exception) and is_mistake(answer):
+                raise answer
             if isinstance(answer, Exception) and is_permanent(answer):
                 raise UserError(f"{self._complaint(span, answer)}; is the cache complete?")
         if attempt == ATTEMPTS:
@@ -74,7 +78,7 @@ class RemoteReader:
         if isinstance(answer, bytes):
             why = f"{len(answer)} bytes came where {span.nbytes} were asked for"
         else:
-            why = (str(answer).strip().splitlines() or [type(answer).__name__])[0]
+            why = first_line(answer)
         name = without_password(self.names[span.shard])
         return f"{name} sample {span.offset // self.stride}: {why}"
 

@@ -13,7 +13,9 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from numpy.typing import NDArray
 
-from shared.errors import UserError
+from shared.access import is_mistake
+from shared.errors import UserError, first_line
+from shared.storage import guard
 
 KNOWN = (
     "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio",
@@ -44,6 +46,7 @@ class Trackers:
 
         Raises UserError where a service cannot be had.
         """
+        self.folder = folder
         # That it keeps no configuration is said to whoever runs the command, at every start.
         logging.getLogger("accelerate.tracking").setLevel(logging.ERROR)
         accelerator = Accelerator(log_with=list(names) or None, project_dir=folder)
@@ -51,7 +54,9 @@ class Trackers:
         try:
             accelerator.init_trackers(project, init_kwargs=options)
         except Exception as error:  # each has kinds of its own: no key, no server, no such project
-            said = first_line(error)
+            if is_mistake(error):
+                raise
+            said = first_line(error).rstrip(". ")
             raise UserError(f"--report-to {' '.join(names)}: {said}; or use none") from None
         self.trackers = accelerator.trackers
         plain = {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)}
@@ -60,14 +65,16 @@ class Trackers:
                 tracker.store_init_configuration(plain)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of a step."""
+        """Numbers of a step. Raises UserError where a folder is full or not writable."""
         for tracker in self.trackers:
-            tracker.log({f"train/{name}": value for name, value in values.items()}, step=step)
+            with guard(self.folder):
+                tracker.log({f"train/{name}": value for name, value in values.items()}, step=step)
 
     def picture(self, name: str, sheet: NDArray[np.uint8], step: int) -> None:
-        """A picture `[H, W, 3]`, for every tracker."""
+        """A picture `[H, W, 3]`, for every tracker. Raises UserError as `log`."""
         for tracker in self.trackers:
-            log_picture(tracker, name, sheet, step)
+            with guard(self.folder):
+                log_picture(tracker, name, sheet, step)
 
     def close(self) -> None:
         """Let them write what they hold. One that fails now is told, for the export is to come."""
@@ -75,13 +82,10 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:
-                print(f"note: {tracker.name} did not finish: {first_line(error)}", file=sys.stderr)
-
-
-def first_line(error: Exception) -> str:
-    """What a service says is wrong, without its advice and without a full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ")
+                if is_mistake(error):
+                    raise
+                said = first_line(error).rstrip(". ")
+                print(f"note: {tracker.name} did not finish: {said}", file=sys.stderr)
 
 
 def log_picture(tracker: GeneralTracker, name: str, sheet: NDArray[np.uint8], step: int) -> None:
