@@ -92,6 +92,8 @@ class FolderReader:
                     if problem := no_picture_in(opened.read(HEAD_BYTES)):
                         return None, problem
             return (None, too_large) if file.stat().st_size > most else (file.read_bytes(), "")
+        except PermissionError:
+            return None, "file may not be read"
         except (OSError, ValueError, RuntimeError):  # the last is a loop of links
             return None, MISSING
 
@@ -127,7 +129,7 @@ def _refuse_uncaptioned(path: Path, members: Sequence[Member], options: SourceOp
             "right folder?"
         )
     keys = dict.fromkeys(str(key) for member in members for key in member.row)
-    if any(member.json or (member.problem and not member.listed) for member in members):
+    if any((member.json or member.problem) and not member.listed for member in members):
         return  # which may have them, or say why they have none
     if column and column not in keys:
         raise UserError(f"--caption-column {column!r}: {shown} has the columns {', '.join(keys)}")

@@ -78,8 +78,11 @@ def no_picture_in(head: bytes) -> str:
     return "" if kind is not None and kind.is_picture else NO_PICTURE
 
 
-def not_a_source(head: bytes) -> str:
-    """What a file that is no source is, and what to pass instead; nothing where it may be one."""
+def not_a_source(head: bytes, again: str = "download it again") -> str:
+    """What a file that is no source is, and what to pass instead; nothing where it may be one.
+
+    `again`: what to do where the right file was not sent.
+    """
     kind = kind_of(head)
     if kind is None or kind.sort in (Sort.TAR, Sort.TABLE):
         return ""
@@ -87,7 +90,7 @@ def not_a_source(head: bytes) -> str:
         return f"a picture ({kind.name}); pass the folder that it is in"
     advice = {
         Sort.ARCHIVE: "unpack it and pass the folder",
-        Sort.PAGE: "if a server sent that, download it again",
+        Sort.PAGE: again,
         Sort.POINTER: "get the files with `git lfs pull`",
         Sort.TEXT: "if it lists pictures, pass the folder that it is in",
     }

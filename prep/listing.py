@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from prep.rows import (
     TEXT_BYTES,
 )
 from prep.text_encoding import UnreadableText, decode_text
+from prep.tree import Level, walk
 
 OUTSIDE = "outside the folder"
 MISSING = "file missing"
@@ -52,29 +53,10 @@ class Member:
         """The row's key."""
         return str(self.row[FILE_NAME])
 
-
-@dataclass
-class Level:
-    """A folder of the tree: names of files, by their stem and lower-case extension."""
-
-    path: str  # within the folder that is listed, with a slash at its end unless it is that
-    names: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    stems: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
-
-    def add(self, name: str) -> None:
-        """Take in a file."""
-        stem, extension = os.path.splitext(name)
-        self.names.append(name)
-        self.stems[stem].setdefault(extension[1:].lower(), name)
-
-    def beside(self, name: str, *extensions: str) -> str:
-        """The file beside a picture with one of these extensions: NAME.txt, else NAME.jpg.txt."""
-        for stem in (os.path.splitext(name)[0], name):
-            for extension in extensions:
-                if found := self.stems.get(stem, {}).get(extension):
-                    return found
-        return ""
+    @property
+    def may_have_caption(self) -> bool:
+        """Is it listed, or does anything lie beside it?"""
+        return self.listed or bool(self.json or self.problem) or "text" in self.row
 
 
 def list_folder(root: Path, encoding: str | None) -> list[Member]:
@@ -82,41 +64,6 @@ def list_folder(root: Path, encoding: str | None) -> list[Member]:
     finder = Finder(root)
     members = [one for level in walk(root, LISTS) for one in _members(finder, level, encoding)]
     return sorted(members, key=lambda member: member.name)
-
-
-def walk(root: Path, ends: Collection[str] = ()) -> Iterator[Level]:
-    """Each folder of the tree once, real ones before those that are linked to; no litter.
-
-    Below a folder that has a file of a name in `ends` nothing is looked at. A link to a folder
-    that this one lies in leads round, or to far more than is meant.
-    """
-    above = set(map(str, root.resolve().parents))
-    seen: set[tuple[int, int]] = set()
-    real, linked = [""], list[str]()
-    while real or linked:
-        path = real.pop() if real else linked.pop(0)
-        stat = os.stat(root / path)
-        if (stat.st_dev, stat.st_ino) in seen:
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        level, below = Level(path), list[str]()
-        with os.scandir(root / path) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if is_litter(entry.name):
-                    continue
-                if not entry.is_dir():
-                    level.add(entry.name)
-                    continue
-                level.folders.append(entry.name)
-                if not entry.is_symlink():
-                    below.append(f"{path}{entry.name}/")
-                elif os.path.realpath(entry.path) not in above:
-                    linked.append(f"{path}{entry.name}/")
-        if any(name in level.names for name in ends):
-            linked = [link for link in linked if not link.startswith(path)]
-        else:
-            real += reversed(below)
-        yield level
 
 
 def _members(finder: Finder, level: Level, encoding: str | None) -> list[Member]:

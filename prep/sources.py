@@ -18,7 +18,7 @@ from prep.braces import expand_braces
 from prep.folders import FolderReader, folder_units
 from prep.hub import RangeReader, ShardReader, dataset_units
 from prep.kinds import HEAD_BYTES, not_a_source
-from prep.listing import list_folder, walk
+from prep.listing import list_folder
 from prep.opening import HUB, is_saved_dataset
 from prep.patterns import TARS, is_url, local_path, matches, refuse_gaps, without_sidecars
 from prep.remote import Found, RemoteFile, find_remote
@@ -26,6 +26,7 @@ from prep.rows import MAX_IMAGE_BYTES, Row, SourceError
 from prep.streams import Command, LocalFile
 from prep.tables import ParquetReader
 from prep.tars import TarReader
+from prep.tree import walk
 from prep.units import (
     UNIT_ROWS,
     Reader,
@@ -183,7 +184,7 @@ def _folder(path: Path, options: SourceOptions) -> list[Unit]:
     if is_saved_dataset(path):
         return dataset_units(str(path), options)
     members = list_folder(path, options.caption_encoding)
-    if not members:
+    if not any(member.may_have_caption for member in members):
         names = [str(path / level.path / name) for level in walk(path) for name in level.names]
         for endings in (TARS, (".parquet",)):
             if found := sorted(name for name in names if name.endswith(endings)):

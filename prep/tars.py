@@ -177,7 +177,7 @@ class TarReader:
                 ) as tar:
                     yield tar, None if file is raw else raw
         except (tarfile.TarError, EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
-            if told := not_a_source(head):
+            if told := not_a_source(head, self.stream.remedy):
                 raise SourceError(f"{self.stream.source} is not a whole tar but {told}") from None
             words = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(
