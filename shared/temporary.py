@@ -276,6 +276,7 @@ def _remove_folder(folder: Path) -> None:
 def _remove(path: Path) -> None:
     """Remove a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what stays is left to the next sweep
+            shutil.rmtree(path)
     elif os.path.lexists(path):
         path.unlink(missing_ok=True)
