@@ -188,8 +188,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(distil, tmp
     (run / "checkpoints/step-00000004/optimizer.safetensors").write_bytes(b"cut")
     answer = distil("--checkpointing-steps", 0)
     assert answer.status == 1
-    assert f"no checkpoint in {run} is whole (step-00000004: optimizer.safetensors has 3 of" in (
-        answer.err.splitlines()[-1]
+    assert (
+        f"no checkpoint in {run} is whole (step-00000004: optimizer.safetensors has 3 of"
+        in (answer.err.splitlines()[-1])
     )
     assert steps(run) == [1, 2, 3, 4]
 
@@ -216,7 +217,8 @@ def test_a_cache_that_grew_is_told_with_a_way_on():
         checkpoint.check_terms(Path("step-3"), before, {"cache": "b", "samples": 96, "seed": 0})
     said = str(error.value)
     assert "a run on 64 samples, and the cache has grown by 32 to 96 since" in said
-    assert "another --run" in said and "another --cache" in said
+    assert "another --run" in said
+    assert "another --cache" in said
     checkpoint.check_terms(Path("step-3"), {"cache": "a"}, {"cache": "a", "samples": 96})
 
 
@@ -228,7 +230,9 @@ def test_a_cache_that_grew_is_told_with_a_way_on():
 def test_ctrl_c_in_the_first_seconds(words, repo, seconds, tmp_path):
     command = [sys.executable, "-m", "train", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=repo, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=repo, env=environment, stderr=subprocess.PIPE, text=True
+    )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()

@@ -46,10 +46,11 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._former = {
-                signal.SIGTERM: signal.signal(signal.SIGTERM, self._note),
-                signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt),
-            }
+            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._interrupt}
+            for number, handler in handlers.items():
+                # One that a shell has it ignore, as Ctrl-C in the background, stays ignored.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._former[number] = signal.signal(number, handler)
         return self
 
     def __exit__(
