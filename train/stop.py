@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -73,5 +74,6 @@ class Stop:
             raise KeyboardInterrupt
         if not self.interrupted and self._team.main:
             line = "interrupted: what is under way is finished and saved; Ctrl-C again ends at once"
-            print(f"\n{line}", file=sys.stderr)
+            with contextlib.suppress(RuntimeError):  # it came while something else was printed
+                print(f"\n{line}", file=sys.stderr)
         self.flagged, self.interrupted = True, self.interrupted or now
