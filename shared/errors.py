@@ -164,6 +164,8 @@ def _terminable(terminated: list[bool]) -> Iterator[None]:
         yield
         return
     owner = os.getpid()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see shared/startup.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def terminate(*_: object) -> None:
         if os.getpid() == owner:

@@ -167,7 +167,7 @@ def test_sigterm_saves_whatever_the_steps_between_checkpoints(
     terminate_in(monkeypatch, loop, "update")
     answer = cli(*words, "--checkpointing-steps", every)
     assert answer.status == 0
-    assert "stopped after step 1; --resume-from-checkpoint latest goes on" in answer.err
+    assert "stopped after step 1; the same command goes on" in answer.err
     [saved] = checkpoint.whole_checkpoints(tmp_path / "run")
     assert saved.name == "step-00000001"
     assert not list((tmp_path / "run").glob("*.safetensors"))  # nothing exported of a part

@@ -189,7 +189,8 @@ def test_commands_that_write_into_a_run_wait_for_its_training(cli, settings, wri
     elsewhere = ["--output", tmp_path / "elsewhere"]
     for command, more in (
         ("export", []), ("evaluate", ["--eval-cache", settings().cache]),
-        ("distill", words(settings(max_train_steps=9))), ("distill", [*words(settings()), "--seed", 5]),
+        ("distill", words(settings(max_train_steps=9))),
+        ("distill", [*words(settings()), "--seed", 5]),
         ("distill", [*words(settings(max_train_steps=9)), "--dry-run"]),
     ):  # fmt: skip
         if command != "distill":
@@ -215,7 +216,7 @@ def test_what_another_saved_in_between_is_not_left_behind(settings, monkeypatch)
         monkeypatch.setattr(setup, "build_student", build)
         distill(prepare(settings()))
 
-    with pytest.raises(UserError, match="another process has gone on .* the same command again"):
+    with pytest.raises(UserError, match=r"another process has gone on .* the same command again"):
         prepare(settings())
 
 
@@ -228,7 +229,6 @@ def test_two_trainings_and_a_sleeping_one(settings, repo, tmp_path):
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    run = tmp_path / "run"
     both = [start(settings(seed=seed, max_train_steps=30)) for seed in (0, 1)]
     said = [process.communicate()[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 1]
@@ -244,7 +244,8 @@ def test_two_trainings_and_a_sleeping_one(settings, repo, tmp_path):
     assert f"pid {sleeper.pid}" in refused.communicate()[1]
     assert refused.returncode == 1
     second = start(settings(**vars(more) | {"take_over": True}))
-    assert second.communicate() and second.returncode == 0
+    second.communicate()
+    assert second.returncode == 0
     before = files(run)
     sleeper.send_signal(signal.SIGCONT)
     _, err = sleeper.communicate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from shared import startup  # noqa: F401 (before what takes a while)
 from shared.config import dispatch
 from shared.errors import run_main
 from train.config import DistillConfig, EvaluateConfig, ExportConfig, SampleConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -46,10 +47,11 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._former = {
-                signal.SIGTERM: signal.signal(signal.SIGTERM, self._note),
-                signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt),
-            }
+            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._interrupt}
+            for number, handler in handlers.items():
+                # One that a shell has it ignore, as Ctrl-C in the background, stays ignored.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._former[number] = signal.signal(number, handler)
         return self
 
     def __exit__(
@@ -72,5 +74,6 @@ class Stop:
             raise KeyboardInterrupt
         if not self.interrupted and self._team.main:
             line = "interrupted: what is under way is finished and saved; Ctrl-C again ends at once"
-            print(f"\n{line}", file=sys.stderr)
+            with contextlib.suppress(RuntimeError):  # it came while something else was printed
+                print(f"\n{line}", file=sys.stderr)
         self.flagged, self.interrupted = True, self.interrupted or now
