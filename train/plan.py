@@ -12,7 +12,7 @@ from torch import nn
 
 from shared.cache import Manifest
 from shared.errors import UserError
-from shared.family import Model
+from shared.family import Model, unet_config
 from train.checkpoint import Progressed
 from train.config import DistillConfig
 from train.loader import Loader

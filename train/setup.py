@@ -30,6 +30,7 @@ from train.order import Order
 from train.plan import batches, plan, say_memory, warn_of_small_buckets, with_steps
 from train.preview import open_previews
 from train.record import Recorder
+from train.restore import restore_networks, restore_optimizer
 from train.run import Distillation
 from train.speed import check_speed, speed_up
 from train.student import Student, build_student
@@ -122,8 +123,8 @@ def go_on(
     scaler: torch.amp.GradScaler,
 ) -> None:
     """Put networks, optimizer and fp16 scale into the state of a checkpoint."""
-    checkpoint.restore_networks(folder, student)
-    checkpoint.restore_optimizer(optimizer, student.trainable(), folder)
+    restore_networks(folder, student)
+    restore_optimizer(optimizer, student.trainable(), folder)
     if before.scaler:  # empty where the run was not in fp16 before
         scaler.load_state_dict(dict(before.scaler))
 
