@@ -120,9 +120,7 @@ def test_a_remote_cache_is_looked_at_through_ranged_reads(cache):
 def rewrite(cache, name, change):
     """Sample 1 of the first shard with other values in a field, its checksum right."""
     path = shards(cache)[0]
-    layout = Layout.from_json(
-        json.loads(next((cache / "units").iterdir()).read_text())["shards"][0]["layout"]
-    )
+    [layout] = open_manifest(cache).layouts
     content = bytearray(path.read_bytes())
     place = slice(layout.stride, 2 * layout.stride)
     key, record, arrays = layout.unpack(bytes(content[place]))
