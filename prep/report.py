@@ -92,7 +92,7 @@ def write_report(cache: CachePaths, vae: AutoencoderKL | str, seconds: float = f
     summary = summarize(cache)
     contents = gather(cache, manifest, vae, seconds)
     path = cache.root / "report.html"
-    publish([page(summary, contents).encode()], path, cache.tmp)
+    publish([page(summary, contents).encode("utf-8", "backslashreplace")], path, cache.tmp)
     return f"{path}: {told(checks_of(summary, contents))}"
 
 

@@ -14,6 +14,9 @@ from support_damage import broken, other_values, replaced
 
 from shared.cache import CachePaths
 from shared.conditioning import load_conditioning
+from shared.errors import UserError
+from train.checkpoint import read_progress
+from train.stored import stored_config
 
 
 def command(stage: str, *words: object) -> tuple[int, str]:
@@ -96,6 +99,8 @@ def test_a_broken_file_is_one_line_that_names_it(home, file, name):
     for how, content in broken(path.read_bytes()).items():
         if how == "an empty object" and file.startswith(LENIENT):
             continue
+        if "units" in file and content is None and name != "verify":
+            continue  # only files are records
         with replaced(path, how, content):
             status, said = command(*home.commands[name])
         assert status == 1, (how, said)
@@ -106,19 +111,28 @@ def test_a_broken_file_is_one_line_that_names_it(home, file, name):
             assert len(lines) == 1, (how, said)
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [("cache/manifest.json", "distill"), ("cache/manifest.json", "stats"),
-     ("cache/identity.json", "stats"), ("cache/units/*.json", "stats"),
-     ("run/config.json", "sample"), ("run/checkpoints/*2/state.json", "resume")],
-)  # fmt: skip
-def test_a_value_of_another_kind_is_never_a_traceback(home, file, name):
-    path = home.file(file)
+@pytest.mark.parametrize("file", ["manifest.json", "identity.json", "units/*.json"])
+def test_a_value_of_another_kind_is_never_a_traceback(home, file):
+    path = home.file(f"cache/{file}")
     for how, content in other_values(path.read_bytes()):
         with replaced(path, how, content):
-            status, said = command(*home.commands[name])
+            status, said = command(*home.commands["stats"])
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         assert (status, len(errors)) in ((0, 0), (1, 1)), (how, said)
+
+
+@pytest.mark.parametrize("file", ["config.json", "checkpoints/*2/state.json"])
+def test_a_value_of_another_kind_in_a_run_is_never_a_traceback(home, file):
+    path = home.file(f"run/{file}")
+    refused = 0
+    for how, content in other_values(path.read_bytes()):
+        with replaced(path, how, content):
+            try:
+                stored_config(path) if path.name == "config.json" else read_progress(path.parent)
+            except UserError as error:
+                assert str(path) in str(error), how
+                refused += 1
+    assert refused > 20
 
 
 @pytest.mark.parametrize(
