@@ -99,11 +99,11 @@ def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> Non
     publish([save(content, {"prompts": json.dumps(conditioning.prompts)})], path, tmp)
 
 
-def load_conditioning(path: Place, layout: Layout | None = None) -> Conditioning:
+def load_conditioning(path: Place, layouts: Sequence[Layout] = ()) -> Conditioning:
     """Read it back, fp16.
 
     Raises UserError where it is missing or damaged, or where its embeddings do not have the shape
-    of those in the cache's shards, whose `layout` is given.
+    of those in the cache's shards, whose `layouts` are given.
     """
     data = read_if_there(path)
     if data is None:
@@ -114,7 +114,7 @@ def load_conditioning(path: Place, layout: Layout | None = None) -> Conditioning
         prompts = typed(json.loads(header["__metadata__"]["prompts"]), tuple[str, ...], "prompts")
         empty, embeds = (_embeds(tensors, name) for name in ("empty", "prompts"))
         _check(empty, embeds, len(prompts))
-        if layout is not None:
+        for layout in layouts:
             _check_fit(empty, layout)
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)

@@ -38,7 +38,7 @@ def draw_prompts(config: SampleConfig) -> None:
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)
     bucket = largest_bucket(cache, manifest)
-    conditioning = load_conditioning(CachePaths(cache).conditioning, bucket.layout)
+    conditioning = load_conditioning(CachePaths(cache).conditioning, manifest.layouts)
     texts = conditioning.find(config.prompt)
     artist = artist.with_empty(conditioning.unconditional)
     shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)

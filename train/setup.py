@@ -68,8 +68,7 @@ def prepare(config: DistillConfig) -> Distillation:
     if resumed is not None and before is not None:
         check_resumed(resumed, before, terms, config)
         go_on(resumed, before, student, optimizer, scaler)
-    layout = next(iter(manifest.layouts), None)
-    conditioning = load_conditioning(CachePaths(config.cache).conditioning, layout)
+    conditioning = load_conditioning(CachePaths(config.cache).conditioning, manifest.layouts)
     begun = before or checkpoint.Progressed(0, 0, batch_size, terms)
     loader = build_loader(
         config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
