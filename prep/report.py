@@ -105,7 +105,7 @@ def write_report(
     summary = summarize(cache)
     contents = gather(cache, manifest, vae, originals, seconds)
     path = cache.root / "report.html"
-    publish([page(summary, contents).encode()], path, cache.tmp)
+    publish([page(summary, contents).encode("utf-8", "backslashreplace")], path, cache.tmp)
     return f"{path}: {told(checks_of(summary, contents))}"
 
 

@@ -60,7 +60,7 @@ def verify(config: VerifyConfig) -> int:
             units.append(unit)
             for damage in damages_of_unit(cache, unit, progress):
                 note(path, damage)
-        for damage in damages_of_conditioning(cache, next(iter(manifest.layouts), None)):
+        for damage in damages_of_conditioning(cache, manifest):
             note(cache.conditioning, damage)
         if config.reencode and not damaged:
             for name, damage in disagreements(config, manifest, progress):
@@ -140,10 +140,10 @@ def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRe
     )
 
 
-def damages_of_conditioning(cache: CachePaths, layout: Layout | None) -> Iterator[str]:
+def damages_of_conditioning(cache: CachePaths, manifest: Manifest) -> Iterator[str]:
     """A line where the embeddings of prompts are missing, damaged or not finite."""
     try:
-        stored = load_conditioning(cache.conditioning, layout)
+        stored = load_conditioning(cache.conditioning, manifest.layouts)
     except UserError:
         yield f"{cache.conditioning.name} is missing or damaged"
         return

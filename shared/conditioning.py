@@ -104,19 +104,19 @@ def save_conditioning(conditioning: Conditioning, path: Place, tmp: Path) -> Non
     publish([dump_conditioning(conditioning)], path, tmp)
 
 
-def load_conditioning(path: Place, layout: Layout | None = None) -> Conditioning:
+def load_conditioning(path: Place, layouts: Sequence[Layout] = ()) -> Conditioning:
     """Read it back, fp16. Raises UserError where it is missing, and as `parse_conditioning`."""
     data = read_if_there(path)
     if data is None:
         raise UserError(f"{path} does not exist; run the same `prep encode` to its end")
-    return parse_conditioning(data, path, layout)
+    return parse_conditioning(data, path, layouts)
 
 
-def parse_conditioning(data: bytes, path: Place, layout: Layout | None = None) -> Conditioning:
+def parse_conditioning(data: bytes, path: Place, layouts: Sequence[Layout] = ()) -> Conditioning:
     """The same of the file's content.
 
     Raises UserError, naming it, where it is damaged, or where its embeddings do not have the shape
-    of those in the cache's shards, whose `layout` is given.
+    of those in the cache's shards, whose `layouts` are given.
     """
     try:
         tensors = load(data)
@@ -124,7 +124,7 @@ def parse_conditioning(data: bytes, path: Place, layout: Layout | None = None) -
         prompts = typed(json.loads(header["__metadata__"]["prompts"]), tuple[str, ...], "prompts")
         empty, embeds = (_embeds(tensors, name) for name in ("empty", "prompts"))
         _check(empty, embeds, len(prompts))
-        if layout is not None:
+        for layout in layouts:
             _check_fit(empty, layout)
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)

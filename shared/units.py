@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -89,6 +89,21 @@ class UnitRecord:
         unit = record_of(UnitRecord, {**value, "shards": []})
         numbers = {name: getattr(unit, name) for name in ("read", "written", "truncated_captions")}
         not_negative(**numbers, generation=unit.generation, **unit.rejected)
+        check_sums(unit.sums, shards)
         if unit.samples:
             inside("samples", unit.samples)
         return replace(unit, shards=tuple(shards))
+
+
+def check_sums(sums: ChannelSums | None, shards: Sequence[Shard]) -> None:
+    """Raise ValueError for sums that are not of the channels that the shards have."""
+    if sums is None:
+        return
+    channels = {field["shape"][1] for shard in shards for field in shard.layout["fields"][:1]}
+    widths = channels | {count // 2 for count in channels}  # with a logvar beside each mean
+    if (
+        sums.count < 1
+        or len(sums.total) != len(sums.squares)
+        or (shards and len(sums.total) not in widths)
+    ):
+        raise ValueError("sums are not those of its latents")

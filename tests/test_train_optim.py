@@ -12,6 +12,7 @@ from shared.errors import UserError
 from train import checkpoint
 from train.config import DistillConfig
 from train.optim import base_learning_rate, build_optimizer, set_learning_rate
+from train.restore import restore_optimizer
 from train.student import build_student
 
 STEPS, WARMUP, BASE = 23, 5, 3e-4
@@ -135,7 +136,7 @@ def continued(settings: DistillConfig, tmp_path, device: str = "cpu") -> None:
     with torch.no_grad():
         for name, weight in second.items():
             weight.copy_(checkpoint.load_networks(folder)[name])
-    checkpoint.restore_optimizer(again, second, folder)
+    restore_optimizer(again, second, folder)
     for name, weight in second.items():
         mine, before = again.state[weight], optimizer.state[first[name]]
         assert mine.keys() == before.keys()

@@ -140,10 +140,10 @@ def test_a_cut_off_checkpoint_is_not_the_latest(tmp_path, capsys, name):
 
 
 def test_a_damaged_file_of_the_right_size_is_one_line(tmp_path):
-    folder = fake(tmp_path, 1)
+    whole, folder = fake(tmp_path, 1), fake(tmp_path, 2)
     path = folder / "networks.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    assert checkpoint.find_checkpoint(tmp_path, "latest") == folder
+    assert checkpoint.find_checkpoint(tmp_path, "latest") == whole  # the header tells
     with pytest.raises(UserError, match=r"is damaged .*; resume from another") as error:
         checkpoint.load_networks(folder)
     assert "\n" not in str(error.value)

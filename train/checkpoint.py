@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,11 +33,8 @@ from shared.storage import (
 )
 from shared.temporary import temporary
 from shared.tensors import tensor_chunks
-from train.optim import averages_of, restored, saved
-from train.tensors import check_moments, check_tensors, load_tensors
-
-if TYPE_CHECKING:
-    from train.student import Student
+from train.optim import Scaler, saved
+from train.tensors import load_tensors
 
 REMEDY = "resume from another checkpoint, or restore it"
 NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
@@ -97,17 +94,6 @@ def remove(folder: Path, tmp: Path) -> None:
         ownership.check(folder)
         os.replace(folder, gone)
         sync_folder(folder.parent)
-
-
-@dataclass(frozen=True)
-class _Scaler:
-    """What torch's GradScaler keeps."""
-
-    scale: float
-    growth_factor: float
-    backoff_factor: float
-    growth_interval: int
-    _growth_tracker: int
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -255,7 +241,7 @@ def read_progress(folder: Path) -> Progressed:
         numbers = (progressed.step, progressed.position, progressed.branch)
         if min(numbers) < 0 or progressed.batch_size < 1:
             raise ValueError("a number in it is below what can be")
-        if progressed.scaler and record_of(_Scaler, progressed.scaler).scale <= 0:
+        if progressed.scaler and record_of(Scaler, progressed.scaler).scale <= 0:
             raise ValueError("the scale of the loss is not above 0")
         return progressed
 
@@ -298,18 +284,6 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
     return load_tensors(folder / OPTIMIZER, REMEDY)
 
 
-def restore_networks(folder: Path, student: Student) -> None:
-    """Put a student into the state of a checkpoint.
-
-    Raises UserError, naming file and tensor, where the file does not hold just the student's
-    tensors, in their shapes and finite.
-    """
-    stored = load_networks(folder)
-    wanted = {name: tensor.shape for name, tensor in student.state().items()}
-    check_tensors(folder / NETWORKS, stored, wanted, REMEDY)
-    student.load_state(stored)
-
-
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
@@ -319,17 +293,3 @@ def optimizer_state(
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
-) -> None:
-    """Put an optimizer into the state of a checkpoint. Raises UserError as `restore_networks`."""
-    stored = load_optimizer(folder)
-    averages = averages_of(optimizer)
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    check_moments(folder / OPTIMIZER, stored, shapes, averages, REMEDY)
-    for path, tensor in stored.items():
-        name, _, key = path.rpartition("/")
-        weight = parameters[name]
-        optimizer.state[weight][key] = restored(optimizer, key, tensor, weight)

@@ -62,7 +62,7 @@ def draw_prompts(config: SampleConfig) -> None:
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)
     bucket = largest_bucket(cache, manifest)
-    conditioning = load_conditioning(CachePaths(cache).conditioning, bucket.layout)
+    conditioning = load_conditioning(CachePaths(cache).conditioning, manifest.layouts)
     config = with_prompts(config, stored, conditioning)
     texts = conditioning.find(config.prompt)
     artist = artist.with_empty(conditioning.unconditional)

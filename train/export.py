@@ -24,13 +24,13 @@ from train.checkpoint import (
     check_terms,
     find_checkpoint,
     read_progress,
-    restore_networks,
     whole_checkpoints,
 )
 from train.config import DistillConfig, ExportConfig
 from train.hub import check_push, push
 from train.kohya import KOHYA_FILE
 from train.objectives import OBJECTIVES
+from train.restore import restore_networks
 from train.sample import student_scheduler, teacher_scheduler
 from train.stored import stored_config
 from train.student import build_student

@@ -111,7 +111,7 @@ def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
         captions,
         TextEmbeds(torch.from_numpy(embeds), None if pooled is None else torch.from_numpy(pooled)),
         torch.from_numpy(rows[:, :channels].astype(np.float32)) * scale,
-        load_conditioning(CachePaths(root).conditioning, bucket.layout).unconditional,
+        load_conditioning(CachePaths(root).conditioning, manifest.layouts).unconditional,
     )
 
 

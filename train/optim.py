@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,17 @@ def build_optimizer(
             "--use-8bit-adam wants bitsandbytes; `pip install bitsandbytes`, or leave it out"
         ) from None
     return AdamW8bit(weights, **settings)
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """What torch's GradScaler keeps."""
+
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int
 
 
 def averages_of(optimizer: torch.optim.Optimizer) -> tuple[str, str]:

@@ -33,6 +33,7 @@ from train.order import Order
 from train.plan import batches, plan, say_memory, warn_of_small_buckets, with_steps
 from train.preview import open_previews
 from train.record import Recorder
+from train.restore import restore_networks, restore_optimizer
 from train.resume import as_left, finished
 from train.run import Distillation
 from train.speed import check_speed, speed_up
@@ -89,8 +90,7 @@ def prepare(config: DistillConfig) -> Distillation:
     if resumed is not None and before is not None:
         check_resumed(resumed, before, terms, config)
         go_on(resumed, before, student, optimizer, scaler)
-    layout = next(iter(manifest.layouts), None)
-    conditioning = load_conditioning(CachePaths(config.cache).conditioning, layout)
+    conditioning = load_conditioning(CachePaths(config.cache).conditioning, manifest.layouts)
     begun = before or checkpoint.Progressed(0, 0, batch_size, terms)
     loader = build_loader(
         config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
@@ -144,8 +144,8 @@ def go_on(
     scaler: torch.amp.GradScaler,
 ) -> None:
     """Put networks, optimizer and fp16 scale into the state of a checkpoint."""
-    checkpoint.restore_networks(folder, student)
-    checkpoint.restore_optimizer(optimizer, student.trainable(), folder)
+    restore_networks(folder, student)
+    restore_optimizer(optimizer, student.trainable(), folder)
     if before.scaler:  # empty where the run was not in fp16 before
         scaler.load_state_dict(dict(before.scaler))
 

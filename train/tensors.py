@@ -90,8 +90,10 @@ def check_lora(path: Path, unet: nn.Module) -> None:
         if isinstance(layer, nn.Linear | nn.Conv2d)
     }
     adapted = {name.removeprefix("unet.").rpartition(".lora_")[0] for name in found}
+    ends = targets_of(path)
+    told = {name for name in layers for end in ends if f".{name}".endswith(f".{end}")}
     wanted: dict[str, Sequence[int]] = {}
-    for name in sorted(adapted | targets_of(path)):
+    for name in sorted(adapted | told):
         if name not in layers:
             raise UserError(f"{path} is for layers that the model's UNet has not; {remedy}")
         width_out, width_in, *kernel = layers[name]
@@ -105,7 +107,7 @@ def check_lora(path: Path, unet: nn.Module) -> None:
 
 
 def targets_of(path: Path) -> set[str]:
-    """The layers that a LoRA file's own metadata names; none where it says nothing of them."""
+    """Ends of the names of the layers that a LoRA file's own metadata names, if it does."""
     with safe_open(path, "pt") as file:
         told = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     with contextlib.suppress(ValueError, RecursionError):

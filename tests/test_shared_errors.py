@@ -1,0 +1,130 @@
+"""What the machine refuses ends in one line, and a mistake in the program in a traceback."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from shared import places
+from shared.access import is_mistake
+from shared.errors import UserError, exhausted, run_main
+from shared.storage import dump_json, load_json
+from shared.units import Shard, UnitRecord
+
+
+def said(raised, capsys) -> str:
+    def main():
+        raise raised
+
+    with pytest.raises(SystemExit) as end:
+        run_main(main, "take less")
+    captured = capsys.readouterr()
+    assert end.value.code == 1
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EIO, "the disk fails"),
+        (errno.ENAMETOOLONG, "the name is too long"),
+        (errno.EMFILE, "too many files are open"),
+        (errno.ESTALE, "stale handle"),
+        (errno.EACCES, "permission denied"),
+        (errno.ENOENT, "No such file"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(number, remedy, capsys):
+    assert remedy in said(OSError(number, os.strerror(number)), capsys)
+    line = said(OSError(number, os.strerror(number), "/a/file"), capsys)
+    assert "/a/file: " in line
+    assert remedy in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((1,), np.dtype("f8")),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't "
+                     "allocate memory: you tried to allocate 9 bytes. Error code 12"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to"),
+    ],
+)  # fmt: skip
+def test_a_full_memory_is_one_line(error, capsys):
+    assert said(error, capsys) == "error: the memory is full; take less\n"
+
+
+def test_torch_runs_out_of_the_machines_memory(capsys):
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 58, dtype=torch.uint8)
+    assert exhausted(error.value) == "the memory is full"
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    script = "from shared.errors import run_main; run_main(lambda: print('x' * 100))"
+    with open("/dev/full", "w") as full:
+        answer = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("error: what was to be written does not fit: the disk is full")
+    assert answer.stderr.count("\n") == 1
+
+
+def test_names_that_are_not_utf8_are_printed_and_kept(tmp_path):
+    odd = os.fsdecode(b"odd\xff")
+    script = f"from shared.errors import run_main; run_main(lambda: print({odd!r}))"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (answer.returncode, answer.stdout) == (0, "odd\\udcff\n")
+    path = tmp_path / "x.json"
+    path.write_bytes(dump_json({"name": odd}))
+    path.read_bytes().decode("utf-8")  # any reader of JSON takes it
+    assert load_json(path) == {"name": odd}
+
+
+@pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError, AssertionError, KeyError])
+def test_a_mistake_passes_as_it_is_and_at_once(kind, monkeypatch):
+    monkeypatch.setattr(places.time, "sleep", lambda _: pytest.fail("a mistake was tried again"))
+    place = places.place("memory://bucket/file")
+
+    def act():
+        raise kind("ours")
+
+    with pytest.raises(kind):
+        place._attempt(act)
+    assert is_mistake(kind())
+
+
+def test_what_a_library_raises_is_no_mistake(monkeypatch):
+    monkeypatch.setattr(places.time, "sleep", lambda _: None)
+    place = places.place("memory://bucket/file")
+
+    class ClientError(KeyError):
+        """As libraries have them."""
+
+    def act():
+        raise ClientError("slow down")
+
+    with pytest.raises(UserError, match="cannot be reached"):
+        place._attempt(act)
+
+
+def test_a_shard_of_before_and_one_of_today_are_read():
+    row = {"file": "shards/a.tar", "layout": {}, "count": 1, "size": 1, "sha256": "0" * 64}
+    assert Shard.from_json(row).to_json() == row
+    today = row | {"first_key": "0123456789abcdef"}
+    assert Shard.from_json(today).to_json() == today
+    for odd in ({"count": -1}, {"count": True}, {"count": 1.0}, {"file": "shards/../x"},
+                {"file": "samples/x"}, {"sha256": "../x"}, {"colour": 1}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"."):
+            Shard.from_json(row | odd)
+    with pytest.raises(ValueError, match="shards"):
+        UnitRecord.from_json({})
