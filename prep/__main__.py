@@ -42,9 +42,9 @@ def finish(config: FinishConfig) -> None:
 
 def embed(config: EmbedConfig) -> None:
     """Add prompts to a cache."""
-    from prep import commands
+    from prep.prompts import embed
 
-    commands.embed(config)
+    embed(config)
 
 
 def verify(config: VerifyConfig) -> int:

@@ -12,33 +12,28 @@ from prep import config, engine, holdout, identity, overwrite, plan, report
 from prep.filters import Filters
 from prep.folders import repeats_in
 from prep.pipeline import Encoders, Settings, Work
+from prep.prompts import add_prompts
 from prep.recorded import Originals
 from prep.sources import SourceOptions, Unit, find_units
 from prep.stale import Stale, drop, find_stale, of_generation
-from prep.text import TextEncoder
 from prep.text_encoding import check_encoding
 from prep.vae import posterior_matters
 from shared import cpus
-from shared.cache import CachePaths, UnitRecord, open_manifest, read_units
-from shared.conditioning import Conditioning, dump_conditioning, parse_conditioning
-from shared.device import pick_device, set_threads
+from shared.cache import CachePaths, UnitRecord, read_units
 from shared.errors import UserError
-from shared.family import Model, recorded_model, resolve_model
+from shared.family import Model, resolve_model
 from shared.identity import (
     OtherSettings,
     generation_of,
     other_settings,
     read_identity,
-    whole_identity,
 )
 from shared.progress import Progress
 from shared.storage import create_exclusively, dump_json
 from shared.temporary import sweep
-from shared.update import update
 
 T = TypeVar("T")
 
-PREVIEWS = 4  # prompts taken from the data where none are named
 MOST_DECODERS = 8  # more do not help one device, and each holds a picture
 
 
@@ -236,58 +231,6 @@ def source_options(config: config.EncodeConfig) -> SourceOptions:
         allow_external_images=config.allow_external_images,
         pipes=True,
     )
-
-
-def add_prompts(
-    cache: CachePaths,
-    model: Model,
-    encoder: TextEncoder,
-    prompts: Sequence[str],
-    captions: Sequence[str] = (),
-) -> int:
-    """Put prompts that are not there yet into conditioning.safetensors; returns how many.
-
-    Where there is no such file yet and no prompt is asked for, the first captions are taken.
-    """
-    added = 0
-
-    def change(content: bytes | None) -> bytes | None:
-        nonlocal added
-        wanted = dict.fromkeys(prompts)
-        if content is None:
-            empty = identity.unconditional(model, encoder)
-            stored = Conditioning(empty, (), empty[0:0])
-            wanted = wanted or dict.fromkeys(list(dict.fromkeys(captions))[:PREVIEWS])
-        else:
-            stored = parse_conditioning(content, cache.conditioning)
-        fresh = [prompt for prompt in wanted if prompt not in stored.prompts]
-        added = len(fresh)
-        if fresh:
-            stored = stored.with_prompts(fresh, encoder.encode(fresh))
-        return dump_conditioning(stored) if fresh or content is None else None
-
-    update(cache.conditioning, change, cache.tmp)
-    return added
-
-
-def embed(config: config.EmbedConfig) -> None:
-    """Add prompts to a cache, with the text encoders it was made with."""
-    cache = CachePaths(config.cache)
-    stored = whole_identity(cache, open_manifest(config.cache))
-    sweep(cache.tmp)
-    model = resolve_model(config.model or recorded_model(str(stored["model"])))
-    set_threads(identity.Shapes.from_json(stored["shapes"]).threads)
-    encoder = TextEncoder(
-        model, pick_device(config.device), stored["shapes"]["text_batch_size"],
-        stored["text"].get("clip_skip", 0),
-    )  # fmt: skip
-    if not identity.same_encoder(stored["text"], encoder.identity()):
-        raise UserError(
-            f"{config.cache} was made with other text encoders than {model.source}'s; "
-            "pass --model with the one it was made with"
-        )
-    added = add_prompts(cache, model, encoder, config.prompts)
-    print(f"{added} prompts added, {len(set(config.prompts)) - added} were there already")
 
 
 def finish(config: config.FinishConfig) -> None:

@@ -8,7 +8,7 @@ comes or goes later, the same samples stay held out, and none that was trained o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 from shared.cache import CachePaths, Manifest, Shard
 from shared.errors import UserError
 from shared.layout import Layout
-from shared.storage import dump_json, guard, parse_json, read_if_there
+from shared.reading import read_if_there
+from shared.records import not_negative, typed
+from shared.storage import dump_json, guard, parse_record
 from shared.update import update
 from shared.wording import counted
 
@@ -32,7 +34,7 @@ def ask(cache: CachePaths, count: int | None) -> None:
     """
 
     def change(content: bytes | None) -> bytes | None:
-        noted = 0 if content is None else parse_json(content, cache.holdout).get("count", 0)
+        noted = parsed(content, cache).get("count", 0)
         return None if count == noted else dump_json({"count": count})
 
     if count is not None:
@@ -41,8 +43,19 @@ def ask(cache: CachePaths, count: int | None) -> None:
 
 def held_out(cache: CachePaths) -> dict[str, Any]:
     """What holdout.json says: `count`, and `keys` where they have been chosen. Empty without it."""
-    content = read_if_there(cache.holdout)
-    return {} if content is None else dict(parse_json(content, cache.holdout))
+    return parsed(read_if_there(cache.holdout), cache)
+
+
+def parsed(content: bytes | None, cache: CachePaths) -> dict[str, Any]:
+    """The same of the file's content. Raises UserError where it is damaged."""
+
+    def build(stored: Mapping[str, Any]) -> dict[str, Any]:
+        not_negative(count=typed(stored["count"], int, "count"))
+        typed(stored.get("keys", []), list[str], "keys")
+        return dict(stored)
+
+    remedy = "restore it, or remove it and say `prep finish --holdout N`, which chooses anew"
+    return {} if content is None else parse_record(content, cache.holdout, build, remedy)
 
 
 def choose(cache: CachePaths, manifest: Manifest) -> None:
@@ -67,8 +80,9 @@ def choose(cache: CachePaths, manifest: Manifest) -> None:
     chosen = dump_json({"count": count, "keys": keys[:count]})
 
     def change(content: bytes | None) -> bytes | None:
-        now = {} if content is None else parse_json(content, cache.holdout)
-        return None if "keys" in now else chosen  # another process has finished it, too
+        return (
+            None if "keys" in parsed(content, cache) else chosen
+        )  # another process has finished it, too
 
     update(cache.holdout, change, cache.tmp)
 

@@ -36,7 +36,7 @@ from support_calls import KILLED, Calls, forked, in_child  # noqa: E402
 from support_prep import captioned, write_tar  # noqa: E402
 from support_reader import read_cache  # noqa: E402
 
-from prep import commands, config, gc, pack, unpack, verify  # noqa: E402
+from prep import commands, config, gc, pack, prompts, unpack, verify  # noqa: E402
 from prep.archive import SUMS, read_sums  # noqa: E402
 from shared.errors import UserError  # noqa: E402
 
@@ -188,7 +188,7 @@ SCENARIOS = {
     "report": Scenario(unfolded, lambda place: commands.finish(config.FinishConfig(place.cache))),
     "embed": Scenario(
         first,
-        lambda place: commands.embed(config.EmbedConfig(place.cache, ("a red kite", "a house"))),
+        lambda place: prompts.embed(config.EmbedConfig(place.cache, ("a red kite", "a house"))),
     ),
     "gc": Scenario(untidy, Place.gc),
     "repair": Scenario(damaged, repair, may_refuse=True),

@@ -151,7 +151,7 @@ def test_embed_adds_prompts_once(tars, tmp_path):
     before = load_conditioning(cache / "conditioning.safetensors")
     answer = prep("embed", "--cache", cache, "--prompts", "a star", "a red circle", "a star")
     assert answer.status == 0, answer.err
-    assert "1 prompts added, 1 were there already" in answer.out
+    assert "1 prompt added, 1 was there already" in answer.out
     after = load_conditioning(cache / "conditioning.safetensors")
     assert after.prompts == ("a red circle", "a star")
     rows = after.find(["a red circle"]).prompt_embeds
