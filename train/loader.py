@@ -216,7 +216,7 @@ def fault(arrays: Sequence[NDArray[np.float16]], channels: int) -> str:
 def is_constant(values: NDArray[np.float16]) -> bool:
     """Whether an array of several numbers holds one value alone, such as zeros.
 
-    Its ends are compared first: they differ in all but one of thousands, so this costs nothing.
+    Its ends are compared first: they differ in all but one of thousands.
     """
     flat = values.reshape(-1)
     return bool(flat[0] == flat[-1] and len(flat) > 1 and (flat == flat[0]).all())
