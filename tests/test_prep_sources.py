@@ -29,6 +29,7 @@ from support_prep import (
 )
 
 import prep.pipeline
+from prep.tar_rows import DOTTED
 from shared.errors import UserError
 
 PNG = png(1)
@@ -210,8 +211,7 @@ def test_a_line_of_pixels_does_not_eat_the_memory(tmp_path):
     (tmp_path / "line.png").write_bytes(png(1, 1, 4000))
     script = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from prep.tar_rows import DOTTED
-from prep.images import BadImage, Framing, prepare\n"
+        "from prep.images import BadImage, Framing, prepare\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: prepare(Path(sys.argv[1]).read_bytes(), Framing(512))\n"
         "except BadImage: pass\n"
