@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
     load_single_file_checkpoint,
 )
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
@@ -172,13 +172,24 @@ def load_clip(model: Model, part: str) -> tuple[PreTrainedTokenizerBase, PreTrai
                 ignore_mismatched_sizes=True,  # which are refused with their names
             )  # fmt: skip
             source = model.source
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder=folder)
+        tokenizer = AutoTokenizer.from_pretrained(with_files(source, folder), subfolder=folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = first_line(error)
         raise UserError(f"no {part} can be read from {model.source!r} ({first})") from None
     if len(tokenizer) < SMALLEST_VOCABULARY:  # what transformers makes of missing files
         raise UserError(f"{model.source}: the tokenizer of its {part} has no vocabulary")
     return tokenizer, encoder
+
+
+def with_files(source: str, folder: str) -> str:
+    """Where the files of a model's `folder` lie on this machine, downloaded if need be.
+
+    A tokenizer's reader also asks for files that a repository need not have; of a folder it knows
+    that they are not there, of the hub's cache only with a network. Raises OSError or ValueError.
+    """
+    if Path(source).is_dir():
+        return source
+    return str(snapshot_download(source, allow_patterns=f"{folder}/*"))
 
 
 def tokenizer_source(model: Model, folder: str) -> str:
@@ -191,14 +202,13 @@ def tokenizer_source(model: Model, folder: str) -> str:
         return str(beside)
     unreachable()  # with no hub, only what was downloaded before is looked for
     try:
-        hf_hub_download(model.family.pretrained, "tokenizer_config.json", subfolder=folder)
+        return with_files(model.family.pretrained, folder)
     except (OSError, ValueError) as error:
         first = first_line(error)
         raise UserError(
             f"{model.source} holds no tokenizer, and {model.family.pretrained}'s cannot be fetched "
             f"({first}); connect to the hub, or put its {folder} into the folder {beside}"
         ) from None
-    return model.family.pretrained
 
 
 def _from_single_file(kind: Any, source: str, part: str) -> PreTrainedModel:

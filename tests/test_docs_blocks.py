@@ -1,4 +1,7 @@
-"""Every code block of README and docs does what it says when it is typed."""
+"""Every code block of README and docs does what it says when it is typed.
+
+Batch scripts are run by test_docs_slurm.py, the demo by test_end_to_end.py.
+"""
 
 import json
 import tomllib
@@ -11,16 +14,49 @@ from support_docs import (
     blocks,
     cut_down,
     make_hub,
+    make_sources,
     module_command,
     pages,
-    unpack_pictures,
 )
+
+from prep.config import EncodeConfig
+from shared.config import parse
 
 ALL = [block for page in pages() for block in blocks(page)]
 BY_PAGE = {
-    page: [b for b in ALL if b.page == page and b.language in ("sh", "python")]
+    page: [block for block in ALL if block.page == page and block.language in ("sh", "python")]
     for page in dict.fromkeys(block.page for block in ALL)
 }
+# What a page takes for granted: made by these commands before its blocks run.
+MINE = "make prep SHARDS=my-pictures MODEL=sd15 CACHE=caches/mine\n"
+GIVEN = {
+    "docs/cache-format.md": MINE,
+    "docs/training.md": "make prep SHARDS=my-pictures\n",
+    "docs/exports.md": (
+        "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"
+        "make train RUN=runs/full ARGS='--student full'\n"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The hub and the pictures of the pages."""
+    folder = tmp_path_factory.mktemp("documented")
+    make_hub(folder / "hub")
+    make_sources(folder)
+    return folder
+
+
+@pytest.fixture
+def workspace(sources, tmp_path, monkeypatch):
+    """A checkout to type in, where the real models' names stand for the tiny ones."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(sources / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for source in sources.iterdir():
+        (tmp_path / source.name).symlink_to(source)
+    return Workspace(tmp_path)
 
 
 @pytest.mark.parametrize("block", ALL, ids=str)
@@ -33,20 +69,18 @@ def test_every_block_says_what_it_is(block):
 
 
 @pytest.mark.parametrize("page", [page for page, found in BY_PAGE.items() if found])
-def test_blocks_run(page, tmp_path, monkeypatch, cli):
-    make_hub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    workspace = Workspace(tmp_path)
-    unpack_pictures(tmp_path / "my-pictures", 12)
+def test_blocks_run(page, workspace, cli):
     names = {}
-    for block in BY_PAGE[page]:
-        if block.language == "python":
+    for block in [GIVEN.get(page, ""), *BY_PAGE[page]]:
+        if block and not isinstance(block, str) and block.language == "python":
             workspace.python(block.text, names)
             continue
-        for words in workspace.shell(block.text):
+        for words in workspace.shell(block if isinstance(block, str) else block.text):
             command = module_command(words)
-            if command is not None:
-                answer = cli(*cut_down(command))
-                assert answer.status == 0, f"{block}: {words}\n{answer.err}{answer.out}"
+            if command is None:
+                continue
+            if "--engine" in command:  # which test_prep_ray.py runs
+                parse(EncodeConfig, command[2:], "python -m prep encode")
+                continue
+            answer = cli(*cut_down(command))
+            assert answer.status == 0, f"{block}: {words}\n{answer.err}{answer.out}"

@@ -134,7 +134,7 @@ def test_an_array_encodes_a_cache_and_a_part_whose_time_is_up_is_queued_again(tm
     page = repo / "docs" / "scaling.md"
     tars = f"{repo}/data/pictures/train/{{00000..00001}}.tar"
     script = block(page, "--array=0-15", **{
-        "data/{00000..00999}.tar": tars, "--model sd15": "--model tiny-sd", "/16": "/2",
+        "pictures/{00000..00999}.tar": tars, "--model sd15": "--model tiny-sd", "/16": "/2",
     })  # fmt: skip
     fold = block(page, "sbatch --parsable", **{"JOB=$(sbatch --parsable encode.sbatch)": "JOB=70"})
     slurm.program("bin/sbatch", '[[ "$1 $2" == "--dependency=afterok:70 --wrap" ]] && $3\n')

@@ -20,6 +20,7 @@ from shared.single_file import is_single_file
 from shared.storage import copy_durably, load_record, publish
 from train.objectives import OBJECTIVES
 from train.uses import file_uses, half_precision
+from train.weights import LORA_FILE
 
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
 EVALUATION, AFTER_EVALUATION = "Evaluation", "Training"  # sections
@@ -169,7 +170,7 @@ def snippet(config: Mapping[str, Any], name: str, family: Family, variant: str =
         + ").to(device)\n"
     )
     if lora:
-        lines += f"pipe.load_lora_weights({quoted(name)})\n"
+        lines += f"pipe.load_lora_weights({quoted(name)}, weight_name={quoted(LORA_FILE)})\n"
     side = resolution(config, family)
     built_in = lora and few_steps(config)
     return lines + (
