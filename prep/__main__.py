@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from shared import startup  # isort: skip  # noqa: F401 (before what takes a while)
+
 from prep.config import (
     DecodeConfig,
     EmbedConfig,
