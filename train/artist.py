@@ -113,7 +113,7 @@ def open_artist(
     """
     set_threads(threads)
     device = pick_device(device_name)
-    student, config = load_student(run, device)
+    student, config = load_student(run, device, model)
     teacher = resolve_model(model or recorded_model(str(config["model"])))
     recorded = None if model else config.get("vae")
     vae_source = vae or (recorded_model(str(recorded), "--vae") if recorded else teacher.source)

@@ -22,6 +22,7 @@ from train.objectives import OBJECTIVES
 from train.uses import file_uses, half_precision
 from train.weights import LORA_FILE
 
+ANY_PROMPT = "a photograph of a lighthouse at sunset"
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
 EVALUATION, AFTER_EVALUATION = "Evaluation", "Training"  # sections
 READ = ("utf-8", "surrogateescape")  # what others wrote into a card stays as it is
@@ -51,7 +52,7 @@ def write_card(
     is what a user loads it by: a hub id or the folder. Where the run's evaluation is of this
     student, the table is part of the card; returns whether it is.
     """
-    family = resolve_model(str(config["model"])).family
+    family = resolve_model(str(config["teacher"])).family
     last = f"step-{config['max_train_steps']:08d}.png"
     previews = sorted(p for p in (run / "previews").glob("step-*.png") if p.name <= last)
     parts = [header(config), introduction(config, name)]
@@ -263,18 +264,23 @@ def prompt(config: Mapping[str, Any]) -> str:
     """One that the run was watched with, else any."""
     if config["validation_prompts"]:
         return str(config["validation_prompts"][0])
+    if config["cache"] is None:
+        return ANY_PROMPT
     try:
         cache = CachePaths(place(str(config["cache"])))
         stored = load_conditioning(cache.conditioning).prompts
     except (OSError, UserError):  # gone or out of reach
         stored = ()
-    return stored[0] if stored else "a photograph of a lighthouse at sunset"
+    return stored[0] if stored else ANY_PROMPT
 
 
 def resolution(config: Mapping[str, Any], family: Family) -> int:
     """The pixels that the cache was made at; the model's own where it cannot be read any more."""
+    own = Model(str(config.get("teacher", config["model"])), family)
+    if config["cache"] is None:
+        return native_resolution(own)
     try:
         manifest = open_manifest(place(str(config["cache"])), check_sizes=False)
     except (OSError, UserError):
-        return native_resolution(Model(str(config["model"]), family))
+        return native_resolution(own)
     return int(manifest.identity["preprocessing"]["resolution"])

@@ -219,6 +219,8 @@ class ExportConfig:
     """The one of runs/ whose checkpoint is the newest unless given."""
     checkpoint: NameOrPath = "latest"
     """latest, step-N, or the folder of a checkpoint."""
+    model: NameOrPath | None = None
+    """Where the teacher is; the run's own, if it is on this machine, unless given."""
     output: LocalPath | None = None
     """The run's folder unless given."""
     export_dtype: ExportDtype = "both"

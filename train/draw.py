@@ -11,7 +11,6 @@ import numpy as np
 from shared.cache import CachePaths, open_manifest
 from shared.conditioning import Conditioning, load_conditioning
 from shared.errors import UserError
-from shared.places import place
 from shared.vae import decode_latents
 from train.artist import open_artist
 from train.bucket import largest_bucket
@@ -21,6 +20,7 @@ from train.objectives import OBJECTIVES
 from train.pictures import write_grid, write_picture
 from train.preview import MAX_PROMPTS
 from train.sample import most_steps
+from train.whereabouts import recorded_cache
 
 
 def with_prompts(
@@ -58,7 +58,7 @@ def draw_prompts(config: SampleConfig) -> None:
     most = most_steps(artist.config, artist.scheduler_config)
     if steps > most:
         raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")
-    cache = config.cache or place(str(artist.config["cache"]))
+    cache = config.cache or recorded_cache(str(artist.config["cache"]), "--cache")
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)
     bucket = largest_bucket(cache, manifest)

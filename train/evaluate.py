@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from shared.errors import UserError
-from shared.places import place
 from shared.progress import Progress
 from train.artist import Artist, open_artist
 from train.card import update_card
@@ -46,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> None:
         config.model,
     )
     weights = exported_student(config.run, artist.config["student"])
-    config, manifest = with_eval_cache(config, place(str(artist.config["cache"])))
+    config, manifest = with_eval_cache(config, str(artist.config["cache"]))
     artist.check_cache(manifest, config.eval_cache)
     heldout = load_heldout(config.eval_cache, manifest, config.num_samples)
     config = with_batch_size(config, heldout.shape)

@@ -14,7 +14,8 @@ from diffusers import UNet2DConditionModel
 from shared.cache import Manifest
 from shared.config import coerce
 from shared.errors import UserError
-from shared.family import load_config, resolve_model
+from shared.family import load_config, recorded_model, resolve_model
+from shared.places import is_url
 from shared.storage import guard, publish, workshop
 from shared.temporary import sweep
 from shared.together import replace_together
@@ -89,7 +90,7 @@ def write_export(
 
     `step` is that of the student, the run's last unless given.
     """
-    stored = told_config(config.run, step)
+    stored = told_config(config, step)
     tmp = folder / "tmp"
 
     def describe(building: Path, student: str) -> None:
@@ -112,7 +113,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
     with guard(folder):
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
     distilled = DistillConfig(**coerce(DistillConfig, stored))
-    model = resolve_model(distilled.model)
+    model = resolve_model(config.model or recorded_model(str(distilled.model)))
     student = build_student(model.source, distilled)
     before = read_progress(checkpoint)
     terms = run_terms(distilled, NO_CACHE, model, student)
@@ -141,7 +142,7 @@ def publish_export(
     config: DistillConfig | ExportConfig, folder: Path, step: int | None = None, latest: bool = True
 ) -> None:
     """With --push-to-hub, upload what `write_export` wrote; say where it is and what it is for."""
-    stored = told_config(config.run, step)
+    stored = told_config(config, step)
     if config.push_to_hub:
         student = exported_student(folder, stored["student"])
         write = partial(write_card, config.run, folder, folder / "tmp", stored, student, latest)
@@ -150,15 +151,24 @@ def publish_export(
         print(f"note: {line}", file=sys.stderr)
 
 
-def told_config(run: Path, step: int | None) -> dict[str, Any]:
-    """A run's configuration as its student's card tells it: with the steps that it took."""
-    stored = run_config(run)
-    return {**stored, "max_train_steps": step or stored["max_train_steps"]}
+def told_config(config: DistillConfig | ExportConfig, step: int | None) -> dict[str, Any]:
+    """A run's configuration as its student's card tells it: with the steps that it took.
+
+    `teacher` is where its files are: an export asks no address that a run records, so a cache
+    behind a URL is None in it.
+    """
+    stored = run_config(config.run)
+    named = isinstance(config, DistillConfig)
+    if not named and is_url(str(stored["cache"])):
+        stored["cache"] = None
+    teacher = stored["model"] if named else config.model or recorded_model(str(stored["model"]))
+    steps = step or stored["max_train_steps"]
+    return {**stored, "teacher": teacher, "max_train_steps": steps}
 
 
 def drawing_scheduler(config: dict[str, Any]) -> Any:
-    """The scheduler that the student of a run with this `config` is drawn with."""
-    teacher = load_config(config["model"], SCHEDULER_FILE)
+    """The scheduler that the student of a run with this `told_config` is drawn with."""
+    teacher = load_config(str(config["teacher"]), SCHEDULER_FILE)
     if OBJECTIVES[config["objective"]].few_steps:
         return student_scheduler(teacher, config)
     return teacher_scheduler("ddim", "trailing", teacher)
@@ -179,10 +189,12 @@ def student_file(run: Path, config: Mapping[str, Any]) -> Path:
     return run / (LORA_FILE if config["student"] == "lora" else UNET_FOLDER)
 
 
-def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel, dict[str, Any]]:
+def load_student(
+    run: Path, device: torch.device, model: str | None = None
+) -> tuple[UNet2DConditionModel, dict[str, Any]]:
     """An exported student, ready to draw, and the configuration it was distilled with.
 
-    Raises UserError where the run has no export.
+    A LoRA's teacher is `model`, else the run's own. Raises UserError where the run has no export.
     """
     config = run_config(run)
     wanted = student_file(run, config)
@@ -192,7 +204,7 @@ def load_student(run: Path, device: torch.device) -> tuple[UNet2DConditionModel,
             f"or run `python -m train export --run {run}`"
         )
     if config["student"] == "lora":
-        unet = load_unet(config["model"])
+        unet = load_unet(model or recorded_model(str(config["model"])))
         check_lora(wanted, unet)
         unet.load_lora_adapter(run, prefix="unet", weight_name=LORA_FILE)
         unet.fuse_lora()  # drawing costs twice as much with the adapters beside the layers

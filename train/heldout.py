@@ -19,16 +19,17 @@ from train.checkpoint import latest_checkpoint, read_progress
 from train.config import EvaluateConfig
 from train.heads import check_heads
 from train.loader import fault
+from train.whereabouts import recorded_cache
 
 
-def with_eval_cache(config: EvaluateConfig, trained_on: Place) -> tuple[EvaluateConfig, Manifest]:
+def with_eval_cache(config: EvaluateConfig, trained_on: str) -> tuple[EvaluateConfig, Manifest]:
     """The same with a cache to evaluate on, and its manifest: what is given, else the run's own.
 
     Raises UserError where that one has nothing set aside, or had not when the run was trained.
     """
-    cache = config.eval_cache or trained_on
+    cache = config.eval_cache or recorded_cache(trained_on, "--eval-cache")
     manifest = open_manifest(cache)
-    if str(cache) != str(trained_on):
+    if str(cache) != trained_on:
         return config, manifest
     other = "pass --eval-cache a cache of other pictures"
     if not manifest.heldout:

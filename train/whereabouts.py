@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.errors import UserError
 from shared.ownership import absolute
 from shared.places import is_url
 
@@ -30,6 +31,19 @@ def found(config: Mapping[str, Any], run: Path) -> dict[str, Any]:
     origins = typed_in(str(config.get("run", "")), run)
     names = [name for name in PATHS if isinstance(config.get(name), str)]
     return {**config, **{name: from_here(config[name], origins) for name in names}}
+
+
+def recorded_cache(text: str, flag: str) -> Path:
+    """The cache that a run's configuration names, where it is a folder.
+
+    A run may come from anybody, so an address that it names is not asked. Raises UserError for
+    one; `flag` is that by which the user names it.
+    """
+    if is_url(text):
+        raise UserError(
+            f"the run was trained on {text}, which is asked only if you name it: pass {flag} {text}"
+        )
+    return Path(text)
 
 
 def downward(text: str) -> bool:
