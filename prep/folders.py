@@ -145,9 +145,10 @@ def _refuse_uncaptioned(path: Path, members: Sequence[Member], options: SourceOp
             f"{shown}: its metadata has the columns {', '.join(keys)}: which one holds the "
             "captions? Say --caption-column NAME"
         )
-    none = f"none of its {len(members)} pictures has" if len(members) > 1 else "its picture has not"
+    count = len(members)
+    none = "its picture has no" if count == 1 else f"none of its {count} pictures has a"
     raise UserError(
-        f"{shown}: {none} a caption, such as NAME.txt beside NAME.jpg, or a line of "
+        f"{shown}: {none} caption, such as NAME.txt beside NAME.jpg, or a line of "
         f"metadata.jsonl: {EXAMPLE}{_likely_list(path)}"
     )
 
