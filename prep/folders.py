@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from prep.kinds import HEAD_BYTES, no_picture_in
 from prep.listing import MISSING, Member
-from prep.metadata import EXAMPLE, FILE_NAME
+from prep.metadata import EXAMPLE, FILE_NAME, LISTS
 from prep.rows import (
     CAPTION_KEYS,
     IMAGE_EXTENSIONS,
@@ -30,6 +32,7 @@ from prep.rows import (
     make_row,
     record_in,
 )
+from prep.tree import walk
 from prep.units import (
     UNIT_ROWS,
     SourceOptions,
@@ -124,6 +127,8 @@ def folder_units(path: Path, members: Sequence[Member], options: SourceOptions) 
 def _refuse_uncaptioned(path: Path, members: Sequence[Member], options: SourceOptions) -> None:
     shown, column = printable(str(path)), options.caption_column
     if not members:
+        if empty := next((name for name in LISTS if (path / name).is_file()), ""):
+            raise UserError(f"{shown}/{empty} names no pictures; write lines such as {EXAMPLE}")
         raise UserError(
             f"{shown} has no pictures, nor metadata.jsonl with lines such as {EXAMPLE}; is it the "
             "right folder?"
@@ -140,10 +145,26 @@ def _refuse_uncaptioned(path: Path, members: Sequence[Member], options: SourceOp
             f"{shown}: its metadata has the columns {', '.join(keys)}: which one holds the "
             "captions? Say --caption-column NAME"
         )
+    count = len(members)
+    none = "its picture has no" if count == 1 else f"none of its {count} pictures has a"
     raise UserError(
-        f"{shown}: none of its {len(members)} pictures has a caption, such as NAME.txt beside "
-        f"NAME.jpg, or a line of metadata.jsonl: {EXAMPLE}"
+        f"{shown}: {none} caption, such as NAME.txt beside NAME.jpg, or a line of "
+        f"metadata.jsonl: {EXAMPLE}{_likely_list(path)}"
     )
+
+
+def _likely_list(path: Path) -> str:
+    """What to say of a list of pictures that has another name, or nothing."""
+    likely = [
+        name
+        for level in islice(walk(path), 1)
+        for name in level.names
+        if os.path.splitext(name)[1].lower() in (".jsonl", ".csv", ".tsv", ".json")
+    ]
+    if len(likely) != 1:
+        return ""
+    name = f"metadata{os.path.splitext(likely[0])[1].lower()}"
+    return f"; if {printable(likely[0])} holds the captions, name it {name}"
 
 
 def repeats_in(units: Sequence[Unit]) -> str:

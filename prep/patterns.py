@@ -44,22 +44,35 @@ def local_path(name: str) -> str:
 def matches(name: str) -> list[str]:
     """The paths that a name stands for: itself, or what of a glob's matches is data."""
     path = local_path(name)
-    return without_sidecars(sorted(glob.glob(path))) if _magic(name) else [path]
+    if not _magic(name):
+        return [path]
+    folder, rest = _existing_folder(path)
+    return without_sidecars(sorted(glob.glob(glob.escape(folder) + rest)))
 
 
 def _magic(name: str) -> bool:
     """Is it a glob? Not if a file has just this name."""
     path = local_path(name)
-    return glob.has_magic(path) and not os.path.lexists(path)
+    return glob.has_magic(_existing_folder(path)[1]) and not os.path.lexists(path)
+
+
+def _existing_folder(path: str) -> tuple[str, str]:
+    """The longest beginning that is a folder as it stands (`[2024] trip`), and what follows it."""
+    folder = os.path.dirname(path)
+    while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return folder, path[len(folder) :]
 
 
 def without_sidecars(names: Sequence[str]) -> list[str]:
-    """What of a glob's names is data: no litter, and beside tars none of img2dataset's accounts.
+    """What of a glob's names is data: no litter, and none of img2dataset's accounts.
 
-    Those are STEM.parquet and STEM_stats.json, and any other STEM.json, .txt, .csv or .idx.
+    Those are STEM.parquet and STEM_stats.json, and any other STEM.json, .txt, .csv or .idx, beside
+    a tar of that stem, or beside a folder of that stem which has such a STEM_stats.json.
     """
     kept = [name for name in names if not is_litter(name.rstrip("/").rpartition("/")[2])]
-    stems = {_tar_stem(name) for name in kept if _tar_stem(name)}
+    folders = {name for name in kept if f"{name}_stats.json" in kept}
+    stems = folders | {_tar_stem(name) for name in kept if _tar_stem(name)}
     return [
         name
         for name in kept

@@ -166,13 +166,18 @@ def _local(path: Path, options: SourceOptions) -> list[Unit]:
     if path.suffix == ".parquet":
         return [_parquet(file, path.name, stat.st_size, state, options)]
     if not path.name.endswith(TARS):  # whose damage costs their unit only, when they are read
-        _refuse_other_files(path, file)
+        with file.open() as opened:
+            head = opened.read(HEAD_BYTES)
+        if head.startswith(b"PAR1"):  # data.pq, or a blob of the hub's cache
+            return [_parquet(file, path.name, stat.st_size, state, options)]
+        _refuse_other_files(path, file, head)
     return [_tar(file, path.name, stat.st_size, state, options)]
 
 
-def _refuse_other_files(path: Path, file: LocalFile) -> None:
-    with file.open() as opened:
-        told = not_a_source(opened.read(HEAD_BYTES))
+def _refuse_other_files(path: Path, file: LocalFile, head: bytes) -> None:
+    told = not_a_source(head)
+    if head.startswith(b"ARROW1"):
+        told = f"an Arrow file; name it {path.stem}.arrow"
     if not told and path.suffix.lower() in TEXTS:
         told = "a text; if it describes pictures, pass the folder that they are in"
     if told:

@@ -130,7 +130,7 @@ def local_text(text: str, remedy: str = "") -> str:
     if found := FILE.fullmatch(text):
         if found[1] not in (None, "", "localhost"):
             raise UserError(f"{text!r} names the machine {found[1]!r}; write file:///PATH")
-        return unquote(found[2])
+        return found[2] if os.path.lexists(found[2]) else unquote(found[2])
     if os.path.lexists(text) and not text.startswith("~"):
         return text  # whatever is in its name
     text = VARIABLE.sub(_variable, text)

@@ -205,3 +205,17 @@ def test_an_old_caches_units_are_those_of_today(tmp_path):
     row = json.dumps({"file_name": "a.png", "text": "a star"}, sort_keys=True)
     state = hashlib.sha256(f"{row}{len(PNG)} {10**18}".encode()).hexdigest()
     assert unit.state == {"sha256": state}
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "dataset.json", "labels.csv"])
+def test_a_list_of_another_name_is_pointed_at(tmp_path, name):
+    folder = fill(tmp_path / "f", {"a.png": png(1), "b.png": png(2), name: "[]"})
+    ending = name.partition(".")[2]
+    with pytest.raises(UserError, match=f"if {name} holds the captions, name it metadata.{ending}"):
+        find_units([str(folder)])
+
+
+def test_a_list_that_names_nothing(tmp_path):
+    folder = fill(tmp_path / "f", {"a.png": png(1), "metadata.jsonl": ""})
+    with pytest.raises(UserError, match=r"metadata\.jsonl names no pictures"):
+        find_units([str(folder)])

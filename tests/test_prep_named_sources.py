@@ -2,6 +2,8 @@
 
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support_folders import fill, rows_of
 from support_prep import captioned, png, refusal, write_tar
@@ -98,6 +100,32 @@ def test_img2datasets_folder(tmp_path):
         assert rows_of(source) == wanted, source
     names = {unit.name for unit in find_units([f"{folder}/*.tar"])}
     assert {unit.name for unit in find_units([str(folder)])} == names
+
+
+def test_img2datasets_folders_of_files(tmp_path):
+    folder = fill(tmp_path / "out", {"00000/a.png": PNG, "00000/a.txt": "a star"})
+    (folder / "00000.parquet").write_bytes(b"PAR1 of urls and status PAR1")
+    (folder / "00000_stats.json").write_text("{}")
+    assert rows_of(f"{folder}/*") == {"a.png": (("a star",), "")}
+
+
+def test_a_glob_below_a_folder_whose_name_looks_like_one(tmp_path):
+    (tmp_path / "[2024] trip").mkdir()
+    write_tar(tmp_path / "[2024] trip" / "a.tar", PAIR)
+    for glob in ("*.tar", "[a-c].tar", "{a,a}*.tar"):
+        assert rows_of(f"{tmp_path}/[2024] trip/{glob}") == ROWS
+    with pytest.raises(UserError, match="nothing matches"):
+        find_units([f"{tmp_path}/[2024] trip/b.tar"])
+
+
+def test_a_parquet_file_of_another_name(tmp_path):
+    table = pa.table({"image": [PNG], "text": ["a star"]})
+    for name in ("data.pq", "blob"):
+        pq.write_table(table, tmp_path / name)
+        assert rows_of(tmp_path / name) == {"0": (("a star",), "")}
+    (tmp_path / "a.feather").write_bytes(b"ARROW1\0\0")
+    with pytest.raises(UserError, match=r"is an Arrow file; name it a\.arrow"):
+        find_units([str(tmp_path / "a.feather")])
 
 
 def test_a_folder_of_tars_in_folders(tmp_path):
