@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+from shared import startup  # noqa: F401 (before what takes a while)
+
+# isort: split
 from prep.config import (
     DecodeConfig,
     EmbedConfig,
