@@ -207,12 +207,17 @@ def begin_run_folder(
     run has come further than `latest`, which was its latest checkpoint when this command began.
     """
     owner.take(config.run, "train distill", REPLACE, config.take_over)
-    if checkpoint.latest_checkpoint(config.run) != latest:
-        raise UserError(
-            f"another process has gone on with {config.run} meanwhile; give the same command again"
-        )
-    sweep(config.run / "tmp")
-    resolved = told({**to_dict(config), "model": model.source})
-    resolved["learning_rate"] = base_learning_rate(config)
-    publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
-    return checkpoint.begin_branch(config.run, resumed)
+    try:
+        if checkpoint.latest_checkpoint(config.run) != latest:
+            raise UserError(
+                f"another process has gone on with {config.run} meanwhile; "
+                "give the same command again"
+            )
+        sweep(config.run / "tmp")
+        resolved = told({**to_dict(config), "model": model.source})
+        resolved["learning_rate"] = base_learning_rate(config)
+        publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
+        return checkpoint.begin_branch(config.run, resumed)
+    except BaseException:  # or it would seem to live on where the file system has no locks
+        owner.release(config.run)
+        raise
