@@ -135,6 +135,13 @@ def test_a_value_of_another_kind_in_a_run_is_never_a_traceback(home, file):
     assert len(refusals) > 20
 
 
+def test_a_manifest_that_is_cut_names_the_command_that_writes_it_again(home):
+    path = home.file("cache/manifest.json")
+    with replaced(path, "cut", path.read_bytes()[:100]):
+        status, said = command(*home.commands["stats"])
+    assert (status, "not valid JSON" in said, "run `prep finish`" in said) == (1, True, True)
+
+
 def test_a_run_that_does_not_name_its_parts_is_refused(home):
     path = home.file("run/config.json")
     stored = json.loads(path.read_bytes())
