@@ -71,7 +71,7 @@ MOMENTS = {  # where, and how often Ctrl-C; the status and the checkpoints it le
     "twice": ("train.loop", "update", 2, 130, []),
     "in a save": ("train.checkpoint", "move", 1, 130, ["step-00000003"]),
     "twice in a save": ("train.checkpoint", "move", 2, 130, []),
-    "twice in the export": ("train.run", "publish_export", 2, 130,
+    "twice in the export": ("train.run", "write_export", 2, 130,
                             ["step-00000003", "step-00000004"]),
 }  # fmt: skip
 
