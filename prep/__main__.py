@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from shared import startup  # noqa: F401 (before what takes a while)
+from shared import startup  # isort: skip  # noqa: F401 (before what takes a while)
 
-# isort: split
 from prep.config import (
     DecodeConfig,
     EmbedConfig,
