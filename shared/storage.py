@@ -160,14 +160,12 @@ def load_json(path: Place) -> Any:
     return parse_json(read_file(path), path)
 
 
-def parse_json(content: bytes, path: Place) -> Any:
-    """What a JSON file holds. Raises UserError, naming it, where it is damaged."""
+def parse_json(content: bytes, path: Place, remedy: str = "restore it or build it anew") -> Any:
+    """What a JSON file holds. Raises UserError, naming it and the remedy, where it is damaged."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({first_line(error)}); restore it or build it anew"
-        ) from None
+        raise UserError(f"{path} is not valid JSON ({first_line(error)}); {remedy}") from None
 
 
 def load_record(path: Place, build: Callable[[Mapping[str, Any]], T], remedy: str) -> T:
@@ -183,7 +181,7 @@ def parse_record(
     content: bytes, path: Place, build: Callable[[Mapping[str, Any]], T], remedy: str
 ) -> T:
     """The same of a file's content that has been read already."""
-    value = parse_json(content, path)
+    value = parse_json(content, path, remedy)
     if not isinstance(value, dict):
         kind = JSON_KINDS[type(value)]
         raise UserError(f"{path} holds {kind}, not a JSON object; {remedy}")

@@ -135,6 +135,25 @@ def test_a_value_of_another_kind_in_a_run_is_never_a_traceback(home, file):
     assert len(refusals) > 20
 
 
+def test_a_manifest_that_is_cut_names_the_command_that_writes_it_again(home):
+    path = home.file("cache/manifest.json")
+    with replaced(path, "cut", path.read_bytes()[:100]):
+        status, said = command(*home.commands["stats"])
+    assert (status, "not valid JSON" in said, "run `prep finish`" in said) == (1, True, True)
+
+
+def test_a_run_that_does_not_name_its_parts_is_refused(home):
+    path = home.file("run/config.json")
+    stored = json.loads(path.read_bytes())
+    for lost in ("model", "cache", "run"):
+        for content in ({**stored, lost: None}, {k: v for k, v in stored.items() if k != lost}):
+            with (
+                replaced(path, f"without {lost}", json.dumps(content).encode()),
+                pytest.raises(UserError, match=f"is damaged .it has no {lost}"),
+            ):
+                stored_config(path)
+
+
 @pytest.mark.parametrize(
     ("file", "change", "name"),
     [

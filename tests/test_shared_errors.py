@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -77,6 +78,25 @@ def test_a_full_disk_behind_stdout_is_one_line():
     assert answer.returncode == 1
     assert answer.stderr.startswith("error: what was to be written does not fit: the disk is full")
     assert answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["prep", "train"])
+def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_word(stage):
+    script = f"""
+import importlib.abc, os, signal, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "{stage}.config":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import {stage}.__main__
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert answer.returncode == -signal.SIGINT
+    assert answer.stderr == ""
 
 
 def test_names_that_are_not_utf8_are_printed_and_kept(tmp_path):

@@ -19,6 +19,7 @@ from train import checkpoint, loop
 from train.run import Distillation
 
 STUDENT = "pytorch_lora_weights.safetensors"
+KOHYA = "kohya_lora_weights.safetensors"
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ MOMENTS = {  # where, and how often Ctrl-C; the status and the checkpoints it le
     "twice": ("train.loop", "update", 2, 130, []),
     "in a save": ("train.checkpoint", "move", 1, 130, ["step-00000003"]),
     "twice in a save": ("train.checkpoint", "move", 2, 130, []),
-    "twice in the export": ("train.run", "publish_export", 2, 130,
+    "twice in the export": ("train.run", "write_export", 2, 130,
                             ["step-00000003", "step-00000004"]),
 }  # fmt: skip
 
@@ -116,12 +117,17 @@ def test_a_finished_run_says_so_and_exports_what_is_missing(distil, monkeypatch,
         assert f"{run} is finished: all 4 steps are taken" in answer.out
         assert "--max-train-steps" in answer.out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    for lost in (STUDENT, "README.md", "scheduler"):
+    for lost in (STUDENT, KOHYA, "README.md", "scheduler"):
         path = run / lost
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         answer = distil()
         assert (answer.status, "student: " in answer.out) == (0, True)
         assert path.exists()
+    for damaged in (STUDENT, KOHYA):  # by a crash of the machine, say
+        whole = (run / damaged).read_bytes()
+        (run / damaged).write_bytes(whole[: len(whole) // 2])
+        distil()
+        assert (run / damaged).read_bytes() == whole
     assert steps(run) == [1, 2, 3, 4]
     monkeypatch.setattr(importlib.import_module("train.export"), "write_card", interrupted)
     distil("--max-train-steps", 5, "--resume-from-checkpoint", "latest")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -202,6 +203,14 @@ def test_commands_that_write_into_a_run_wait_for_its_training(cli, settings, wri
     assert cli("train", "export", "--run", tmp_path / "run", *elsewhere).status == 0
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_an_owner_that_is_no_file_is_not_waited_for(settings, tmp_path, make):
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / "owner.json")
+    with pytest.raises(UserError, match=r"owner.json is a .*, no file; move it away"):
+        prepare(settings())
+
+
 def test_a_dry_run_takes_nothing(settings, tmp_path):
     prepare(settings(dry_run=True))
     assert not (tmp_path / "run").exists()
@@ -218,6 +227,17 @@ def test_what_another_saved_in_between_is_not_left_behind(settings, monkeypatch)
 
     with pytest.raises(UserError, match=r"another process has gone on .* the same command again"):
         prepare(settings())
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, UserError])
+def test_one_that_ends_before_its_first_step_leaves_the_run_free(
+    settings, monkeypatch, tmp_path, end
+):
+    """Also where no lock would tell that it is dead."""
+    monkeypatch.setattr(setup, "sweep", Mock(side_effect=end))
+    with pytest.raises(end):
+        prepare(settings())
+    assert not (tmp_path / "run" / "owner.json").exists()
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 from shared import ownership
 from shared.errors import UserError
+from shared.reading import open_regular
 from shared.storage import dump_json, guard, move, staged
 
 OWNER = "owner.json"
@@ -83,15 +84,15 @@ def holder(folder: Path) -> Owner | None:
     """The living process, other than this one, that owns a run.
 
     Where the file system has no locks, everyone who did not say that he ended counts as living.
+    Raises UserError where nobody can tell: `owner.json` is no file, or may not be read.
     """
-    if ownership.absolute(folder) in _held:
+    if ownership.absolute(folder) in _held or not folder.is_dir():
         return None
     try:
-        file = (folder / OWNER).open("rb")
-    except OSError:
+        with open_regular(folder / OWNER) as file:
+            return None if lock(file, fcntl.LOCK_SH) else written(folder)
+    except FileNotFoundError:
         return None
-    with file:
-        return None if lock(file, fcntl.LOCK_SH) else written(folder)
 
 
 def lock(file: BinaryIO, kind: int) -> bool:

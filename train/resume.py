@@ -17,7 +17,9 @@ from train.config import DistillConfig
 from train.export import SCHEDULER_FILE, run_config, student_file
 from train.objectives import OBJECTIVES
 from train.optim import base_learning_rate
+from train.tensors import is_whole
 from train.terms import TERMS
+from train.weights import weight_files
 
 # Flags that may differ, since the student does not depend on them. That cache, teacher and VAE are
 # the same wherever they lie, their contents tell (train/terms.py, train/teacher.py).
@@ -99,7 +101,9 @@ def finished(config: DistillConfig) -> str:
         return ""
     student = student_file(run, stored)
     card = run / CARD_FILE
-    if not all(path.exists() for path in (student, run / SCHEDULER_FILE, card)):
+    weights = [run / name for name in weight_files(stored["student"], stored["export_dtype"])]
+    beside = (run / SCHEDULER_FILE, card)
+    if not (all(map(is_whole, weights)) and all(path.is_file() for path in beside)):
         return ""
     if card.stat().st_mtime_ns < (last / checkpoint.STATE).stat().st_mtime_ns:
         return ""

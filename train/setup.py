@@ -60,15 +60,11 @@ def say_finished(config: DistillConfig) -> bool:
 
 def prepare(config: DistillConfig) -> Distillation:
     """Check and load everything. Raises UserError for what does not fit together."""
-    config = with_precision(as_launched(config))
-    if not config.take_over:
-        owner.refuse_other(config.run, REPLACE)
-    config = as_left(config)
+    config = settled(config)
     manifest = open_manifest(config.cache)
     model = resolve_model(config.model)
     check_fit(manifest, model, config.cache)
     check_flags(config)
-    check_trackers(config.report_to)
     latest = checkpoint.latest_checkpoint(config.run)
     resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
     before = None if resumed is None else checkpoint.read_progress(resumed)
@@ -122,6 +118,18 @@ def prepare(config: DistillConfig) -> Distillation:
             run.branch = begin_run_folder(config, model, resumed, latest)
     team.wait()
     return run
+
+
+def settled(config: DistillConfig) -> DistillConfig:
+    """The same as it was launched, to go on where the run stands; precision by the device.
+
+    Raises UserError where another process writes the run, or a tracker cannot be had.
+    """
+    config = with_precision(as_launched(config))
+    if not config.take_over:
+        owner.refuse_other(config.run, REPLACE)
+    check_trackers(config.report_to)
+    return as_left(config)
 
 
 def check_resumed(
@@ -207,12 +215,17 @@ def begin_run_folder(
     run has come further than `latest`, which was its latest checkpoint when this command began.
     """
     owner.take(config.run, "train distill", REPLACE, config.take_over)
-    if checkpoint.latest_checkpoint(config.run) != latest:
-        raise UserError(
-            f"another process has gone on with {config.run} meanwhile; give the same command again"
-        )
-    sweep(config.run / "tmp")
-    resolved = told({**to_dict(config), "model": model.source})
-    resolved["learning_rate"] = base_learning_rate(config)
-    publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
-    return checkpoint.begin_branch(config.run, resumed)
+    try:
+        if checkpoint.latest_checkpoint(config.run) != latest:
+            raise UserError(
+                f"another process has gone on with {config.run} meanwhile; "
+                "give the same command again"
+            )
+        sweep(config.run / "tmp")
+        resolved = told({**to_dict(config), "model": model.source})
+        resolved["learning_rate"] = base_learning_rate(config)
+        publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
+        return checkpoint.begin_branch(config.run, resumed)
+    except BaseException:  # or it would seem to live on where the file system has no locks
+        owner.release(config.run)
+        raise

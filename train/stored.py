@@ -32,12 +32,11 @@ def _flags(stored: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in stored.items():
         if not fits(value, hints[name]):
             raise ValueError(f"{name} is {value!r:.60}")
+    if missing := [name for name in ("cache", "model", "run") if not stored.get(name)]:
+        raise ValueError(f"it has no {', '.join(missing)}")
     try:
         whole = DistillConfig(**coerce(DistillConfig, stored))
         check_numbers(whole)
-    except TypeError:
-        needed = {"model", "cache", "run"} - stored.keys()
-        raise ValueError(f"it has no {', '.join(sorted(needed))}") from None
     except UserError as error:
         raise ValueError(str(error)) from None
     return {**to_dict(whole), **stored}

@@ -27,6 +27,17 @@ def load_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
+def is_whole(path: Path) -> bool:
+    """Is it a file of tensors, and as long as its header says?"""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Shapes, remedy: str) -> None:
     """Raise UserError, naming file and tensor, unless the file holds just these, whole and finite.
 

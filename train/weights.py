@@ -120,6 +120,16 @@ def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return half
 
 
+def weight_files(kind: str, dtype: str) -> list[str]:
+    """The files, in an export's folder, of a `lora` or `full` student of an --export-dtype.
+
+    kohya's is among them, though a LoRA with a layer that has no name there goes without.
+    """
+    if kind == "lora":
+        return [LORA_FILE, KOHYA_FILE]
+    return [f"{UNET_FOLDER}/{file}" for name, file in UNET_FILES.items() if dtype in (name, "both")]
+
+
 def exported_student(folder: Path, kind: str) -> str | None:
     """The fingerprint of the `lora` or `full` student exported in a folder.
 
