@@ -48,6 +48,8 @@ def test_version_and_help(cli, stage):
     answer = cli(stage, "--version")
     assert answer.status == 0
     assert answer.out.startswith("latent-distillery ")
+    command = {"prep": "encode", "train": "distill"}[stage]
+    assert cli(stage, command, "--version") == answer
     assert "--print-completion bash|zsh|fish" in cli(stage, "--help").out
 
 
