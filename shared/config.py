@@ -189,7 +189,7 @@ def dispatch(
         shell = "".join(argv[1:2]) or argv[0].partition("=")[2]
         program = prog.replace("python -m ", "distillery-")  # which is what has completions
         kinds = {name: kind for name, (kind, _) in commands.items()}
-        print(completion_script(program, kinds, shell))
+        print(completion_script(program, kinds, shell, TYPED))
         return 0
     if argv[0] not in commands:
         near = closest(argv[0], commands)
