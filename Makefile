@@ -47,7 +47,7 @@ train: $(STAMP) ## cache -> student: [MODEL=sdxl] [CACHE=caches/MODEL] [RUN=runs
 evaluate: $(STAMP) ## student against teacher: [RUN=the newest] [EVAL_CACHE=] [SCORER=module:function] [ARGS=]
 	$(PY) -m train evaluate $(call option,--run,RUN) $(call option,--eval-cache,EVAL_CACHE) $(call option,--scorer,SCORER) $(args)
 
-sample: $(STAMP) ## draw with a student: [RUN=the newest] [PROMPT='a red circle on a blue field'] [ARGS=]
+sample: $(STAMP) ## draw with a student: [RUN=the newest] [PROMPT='one of those in the cache'] [ARGS=]
 	$(PY) -m train sample $(call option,--run,RUN) $(call option,--prompt,PROMPT) $(args)
 
 test: lint ## lint, then the fast tests ([ARGS='-k shards'])

@@ -7,6 +7,7 @@ The unconditional embedding (for guidance and caption dropout) and the embedding
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +73,16 @@ class Conditioning:
     prompts: tuple[str, ...]
     embeds: TextEmbeds
 
-    def find(self, prompts: Sequence[str]) -> TextEmbeds:
-        """The embeddings of these prompts. Raises UserError, saying how to add what is missing."""
+    def find(self, prompts: Sequence[str], cache: object = "CACHE") -> TextEmbeds:
+        """The embeddings of these prompts, of those in `cache`.
+
+        Raises UserError, with the command that adds what is missing.
+        """
         if missing := [prompt for prompt in prompts if prompt not in self.prompts]:
             raise UserError(
                 f"no embedding of {missing[0]!r} in the cache, and the trainer has no text "
-                f"encoder; add it with: python -m prep embed --cache CACHE --prompts {missing[0]!r}"
+                f"encoder; add it with: python -m prep embed --cache {shlex.quote(str(cache))} "
+                f"--prompts {shlex.join(missing)}"
             )
         return self.embeds[[self.prompts.index(prompt) for prompt in prompts]]
 

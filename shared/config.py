@@ -8,7 +8,11 @@ told there which flags were given.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import re
 import sys
 import types
 import typing
@@ -38,7 +42,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
 
     Raises UsageError for a flag that nobody knows or that is refused (shared/flags.py), for a file
     that is missing, malformed or has unknown names, for a number out of its range and for a path
-    that cannot be one. Another wrong flag ends the program with tyro's message and status 2.
+    that cannot be one, and what else tyro refuses. `--help` ends the program.
     """
     file, rest = split_config(list(argv))
     known = flags_of(kind)
@@ -48,17 +52,41 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.default is field.default_factory is dataclasses.MISSING:
             values.setdefault(field.name, tyro.MISSING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="tyro")  # of types: the file's are checked
-        config = tyro.cli(
-            kind, args=rest, prog=prog, description=kind.__doc__, default=kind(**values)
-        )
+    config = _parse_words(kind, rest, prog, kind(**values))
     check_numbers(config)
     read = read_paths(kind, vars(config), Written)
     config = dataclasses.replace(config, **read)  # type: ignore[type-var]
     if hasattr(config, TYPED):
         return dataclasses.replace(config, **{TYPED: frozenset(given)})  # type: ignore[type-var]
     return config
+
+
+def _parse_words(kind: type[T], words: Sequence[str], prog: str, default: T) -> T:
+    """The words over the `default`. Raises UsageError with the text of tyro's box, in one line."""
+    said = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+            warnings.filterwarnings("ignore", module="tyro")  # of types: the file's are checked
+            return tyro.cli(kind, args=words, prog=prog, description=kind.__doc__, default=default)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UsageError(f"{unboxed(said.getvalue())}; {prog} --help lists the flags") from None
+
+
+def unboxed(box: str) -> str:
+    """The first part of one of tyro's boxes below its title, plain and in one line.
+
+    Where the terminal asks for it a box has colours, and frames of other characters.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│| ") for line in plain.splitlines()[1:]]
+    below = itertools.dropwhile(_is_rule, lines)
+    return " ".join(itertools.takewhile(lambda line: not _is_rule(line), below)).rstrip(".")
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─- ")
 
 
 def flags_of(kind: type[Any]) -> set[str]:
@@ -154,14 +182,14 @@ def dispatch(
         print("\nEvery command takes --config FILE, settings in TOML or JSON.")
         print(f"{prog} --version; {prog} --print-completion bash|zsh|fish")
         return 0 if argv else 2
-    if argv[0] == "--version":
+    if argv[0] == "--version" or argv[1:] == ["--version"]:
         print(f"latent-distillery {_version()}")
         return 0
     if argv[0].partition("=")[0] == "--print-completion":
         shell = "".join(argv[1:2]) or argv[0].partition("=")[2]
         program = prog.replace("python -m ", "distillery-")  # which is what has completions
         kinds = {name: kind for name, (kind, _) in commands.items()}
-        print(completion_script(program, kinds, shell))
+        print(completion_script(program, kinds, shell, TYPED))
         return 0
     if argv[0] not in commands:
         near = closest(argv[0], commands)

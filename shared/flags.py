@@ -27,7 +27,7 @@ ENCODE = frozenset({
     "folder_units", "image_column", "caption_column", "caption_encoding", "key_column",
     "dataset_config_name", "allow_external_images", "streaming", "max_image_bytes", "where",
     "max_pwatermark", "max_reject_fraction", "engine", "ray_address", "cpus_per_worker", "report",
-    "part", "prune", "overwrite",
+    "part", "prune", "overwrite", "holdout",
 })  # fmt: skip
 DISTILL = frozenset({
     "student", "objective", "train_batch_size", "gradient_accumulation_steps", "global_batch_size",

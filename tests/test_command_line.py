@@ -48,6 +48,8 @@ def test_version_and_help(cli, stage):
     answer = cli(stage, "--version")
     assert answer.status == 0
     assert answer.out.startswith("latent-distillery ")
+    command = {"prep": "encode", "train": "distill"}[stage]
+    assert cli(stage, command, "--version") == answer
     assert "--print-completion bash|zsh|fish" in cli(stage, "--help").out
 
 
@@ -107,6 +109,7 @@ def test_mistakes_in_files(dry, tmp_path, tiny_cache, name, text, said):
         ("distillery-prep ver", ["verify"]),
         ("distillery-prep encode --cach", ["--cache"]),
         ("distillery-train distill --lora-ra", ["--lora-rank"]),
+        ("distillery-train distill --ty", []),  # a field that is no flag
     ],
 )
 def test_bash_completes(tmp_path, line, completed):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared.config import coerce, dispatch, parse, to_dict
-from shared.errors import UserError, run_main
+from shared.errors import UsageError, UserError, run_main
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,15 @@ def test_files_that_cannot_be_read(tmp_path):
         (["--cache-folder", "c", "--kind", "medium"], "medium"),
     ],
 )
-def test_wrong_flags_end_with_status_2(words, shown, capsys):
-    with pytest.raises(SystemExit) as end:
+def test_wrong_flags_end_in_one_line_with_status_2(words, shown, capsys):
+    with pytest.raises(UsageError) as error:
         parsed(*words)
-    assert end.value.code == 2
-    assert shown in capsys.readouterr().err
+    assert error.value.status == 2
+    line = str(error.value)
+    assert shown in line
+    assert line.endswith(" --help lists the flags")
+    assert not set(line) & set("\n│─╭")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_config_is_saved_and_read_again():

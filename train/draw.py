@@ -64,7 +64,7 @@ def draw_prompts(config: SampleConfig) -> None:
     bucket = largest_bucket(cache, manifest)
     conditioning = load_conditioning(CachePaths(cache).conditioning, manifest.layouts)
     config = with_prompts(config, stored, conditioning)
-    texts = conditioning.find(config.prompt)
+    texts = conditioning.find(config.prompt, cache)
     artist = artist.with_empty(conditioning.unconditional)
     shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)
     rows = []

@@ -108,7 +108,7 @@ def open_previews(
     return Previews(
         folder=config.run / "previews",
         prompts=tuple(prompts),
-        texts=conditioning.find(prompts).to(device),
+        texts=conditioning.find(prompts, config.cache).to(device),
         empty=conditioning.unconditional.to(device),
         vae=vae,
         config=to_dict(config),
