@@ -79,6 +79,10 @@ clean-demo: ## remove what `make demo` wrote
 
 # ---- Mistakes on the command line: found while this file is read, so before any setup or download.
 
+# A variable that nothing reads would be ignored in silence: MODL=sd15 would train sdxl.
+variables := SHARDS MODEL CACHE RUN ARGS EVAL_CACHE SCORER PROMPT PYTHON PIP_ARGS VENV PY STAMP
+$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(if $(filter $(variables),$(name)),,$(error $(name) is no variable of this Makefile; there are $(variables)))))
+
 wanted = $(filter $(1),$(MAKECMDGOALS))
 # ARGS may name the shards, in a --config, or ask for --help.
 ifneq ($(call wanted,prep),)

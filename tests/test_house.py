@@ -201,6 +201,14 @@ def test_pictures_must_be_named_in_one_line(make):
     assert answer.stderr.count("\n") == 1
 
 
+def test_a_variable_that_nothing_reads_is_refused(make):
+    answer = make("train MODL=sd15")
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert "MODL is no variable of this Makefile; there are SHARDS MODEL" in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
 def test_help_lists_every_target(make):
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
     listed = [line.split()[1] for line in make("").stdout.splitlines()]
