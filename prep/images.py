@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from prep.bare import bare
 from prep.buckets import Buckets, Size
-from prep.pixels import BadImage, opened, shown_size, upright_rgb
+from prep.pixels import UNDECODABLE, BadImage, opened, shown_size, upright_rgb
 
 __all__ = ["BadImage", "Framing", "Picture", "prepare"]
 
@@ -98,8 +99,19 @@ class Picture:
 def prepare(data: bytes, framing: Framing) -> tuple[Picture, ...]:
     """Decode, orient, convert to RGB, resize to cover the wanted size, and cut out each view.
 
-    A pure function of the picture's bytes and the framing. Raises BadImage.
+    A pure function of the picture's bytes and the framing. What is said about the pixels may be
+    broken; that is left out then. Raises BadImage.
     """
+    try:
+        return _prepared(data, framing)
+    except BadImage as error:
+        pixels = bare(data) if str(error) == UNDECODABLE else None
+        if pixels is None:
+            raise
+    return _prepared(pixels, framing)
+
+
+def _prepared(data: bytes, framing: Framing) -> tuple[Picture, ...]:
     with opened(data) as file:
         original = shown_size(file)
         target = framing.size(*original)

@@ -21,6 +21,7 @@ from prep.kinds import HEAD_BYTES, Sort, kind_of, why_no_picture
 FORMATS = (
     "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "DDS",
 )  # fmt: skip
+UNDECODABLE = "cannot be decoded"
 HEIF_MISSING = "HEIC needs another package: pip install 'latent-distillery[heif]'"
 RAW = "camera raw is not read: convert it to PNG or JPEG"
 ODD_TIFF = "TIFF that cannot be decoded: save it as PNG, or as TIFF of 8 or 16 bits"
@@ -81,7 +82,7 @@ def _open(data: bytes) -> Image.Image:
             if kind is not None and kind.name == "Targa":  # which any bytes may look like
                 return Image.open(io.BytesIO(data), formats=("TGA",))
     if kind is not None and kind.sort is Sort.HEIF:
-        raise BadImage("cannot be decoded" if reads_heif() else HEIF_MISSING)
+        raise BadImage(UNDECODABLE if reads_heif() else HEIF_MISSING)
     if kind is not None and kind.name == "TIFF":
         raise BadImage(ODD_TIFF)
     raise BadImage(why_no_picture(data[:HEAD_BYTES]))
@@ -95,7 +96,7 @@ def _pillows_errors() -> Iterator[None]:
     except (Image.DecompressionBombError, MemoryError):
         raise BadImage(TOO_MANY) from None
     except Exception:  # damaged files fail in the readers in every way there is
-        raise BadImage("cannot be decoded") from None
+        raise BadImage(UNDECODABLE) from None
 
 
 @lru_cache(maxsize=1)
