@@ -158,8 +158,10 @@ def random_weights(device: torch.device) -> Iterator[None]:
 
     class TextEncoders:
         @staticmethod
-        def from_pretrained(source: str, subfolder: str, **_: Any) -> nn.Module:
-            return random_text_encoder(source, subfolder, device)
+        def from_pretrained(
+            source: str, subfolder: str, **_: Any
+        ) -> tuple[nn.Module, dict[str, Any]]:
+            return random_text_encoder(source, subfolder, device), {}  # and nothing is missing
 
     with ExitStack() as patches:
         for name, value in (

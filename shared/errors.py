@@ -121,7 +121,7 @@ def system_error(error: OSError) -> str:
 def unreadable(error: OSError) -> str:
     """Why a file cannot be read, and what to do about it."""
     why = error.strerror or first_line(error)
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, *TROUBLE):
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTDIR, *TROUBLE):
         return f"({why}): {(REMEDIES | TROUBLE)[error.errno]}"
     denied = error.errno in (errno.EACCES, errno.EPERM)
     return f"({why}); {'make it readable for you' if denied else 'restore it'}"

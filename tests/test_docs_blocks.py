@@ -21,6 +21,7 @@ from support_docs import (
 
 from prep.config import EncodeConfig
 from shared.config import parse
+from train.config import EvaluateConfig
 
 ALL = [block for page in pages() for block in blocks(page)]
 BY_PAGE = {
@@ -68,8 +69,22 @@ def test_every_block_says_what_it_is(block):
         json.loads(block.text)
 
 
+SLOW = ("evaluate",)  # read in the fast tests, carried out in the slow ones
+
+
 @pytest.mark.parametrize("page", [page for page, found in BY_PAGE.items() if found])
 def test_blocks_run(page, workspace, cli):
+    run_blocks(page, workspace, cli, read={*SLOW})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_slow_blocks_run(page, workspace, cli):
+    run_blocks(page, workspace, cli, read=set())
+
+
+def run_blocks(page, workspace, cli, read):
+    """Carry out a page's blocks; of the commands in `read` only the flags are looked at."""
     names = {}
     for block in [GIVEN.get(page, ""), *BY_PAGE[page]]:
         if block and not isinstance(block, str) and block.language == "python":
@@ -79,8 +94,12 @@ def test_blocks_run(page, workspace, cli):
             command = module_command(words)
             if command is None:
                 continue
-            if "--engine" in command:  # which test_prep_ray.py runs
-                parse(EncodeConfig, command[2:], "python -m prep encode")
+            if "--engine" in command or command[1] in read:  # the former runs in test_prep_ray.py
+                parse(
+                    {"encode": EncodeConfig, "evaluate": EvaluateConfig}[command[1]],
+                    command[2:],
+                    "",
+                )
                 continue
             answer = cli(*cut_down(command))
             assert answer.status == 0, f"{block}: {words}\n{answer.err}{answer.out}"

@@ -81,7 +81,7 @@ def test_what_is_there_is_copied_by_its_own_text(shuffled, tmp_path):
     assert prep("encode", *flags).status == 0
     write_folder(grown, range(3), n0=TAGS)
     answer = prep("encode", *flags)
-    assert "1 pictures and 1 captions encoded" in answer.out, answer
+    assert "1 picture and 1 caption encoded" in answer.out, answer
     one_go = tmp_path / "one"
     assert prep("encode", *flags[:4], "--cache", one_go, *flags[6:]).status == 0
     kept = tree(tmp_path / "cache" / "shards")  # the shard that was replaced stays until `gc`

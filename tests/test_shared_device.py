@@ -114,6 +114,8 @@ def test_processes_of_a_launcher_wait_for_each_other_and_share_the_gpus_out(two_
         return SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cuda", 1))
 
     monkeypatch.setattr("train.team.Accelerator", accelerator)
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
     assert Team("cuda").device == torch.device("cuda", 1)
     group = next(h for h in made[0]["kwargs_handlers"] if isinstance(h, InitProcessGroupKwargs))
     assert group.to_kwargs() == {"timeout": timedelta(hours=6)}

@@ -194,7 +194,7 @@ def test_without_a_tokenizer_it_is_said_where_one_goes(models, tmp_path, monkeyp
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(prep.text, "snapshot_download", offline)
+    monkeypatch.setattr(prep.text, "with_files", offline)
     file = tmp_path / "one.safetensors"
     shutil.copy(models["tiny-sd"][1], file)
     copy_configs(models["tiny-sd"][0], tmp_path / "one")

@@ -88,7 +88,7 @@ def flags_in(config: DistillConfig, sharing: Sharing) -> set[str]:
 
 
 def test_what_is_offered_to_whom():
-    full = DistillConfig("m", Path("c"), Path("r"), student="full")
+    full = DistillConfig("m", Path("c"), Path("r"), student="full", mixed_precision="no")
     assert {"offload_ema", "use_8bit_adam", "student"} <= flags_in(full, ALONE)
     assert not {"offload_ema", "use_8bit_adam"} & flags_in(full, FSDP)
     tuned = DistillConfig("m", Path("c"), Path("r"), student="full", objective="denoise")

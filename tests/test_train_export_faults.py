@@ -131,7 +131,7 @@ def test_any_refusal_leaves_one_student(export, tmp_path, monkeypatch, kind):
             export(1.0)
         with monkeypatch.context() as patch:
             Refusing(patch, CHANGING, lambda number, first=first: number == first, code)
-            with pytest.raises(UserError):
+            with pytest.raises((UserError, OSError)):  # the latter is a line of run_main's
                 export(2.0)
         found = exported_student(tmp_path / "run", kind)
         assert found in (before, after)

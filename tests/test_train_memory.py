@@ -38,8 +38,9 @@ def model(request):
 
 def config(model, kind: str, **more) -> DistillConfig:
     return DistillConfig(
-        str(model), None, None, student=kind, lora_rank=8, train_batch_size=COUNT, **more
-    )
+        str(model), None, None, student=kind, lora_rank=8, train_batch_size=COUNT,
+        **{"mixed_precision": "no", **more},
+    )  # fmt: skip
 
 
 def unet_config(model) -> dict:

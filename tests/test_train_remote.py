@@ -205,7 +205,7 @@ def test_what_was_read_is_not_read_again(cache, memory, requests, tmp_path, caps
     assert sum(requests.values()) == first
     said = [line for line in capsys.readouterr().err.splitlines() if "local cache" in line]
     assert len(said) == 3
-    assert said[0].startswith(f"local cache {tmp_path / 'kept'}: up to 0.00 GB, 0.00 GB of them")
+    assert said[0].startswith(f"local cache {tmp_path / 'kept'}: up to 156.7 kB, 0 bytes of them")
 
 
 def shas(cache):

@@ -76,7 +76,7 @@ def save_checkpoint(
         if final.exists():  # of an earlier, longer run that was resumed from before it
             remove(final, tmp)
         move(building, final)
-    prune(run, total_limit, final)
+        prune(run, total_limit, final)  # in here, where a full disk need not make room for it
     return final
 
 
