@@ -27,7 +27,7 @@ class Progress:
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(
-                total=total, initial=initial, desc=what, unit=f" {unit}", dynamic_ncols=True,
+                total=total, initial=initial, desc=what, unit=f" {unit}s", dynamic_ncols=True,
                 smoothing=0.05,
             )  # fmt: skip
 
