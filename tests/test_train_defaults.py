@@ -17,6 +17,8 @@ from train import defaults
 from train.config import DistillConfig
 from train.defaults import device_precision, run_name, with_defaults
 
+OURS = {"model": "tiny-sd", "cache": "caches/tiny-sd", "run": "runs/mine"}  # of every config.json
+
 FEW = (
     "--max-train-steps", 1, "--train-batch-size", 2, "--lora-rank", 2, "--threads", 1,
     "--validation-steps", 0,
@@ -89,7 +91,7 @@ def test_the_newest_student_is_drawn_not_the_newest_folder(here, monkeypatch, ca
     for age, name in enumerate(("late", "early", "unfinished")):
         folder = here / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text('{"student": "lora"}')
+        (folder / "config.json").write_text(json.dumps({**OURS, "student": "lora"}))
         if name != "unfinished":
             (folder / "pytorch_lora_weights.safetensors").touch()
             os.utime(folder / "pytorch_lora_weights.safetensors", (1000 - age,) * 2)
@@ -223,7 +225,7 @@ def test_a_given_precision_wins_and_a_run_keeps_its_own(here, monkeypatch, capsy
     assert "precision bf16 (--mixed-precision chooses another)" in capsys.readouterr().err
     assert with_defaults(replace(plain, mixed_precision="no")).mixed_precision == "no"
     (here / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    (here / "run" / "config.json").write_text('{"mixed_precision": "fp16"}')
+    (here / "run" / "config.json").write_text(json.dumps({**OURS, "mixed_precision": "fp16"}))
     assert with_defaults(plain).mixed_precision == "fp16"
     assert with_defaults(replace(plain, mixed_precision="no")).mixed_precision == "no"
     other = replace(plain, run=here / "new")
