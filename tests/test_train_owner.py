@@ -167,7 +167,8 @@ def settings(tiny_cache, tiny_sd, tmp_path):
 
 def words(config: DistillConfig) -> list[str]:
     given = {k: v for k, v in vars(config).items() if v != getattr(DistillConfig, k, None)}
-    plain = [f"--{k}={v}" for k, v in given.items() if not isinstance(v, tuple | frozenset)]
+    flags = {k: "" if v is True else f"={v}" for k, v in given.items()}
+    plain = [f"--{k}{v}" for k, v in flags.items() if not isinstance(given[k], tuple | frozenset)]
     return [*plain, "--report-to", *config.report_to]
 
 
