@@ -219,9 +219,12 @@ def test_parts_begin_a_cache_on_s3_at_once(server, tmp_path, sources):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("every", [0, 7])
+@pytest.mark.parametrize("every", [0, 41])
 def test_eight_parts_at_once_on_s3(server, tmp_path, sources, every):
-    """Also where every seventh request fails, before or after it was done."""
+    """Also where one request in 41 fails, before or after it was done.
+
+    The library's own retries are off here, and of thousands of requests no three in a row may fail.
+    """
     server.every = every
     try:
         flags = ["--rounds", 5, "--unlike", "--gap", 0.5]
