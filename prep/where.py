@@ -41,7 +41,6 @@ ORDER: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-COMPARISONS = (*ORDER, ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Is, ast.IsNot)
 FUNCTIONS = ("has", "len", "lower", "number")
 
 

@@ -139,13 +139,6 @@ def sync_folder(folder: Place) -> None:
         os.close(fd)
 
 
-def sync_tree(folder: Path) -> None:
-    """fsync a folder and all that a library wrote into it, before a rename makes it visible."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        sync_folder(path)  # a file is opened and synced in the same way
-    sync_folder(folder)
-
-
 def dump_json(value: Any) -> bytes:
     """JSON that is the same for the same value: sorted keys, two spaces, a final newline.
 
