@@ -14,6 +14,7 @@ process.
 from __future__ import annotations
 
 import contextlib
+import enum
 import fcntl
 import hashlib
 import os
@@ -87,8 +88,8 @@ def strays(tmp: Path, young: bool = False) -> Iterator[Path]:
     For the user who says that nothing is running: then nobody need wait for a day.
     """
     for path in list(tmp.iterdir()) if tmp.is_dir() else ():
-        with contextlib.suppress(FileNotFoundError), _abandoned(path, young) as dead:
-            if dead:
+        with contextlib.suppress(FileNotFoundError), _owner_of(path, young) as owner:
+            if owner is not _Owner.ALIVE:
                 yield path
 
 
@@ -99,12 +100,10 @@ def sweep(tmp: Path, young: bool = False) -> None:
     """
     for path in list(tmp.iterdir()) if tmp.is_dir() else ():
         with contextlib.suppress(FileNotFoundError, PermissionError):
-            with _abandoned(path, young) as dead:
-                if dead and HELD.fullmatch(path.name):
-                    _empty(path)
-                elif dead:
-                    _remove(path)
-            if dead:
+            with _owner_of(path, young) as owner:
+                if owner in (_Owner.DEAD, _Owner.NOBODY):
+                    _clear(path)
+            if owner is not _Owner.ALIVE:
                 _remove_folder(path)
 
 
@@ -152,7 +151,7 @@ class _Desks:
                     del self.held[key]
                     os.close(desk.lock)  # nothing needs it any more
                     with contextlib.suppress(OSError):
-                        _empty(tmp / desk.name)
+                        _clear(tmp / desk.name)
                     _remove_folder(tmp / desk.name)
 
     def owns(self, folder: Path) -> bool:
@@ -211,28 +210,40 @@ def _is_open_as(path: Path, fd: int) -> bool:
         return False
 
 
+class _Owner(enum.Enum):
+    """Whose something in `tmp` is."""
+
+    ALIVE = enum.auto()
+    DEAD = enum.auto()  # its lock is ours while we look
+    NOBODY = enum.auto()  # it has no lock
+    LEAVING = enum.auto()  # an empty folder: the last that goes, but also the first that comes
+
+
 @contextmanager
-def _abandoned(path: Path, young: bool) -> Iterator[bool]:
-    """Was it left by a dead process? Nobody else sweeps it meanwhile."""
+def _owner_of(path: Path, young: bool) -> Iterator[_Owner]:
+    """Was it left by a dead process? Nobody else sweeps what has a lock meanwhile."""
     held = HELD.fullmatch(path.name)
     if held is None:
-        yield young or _age(path) > KEPT_SECONDS
+        yield _Owner.NOBODY if young or _age(path) > KEPT_SECONDS else _Owner.ALIVE
         return
     try:
         fd = None if _desks.owns(path) else os.open(path / LOCK, os.O_RDWR)
     except FileNotFoundError:
-        # Without its lock the last that goes is the folder, and the first that comes.
-        yield not any(path.iterdir()) or young or _age(path) > KEPT_SECONDS
+        if not any(path.iterdir()):
+            yield _Owner.LEAVING
+        else:
+            yield _Owner.NOBODY if young or _age(path) > KEPT_SECONDS else _Owner.ALIVE
         return
     except PermissionError:
         fd = None
     if fd is None:
-        yield False
+        yield _Owner.ALIVE
         return
     try:
         locked = _lock(fd)
         sure = young or (locked and held[1] == _reach(path.parent))
-        yield locked is not False and (sure or _age(path) > KEPT_SECONDS)
+        left = locked is not False and (sure or _age(path) > KEPT_SECONDS)
+        yield _Owner.DEAD if left else _Owner.ALIVE
     finally:
         os.close(fd)
 
@@ -259,12 +270,15 @@ def _age(path: Path) -> float:
     return time.time() - changed
 
 
-def _empty(folder: Path) -> None:
-    """Remove what a held folder holds, its lock last: until then it can be told whose it is."""
-    for path in folder.iterdir():
-        if path.name != LOCK:
-            _remove(path)
-    (folder / LOCK).unlink(missing_ok=True)
+def _clear(path: Path) -> None:
+    """Remove a stray, or what a held folder holds, its lock last: it tells whose the folder is."""
+    if not HELD.fullmatch(path.name):
+        _remove(path)
+        return
+    for inside in path.iterdir():
+        if inside.name != LOCK:
+            _remove(inside)
+    (path / LOCK).unlink(missing_ok=True)
 
 
 def _remove_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from support_temporary import CONTAINED, can_unshare, holding, left_by_the_dead
@@ -168,6 +169,24 @@ def test_processes_that_sweep_and_publish_at_once_lose_nothing(tmp_path):
     assert [child.exitcode for child in children] == [0] * 6
     assert len(list(tmp_path.glob("*-*"))) == 6 * 150
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_process_may_begin_while_its_empty_folder_is_swept(tmp_path, monkeypatch):
+    """Between the look at the folder without a lock and its removal its owner takes the lock."""
+    folder = tmp_path / f"held-{temporary._reach(tmp_path)}-0123456789ab"
+    folder.mkdir()
+    look = temporary._owner_of
+
+    @contextmanager
+    def look_then_begin(path, young):
+        with look(path, young) as owner:
+            (path / "lock").write_text("")
+            (path / "work").write_text("")
+            yield owner
+
+    monkeypatch.setattr(temporary, "_owner_of", look_then_begin)
+    temporary.sweep(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["lock", "work"]
 
 
 def test_threads_share_their_processs_folder(tmp_path):
