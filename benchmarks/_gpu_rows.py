@@ -17,11 +17,11 @@ from benchmarks._memory import peak_bytes
 from benchmarks._models import model_folder, random_weights, write_cache
 from benchmarks._online import Online
 from benchmarks._steps import Cached, compare, flops, open_run, seconds, synchronize
-from prep.text import TextEncoder
-from prep.vae import VaeEncoder
-from shared.family import load_config, resolve_model
-from train.memory import estimate
-from train.speed import DTYPES
+from prep.encoders.text import TextEncoder
+from prep.encoders.vae import VaeEncoder
+from shared.models.family import load_config, resolve_model
+from train.memory.estimate import estimate
+from train.networks.precision import DTYPES
 
 NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 WARM_UP = 3

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from shared import cpus
+from shared.machine import cpus
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

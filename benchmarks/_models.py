@@ -19,9 +19,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import train.setup
+import train.trainer.setup
 from benchmarks._public_unets import SD15, SDXL
-from shared.cache import (
+from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
+from shared.cache.layout import TRAILER, Layout, cache_layout
+from shared.cache.manifest import (
     CachePaths,
     ChannelSums,
     Shard,
@@ -31,9 +33,7 @@ from shared.cache import (
     read_units,
     write_manifest,
 )
-from shared.conditioning import Conditioning, TextEmbeds, save_conditioning
-from shared.family import FAMILIES, force_zeros, load_config, resolve_model
-from shared.layout import TRAILER, Layout, cache_layout
+from shared.models.family import FAMILIES, force_zeros, load_config, resolve_model
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 TOKENS = 77
@@ -110,7 +110,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def random_unet(
     source: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> UNet2DConditionModel:
-    """As `train.teacher.load_unet` gives it; two calls give the same weights."""
+    """As `train.networks.teacher.load_unet` gives it; two calls give the same weights."""
     config = load_config(source, "unet/config.json")
     return frozen(lambda: UNet2DConditionModel.from_config(config), device, dtype)
 
@@ -118,7 +118,7 @@ def random_unet(
 def random_vae(
     source: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> AutoencoderKL:
-    """As `shared.vae.load_vae` gives it."""
+    """As `shared.models.vae.load_vae` gives it."""
     config = load_config(source, "vae/config.json")
     return frozen(lambda: AutoencoderKL.from_config(config), device, dtype)
 
@@ -147,7 +147,7 @@ def frozen(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -
 @contextmanager
 def random_weights(device: torch.device) -> Iterator[None]:
     """Both stages build what they would load, on `device`."""
-    build_student = train.setup.build_student
+    build_student = train.trainer.setup.build_student
 
     def build_there(*args: Any) -> Any:
         with torch.device(device):
@@ -165,11 +165,11 @@ def random_weights(device: torch.device) -> Iterator[None]:
 
     with ExitStack() as patches:
         for name, value in (
-            ("train.setup.build_student", build_there),
-            ("train.student.load_unet", build_unet),
-            ("prep.vae.load_vae", lambda source: random_vae(source, device)),
-            ("prep.text.CLIPTextModel", TextEncoders),
-            ("prep.text.CLIPTextModelWithProjection", TextEncoders),
+            ("train.trainer.setup.build_student", build_there),
+            ("train.networks.student.load_unet", build_unet),
+            ("prep.encoders.vae.load_vae", lambda source: random_vae(source, device)),
+            ("prep.encoders.text.CLIPTextModel", TextEncoders),
+            ("prep.encoders.text.CLIPTextModelWithProjection", TextEncoders),
         ):
             patches.enter_context(patch(name, value))
         yield

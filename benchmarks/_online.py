@@ -16,14 +16,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from benchmarks._models import random_text_encoder, random_unet, random_vae
-from shared.conditioning import TextEmbeds
-from shared.family import resolve_model
-from train.batch import Batch
-from train.loop import update
-from train.run import Distillation
-from train.speed import DTYPES
-from train.student import FullStudent, Student
-from train.teacher import call_unet
+from shared.cache.conditioning import TextEmbeds
+from shared.models.family import resolve_model
+from train.data.batch import Batch
+from train.networks.precision import DTYPES
+from train.networks.student import FullStudent, Student
+from train.networks.teacher import call_unet
+from train.trainer.loop import update
+from train.trainer.run import Distillation
 
 
 @dataclass

@@ -22,15 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from shared.cache import Shard
-from shared.conditioning import TextEmbeds
-from shared.layout import TRAILER, cache_layout
-from train.batch import Slot, allocate
-from train.bucket import Bucket
-from train.draws import DrawSpec
-from train.loader import LatentSpec, Loader
-from train.order import Order
-from train.ring import Ring
+from shared.cache.conditioning import TextEmbeds
+from shared.cache.layout import TRAILER, cache_layout
+from shared.cache.manifest import Shard
+from train.data.batch import Slot, allocate
+from train.data.bucket import Bucket
+from train.data.draws import DrawSpec
+from train.data.loader import LatentSpec, Loader
+from train.data.order import Order
+from train.data.prefetch import Ring
 
 LAYOUT = cache_layout((1, 4, 64, 64), (1, 77, 768))  # SD1.5 at 512 px, mean only
 FIELDS = LAYOUT.fields

@@ -12,19 +12,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks._models import random_weights
-from train.batch import Batch
 from train.config import DistillConfig
-from train.loop import backward, update
-from train.optim import set_learning_rate
-from train.run import Distillation
-from train.setup import prepare
+from train.data.batch import Batch
+from train.state.optim import set_learning_rate
+from train.trainer.loop import backward, update
+from train.trainer.run import Distillation
+from train.trainer.setup import prepare
 
 Shape = tuple[int, ...]
 
@@ -38,7 +34,7 @@ def open_run(
         report_to=(), **flags,
     )  # fmt: skip
     # What the step will take is found out by taking it, and the estimate would cost seconds.
-    quiet = patch("train.setup.say_memory"), contextlib.redirect_stderr(io.StringIO())
+    quiet = patch("train.trainer.setup.say_memory"), contextlib.redirect_stderr(io.StringIO())
     with random_weights(device), quiet[0], quiet[1]:
         return prepare(config)
 
@@ -67,7 +63,7 @@ class Cached:
         self.take(self.resident)
 
     def take(self, batch: Batch) -> None:
-        """What `train.loop.distill` does between two batches, without records."""
+        """What `train.trainer.loop.distill` does between two batches, without records."""
         run = self.run
         set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, run.config)
         backward(run, batch)

@@ -26,17 +26,10 @@ from typing import Any
 
 import torch
 
-from benchmarks._gpu_rows import (
-    Bench,
-    Row,
-    matmul_tflops,
-    measure,
-    release,
-    share_of_matmul,
-)
+from benchmarks._gpu_rows import Bench, Row, matmul_tflops, measure, release, share_of_matmul
 from benchmarks._machine import save
-from shared.device import pick_device
-from train.speed import DTYPES
+from shared.machine.device import pick_device
+from train.networks.precision import DTYPES
 
 # The most telling rows first: on a slow machine the last ones are left out.
 ORDER = (

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import _readers as readers
 from benchmarks._machine import record
-from shared.paths import local_argument
+from shared.cli.paths import local_argument
 
 PLAIN = ("mmap, random", "preadv, 1 thread", "preadv, 4 threads", "preadv, 16 threads")
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.memory`: which flags fit which card; writes docs/memory.md.
 
-No weights and no GPU are needed: `train.memory` counts the published configurations on torch's
-meta device.
+No weights and no GPU are needed: `train.memory.estimate` counts the published configurations on
+torch's meta device.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._public_unets import SD15, SDXL
-from train.advice import ROOM
 from train.config import DistillConfig
-from train.memory import Estimate, estimate
+from train.memory.advice import ROOM
+from train.memory.estimate import Estimate, estimate
 
 CARDS = (12, 24, 48, 80)
 RESERVED = 0.5e9  # what CUDA itself and the VAE of the previews take

@@ -36,14 +36,15 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks._machine import record
-from prep import commands, identity
+from prep import commands
 from prep.config import EncodeConfig
-from prep.images import prepare
-from prep.pipeline import Encoders
-from prep.text import TextEncoder
-from prep.vae import VaeEncoder
-from shared import cpus
-from shared.family import resolve_model
+from prep.encode import settings as identity
+from prep.encode.pipeline import Encoders
+from prep.encoders.text import TextEncoder
+from prep.encoders.vae import VaeEncoder
+from prep.images.crop import prepare
+from shared.machine import cpus
+from shared.models.family import resolve_model
 
 REPO = Path(__file__).resolve().parent.parent
 SOURCES = sorted((REPO / "data" / "pictures" / "train").glob("*.tar"))

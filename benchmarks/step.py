@@ -30,7 +30,7 @@ from benchmarks._memory import peak_bytes
 from benchmarks._models import model_folder, write_cache
 from benchmarks._online import Online, TwoCalls, build_teacher
 from benchmarks._steps import Cached, compare, flops, open_run
-from shared.device import pick_device
+from shared.machine.device import pick_device
 
 REPO = Path(__file__).resolve().parent.parent
 WARM_UP = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from shared import startup  # isort: skip  # noqa: F401 (before what takes a while)
+from shared.cli import startup  # isort: skip  # noqa: F401 (before what takes a while)
 
 from prep.config import (
     DecodeConfig,
@@ -18,7 +18,7 @@ from prep.config import (
     UnpackConfig,
     VerifyConfig,
 )
-from shared.config import dispatch
+from shared.cli.config import dispatch
 from shared.errors import run_main
 
 # transformers' advice about torchvision and its loading bars are not for our users.
@@ -44,56 +44,56 @@ def finish(config: FinishConfig) -> None:
 
 def embed(config: EmbedConfig) -> None:
     """Add prompts to a cache."""
-    from prep.prompts import embed
+    from prep.encode.prompts import embed
 
     embed(config)
 
 
 def verify(config: VerifyConfig) -> int:
     """Check a cache."""
-    from prep.verify import verify
+    from prep.inspect.verify import verify
 
     return verify(config)
 
 
 def decode(config: DecodeConfig) -> None:
     """Draw a contact sheet."""
-    from prep.decode import decode
+    from prep.inspect.contact_sheet import decode
 
     decode(config)
 
 
 def stats(config: StatsConfig) -> None:
     """Print what is in a cache."""
-    from prep.stats import stats
+    from prep.inspect.stats import stats
 
     stats(config)
 
 
 def report(config: ReportConfig) -> None:
     """Write the page about a cache."""
-    from prep.report import report
+    from prep.inspect.report import report
 
     report(config)
 
 
 def gc(config: GcConfig) -> None:
     """Remove what no record names."""
-    from prep.gc import gc
+    from prep.inspect.gc import gc
 
     gc(config)
 
 
 def pack(config: PackConfig) -> None:
     """Cache to archive."""
-    from prep.pack import pack
+    from prep.archive.pack import pack
 
     pack(config)
 
 
 def unpack(config: UnpackConfig) -> None:
     """Archive to cache."""
-    from prep.unpack import unpack
+    from prep.archive.unpack import unpack
 
     unpack(config)
 

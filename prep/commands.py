@@ -8,29 +8,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from prep import config, engine, holdout, identity, overwrite, plan, report
-from prep.filters import Filters
-from prep.folders import repeats_in
-from prep.pipeline import Encoders, Settings, Work
-from prep.prompts import add_prompts
-from prep.recorded import Originals
-from prep.sources import SourceOptions, Unit, find_units
-from prep.stale import Stale, drop, find_stale, of_generation
-from prep.text_encoding import check_encoding
-from prep.vae import posterior_matters
-from shared import cpus
-from shared.cache import CachePaths, UnitRecord, read_units
+from prep import config
+from prep.cache import holdout
+from prep.cache.stale import Stale, drop, find_stale, of_generation
+from prep.encode import engine, overwrite, plan
+from prep.encode import settings as identity
+from prep.encode.pipeline import Encoders, Settings, Work
+from prep.encode.prompts import add_prompts
+from prep.encoders.vae import posterior_matters
+from prep.filters.filters import Filters
+from prep.inspect import report
+from prep.inspect.recorded import Originals
+from prep.sources.find import SourceOptions, Unit, find_units
+from prep.sources.folders.folder import repeats_in
+from prep.sources.text_encoding import check_encoding
+from shared.cache.identity import OtherSettings, generation_of, other_settings, read_identity
+from shared.cache.manifest import CachePaths, UnitRecord, read_units
+from shared.cli.progress import Progress
 from shared.errors import UserError
-from shared.family import Model, resolve_model
-from shared.identity import (
-    OtherSettings,
-    generation_of,
-    other_settings,
-    read_identity,
-)
-from shared.progress import Progress
-from shared.storage import create_exclusively, dump_json
-from shared.temporary import sweep
+from shared.machine import cpus
+from shared.models.family import Model, resolve_model
+from shared.storage.files import create_exclusively, dump_json
+from shared.storage.temporary import sweep
 
 T = TypeVar("T")
 
@@ -189,7 +188,7 @@ def encode_units(
     """Run the units on the engine that the flags ask for."""
     with Progress("encode", rows, "picture") as progress:
         if config.engine == "ray":
-            from prep.engine_ray import encode_with_ray  # an extra that few need
+            from prep.encode.engine_ray import encode_with_ray  # an extra that few need
 
             each = config.cpus_per_worker or job.shapes.threads or 1
             outcomes = encode_with_ray(job, units, config.ray_address, each, progress)

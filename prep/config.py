@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from prep.rows import MAX_IMAGE_BYTES
-from shared.defaults import MODEL
-from shared.numbers import Count, Natural, Numbers, Share
-from shared.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag
+from prep.sources.row import MAX_IMAGE_BYTES
+from shared.cli.defaults import MODEL
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag
+from shared.cli.ranges import Count, Natural, Numbers, Share
 
 
 @dataclass(frozen=True)

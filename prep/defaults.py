@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 from prep.config import EncodeConfig
-from shared.defaults import default_cache
+from shared.cli.defaults import default_cache
 
 
 def with_cache(config: EncodeConfig) -> EncodeConfig:

@@ -164,7 +164,7 @@ def _terminable(terminated: list[bool]) -> Iterator[None]:
         yield
         return
     owner = os.getpid()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see shared/startup.py
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see shared/cli/startup.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def terminate(*_: object) -> None:

@@ -36,8 +36,11 @@ from support_calls import KILLED, Calls, forked, in_child  # noqa: E402
 from support_prep import captioned, write_tar  # noqa: E402
 from support_reader import read_cache  # noqa: E402
 
-from prep import commands, config, gc, pack, prompts, unpack, verify  # noqa: E402
-from prep.archive import SUMS, read_sums  # noqa: E402
+from prep import commands, config  # noqa: E402
+from prep.archive import pack, unpack  # noqa: E402
+from prep.archive.layout import SUMS, read_sums  # noqa: E402
+from prep.encode import prompts  # noqa: E402
+from prep.inspect import gc, verify  # noqa: E402
 from shared.errors import UserError  # noqa: E402
 
 SMALL_BATCHES = {"vae_batch_size": 2, "text_batch_size": 2}  # a unit takes several of them

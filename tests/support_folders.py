@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from support_prep import Files, write_tar
 
-from prep.sources import SourceOptions, find_units
+from prep.sources.find import SourceOptions, find_units
 
 Found = dict[str, tuple[tuple[str, ...], str]]  # key -> captions, problem
 

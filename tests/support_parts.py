@@ -24,20 +24,22 @@ sys.path.insert(0, str(ROOT))  # run by path, so the repository is not on it
 
 import torch  # noqa: E402
 
-import prep.vae  # noqa: E402
+import prep.encoders.vae  # noqa: E402
 from prep import __main__ as main  # noqa: E402
-from prep import commands, identity  # noqa: E402
-from shared import cpus, places  # noqa: E402
+from prep import commands  # noqa: E402
+from prep.encode import settings  # noqa: E402
+from shared.machine import cpus  # noqa: E402
+from shared.storage import urls  # noqa: E402
 
 LIMIT = 300.0  # seconds that no process takes
 
 
 def unlike(number: int) -> None:
     """Make this process one on another machine."""
-    identity.cpus.threads = lambda *_: 1 + number % 2
-    identity.default_vae_batch_size = lambda *_: 2 + number % 3
+    settings.cpus.threads = lambda *_: 1 + number % 2
+    settings.default_vae_batch_size = lambda *_: 2 + number % 3
     commands.posterior_matters = lambda _: bool(number % 2)
-    prep.vae.scale_for = lambda _: 2.0 ** -(number % 4)
+    prep.encoders.vae.scale_for = lambda _: 2.0 ** -(number % 4)
     assert cpus
 
 
@@ -134,7 +136,7 @@ def run() -> None:
     parser.add_argument("flags", nargs="*")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    places.FIRST_WAIT = 0.05
+    urls.FIRST_WAIT = 0.05
     args.logs.mkdir(exist_ok=True)
     print(json.dumps([play(args, number, args.logs) for number in range(args.rounds)]))
 

@@ -1,7 +1,7 @@
 """What the tests of stage one share: small pictures, tars of them, and ways to read a cache.
 
 Caches are read here with tarfile, NumPy and pyarrow alone, so that the tests do not believe
-`shared.layout` about itself.
+`shared.cache.layout` about itself.
 """
 
 import contextlib

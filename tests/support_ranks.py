@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from shared.config import coerce
+from shared.cli.config import coerce
 from shared.errors import run_main
-from train import loop, setup, student
 from train.config import DistillConfig
-from train.loader import Batch, Loader
+from train.data.loader import Batch, Loader
+from train.networks import student
+from train.trainer import loop, setup
 
 
 def main() -> None:

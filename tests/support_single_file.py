@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from train.kohya import original_path
+from train.export.kohya import original_path
 
 Tensors = dict[str, torch.Tensor]
 

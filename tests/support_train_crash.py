@@ -34,9 +34,10 @@ from support_calls import KILLED, Calls, forked, in_child  # noqa: E402
 from torch.utils import tensorboard  # noqa: E402, F401 (or each child would import it)
 
 from shared.errors import run_main  # noqa: E402
-from shared.temporary import sweep  # noqa: E402
-from train import checkpoint, loop, setup  # noqa: E402
+from shared.storage.temporary import sweep  # noqa: E402
 from train.config import DistillConfig  # noqa: E402
+from train.state import checkpoint  # noqa: E402
+from train.trainer import loop, setup  # noqa: E402
 
 RUN = Path("run")  # relative, since the card and the configuration name it
 TIMES = ("samples_per_second", "loader_wait")

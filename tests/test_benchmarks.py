@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.setup
+import train.trainer.setup
 from benchmarks import _gpu_rows, gpu
 from benchmarks._gpu_rows import Row
 from benchmarks._models import (
@@ -22,8 +22,8 @@ from benchmarks._models import (
 )
 from benchmarks._online import Online, TwoCalls, build_encoders, build_teacher
 from benchmarks._steps import Cached, compare, flops, open_run
-from prep.text import TextEncoder
-from shared.family import resolve_model
+from prep.encoders.text import TextEncoder
+from shared.models.family import resolve_model
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -246,7 +246,7 @@ def test_a_guess_for_sdxl_follows_what_sd15_took(tmp_path):
 
 def test_the_estimate_of_memory_decides_nothing_here(tmp_path, monkeypatch):
     """It refuses what has no room; here the batch is halved instead, until it has."""
-    monkeypatch.setattr(train.setup, "say_memory", lambda *_: pytest.fail("not wanted"))
+    monkeypatch.setattr(train.trainer.setup, "say_memory", lambda *_: pytest.fail("not wanted"))
     open_trainer(tmp_path, "tiny-sd", train_batch_size=2).close()
 
 

@@ -12,11 +12,11 @@ from unittest import mock
 import pytest
 from support_damage import broken, other_values, replaced
 
-from shared.cache import CachePaths
-from shared.conditioning import load_conditioning
+from shared.cache.conditioning import load_conditioning
+from shared.cache.manifest import CachePaths
 from shared.errors import UserError
-from train.checkpoint import read_progress
-from train.stored import stored_config
+from train.state.checkpoint import read_progress
+from train.state.stored_config import stored_config
 
 
 def command(stage: str, *words: object) -> tuple[int, str]:

@@ -20,7 +20,7 @@ from support_docs import (
 )
 
 from prep.config import EncodeConfig
-from shared.config import parse
+from shared.cli.config import parse
 from train.config import EvaluateConfig
 
 ALL = [block for page in pages() for block in blocks(page)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from train.checkpoint import read_progress, whole_checkpoints
+from train.state.checkpoint import read_progress, whole_checkpoints
 
 SRUN = """# Starts $TASKS tasks and ends with the worst status.
 while [[ $1 == --* ]]; do shift; done

@@ -55,10 +55,10 @@ def run(words, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_everything_but_the_repositorys_own_data_is_there(installed, tmp_path):
     code = (
-        "import prep, shared, train, train.objectives; from pathlib import Path;"
-        "from shared.single_file import CONFIGS;"
-        "folder = Path(prep.__file__).parent;"
-        "print(folder.parent);"
+        "import prep.inspect, shared, train.objectives; from pathlib import Path;"
+        "from shared.models.single_file import CONFIGS;"
+        "folder = Path(prep.inspect.__file__).parent;"
+        "print(folder);"
         "print(*sorted(p.name for p in CONFIGS.iterdir()));"
         "print(*[p.name for p in (folder / 'report.css', folder / 'report.html.jinja',"
         " Path(shared.__file__).parent / 'py.typed') if p.is_file()])"

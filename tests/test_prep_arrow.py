@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from support_prep import encode, manifest, png, refusal, units
 
-from prep.sources import SourceError, SourceOptions, find_units
+from prep.sources.find import SourceError, SourceOptions, find_units
 from shared.errors import UserError
 
 PNG = png(1)

@@ -23,7 +23,7 @@ from support_prep import (
     write_tar,
 )
 
-from shared.layout import Layout
+from shared.cache.layout import Layout
 
 ZOOM = 3  # a 64-pixel picture is drawn at 192
 GAP, LABEL = 4, 14

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from support_pictures import chunk
 
-from prep.images import BadImage, Framing, prepare
+from prep.images.crop import BadImage, Framing, prepare
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 

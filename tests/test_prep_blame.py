@@ -6,8 +6,10 @@ import fsspec
 import pytest
 from support_prep import encode, write_folder
 
-from prep import engine_ray, hub, opening, remote
-from prep.sources import find_units
+from prep.encode import engine_ray
+from prep.files import remote
+from prep.sources.find import find_units
+from prep.sources.tables import hf_dataset, opening
 from shared.errors import UserError
 
 BUGS = (TypeError("ours"), AttributeError("ours"), NameError("ours"), AssertionError("ours"))
@@ -53,13 +55,13 @@ def test_what_the_file_system_raises_is_tried_again(memory):
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: type(bug).__name__)
 def test_opening_a_dataset(tmp_path, bug):
-    with mock.patch.object(hub, "_load", side_effect=bug), \
+    with mock.patch.object(hf_dataset, "_load", side_effect=bug), \
          pytest.raises(type(bug), match="ours"):  # fmt: skip
-        hub.dataset_units(str(tmp_path), hub.SourceOptions())
+        hf_dataset.dataset_units(str(tmp_path), hf_dataset.SourceOptions())
     with mock.patch.object(opening, "home_of", side_effect=bug), \
          mock.patch("datasets.load_from_disk"), \
          pytest.raises(type(bug), match="ours"):  # fmt: skip
-        hub.dataset_units(str(tmp_path), hub.SourceOptions())
+        hf_dataset.dataset_units(str(tmp_path), hf_dataset.SourceOptions())
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,6 @@ def test_ray_that_does_not_start():
 
 def test_a_mistake_while_a_unit_is_read_is_seen(tmp_path):
     folder = write_folder(tmp_path / "folder", range(2))
-    with mock.patch("prep.folders.make_row", side_effect=TypeError("ours")), \
+    with mock.patch("prep.sources.folders.folder.make_row", side_effect=TypeError("ours")), \
          pytest.raises(TypeError, match="ours"):  # fmt: skip
         encode(folder, tmp_path / "cache")

@@ -10,16 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from prep.sources.row import make_row
 from support_prep import TINY_XL, accounts, encode, png, write_tar
 
-from prep import pipeline, tables, tokens
-from prep.images import Framing
-from prep.overlap import mapped
-from prep.pipeline import Settings, decoded
-from prep.rows import make_row
-from prep.sources import SourceOptions, find_units
-from prep.text import TextEncoder
-from shared.family import resolve_model
+from prep.encode import pipeline
+from prep.encode.pipeline import Settings, decoded
+from prep.encode.threads import mapped
+from prep.encoders import tokens
+from prep.encoders.text import TextEncoder
+from prep.images.crop import Framing
+from prep.sources.find import SourceOptions, find_units
+from prep.sources.tables import parquet
+from shared.models.family import resolve_model
 
 SETTINGS = Settings(Framing(64), keep_logvar=False, max_captions=1)
 LARGE = "larger than --max-image-bytes"
@@ -90,7 +92,7 @@ def test_a_json_counts_as_what_it_becomes_in_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["parquet", "dataset"])
 def test_a_tables_large_rows_are_held_one_at_a_time(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(tables, "BATCH_BYTES", 1_000_000)
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 1_000_000)
     size, count = 1_000_000, 16
     table = {
         "image": [random.Random(n).randbytes(size) for n in range(count)],

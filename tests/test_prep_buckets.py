@@ -22,11 +22,11 @@ from support_prep import (
     write_tar,
 )
 
-from prep import pipeline
-from prep.buckets import choose_buckets
-from prep.images import BadImage, Framing, prepare
-from shared.cache import open_manifest
-from train.bucket import open_buckets
+from prep.encode import pipeline
+from prep.images.buckets import choose_buckets
+from prep.images.crop import BadImage, Framing, prepare
+from shared.cache.manifest import open_manifest
+from train.data.bucket import open_buckets
 
 
 def table(resolution, steps=None, low=None, high=None, no_upscale=False):

@@ -28,7 +28,7 @@ from support_prep import (
     write_tar,
 )
 
-from shared.conditioning import load_conditioning
+from shared.cache.conditioning import load_conditioning
 from shared.errors import UserError
 
 FEW = captioned(range(5))

@@ -22,8 +22,8 @@ from support_prep import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from prep.images import Framing, prepare
-from prep.text import TextEncoder
+from prep.encoders.text import TextEncoder
+from prep.images.crop import Framing, prepare
 
 HALF = 2.0**-11  # the relative rounding error of fp16
 
@@ -219,7 +219,7 @@ def test_equal_captions_of_a_unit_are_encoded_once(tmp_path, monkeypatch, rememb
         return real(self, captions)
 
     monkeypatch.setattr(TextEncoder, "encode_and_count", counting)
-    monkeypatch.setattr("prep.text.MEMO_CAPTIONS", remembered)
+    monkeypatch.setattr("prep.encoders.text.MEMO_CAPTIONS", remembered)
     files = []
     for number in range(12):
         files += [(f"{number:02d}.png", file_of(photo(number)))]

@@ -23,11 +23,9 @@ from support_prep import (
     write_folder,
     write_tar,
 )
-from support_prep import (
-    prep as run_prep,
-)
+from support_prep import prep as run_prep
 
-import prep.braces
+import prep.sources.braces
 
 
 @pytest.fixture
@@ -86,7 +84,7 @@ def test_unbalanced_braces(run, tmp_path, pattern):
 
 
 def test_too_many_names(run, tmp_path):
-    with mock.patch.object(prep.braces, "MANY", 1000):
+    with mock.patch.object(prep.sources.braces, "MANY", 1000):
         assert "more than 1000 names" in run(f"{tmp_path}/{{0..99}}/{{0..99}}.tar")
 
 

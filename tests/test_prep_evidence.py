@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from support_prep import accounts, encode, manifest, png, refusal, write_tar
 
-from prep.where import Where
+from prep.filters.where import Where
 
 
 def tar_of(path, *rows):

@@ -17,10 +17,10 @@ from support_prep import (
     write_tar,
 )  # fmt: skip
 
-from prep import holdout
-from shared.cache import CachePaths, open_manifest
+from prep.cache import holdout
+from shared.cache.manifest import CachePaths, open_manifest
 from shared.errors import UserError
-from train.bucket import first_samples, open_buckets
+from train.data.bucket import first_samples, open_buckets
 
 
 def keys_of(cache, heldout: bool) -> list[str]:

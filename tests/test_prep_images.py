@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 from support_pictures import ADOBE, BOMBS, LINEAR_GREY
 from support_prep import SIDE, accounts, encode, file_of, photo, refusal, samples, write_tar
 
-from prep.images import BadImage, Framing, prepare
+from prep.images.crop import BadImage, Framing, prepare
 
 SRGB = ImageCms.createProfile("sRGB")
 

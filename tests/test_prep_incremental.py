@@ -16,10 +16,10 @@ from support_prep import (
     write_tar,
 )
 
-from prep import folders
-from prep.reuse import Entries, Index, caption_digest
-from prep.text import TextEncoder
-from prep.vae import VaeEncoder
+from prep.cache.reuse import Entries, Index, caption_digest
+from prep.encoders.text import TextEncoder
+from prep.encoders.vae import VaeEncoder
+from prep.sources.folders import folder as folders
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from PIL import Image, TiffImagePlugin
 from support_folders import fill, rows_of, table_of, tar_of
 from support_prep import SIDE, accounts, encode, file_of, manifest, photo, png, refusal
 
-from prep.images import BadImage, Framing, prepare
-from prep.kinds import kind_of, not_a_source
+from prep.images.crop import BadImage, Framing, prepare
+from prep.images.kinds import kind_of, not_a_source
 
 PNG = png(1, 16, 16)
 FTYP = b"\0\0\0\x18ftyp"
@@ -130,17 +130,17 @@ def test_heic_is_read_upright():
 
 def test_heic_waits_for_its_package(tmp_path, monkeypatch):
     """Without it the row is rejected and says what to install; with it the unit is made again."""
-    from prep import pixels
+    from prep.images import decode
 
     files = {"a.heic": heic(), "a.txt": "a star", "b.png": PNG, "b.txt": "b"}
     folder = fill(tmp_path / "folder", files)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "pillow_heif", None)
-        pixels.reads_heif.cache_clear()
+        decode.reads_heif.cache_clear()
         cache = encode(folder, tmp_path / "cache")
     why = "HEIC needs another package: pip install 'latent-distillery[heif]'"
     assert {row["source_key"]: row["reason"] for row in accounts(cache)}["a.heic"] == why
-    pixels.reads_heif.cache_clear()
+    decode.reads_heif.cache_clear()
     encode(folder, cache)
     assert {row["reason"] for row in accounts(cache)} == {""}
 
@@ -169,8 +169,8 @@ RANGES = {
 
 @pytest.mark.parametrize("name", RANGES)
 def test_numbers_are_shown_in_the_range_that_they_fill(name):
-    pixels = prepare(tiff(RANGES[name]), Framing(SIDE))[0].pixels.astype(int)
-    assert np.abs(pixels - GREY[..., None]).max() <= (6 if name == "overshot" else 1)
+    decode = prepare(tiff(RANGES[name]), Framing(SIDE))[0].pixels.astype(int)
+    assert np.abs(decode - GREY[..., None]).max() <= (6 if name == "overshot" else 1)
 
 
 @pytest.mark.parametrize("scale", [3.0, 4000.0, 1e7, -1.0])
@@ -189,8 +189,8 @@ def test_zero_may_be_white():
     content = bytearray(tiff((RAMP * 65535).astype(np.uint16)))
     entry = content.index(struct.pack("<HHI", 262, 3, 1))  # PhotometricInterpretation
     content[entry + 8 : entry + 10] = b"\0\0"
-    pixels = prepare(bytes(content), Framing(SIDE))[0].pixels.astype(int)
-    assert np.abs(255 - pixels - GREY[..., None]).max() <= 1
+    decode = prepare(bytes(content), Framing(SIDE))[0].pixels.astype(int)
+    assert np.abs(255 - decode - GREY[..., None]).max() <= 1
 
 
 def test_a_cameras_raw_tiff_is_not_taken_for_its_preview():
@@ -214,8 +214,8 @@ def test_broken_exif_costs_its_orientation_only(kind, tags):
 def test_a_targa_whose_fourth_channel_means_nothing():
     image = photo(3).convert("RGBA")
     image.putalpha(0)
-    pixels = prepare(file_of(image, "TGA"), Framing(SIDE))[0].pixels
-    assert np.array_equal(pixels, prepare(file_of(photo(3)), Framing(SIDE))[0].pixels)
+    decode = prepare(file_of(image, "TGA"), Framing(SIDE))[0].pixels
+    assert np.array_equal(decode, prepare(file_of(photo(3)), Framing(SIDE))[0].pixels)
 
 
 def test_noise_is_not_taken_for_anything():

@@ -11,12 +11,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prep.sources.litter import HIDDEN
 from support_prep import accounts, encode, png, refusal
 
-from prep import remote
-from prep.linked import MISSING, OUTSIDE, UNREACHABLE
-from prep.litter import HIDDEN
-from prep.sources import SourceOptions, find_units
+from prep.files import remote
+from prep.sources.find import SourceOptions, find_units
+from prep.sources.tables.linked import MISSING, OUTSIDE, UNREACHABLE
 
 PNG = png(1)
 STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})

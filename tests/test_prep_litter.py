@@ -3,10 +3,9 @@
 import json
 
 import pytest
+from prep.sources.litter import is_litter
 from support_folders import fill, rows_of, table_of, tar_of
 from support_prep import accounts, encode, manifest, png
-
-from prep.litter import is_litter
 
 PNG = png(1, 16, 16)
 LITTER = (  # before an extension

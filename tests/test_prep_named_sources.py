@@ -8,7 +8,7 @@ import pytest
 from support_folders import fill, rows_of
 from support_prep import captioned, png, refusal, write_tar
 
-from prep.sources import SourceError, find_units
+from prep.sources.find import SourceError, find_units
 from shared.errors import UserError
 
 PNG = png(1, 16, 16)

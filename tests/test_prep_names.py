@@ -4,9 +4,8 @@ import os
 import re
 
 import pytest
+from prep.sources.unit import unit_name
 from support_prep import captioned, encode, manifest, prep, refusal, tree, units, write_tar
-
-from prep.units import unit_name
 
 ODD = [b"caf\xe9", b"line\nfeed", b"back\\slash", "line\u2028separator".encode(), b"tab\t", b"\r"]
 
@@ -37,7 +36,7 @@ def test_what_is_packed_is_unpacked_whatever_the_tars_are_called(odd, tmp_path):
 
 
 def test_a_cache_with_names_of_old_is_not_packed_but_mended(odd, tmp_path, monkeypatch):
-    monkeypatch.setattr("prep.units.UNSAFE", re.compile("nothing"))
+    monkeypatch.setattr("prep.rows.unit.UNSAFE", re.compile("nothing"))
     cache = encode(odd, tmp_path / "cache")
     monkeypatch.undo()
     words = ("pack", "--cache", cache, "--output", tmp_path / "archive")

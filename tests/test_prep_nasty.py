@@ -33,7 +33,7 @@ from support_prep import (
 )
 from test_prep_remote import Server
 
-from prep.tar_rows import DOTTED
+from prep.sources.tars.tar_rows import DOTTED
 
 CAPTION = b"a caption"
 LARGE = "larger than --max-image-bytes"
@@ -422,7 +422,7 @@ def damaged(whole):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("prep.remote.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("prep.files.remote.FIRST_WAIT", 0.01)
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server

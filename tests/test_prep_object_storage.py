@@ -10,18 +10,18 @@ import pytest
 from support_prep import captioned, prep, refusal, tree, write_tar
 from support_s3 import bucket, forget, objects, serving
 
-from prep import remote
-from shared import places
-from shared.cache import open_manifest
-from shared.conditioning import load_conditioning
-from shared.places import place
+from prep.files import remote
+from shared.cache.conditioning import load_conditioning
+from shared.cache.manifest import open_manifest
+from shared.storage import urls
+from shared.storage.urls import place
 
 SOURCES = "s3://bucket/source/{a,b}.tar"
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch, tmp_path):
-    monkeypatch.setattr(places, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(urls, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -162,7 +162,7 @@ def test_mistakes_are_one_line(url, server, monkeypatch):
 
 
 def test_little_room_for_the_scratch_is_told(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("prep.plan.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("prep.encode.plan.free_bytes", lambda folder: 1000)
     line = refusal(*words(url))
     assert line.startswith(f"{tmp_path}/distillery-")
     assert line.endswith("free some space or set TMPDIR to a folder with more")

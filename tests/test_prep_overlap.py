@@ -9,10 +9,10 @@ import tracemalloc
 import pytest
 from support_prep import accounts, captioned, encode, samples, tree, write_tar
 
-import prep.engine
-import prep.pipeline
-from prep import overlap, writer
-from prep.overlap import mapped, read_ahead
+import prep.encode.engine
+import prep.encode.pipeline
+from prep.encode import threads, writer
+from prep.encode.threads import mapped, read_ahead
 from shared.errors import UserError
 
 OURS = ("read", "decode", "write", "captions")
@@ -71,7 +71,7 @@ def test_an_error_comes_after_what_was_read_before_it_and_once():
 
 
 def test_a_source_that_hangs_is_left_behind(monkeypatch):
-    monkeypatch.setattr(overlap, "PATIENCE", 0.2)
+    monkeypatch.setattr(threads, "PATIENCE", 0.2)
     go_on = threading.Event()
 
     def hanging():
@@ -96,10 +96,10 @@ def test_what_any_stage_raises_reaches_the_caller(stage, tar, tmp_path, monkeypa
     """With no thread and no file left behind, and the next run makes it good."""
     wanted = tree(encode(tar, tmp_path / "wanted", vae_batch_size=2, text_batch_size=2))
     place, name = {
-        "reading": (prep.engine.Unit, "rows"),
-        "decoding": (prep.pipeline, "prepare"),
-        "captions": (prep.pipeline.CaptionMemo, "encode"),
-        "latents": (prep.pipeline, "finish"),
+        "reading": (prep.encode.engine.Unit, "rows"),
+        "decoding": (prep.encode.pipeline, "prepare"),
+        "captions": (prep.encode.pipeline.CaptionMemo, "encode"),
+        "latents": (prep.encode.pipeline, "finish"),
         "writing": (writer.Spool, "add"),
     }[stage]
     real, calls = getattr(place, name), itertools.count()
@@ -133,7 +133,7 @@ def test_an_interrupted_run_leaves_no_thread_and_no_file(tar, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     cache = tmp_path / "cache"
-    monkeypatch.setattr(prep.pipeline, "start", interrupted)
+    monkeypatch.setattr(prep.encode.pipeline, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode(tar, cache)
     assert ours() == []

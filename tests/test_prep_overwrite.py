@@ -20,9 +20,9 @@ from support_prep import (
     write_tar,
 )
 
-from prep.writer import UnitWriter
-from shared.cache import CachePaths, open_manifest
-from shared.conditioning import load_conditioning
+from prep.encode.writer import UnitWriter
+from shared.cache.conditioning import load_conditioning
+from shared.cache.manifest import CachePaths, open_manifest
 from shared.errors import UserError
 
 

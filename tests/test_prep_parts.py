@@ -13,9 +13,9 @@ import pytest
 from support_prep import captioned, encode, manifest, prep, refusal, tree, units, write_tar
 from support_s3 import bucket, objects, serving
 
-from prep import engine as prep_engine
-from shared.conditioning import load_conditioning
-from shared.places import place
+from prep.encode import engine as prep_engine
+from shared.cache.conditioning import load_conditioning
+from shared.storage.urls import place
 
 DRIVER = Path(__file__).with_name("support_parts.py")
 TARS, PICTURES = 6, 2  # fewer tars than parts: some have nothing to do
@@ -76,11 +76,11 @@ def test_a_part_that_comes_later_takes_over_what_is_recorded_though_it_has_other
 ):
     cache = tmp_path / "cache"
     words = ["encode", "--shards", sources, "--model", "tiny-sd", "--cache", cache, "--no-report"]
-    monkeypatch.setattr("shared.cpus.threads", lambda *_: 3)
+    monkeypatch.setattr("shared.machine.cpus.threads", lambda *_: 3)
     assert prep(*words, "--part", "0/2", "--resolution", 48).status == 0
-    monkeypatch.setattr("shared.cpus.threads", lambda *_: 1)
+    monkeypatch.setattr("shared.machine.cpus.threads", lambda *_: 1)
     monkeypatch.setattr("prep.commands.posterior_matters", lambda moments: False)
-    monkeypatch.setattr("prep.identity.default_vae_batch_size", lambda *_: 5)
+    monkeypatch.setattr("prep.encode.settings.default_vae_batch_size", lambda *_: 5)
     answer = prep(*words, "--part", "1/2")
     assert answer.status == 0, answer.err
     assert "was begun with 3 threads, which decide its bytes; they share 1 here" in answer.err
@@ -249,7 +249,7 @@ def test_parts_overwrite_a_cache_on_s3_at_once(server, tmp_path, sources):
 
 def test_a_prompt_that_was_added_meanwhile_is_kept_on_s3(server, monkeypatch, tmp_path):
     """Two change the file that both have read: the one that comes too late reads it again."""
-    from shared.update import update
+    from shared.storage.update import update
 
     url = place("s3://bucket/update/file")
 

@@ -118,7 +118,7 @@ if any("default_worker" in word for word in sys.orig_argv):
 import os, sys
 class Killer:
     def find_spec(self, name, *_):
-        if name == "prep.engine_ray":
+        if name == "prep.encode.engine_ray":
             os.kill(os.getpid(), 9)
 if any("default_worker" in word for word in sys.orig_argv):
     sys.meta_path.insert(0, Killer())
@@ -198,7 +198,7 @@ def test_a_unit_that_every_worker_dies_of_ends_the_command_and_is_named(ray, tar
 @pytest.mark.slow
 def test_workers_that_do_not_see_the_cache_refuse(ray, tars, tmp_path, monkeypatch):
     """One machine sees it or does not, so the command is made to go on without creating it."""
-    monkeypatch.setattr("prep.identity.claim_identity", lambda *_: None)
+    monkeypatch.setattr("prep.encode.settings.claim_identity", lambda *_: None)
     line = refusal("encode", "--cache", tmp_path / "c", *words(tars[:1], *RAY_FLAGS))
     assert f"{socket.gethostname()} does not see {tmp_path / 'c' / 'identity.json'}" in line
     assert line.endswith("must be on a file system that all workers see")
@@ -235,7 +235,7 @@ def test_a_part_that_is_none_is_refused(part, tars, tmp_path):
 
 
 def test_sigterm_ends_it_in_one_line_and_the_next_run_goes_on(tars, tmp_path, monkeypatch):
-    from prep.writer import UnitWriter
+    from prep.encode.writer import UnitWriter
 
     commit = UnitWriter.commit
 

@@ -11,9 +11,9 @@ import pytest
 from support_prep import captioned, encode, prep, shards, write_tar
 from support_reader import read_bucket, read_cache
 
-from shared.cache import open_manifest
+from shared.cache.manifest import open_manifest
 from shared.errors import UserError
-from train.bucket import open_buckets
+from train.data.bucket import open_buckets
 
 READER = Path(__file__).with_name("support_reader.py")
 DAY = 24 * 3600

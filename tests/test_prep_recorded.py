@@ -12,7 +12,7 @@ import pytest
 from support_prep import TINY_SD, captioned, encode, manifest, prep, refusal, units, write_tar
 
 from shared.errors import UserError
-from shared.family import recorded_model
+from shared.models.family import recorded_model
 
 COMMANDS = {
     "report": (), "decode": ("--count", 3), "verify": ("--reencode", 3), "finish": (),

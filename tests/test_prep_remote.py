@@ -14,8 +14,8 @@ import pytest
 import zstandard
 from support_prep import captioned, encode, manifest, png, prep, refusal, tree, units, write_tar
 
-from prep import remote
-from prep.sources import SourceError, SourceOptions, estimate_rows, find_units
+from prep.files import remote
+from prep.sources.find import SourceError, SourceOptions, estimate_rows, find_units
 from shared.errors import UserError
 
 
@@ -158,7 +158,7 @@ def test_remote_parquet(memory):
 
 
 def test_rows_are_estimated_from_the_first_bytes(memory, tmp_path, monkeypatch):
-    monkeypatch.setattr("prep.tars.SAMPLE_BYTES", 30_000)
+    monkeypatch.setattr("prep.sources.tars.tar.SAMPLE_BYTES", 30_000)
     large = write_tar(tmp_path / "large.tar", captioned(range(40))).read_bytes()
     for name in "ab":
         memory.pipe(f"/bucket/{name}.tar", large)

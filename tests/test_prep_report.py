@@ -30,9 +30,9 @@ from support_prep import (
     write_tar,
 )
 
-from prep.checks import check_rejected
-from prep.stats import Rejection, Summary
-from prep.words import share_of, visible
+from prep.inspect.checks import check_rejected
+from prep.inspect.stats import Rejection, Summary
+from shared.visible import share_of, visible
 from shared.wording import rate
 
 HOSTILE = (
@@ -213,9 +213,9 @@ def test_a_damaged_cache_is_called_so(cache):
 
 
 def test_an_encode_waits_only_so_long_for_pictures(cache, monkeypatch):
-    from prep import report
     from prep.config import ReportConfig
-    from shared.cache import CachePaths
+    from prep.inspect import report
+    from shared.cache.manifest import CachePaths
 
     monkeypatch.setattr(report, "ENCODE_SECONDS", 0.0)
     paths = CachePaths(cache)

@@ -22,8 +22,8 @@ from support_prep import (
 )
 from support_temporary import holding, left_by_the_dead
 
-import prep.engine
-import prep.folders
+import prep.encode.engine
+import prep.sources.folders.folder
 from shared.errors import UserError
 
 
@@ -37,13 +37,13 @@ def tars(tmp_path):
 
 def encoded_units(*args, **flags):
     """Sources of the units that `encode` encodes this time, by name of the unit."""
-    real, seen = prep.engine.samples, []
+    real, seen = prep.encode.engine.samples, []
 
     def counted(unit, *rest):
         seen.append(unit.name)
         return real(unit, *rest)
 
-    with mock.patch.object(prep.engine, "samples", counted):
+    with mock.patch.object(prep.encode.engine, "samples", counted):
         encode(*args, **flags)
     return seen
 
@@ -133,7 +133,7 @@ def owner(cache, key):
 
 def test_a_folder_may_grow_past_the_size_that_decided_its_units(tmp_path):
     folder = write_folder(tmp_path / "folder", range(4))
-    with mock.patch.object(prep.folders, "UNIT_ROWS", 4):
+    with mock.patch.object(prep.sources.folders.folder, "UNIT_ROWS", 4):
         cache = encode(folder, tmp_path / "cache")
         write_folder(folder, range(5))
         encode(folder, cache)

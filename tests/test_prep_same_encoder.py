@@ -7,7 +7,7 @@ import pytest
 from support_prep import TINY_SD, captioned, encode, refusal, samples, tree, units, write_tar
 from transformers import AutoTokenizer
 
-from prep.tokens import tokens_fingerprint
+from prep.encoders.tokens import tokens_fingerprint
 
 ADDED = {"text": ("tokenizers", "configs"), "vae": ("config",)}
 

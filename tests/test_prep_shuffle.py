@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support_prep import accounts, encode, prep, samples, tree, write_folder
 
-from prep.shuffle import Shuffle
+from prep.encode.shuffle import Shuffle
 
 SHA, OTHER = "ab" * 32, "cd" * 32
 TAGS = "1girl, red hair,blue eyes , smile, hat"

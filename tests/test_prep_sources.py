@@ -28,8 +28,8 @@ from support_prep import (
     write_tar,
 )
 
-import prep.pipeline
-from prep.tar_rows import DOTTED
+import prep.encode.pipeline
+from prep.sources.tars.tar_rows import DOTTED
 from shared.errors import UserError
 
 PNG = png(1)
@@ -211,7 +211,7 @@ def test_a_line_of_pixels_does_not_eat_the_memory(tmp_path):
     (tmp_path / "line.png").write_bytes(png(1, 1, 4000))
     script = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from prep.images import BadImage, Framing, prepare\n"
+        "from prep.images.crop import BadImage, Framing, prepare\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: prepare(Path(sys.argv[1]).read_bytes(), Framing(512))\n"
         "except BadImage: pass\n"
@@ -233,7 +233,8 @@ def test_mistakes_in_file_kinds_do_not_run_other_programs(tmp_path):
     program.chmod(0o755)
     (tmp_path / "a.jpg").write_bytes(postscript)
     script = (
-        "import sys; from pathlib import Path; from prep.images import BadImage, Framing, prepare\n"
+        "import sys; from pathlib import Path\n"
+        "from prep.images.crop import BadImage, Framing, prepare\n"
         "try: prepare(Path(sys.argv[1]).read_bytes(), Framing(64))\n"
         "except BadImage as error: print(error)\n"
     )
@@ -424,26 +425,26 @@ def test_a_cache_of_nothing_is_not_finished(tmp_path):
 
 def test_usable_rows_may_come_late(tmp_path, monkeypatch):
     """256 rows without a caption say little about a source."""
-    monkeypatch.setattr("prep.plan.PROBED_ROWS", 4)
+    monkeypatch.setattr("prep.encode.plan.PROBED_ROWS", 4)
     files = bad_rows(6, "no caption") + captioned(range(4))
     tar = write_tar(tmp_path / "a.tar", files)
     cache = encode(tar, tmp_path / "cache", max_reject_fraction=1.0)
     assert Counter(account(cache).values()) == {"": 4, "no caption": 6}
     # But not for ever: a mistake is told in a moment.
-    monkeypatch.setattr("prep.plan.SEARCHED_ROWS", 5)
+    monkeypatch.setattr("prep.encode.plan.SEARCHED_ROWS", 5)
     with pytest.raises(UserError, match=r"mostly: no caption, such as 'no caption 0' of .*a\.tar"):
         encode(tar, tmp_path / "other", max_reject_fraction=1.0)
     assert not (tmp_path / "other").exists()
 
 
 def test_a_row_that_gets_lost_on_its_way_is_noticed(tmp_path, monkeypatch):
-    decoded = prep.pipeline.decoded
+    decoded = prep.encode.pipeline.decoded
 
     def losing(rows, *more):
         return decoded(itertools.islice(rows, 3, None), *more)
 
     tar = write_tar(tmp_path / "a.tar", captioned(range(5)))
-    monkeypatch.setattr(prep.pipeline, "decoded", losing)
+    monkeypatch.setattr(prep.encode.pipeline, "decoded", losing)
     with pytest.raises(AssertionError, match="2 of 5 rows accounted"):
         encode(tar, tmp_path / "cache")
     assert units(tmp_path / "cache") == {}

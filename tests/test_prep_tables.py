@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from support_prep import accounts, encode, manifest, png, prep, refusal, tree, units, write_folder
 
-from prep import hub as hub_reader
-from prep.sources import SourceError, SourceOptions, estimate_rows, find_units
+from prep.sources.find import SourceError, SourceOptions, estimate_rows, find_units
+from prep.sources.tables import hf_dataset as hub_reader
 from shared.errors import UserError
 
 PNG = png(1)

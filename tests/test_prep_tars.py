@@ -31,7 +31,7 @@ from support_prep import (
     write_tar,
 )
 
-from prep.sources import SourceError, SourceOptions, estimate_rows, find_units
+from prep.sources.find import SourceError, SourceOptions, estimate_rows, find_units
 from shared.errors import UserError
 
 PNG = png(1, 16, 16)
@@ -440,6 +440,6 @@ def test_rows_of_a_packed_tar_are_scaled_by_packed_bytes(tmp_path, kind, padding
     packed = tmp_path / f"a.tar.{kind}"
     packed.write_bytes(compressed(kind, write_tar(tmp_path / "a.tar", files).read_bytes()))
     for most in (800_000, 1 << 30):
-        monkeypatch.setattr("prep.tars.SAMPLE_BYTES", most)
+        monkeypatch.setattr("prep.sources.tars.tar.SAMPLE_BYTES", most)
         (unit,) = find_units([str(packed)])
         assert estimate_rows([unit])[unit.name] == pytest.approx(120, rel=0.25)

@@ -6,7 +6,7 @@ import pytest
 from support_folders import fill, rows_of, tar_of
 from support_prep import accounts, encode, png, refusal
 
-from prep.sources import find_units
+from prep.sources.find import find_units
 from shared.errors import UserError
 
 PNG = png(1, 16, 16)

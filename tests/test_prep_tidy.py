@@ -28,8 +28,8 @@ from support_prep import (
 )
 from support_temporary import holding, left_by_the_dead
 
-from prep import accounts as accounts_module
-from shared.layout import Layout
+from prep.cache import accounts as accounts_module
+from shared.cache.layout import Layout
 
 
 @pytest.fixture(scope="module")

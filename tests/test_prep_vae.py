@@ -25,10 +25,10 @@ from support_prep import (
     write_tar,
 )
 
-from prep import plan
-from prep import vae as prep_vae
-from shared.rescale import rescale_vae, save_rescaled
-from shared.vae import load_vae
+from prep.encode import plan
+from prep.encoders import vae as prep_vae
+from shared.models.rescale import rescale_vae, save_rescaled
+from shared.models.vae import load_vae
 
 CPU = torch.device("cpu")
 GREY = np.full((64, 64, 3), 127, np.uint8)  # -0.004 for the VAE

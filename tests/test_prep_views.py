@@ -19,8 +19,8 @@ from support_prep import (
     write_tar,
 )
 
-from prep.buckets import choose_buckets
-from prep.images import Framing, prepare
+from prep.images.buckets import choose_buckets
+from prep.images.crop import Framing, prepare
 
 RANDOM = {"random_crop": True, "random_flip": True}
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_prep import accounts, encode, file_of, manifest, photo, refusal, write_tar
 
-from prep.filters import Filters
-from prep.where import Where
+from prep.filters.filters import Filters
+from prep.filters.where import Where
 from shared.errors import UserError
 
 ROW = {

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from shared.cache import (
+from shared.cache.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
+from shared.cache.identity import claim_identity, differences
+from shared.cache.layout import cache_layout
+from shared.cache.manifest import (
     CachePaths,
     ChannelSums,
     Shard,
@@ -21,11 +24,8 @@ from shared.cache import (
     read_units,
     write_manifest,
 )
-from shared.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
 from shared.errors import UserError
-from shared.fingerprint import fingerprint
-from shared.identity import claim_identity, differences
-from shared.layout import cache_layout
+from shared.models.fingerprint import fingerprint
 
 SMALL = cache_layout((1, 4, 8, 8), (1, 16, 64))
 WIDE = cache_layout((1, 4, 8, 16), (1, 16, 64))

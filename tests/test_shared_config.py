@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from shared.config import coerce, dispatch, parse, to_dict
+from shared.cli.config import coerce, dispatch, parse, to_dict
 from shared.errors import UsageError, UserError, run_main
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shared import cpus
+from shared.machine import cpus
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_no_quota_and_no_linux(tmp_path):
 def test_the_networks_of_a_pinned_process_take_no_more_threads(repo):
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "import torch; from shared.device import set_threads\n"
+        "import torch; from shared.machine.device import set_threads\n"
         "set_threads(None); print(torch.get_num_threads())"
     )
     environment = {**os.environ, "PYTHONPATH": str(repo)}
@@ -128,7 +128,7 @@ def test_the_networks_of_a_pinned_process_take_no_more_threads(repo):
 def test_the_networks_take_what_there_is_or_what_is_asked_for(monkeypatch):
     import torch
 
-    from shared.device import set_threads
+    from shared.machine.device import set_threads
 
     before, told = torch.get_num_threads(), []
     monkeypatch.setattr(torch, "set_num_threads", told.append)

@@ -12,13 +12,13 @@ import torch
 from accelerate.utils import InitProcessGroupKwargs
 
 from prep.config import EncodeConfig
-from prep.identity import choose_device, choose_shapes
-from prep.images import Framing
-from prep.pipeline import Settings, embedded
-from shared.device import pick_device, use_device
+from prep.encode.pipeline import Settings, embedded
+from prep.encode.settings import choose_device, choose_shapes
+from prep.images.crop import Framing
 from shared.errors import UserError
-from train.ring import Ring
-from train.team import Team
+from shared.machine.device import pick_device, use_device
+from train.data.prefetch import Ring
+from train.trainer.distributed import Team
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_processes_of_a_launcher_wait_for_each_other_and_share_the_gpus_out(two_
         made.append(settings)
         return SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cuda", 1))
 
-    monkeypatch.setattr("train.team.Accelerator", accelerator)
+    monkeypatch.setattr("train.trainer.distributed.Accelerator", accelerator)
     for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
     assert Team("cuda").device == torch.device("cuda", 1)

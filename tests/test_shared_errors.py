@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from shared import places
-from shared.access import is_mistake
+from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError, exhausted, run_main
-from shared.storage import dump_json, load_json
-from shared.units import Shard, UnitRecord
+from shared.storage import urls
+from shared.storage.errors import is_mistake
+from shared.storage.files import dump_json, load_json
 
 
 def said(raised, capsys) -> str:
@@ -112,8 +112,8 @@ def test_names_that_are_not_utf8_are_printed_and_kept(tmp_path):
 
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError, AssertionError, KeyError])
 def test_a_mistake_passes_as_it_is_and_at_once(kind, monkeypatch):
-    monkeypatch.setattr(places.time, "sleep", lambda _: pytest.fail("a mistake was tried again"))
-    place = places.place("memory://bucket/file")
+    monkeypatch.setattr(urls.time, "sleep", lambda _: pytest.fail("a mistake was tried again"))
+    place = urls.place("memory://bucket/file")
 
     def act():
         raise kind("ours")
@@ -124,8 +124,8 @@ def test_a_mistake_passes_as_it_is_and_at_once(kind, monkeypatch):
 
 
 def test_what_a_library_raises_is_no_mistake(monkeypatch):
-    monkeypatch.setattr(places.time, "sleep", lambda _: None)
-    place = places.place("memory://bucket/file")
+    monkeypatch.setattr(urls.time, "sleep", lambda _: None)
+    place = urls.place("memory://bucket/file")
 
     class ClientError(KeyError):
         """As libraries have them."""

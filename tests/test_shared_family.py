@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from shared import family, hub
 from shared.errors import UserError
-from shared.family import FAMILIES, family_of_unet, load_config, resolve_model
+from shared.models import family, hub
+from shared.models.family import FAMILIES, family_of_unet, load_config, resolve_model
 
 # (cross_attention_dim, addition_embed_type) as published.
 PUBLISHED = {

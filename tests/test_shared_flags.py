@@ -7,11 +7,11 @@ import re
 import pytest
 from conftest import ROOT
 
-from shared import flags_article, flags_diffusers, flags_kohya
-from shared.config import flags_of, parse
+from shared.cli.config import flags_of, parse
+from shared.cli.other_tools import article, diffusers_scripts, kohya
+from shared.cli.other_tools.flags import DISTILL, ENCODE, REFUSED, TAKEN, TOOLS, Translation, dashed
+from shared.cli.other_tools.values import Reader, Switch
 from shared.errors import UsageError
-from shared.flags import DISTILL, ENCODE, REFUSED, TAKEN, TOOLS, Translation, dashed
-from shared.flags_values import Reader, Switch
 
 # The arguments of their parsers, those of train_lcm_distill_*.py first.
 LCM = """
@@ -280,6 +280,6 @@ def test_the_article(tmp_path):
         (tmp_path / "x.json").write_text(json.dumps({**settings, name: "x"}))
         with pytest.raises(UsageError, match=f"{dashed(name)}: .*{message}"):
             typed("train distill", "--config", str(tmp_path / "x.json"))
-    assert {*flags_article.TAKEN, *flags_article.REFUSED} < set(ARTICLE)
-    assert {*flags_diffusers.TAKEN, *flags_diffusers.REFUSED} <= {*LCM, *DIFFUSERS}
-    assert {*flags_kohya.TAKEN, *flags_kohya.REFUSED} <= set(KOHYA)
+    assert {*article.TAKEN, *article.REFUSED} < set(ARTICLE)
+    assert {*diffusers_scripts.TAKEN, *diffusers_scripts.REFUSED} <= {*LCM, *DIFFUSERS}
+    assert {*kohya.TAKEN, *kohya.REFUSED} <= set(KOHYA)

@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from shared import family, hub
 from shared.errors import UserError
-from shared.family import model_name, native_resolution, resolve_model
+from shared.models import family, hub
+from shared.models.family import model_name, native_resolution, resolve_model
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_preset_without_a_network_is_one_line_that_says_what_to_do(repo, tmp_p
         environment["HF_HUB_OFFLINE"] = "0"  # another test may have gone offline
     else:
         environment["HF_HUB_OFFLINE"] = "1"
-    code = "from shared.errors import run_main; from shared.family import resolve_model;"
+    code = "from shared.errors import run_main; from shared.models.family import resolve_model;"
     code += "run_main(lambda: resolve_model('sd15') and None)"
     command = [sys.executable, "-c", code]
     answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

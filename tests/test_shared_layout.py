@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from shared.layout import RECORD_BYTES, TRAILER, Field, Layout, cache_layout, fit_record
+from shared.cache.layout import RECORD_BYTES, TRAILER, Field, Layout, cache_layout, fit_record
 
 LAYOUTS = {
     "sd15": cache_layout((1, 4, 64, 64), (1, 77, 768)),

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import pytest
 
-from shared.config import parse
+from shared.cli.config import parse
+from shared.cli.ranges import BelowOne, Count, Natural, Numbers, Positive, Share, numbers_of
 from shared.errors import UsageError, UserError
-from shared.numbers import BelowOne, Count, Natural, Numbers, Positive, Share, numbers_of
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from prep.sources import find_units
-from shared.config import parse, to_dict
+from prep.sources.find import find_units
+from shared.cli.config import parse, to_dict
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag, path_kind
 from shared.errors import UsageError, UserError
-from shared.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag, path_kind
-from shared.places import RemotePlace
+from shared.storage.urls import RemotePlace
 
 
 @dataclass(frozen=True)

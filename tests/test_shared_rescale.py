@@ -13,8 +13,8 @@ from support_prep import TINY_SD
 from torch import nn
 
 from shared.errors import UserError
-from shared.fingerprint import fingerprint
-from shared.rescale import (
+from shared.models.fingerprint import fingerprint
+from shared.models.rescale import (
     Float32GroupNorm,
     Scales,
     calibrate,
@@ -24,7 +24,7 @@ from shared.rescale import (
     scales_of,
     vae_fingerprint,
 )
-from shared.vae import load_vae
+from shared.models.vae import load_vae
 
 WRITES = re.compile(r"conv_in|\.conv1|\.conv2|to_out\.0")
 MAPS = re.compile(r"conv_shortcut\.bias|samplers\.0\.conv\.bias")

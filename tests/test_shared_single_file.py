@@ -18,12 +18,12 @@ from support_prep import captioned, samples, write_tar
 from support_single_file import write_single_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from prep.text import TextEncoder
+from prep.encoders.text import TextEncoder
 from shared.errors import UserError
-from shared.family import load_config, resolve_model
-from shared.fingerprint import fingerprint
-from shared.vae import load_vae
-from train.teacher import load_schedule, load_unet
+from shared.models.family import load_config, resolve_model
+from shared.models.fingerprint import fingerprint
+from shared.models.vae import load_vae
+from train.networks.teacher import load_schedule, load_unet
 
 CONFIGS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
@@ -189,12 +189,12 @@ def test_files_that_are_no_such_model_are_refused_in_a_line(models, tmp_path, cl
 
 
 def test_without_a_tokenizer_it_is_said_where_one_goes(models, tmp_path, monkeypatch):
-    import prep.text
+    import prep.encoders.text
 
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(prep.text, "with_files", offline)
+    monkeypatch.setattr(prep.encoders.text, "with_files", offline)
     file = tmp_path / "one.safetensors"
     shutil.copy(models["tiny-sd"][1], file)
     copy_configs(models["tiny-sd"][0], tmp_path / "one")

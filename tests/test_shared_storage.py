@@ -7,11 +7,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from shared import storage, temporary
 from shared.errors import UserError
+from shared.storage import files, temporary
 
 
 @pytest.fixture
@@ -25,11 +26,11 @@ def place(tmp_path):
 
 def test_publish_replaces_and_returns_the_hash(place):
     path, tmp = place
-    digest = storage.publish([b"new ", b"content"], path, tmp)
+    digest = files.publish([b"new ", b"content"], path, tmp)
     assert path.read_bytes() == b"new content"
-    assert digest == hashlib.sha256(b"new content").hexdigest() == storage.file_sha256(path)
+    assert digest == hashlib.sha256(b"new content").hexdigest() == files.file_sha256(path)
     assert list(tmp.iterdir()) == []
-    storage.publish([b"x"], path.parent / "deeper" / "file", tmp)  # folders are made
+    files.publish([b"x"], path.parent / "deeper" / "file", tmp)  # folders are made
     assert (path.parent / "deeper" / "file").read_bytes() == b"x"
 
 
@@ -43,7 +44,7 @@ def test_a_crash_before_the_rename_leaves_the_old_content(place, monkeypatch, ca
 
     monkeypatch.setattr(os, call, crash)
     with pytest.raises((KeyboardInterrupt, OSError)):
-        storage.publish([b"new"], path, tmp)
+        files.publish([b"new"], path, tmp)
     assert path.read_bytes() == b"old"
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
 
@@ -56,7 +57,7 @@ def test_a_source_that_fails_half_way_leaves_nothing(place):
         raise RuntimeError("the other half is missing")
 
     with pytest.raises(RuntimeError):
-        storage.publish(chunks(), path, tmp)
+        files.publish(chunks(), path, tmp)
     assert path.read_bytes() == b"old"
     assert list(tmp.iterdir()) == []
 
@@ -80,7 +81,7 @@ def test_content_is_on_disk_before_it_gets_its_name(place, monkeypatch):
 
     for name in ("write", "fsync", "replace"):
         watch(name)
-    storage.publish([b"new"], path, tmp)
+    files.publish([b"new"], path, tmp)
     assert events == [("write", False), ("fsync", False), ("replace", False), ("fsync", True)]
 
 
@@ -89,11 +90,11 @@ def test_a_killed_writer_leaves_the_old_content(place):
     path, tmp = place
     script = (
         "import os, signal, sys, pathlib\n"
-        "from shared import storage\n"
-        "storage.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "storage.publish([b'new'], pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
+        "from shared.storage import files\n"
+        "files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "files.publish([b'new'], pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))\n"
     )
-    root = os.path.dirname(os.path.dirname(storage.__file__))
+    root = str(Path(files.__file__).parents[2])
     command = [sys.executable, "-c", script, str(path), str(tmp)]
     answer = subprocess.run(command, env={**os.environ, "PYTHONPATH": root})
     assert answer.returncode == -9
@@ -121,7 +122,7 @@ def test_the_systems_refusals_are_one_line(place, monkeypatch, number, remedy, c
 
     monkeypatch.setattr(os, call, refuse)
     with pytest.raises(UserError, match=remedy) as error:
-        storage.publish([b"new"], path, tmp)
+        files.publish([b"new"], path, tmp)
     assert str(path.parent if call == "replace" else tmp) in str(error.value)  # which disk
     assert "\n" not in str(error.value)
     assert path.read_bytes() == b"old"
@@ -130,14 +131,14 @@ def test_the_systems_refusals_are_one_line(place, monkeypatch, number, remedy, c
 def test_a_folder_in_the_way_is_one_line_and_leaves_no_stray(tmp_path):
     (tmp_path / "picture.png").mkdir()
     with pytest.raises(UserError, match=r"picture\.png"):
-        storage.publish([b"new"], tmp_path / "picture.png", tmp_path)
+        files.publish([b"new"], tmp_path / "picture.png", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
 
 
 def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file, not a folder"):
-        storage.publish([b"x"], tmp_path / "file" / "a", tmp_path / "file" / "tmp")
+        files.publish([b"x"], tmp_path / "file" / "a", tmp_path / "file" / "tmp")
 
 
 def test_short_writes_are_completed(place, monkeypatch):
@@ -146,7 +147,7 @@ def test_short_writes_are_completed(place, monkeypatch):
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:7]))
     content = bytes(range(256)) * 5
-    assert storage.publish([content], path, tmp) == hashlib.sha256(content).hexdigest()
+    assert files.publish([content], path, tmp) == hashlib.sha256(content).hexdigest()
     assert path.read_bytes() == content
 
 
@@ -154,11 +155,10 @@ def test_short_writes_are_completed(place, monkeypatch):
 
 
 def contend(number: int, folder: str, start) -> bool:
-    from pathlib import Path
 
     content = f"written by {number} ".encode() * 5000
     start.wait()
-    return storage.create_exclusively(content, Path(folder) / "identity", Path(folder) / "tmp")
+    return files.create_exclusively(content, Path(folder) / "identity", Path(folder) / "tmp")
 
 
 def test_of_several_processes_one_creates_the_file(tmp_path):
@@ -177,9 +177,9 @@ def test_of_several_processes_one_creates_the_file(tmp_path):
 
 def test_create_exclusively_keeps_what_is_there(place):
     path, tmp = place
-    assert storage.create_exclusively(b"new", path, tmp) is False
+    assert files.create_exclusively(b"new", path, tmp) is False
     assert path.read_bytes() == b"old"
-    assert storage.create_exclusively(b"new", path.parent / "other", tmp) is True
+    assert files.create_exclusively(b"new", path.parent / "other", tmp) is True
     assert (path.parent / "other").read_bytes() == b"new"
     assert list(tmp.iterdir()) == []
 
@@ -190,19 +190,19 @@ def test_create_exclusively_keeps_what_is_there(place):
 def test_copies_are_the_same_bytes(tmp_path):
     content = os.urandom(3_000_001)
     (tmp_path / "a").write_bytes(content)
-    digest = storage.copy_durably(tmp_path / "a", tmp_path / "x" / "b", tmp_path / "tmp")
+    digest = files.copy_durably(tmp_path / "a", tmp_path / "x" / "b", tmp_path / "tmp")
     assert (tmp_path / "x" / "b").read_bytes() == content
     assert digest == hashlib.sha256(content).hexdigest()
 
 
 def test_json_is_the_same_for_the_same_value(tmp_path):
-    assert storage.dump_json({"b": [1, 2.5], "a": "☃"}) == storage.dump_json(
+    assert files.dump_json({"b": [1, 2.5], "a": "☃"}) == files.dump_json(
         dict(reversed({"b": [1, 2.5], "a": "☃"}.items()))
     )
     value = {"text": "naïve ☃", "number": 1e-8, "nothing": None}
-    (tmp_path / "x.json").write_bytes(storage.dump_json(value))
+    (tmp_path / "x.json").write_bytes(files.dump_json(value))
     assert (
-        storage.load_json(tmp_path / "x.json")
+        files.load_json(tmp_path / "x.json")
         == value
         == json.loads((tmp_path / "x.json").read_text())
     )
@@ -210,9 +210,9 @@ def test_json_is_the_same_for_the_same_value(tmp_path):
 
 def test_json_that_is_missing_or_damaged_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"x\.json does not exist"):
-        storage.load_json(tmp_path / "x.json")
+        files.load_json(tmp_path / "x.json")
     for content in (b"{", b"\xff\xfe", b""):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.json is not valid JSON") as error:
-            storage.load_json(tmp_path / "x.json")
+            files.load_json(tmp_path / "x.json")
         assert "\n" not in str(error.value)

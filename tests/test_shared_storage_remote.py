@@ -9,18 +9,18 @@ import fsspec
 import pytest
 from support_s3 import bucket, forget, serving
 
-from shared import places, storage
-from shared.access import known_protocol
-from shared.cache import CachePaths
-from shared.config import parse, to_dict
+from shared.cache.manifest import CachePaths
+from shared.cli.config import parse, to_dict
 from shared.errors import UserError
-from shared.places import RemotePlace, place
+from shared.storage import files, urls
+from shared.storage.errors import known_protocol
+from shared.storage.urls import RemotePlace, place
 from train.config import DistillConfig, SampleConfig
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(places, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(urls, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +59,13 @@ def test_publish_replaces_and_is_seen_at_once(kind, root, memory, tmp_path):
     root = root if kind == "s3" else place(memory)
     path = root / "units" / "a.json"
     assert not path.exists()
-    assert storage.file_sizes(root / "units") == {}
+    assert files.file_sizes(root / "units") == {}
     for content in (b"old", b"content"):
-        digest = storage.publish([content[:2], content[2:]], path, tmp_path)
+        digest = files.publish([content[:2], content[2:]], path, tmp_path)
         assert path.read_bytes() == content
         assert path.stat().st_size == len(content)
-        assert storage.file_sizes(root / "units") == {"a.json": len(content)}
-        assert storage.file_sha256(path) == digest
+        assert files.file_sizes(root / "units") == {"a.json": len(content)}
+        assert files.file_sha256(path) == digest
     assert path.is_file()
     assert not (root / "units").is_file()
     assert [str(found) for found in (root / "units").glob("*.json")] == [str(path)]
@@ -80,7 +80,7 @@ def test_publish_replaces_and_is_seen_at_once(kind, root, memory, tmp_path):
 def test_a_file_is_read_by_the_range(root, server, tmp_path):
     content = bytes(range(256)) * 40
     path = root / "shard.tar"
-    storage.publish([content], path, tmp_path)
+    files.publish([content], path, tmp_path)
     server.calm()
     with path.open("rb", buffering=0) as file:
         file.seek(1000)
@@ -97,13 +97,13 @@ def test_a_file_is_read_by_the_range(root, server, tmp_path):
 CLAIM = """
 import sys, time
 from pathlib import Path
-from shared import storage
-from shared.places import place
+from shared.storage import files
+from shared.storage.urls import place
 path = place(sys.argv[1])
 assert not path.exists()
 print("ready", flush=True)
 sys.stdin.readline()
-print(storage.create_exclusively(sys.argv[2].encode(), path, Path("unused")))
+print(files.create_exclusively(sys.argv[2].encode(), path, Path("unused")))
 """
 
 
@@ -119,13 +119,13 @@ def test_of_several_processes_one_creates_the_file(root, repo):
     won = [process.communicate()[0].strip() for process in started]
     assert sorted(won) == ["False", "True"]
     assert path.read_bytes() == str(won.index("True")).encode()
-    assert storage.create_exclusively(b"new", path, Path("unused")) is False
+    assert files.create_exclusively(b"new", path, Path("unused")) is False
 
 
 def test_without_conditional_writes_what_is_there_stays(memory, monkeypatch):
     path = place(memory) / "identity.json"
-    assert storage.create_exclusively(b"one", path, Path("unused")) is True
-    assert storage.create_exclusively(b"two", path, Path("unused")) is False
+    assert files.create_exclusively(b"one", path, Path("unused")) is True
+    assert files.create_exclusively(b"two", path, Path("unused")) is False
     assert path.read_bytes() == b"one"
 
 
@@ -134,9 +134,9 @@ def test_every_third_request_fails_and_nothing_is_lost(root, server, tmp_path):
     for number in range(4):
         path = root / f"{number}"
         assert not path.exists()
-        storage.publish([b"%d" % number], path, tmp_path)
+        files.publish([b"%d" % number], path, tmp_path)
         assert path.read_bytes() == b"%d" % number
-    assert len(storage.file_sizes(root)) == 4
+    assert len(files.file_sizes(root)) == 4
     assert set(server.failed) == {"HEAD", "GET", "PUT"}
 
 
@@ -154,8 +154,8 @@ def test_a_server_that_refuses_is_named(root, server, tmp_path, act, status, cau
     acts = {
         "exists": path.exists,
         "read_bytes": path.read_bytes,
-        "upload": lambda: storage.publish([b"x"], path, tmp_path),
-        "sizes": lambda: storage.file_sizes(path),
+        "upload": lambda: files.publish([b"x"], path, tmp_path),
+        "sizes": lambda: files.file_sizes(path),
         "create": lambda: path.create(b"x"),
     }
     server.refuses = status
@@ -163,7 +163,7 @@ def test_a_server_that_refuses_is_named(root, server, tmp_path, act, status, cau
     assert line.startswith(f"{path} cannot be reached (")
     assert any(word in line for word in cause.split("|"))
     assert line.endswith("run the same command again")
-    assert len(server.log) == (1 if status == 403 else places.TRIES)
+    assert len(server.log) == (1 if status == 403 else urls.TRIES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +171,7 @@ def test_a_wrong_bucket_and_no_credentials_are_told(root, tmp_path, monkeypatch)
     path = place("s3://nowhere/cache") / "file"
     for act in (path.exists, path.parent.file_sizes):
         assert "The specified bucket does not exist" in message(act)
-    line = message(lambda: storage.publish([b"x"], path, tmp_path))
+    line = message(lambda: files.publish([b"x"], path, tmp_path))
     assert "The specified bucket does not exist" in line
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -217,5 +217,5 @@ def test_flags_and_files_of_settings_take_urls(tmp_path, memory):
 
 
 def test_the_bucket_holds_what_was_published_and_nothing_else(root, tmp_path):
-    storage.publish([b"x"], root / "a" / "b", tmp_path)
+    files.publish([b"x"], root / "a" / "b", tmp_path)
     assert bucket().find(root.path) == [f"{root.path}/a/b"]

@@ -10,12 +10,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from support_temporary import CONTAINED, can_unshare, holding, left_by_the_dead
 
-from shared import storage, temporary
 from shared.errors import UserError
+from shared.storage import files, temporary
 
 DAYS = 24 * 3600.0
 
@@ -59,13 +60,14 @@ def test_this_process_keeps_its_own(tmp_path):
 def test_containers_with_one_host_name_keep_each_others_files(tmp_path):
     """Each is pid 1 of a PID namespace of its own, and sees no process of the other."""
     sweep = (
-        "import sys, pathlib; from shared.temporary import sweep; sweep(pathlib.Path(sys.argv[1]))"
+        "import sys, pathlib; from shared.storage.temporary import sweep; "
+        "sweep(pathlib.Path(sys.argv[1]))"
     )
     with holding(tmp_path, prefix=CONTAINED) as living:
         command = [*CONTAINED, sys.executable, "-c", sweep, str(tmp_path)]
         environment = {
             **os.environ,
-            "PYTHONPATH": os.path.dirname(os.path.dirname(storage.__file__)),
+            "PYTHONPATH": str(Path(files.__file__).parents[2]),
         }
         assert subprocess.run(command, env=environment).returncode == 0
         temporary.sweep(tmp_path)
@@ -105,7 +107,7 @@ def test_without_locks_a_day_decides(tmp_path, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    storage.publish([b"x"], tmp_path / "file", tmp_path / "tmp")
+    files.publish([b"x"], tmp_path / "file", tmp_path / "tmp")
     assert (tmp_path / "file").read_bytes() == b"x"
     with temporary.temporary(tmp_path / "tmp") as path:
         path.write_text("")
@@ -152,7 +154,7 @@ def test_a_link_in_the_way_is_removed_and_not_followed(tmp_path):
 def sweep_and_publish(number, folder, turns):
     for turn in range(turns):
         temporary.sweep(folder / "tmp")
-        storage.publish([b"%d" % number] * 3, folder / f"{number}-{turn}", folder / "tmp")
+        files.publish([b"%d" % number] * 3, folder / f"{number}-{turn}", folder / "tmp")
 
 
 def test_processes_that_sweep_and_publish_at_once_lose_nothing(tmp_path):

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from shared.conditioning import Conditioning, TextEmbeds, save_conditioning
-from shared.tensors import read_metadata, tensor_chunks
+from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
+from shared.storage.tensors import read_metadata, tensor_chunks
 
 MIXED = {
     "b": torch.randn(3, 4),

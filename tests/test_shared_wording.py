@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from shared.progress import Progress
+from shared.cli.progress import Progress
 from shared.wording import counted, duration, rate, size_of
 
 

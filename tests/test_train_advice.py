@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shared.config import parse
+from shared.cli.config import parse
 from shared.errors import UserError
-from train.advice import apply, ladder, memory_line, words
 from train.config import DistillConfig
 from train.flags import check_flags
-from train.memory import ALONE, Sharing, estimate
-from train.plan import batches
-from train.speed import check_speed
-from train.terms import divide
+from train.memory.advice import apply, ladder, memory_line, words
+from train.memory.estimate import ALONE, Sharing, estimate
+from train.networks.precision import check_speed
+from train.state.resume_checks import divide
+from train.trainer.plan import batches
 
 SIZE = (8, 8)
 DDP, FSDP = Sharing(4), Sharing(4, sharded=True)
@@ -33,7 +33,7 @@ TYPED = [
 
 
 def check(config: DistillConfig, sharing: Sharing) -> None:
-    """As `train.setup.prepare` does."""
+    """As `train.trainer.setup.prepare` does."""
     check_flags(config)
     check_speed(config, torch.device("cuda"), sharing.sharded)
     batches(config, SimpleNamespace(world=sharing.world, main=True), 1, None)
@@ -99,7 +99,7 @@ def test_what_is_offered_to_whom():
 
 @pytest.fixture(scope="module")
 def unet(tiny_sd):
-    from shared.family import load_config
+    from shared.models.family import load_config
 
     return load_config(str(tiny_sd), "unet/config.json")
 
@@ -114,7 +114,7 @@ def test_a_lora_instead_of_a_full_student():
 
 def test_a_run_that_is_refused_alone_goes_on_in_shards(unet, monkeypatch):
     """A card that holds less than all weights and averages, but more than a quarter of them."""
-    monkeypatch.setattr("train.advice.fitting", lambda *_: None)  # the other tests' business
+    monkeypatch.setattr("train.memory.advice.fitting", lambda *_: None)  # the other tests' business
     config = DistillConfig("m", Path("c"), Path("r"), student="full", train_batch_size=1)
     alone = estimate(unet, config, SIZE)
     card = int(0.6 * (alone.weights + alone.optimizer))

@@ -15,8 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 from shared.errors import UserError
-from train import checkpoint, loop
-from train.run import Distillation
+from train.state import checkpoint
+from train.trainer import loop
+from train.trainer.run import Distillation
 
 STUDENT = "pytorch_lora_weights.safetensors"
 KOHYA = "kohya_lora_weights.safetensors"
@@ -66,12 +67,12 @@ def names(run: Path) -> list[str]:
 
 
 MOMENTS = {  # where, and how often Ctrl-C; the status and the checkpoints it leaves
-    "before anything": ("train.setup", "build_student", 1, 130, []),
-    "after the first step": ("train.loop", "update", 1, 130, ["step-00000001"]),
-    "twice": ("train.loop", "update", 2, 130, []),
-    "in a save": ("train.checkpoint", "move", 1, 130, ["step-00000003"]),
-    "twice in a save": ("train.checkpoint", "move", 2, 130, []),
-    "twice in the export": ("train.run", "write_export", 2, 130,
+    "before anything": ("train.trainer.setup", "build_student", 1, 130, []),
+    "after the first step": ("train.trainer.loop", "update", 1, 130, ["step-00000001"]),
+    "twice": ("train.trainer.loop", "update", 2, 130, []),
+    "in a save": ("train.state.checkpoint", "move", 1, 130, ["step-00000003"]),
+    "twice in a save": ("train.state.checkpoint", "move", 2, 130, []),
+    "twice in the export": ("train.trainer.run", "write_export", 2, 130,
                             ["step-00000003", "step-00000004"]),
 }  # fmt: skip
 
@@ -129,7 +130,7 @@ def test_a_finished_run_says_so_and_exports_what_is_missing(distil, monkeypatch,
         distil()
         assert (run / damaged).read_bytes() == whole
     assert steps(run) == [1, 2, 3, 4]
-    monkeypatch.setattr(importlib.import_module("train.export"), "write_card", interrupted)
+    monkeypatch.setattr(importlib.import_module("train.export.student"), "write_card", interrupted)
     distil("--max-train-steps", 5, "--resume-from-checkpoint", "latest")
     monkeypatch.undo()  # the card is that of 4 steps, the weights are of 5
     answer = distil("--max-train-steps", 5)

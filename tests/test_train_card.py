@@ -13,16 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support_single_file import write_single_file
 
-from shared.cache import CachePaths
-from shared.conditioning import load_conditioning
-from shared.config import to_dict
-from shared.family import FAMILIES
-from train.card import snippet
+from shared.cache.conditioning import load_conditioning
+from shared.cache.manifest import CachePaths
+from shared.cli.config import to_dict
+from shared.models.family import FAMILIES
 from train.config import DistillConfig
-from train.export import publish_export, write_export
-from train.student import build_student
-from train.teacher import load_schedule
-from train.uses import half_precision
+from train.export.model_card import snippet
+from train.export.student import publish_export, write_export
+from train.export.uses import half_precision
+from train.networks.student import build_student
+from train.networks.teacher import load_schedule
 
 
 @pytest.fixture(scope="module")

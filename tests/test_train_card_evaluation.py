@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import evaluate, reference
 from train.config import DistillConfig, EvaluateConfig, ExportConfig
-from train.export import export_checkpoint
-from train.loop import distill
-from train.metrics import DIMENSIONS, ENOUGH, features, few_pictures
-from train.setup import prepare
+from train.evaluation import evaluate, teacher_rows
+from train.evaluation.features import DIMENSIONS, ENOUGH, features, few_pictures
+from train.export.student import export_checkpoint
+from train.trainer.loop import distill
+from train.trainer.setup import prepare
 
 TEACHER = (("ddim", 3), ("ddim", 1))
 
@@ -21,11 +21,11 @@ TEACHER = (("ddim", 3), ("ddim", 1))
 @pytest.fixture
 def few_rows(monkeypatch):
     """A table of two rows for the teacher and one for the student."""
-    for module in (evaluate, reference):
+    for module in (evaluate, teacher_rows):
         monkeypatch.setattr(module, "REFERENCE", TEACHER[0])
-    monkeypatch.setattr(reference, "SOLVER_ROWS", TEACHER[1:])
-    monkeypatch.setattr(reference, "TEACHER_ROWS", TEACHER)
-    monkeypatch.setattr(reference, "TRIED", 10)
+    monkeypatch.setattr(teacher_rows, "SOLVER_ROWS", TEACHER[1:])
+    monkeypatch.setattr(teacher_rows, "TEACHER_ROWS", TEACHER)
+    monkeypatch.setattr(teacher_rows, "TRIED", 10)
     monkeypatch.setattr(evaluate, "STUDENT_ROWS", (("student", 1),))
     monkeypatch.setattr(evaluate, "TIMED", 2)
 

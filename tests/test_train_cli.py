@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from shared.cache import CachePaths
-from shared.conditioning import load_conditioning, save_conditioning
+from shared.cache.conditioning import load_conditioning, save_conditioning
+from shared.cache.manifest import CachePaths
 
 
 @pytest.fixture
@@ -243,8 +243,8 @@ def test_toml_that_is_not_text(refused, words, tmp_path):
 def run(tmp_path_factory, tiny_cache):
     """A finished run, and the folder of a cache of its own."""
     from train.config import DistillConfig
-    from train.loop import distill
-    from train.setup import prepare
+    from train.trainer.loop import distill
+    from train.trainer.setup import prepare
 
     folder = tmp_path_factory.mktemp("run")
     distill(prepare(DistillConfig(

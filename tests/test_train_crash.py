@@ -14,10 +14,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
-from train import checkpoint, loop
 from train.config import DistillConfig
-from train.run import Distillation
-from train.setup import prepare
+from train.state import checkpoint
+from train.trainer import loop
+from train.trainer.run import Distillation
+from train.trainer.setup import prepare
 
 DRIVER = Path(__file__).with_name("support_train_crash.py")
 KINDS = ["lora", "full"]
@@ -145,7 +146,7 @@ def terminate_in(monkeypatch, owner: Any, name: str, when=lambda *_: True) -> No
 def test_sigterm_before_the_first_step_is_a_line_and_leaves_nothing(
     cli, monkeypatch, words, tmp_path
 ):
-    terminate_in(monkeypatch, importlib.import_module("train.setup"), "build_student")
+    terminate_in(monkeypatch, importlib.import_module("train.trainer.setup"), "build_student")
     answer = cli(*words)
     assert answer.status == 143
     assert answer.err.splitlines()[-1].startswith("interrupted: ")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.cache import CachePaths
-from shared.conditioning import load_conditioning
-from shared.defaults import default_cache
+from shared.cache.conditioning import load_conditioning
+from shared.cache.manifest import CachePaths
+from shared.cli.defaults import default_cache
 from shared.errors import UserError
-from train import defaults
 from train.config import DistillConfig
-from train.defaults import device_precision, run_name, with_defaults
+from train.trainer import defaults
+from train.trainer.defaults import device_precision, run_name, with_defaults
 
 OURS = {"model": "tiny-sd", "cache": "caches/tiny-sd", "run": "runs/mine"}  # of every config.json
 
@@ -251,7 +251,7 @@ def test_of_several_processes_one_speaks(here, monkeypatch, capsys):
 
 def test_prompts_are_those_of_the_previews(here):
     from train.config import SampleConfig
-    from train.draw import with_prompts
+    from train.evaluation.sample_command import with_prompts
 
     conditioning = load_conditioning(CachePaths(here / "caches" / "tiny-sd").conditioning)
     own = {"validation_prompts": ["a cat"]}

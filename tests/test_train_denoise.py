@@ -19,19 +19,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from shared.cache import CachePaths
-from shared.conditioning import TextEmbeds, load_conditioning
+from shared.cache.conditioning import TextEmbeds, load_conditioning
+from shared.cache.manifest import CachePaths
 from shared.diffusion import schedule_from_config
 from shared.errors import UserError
-from train import checkpoint, evaluate, reference
 from train.config import DistillConfig, EvaluateConfig
-from train.draws import DrawSpec, draw
-from train.loader import Batch, Loader
-from train.loop import distill
+from train.data.draws import DrawSpec, draw
+from train.data.loader import Batch, Loader
+from train.evaluation import evaluate, teacher_rows
+from train.networks.student import build_student
 from train.objectives import denoise
 from train.objectives.denoise import Denoise
-from train.setup import prepare
-from train.student import build_student
+from train.state import checkpoint
+from train.trainer.loop import distill
+from train.trainer.setup import prepare
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ZERO_SNR = {**SD, "rescale_betas_zero_snr": True}
@@ -306,11 +307,11 @@ def test_evaluate_draws_it_as_the_teachers_reference(settings, monkeypatch, tmp_
     distill(prepare(config))
     teacher = (("ddim", 5), ("ddim", 1))
     monkeypatch.setattr(evaluate, "REFERENCE", teacher[0])
-    monkeypatch.setattr(reference, "REFERENCE", teacher[0])
-    monkeypatch.setattr(reference, "SOLVER_ROWS", teacher[1:])
-    monkeypatch.setattr(reference, "TEACHER_ROWS", teacher)
-    monkeypatch.setattr(reference, "TRIED", 5)
-    monkeypatch.setattr(reference, "keep_reference", lambda *_: None)  # the cache is everybody's
+    monkeypatch.setattr(teacher_rows, "REFERENCE", teacher[0])
+    monkeypatch.setattr(teacher_rows, "SOLVER_ROWS", teacher[1:])
+    monkeypatch.setattr(teacher_rows, "TEACHER_ROWS", teacher)
+    monkeypatch.setattr(teacher_rows, "TRIED", 5)
+    monkeypatch.setattr(teacher_rows, "keep_reference", lambda *_: None)  # the cache is everybody's
     monkeypatch.setattr(evaluate, "TIMED", 2)
     evaluate.evaluate(EvaluateConfig(config.run, tiny_cache, num_samples=65, output=tmp_path,
                                      threads=1))  # fmt: skip

@@ -4,11 +4,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.cache import Shard, open_manifest
-from shared.layout import cache_layout
-from train.bucket import first_samples, open_buckets
-from train.draws import DrawSpec, draw
-from train.order import Order
+from shared.cache.layout import cache_layout
+from shared.cache.manifest import Shard, open_manifest
+from train.data.bucket import first_samples, open_buckets
+from train.data.draws import DrawSpec, draw
+from train.data.order import Order
 
 SPEC = DrawSpec(7, 2, 50, 1.0, 5.0, 0.3, latent_noise=False)
 WORLDS = st.sampled_from([1, 2, 3, 4, 6, 12])

@@ -21,14 +21,14 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from shared.cache import CachePaths, open_manifest
-from shared.conditioning import load_conditioning
-from shared.family import resolve_model
-from shared.vae import decode_latents
-from train.artist import open_artist
+from shared.cache.conditioning import load_conditioning
+from shared.cache.manifest import CachePaths, open_manifest
+from shared.models.family import resolve_model
+from shared.models.vae import decode_latents
 from train.config import DistillConfig
-from train.loop import distill
-from train.setup import prepare
+from train.evaluation.artist import open_artist
+from train.trainer.loop import distill
+from train.trainer.setup import prepare
 
 PIPELINES = {"sd": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
 RANK, ALPHA = 4, 6.0

@@ -14,15 +14,15 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from shared.errors import UserError
-from shared.storage import publish
-from train import checkpoint
+from shared.storage.files import publish
 from train.config import DistillConfig
-from train.export import COMPANIONS, export_student
-from train.loop import distill
-from train.setup import prepare
-from train.student import guided_copy
-from train.teacher import load_unet
-from train.weights import exported_student
+from train.export.student import COMPANIONS, export_student
+from train.export.weights import exported_student
+from train.networks.student import guided_copy
+from train.networks.teacher import load_unet
+from train.state import checkpoint
+from train.trainer.loop import distill
+from train.trainer.setup import prepare
 
 MAKING = ("open", "write", "mkdir")  # what a full disk refuses
 CHANGING = (*MAKING, "fsync", "replace")

@@ -88,7 +88,7 @@ def test_what_wants_a_gpu(dry, words):
 
 def test_adapters_go_where_they_are_told(tiny_sd):
     from train.config import DistillConfig
-    from train.student import build_student
+    from train.networks.student import build_student
 
     config = DistillConfig(str(tiny_sd), None, None, lora_rank=2, lora_target_modules="to_q, to_k")
     student = build_student(str(tiny_sd), config)
@@ -99,9 +99,9 @@ def test_adapters_go_where_they_are_told(tiny_sd):
 @pytest.mark.parametrize(("limit", "length"), [(1.0, 1.0), (100.0, 5.0), (0.0, 5.0)])
 def test_gradients_are_clipped_unless_the_limit_is_0(limit, length):
     """kohya's way; the norm before clipping is what is recorded."""
-    from train.batch import Batch
     from train.config import DistillConfig
-    from train.loop import backward
+    from train.data.batch import Batch
+    from train.trainer.loop import backward
 
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     run = SimpleNamespace(
@@ -117,7 +117,7 @@ def test_gradients_are_clipped_unless_the_limit_is_0(limit, length):
 
 
 def test_every_seed_that_is_taken_can_be_used():
-    from train.loop import seed_dropout
+    from train.trainer.loop import seed_dropout
 
     seed_dropout(7, step=5, rank=2)
     assert torch.initial_seed() == (7 * 1_000_003 + 5) * 65_537 + 2  # runs of today go on the same

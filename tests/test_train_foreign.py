@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
-from shared.cache import open_manifest
+from shared.cache.layout import Field, Layout
+from shared.cache.manifest import open_manifest
 from shared.errors import UserError
-from shared.family import load_config
-from shared.layout import Field, Layout
-from train.foreign import check_fit
+from shared.models.family import load_config
+from train.data.compatibility import check_fit
 
 
 @pytest.fixture

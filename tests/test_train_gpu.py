@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from shared.errors import UserError
-from train.checkpoint import checkpoint_folder
 from train.config import DistillConfig
-from train.loop import backward, distill, update
-from train.optim import set_learning_rate
-from train.setup import prepare
-from train.student import build_student
-from train.terms import signs
+from train.networks.student import build_student
+from train.state.checkpoint import checkpoint_folder
+from train.state.optim import set_learning_rate
+from train.state.resume_checks import signs
+from train.trainer.loop import backward, distill, update
+from train.trainer.setup import prepare
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -9,12 +9,12 @@ import pytest
 from support_prep import captioned, encode, manifest, prep, refusal, shards, write_folder, write_tar
 from upath import UPath
 
-from shared.cache import open_manifest
+from shared.cache.manifest import open_manifest
 from shared.errors import UserError
-from train.bucket import open_buckets
-from train.heads import check_heads
-from train.loader import fault
-from train.reader import LocalReader
+from train.data.bucket import open_buckets
+from train.data.heads import check_heads
+from train.data.loader import fault
+from train.data.local import LocalReader
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from PIL import Image
 from support_hub import serve
 
-from shared.cache import CachePaths
-from shared.conditioning import load_conditioning
+from shared.cache.conditioning import load_conditioning
+from shared.cache.manifest import CachePaths
 
 TOKEN = "hf_SecretOfTheTests"
 

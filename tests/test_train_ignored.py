@@ -11,16 +11,16 @@ from typing import ClassVar
 import pytest
 import torch
 
-from shared.config import parse
+from shared.cli.config import parse
 from shared.errors import UserError
-from train.checkpoint import Progressed
 from train.config import DistillConfig
 from train.flags import NOT_WITH, ONLY_WITH, check_flags, dashed
-from train.loop import distill
-from train.plan import batches
-from train.setup import prepare
-from train.speed import check_speed
-from train.team import as_launched
+from train.networks.precision import check_speed
+from train.state.checkpoint import Progressed
+from train.trainer.distributed import as_launched
+from train.trainer.loop import distill
+from train.trainer.plan import batches
+from train.trainer.setup import prepare
 
 BASE = ["--model", "tiny-sd", "--cache", "c", "--run", "r"]
 KINDS = [(objective, student) for objective in ("lcd", "denoise") for student in ("lora", "full")]
@@ -130,7 +130,7 @@ def test_what_means_something_is_taken(words):
 
 def test_what_was_typed_is_no_setting(tmp_path):
     """It is neither a flag nor in a file, nor among the settings of a run that are kept."""
-    from shared.config import to_dict
+    from shared.cli.config import to_dict
 
     assert "typed" not in json.dumps(to_dict(DistillConfig("m", Path("c"), Path("r"))))
     (tmp_path / "run.toml").write_text('typed = ["seed"]\n')

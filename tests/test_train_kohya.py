@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from support_models import SD15, SD21, SDXL, weightless
 from torch import nn
 
-from train.export import export_student
-from train.kohya import kohya_metadata, kohya_tensors
-from train.student import guided_copy
-from train.teacher import load_unet
+from train.export.kohya import kohya_metadata, kohya_tensors
+from train.export.student import export_student
+from train.networks.student import guided_copy
+from train.networks.teacher import load_unet
 
 RANK, ALPHA = 4, 6.0
 PIPELINES = {"tiny-sd": StableDiffusionPipeline, "tiny-xl": StableDiffusionXLPipeline}

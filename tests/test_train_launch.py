@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from shared.errors import UserError
-from train.launch import TORCH, join
+from train.trainer.launch import TORCH, join
 
 SLURM = {
     "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2",

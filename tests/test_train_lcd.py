@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from shared.conditioning import TextEmbeds
+from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
-from train.batch import Batch
+from train.data.batch import Batch
+from train.networks.student import FullStudent, LoraStudent
 from train.objectives.lcd import LCD
-from train.student import FullStudent, LoraStudent
 
 B, C, H, W, L, D, P, G = 6, 4, 3, 2, 3, 5, 4, 8
 IDS = 6

@@ -13,7 +13,9 @@ import pytest
 import torch
 import webdataset
 
-from shared.cache import (
+from shared.cache.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
+from shared.cache.layout import TRAILER, cache_layout
+from shared.cache.manifest import (
     CachePaths,
     ChannelSums,
     Shard,
@@ -24,14 +26,12 @@ from shared.cache import (
     read_units,
     write_manifest,
 )
-from shared.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
 from shared.errors import UserError
-from shared.layout import TRAILER, cache_layout
-from train.batch import Batch
-from train.bucket import open_buckets
-from train.draws import DrawSpec, choose, draw
-from train.loader import LatentSpec, Loader
-from train.order import Order
+from train.data.batch import Batch
+from train.data.bucket import open_buckets
+from train.data.draws import DrawSpec, choose, draw
+from train.data.loader import LatentSpec, Loader
+from train.data.order import Order
 
 VIEWS, CAPTIONS, LENGTH, WIDTH, POOLED = 2, 3, 4, 6, 5
 SENTINEL = 999.0  # stands in caption rows that a sample does not really have
@@ -39,7 +39,7 @@ SCALE = 0.18215
 
 
 def make_cache(root, shards, xl=True, seed=0):
-    """A posterior cache written with shared.layout: `shards` lists (count, height, width)."""
+    """A posterior cache written with shared.cache.layout: `shards` lists (count, height, width)."""
     rng = np.random.default_rng(seed)
     cache = CachePaths(root)
     cache.shards.mkdir(parents=True)
@@ -382,7 +382,7 @@ def test_draws_see_the_real_number_of_captions(posterior, monkeypatch):
         seen.add(num_captions)
         return choose(spec, rng, num_captions)
 
-    monkeypatch.setattr("train.loader.choose", watching)
+    monkeypatch.setattr("train.data.loader.choose", watching)
     take(open_loader(posterior), 10)
     assert seen == {1, 2, 3}
 
@@ -445,7 +445,7 @@ def open_files(folder) -> int:
 def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
     root = make_cache(tmp_path / "cache", [(2, 4, 4)] * 12)
     wanted = take(open_loader(root), 12)
-    monkeypatch.setattr("train.reader.OPEN_FILES", 3)
+    monkeypatch.setattr("train.data.local.OPEN_FILES", 3)
     batches = iter(open_loader(root, threads=4))
     for batch in wanted:
         assert equal(joined([next(batches)]), joined([batch]))
@@ -458,7 +458,7 @@ def test_readers_begin_on_the_device_of_their_batches(posterior, monkeypatch):
     """A new thread's current device is cuda:0, where it would take memory of another process."""
     told = []
     monkeypatch.setattr(
-        "train.loader.use_device",
+        "train.data.loader.use_device",
         lambda device: told.append((device.type, threading.current_thread().name)),
     )
     take(open_loader(posterior, threads=2), 8)

@@ -13,17 +13,17 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from shared.conditioning import TextEmbeds
+from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
-from train.advice import ROOM, memory_line
 from train.config import DistillConfig
-from train.loader import Batch
-from train.memory import ALONE, Sharing, estimate, forward, meta_networks
-from train.meta import LiveBytes, MetaAutocast, fused_attention
-from train.optim import build_optimizer
-from train.shards import local
-from train.student import build_student
-from train.team import shard
+from train.data.loader import Batch
+from train.memory.advice import ROOM, memory_line
+from train.memory.estimate import ALONE, Sharing, estimate, forward, meta_networks
+from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
+from train.networks.dtensor import local
+from train.networks.student import build_student
+from train.state.optim import build_optimizer
+from train.trainer.distributed import shard
 
 SIZE, COUNT = (32, 32), 3
 WORKSPACE = 300_000_000  # bytes that kernels may take for themselves
@@ -251,8 +251,8 @@ def test_the_estimate_is_what_a_gpu_takes(sd15, kind, checkpointing, mixed):
     """SD 1.5's size at 512 px: within 15% of what torch allocates, the workspace of cuBLAS and
     cuDNN, which no estimate sees, left aside."""
     from shared.diffusion import schedule_from_config
+    from train.networks.precision import autocast
     from train.objectives.lcd import LCD
-    from train.speed import autocast
 
     settings = DistillConfig(
         str(sd15), None, None, student=kind, train_batch_size=2, mixed_precision=mixed,

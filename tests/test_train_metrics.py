@@ -5,7 +5,7 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 
-from train.metrics import (
+from train.evaluation.features import (
     FEATURES,
     Gaussian,
     features,
@@ -61,7 +61,7 @@ def test_large_pictures_are_measured_a_few_at_a_time(pictures, monkeypatch):
     assert len(portions(np.broadcast_to(np.uint8(0), (1000, 64, 64, 3)))) == 1
     assert len(portions(np.broadcast_to(np.uint8(0), (9, 1024, 1024, 3)))) == 3
     wanted = features(pictures), high_frequency_share(pictures)
-    monkeypatch.setattr("train.metrics.PORTION", 3 * 64 * 64)
+    monkeypatch.setattr("train.evaluation.features.PORTION", 3 * 64 * 64)
     assert len(portions(pictures)) == 27
     np.testing.assert_allclose(features(pictures), wanted[0], rtol=1e-12)
     assert high_frequency_share(pictures) == pytest.approx(wanted[1], rel=1e-12)

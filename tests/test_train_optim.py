@@ -9,11 +9,11 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from shared.errors import UserError
-from train import checkpoint
 from train.config import DistillConfig
-from train.optim import base_learning_rate, build_optimizer, set_learning_rate
-from train.restore import restore_optimizer
-from train.student import build_student
+from train.networks.student import build_student
+from train.state import checkpoint
+from train.state.optim import base_learning_rate, build_optimizer, set_learning_rate
+from train.state.restore import restore_optimizer
 
 STEPS, WARMUP, BASE = 23, 5, 3e-4
 SCHEDULES = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from train.order import SHUFFLED, Order, permute
+from train.data.order import SHUFFLED, Order, permute
 
 WORLDS = (1, 2, 3, 8)
 # (samples, global batch): the batch divides by every world, and rarely divides the cache.

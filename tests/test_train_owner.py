@@ -12,19 +12,20 @@ from unittest.mock import Mock
 import pytest
 
 from shared.errors import UserError
-from shared.storage import publish
-from train import owner, setup
+from shared.storage.files import publish
 from train.config import DistillConfig
-from train.loop import distill
-from train.setup import prepare
+from train.state import owner
+from train.trainer import setup
+from train.trainer.loop import distill
+from train.trainer.setup import prepare
 
 # Takes a run, says so, and at each line of its input publishes a file in it.
 WRITER = """
 import sys
 from pathlib import Path
 from shared.errors import run_main
-from shared.storage import publish
-from train import owner
+from shared.storage.files import publish
+from train.state import owner
 def main():
     run = Path(sys.argv[1])
     owner.take(run, "a test", "wait", take_over="over" in sys.argv)

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from shared.errors import UserError
-from train import checkpoint
 from train.config import DistillConfig
-from train.team import Team, as_launched
+from train.state import checkpoint
+from train.trainer.distributed import Team, as_launched
 
 LCM = {
     "train_batch_size": 4, "max_train_steps": 2, "checkpointing_steps": 2, "lora_rank": 4,

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from support_models import SDXL, weightless
 from support_prep import ROOT
 
-from shared.cache import (
+from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
+from shared.cache.layout import TRAILER, cache_layout
+from shared.cache.manifest import (
     CachePaths,
     ChannelSums,
     Shard,
@@ -24,9 +26,7 @@ from shared.cache import (
     read_units,
     write_manifest,
 )
-from shared.conditioning import Conditioning, TextEmbeds, save_conditioning
-from shared.layout import TRAILER, cache_layout
-from train.student import lora_targets
+from train.networks.student import lora_targets
 
 SIDE = 256
 GB = 1024**2  # in the kB of /proc

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 
 from shared.errors import UserError
-from train import artist
+from train.evaluation import artist
 
 
 @pytest.fixture

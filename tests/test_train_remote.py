@@ -11,12 +11,12 @@ import pytest
 from test_train_loader import equal, joined_by_size, make_cache, open_loader, take
 from upath import UPath
 
-from shared.cache import open_manifest
+from shared.cache.manifest import open_manifest
 from shared.errors import UserError
-from train import remote
-from train.bucket import open_buckets
-from train.loader import Loader
-from train.local_cache import LocalCache
+from train.data import remote
+from train.data.bucket import open_buckets
+from train.data.loader import Loader
+from train.data.local_cache import LocalCache
 
 
 @pytest.fixture(autouse=True)

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.cache import open_manifest
+from shared.cache.manifest import open_manifest
 from shared.errors import UserError
-from train import checkpoint
 from train.config import DistillConfig
-from train.loop import distill
-from train.record import keep_until
-from train.run import Distillation
-from train.setup import prepare
+from train.state import checkpoint
+from train.trainer.loop import distill
+from train.trainer.metrics import keep_until
+from train.trainer.run import Distillation
+from train.trainer.setup import prepare
 
 KINDS = ["lora", "full"]
 

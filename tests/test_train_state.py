@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.errors import UserError
-from train import checkpoint, loop, record, trackers
 from train.config import DistillConfig, ExportConfig
-from train.export import export_checkpoint
-from train.loop import distill
-from train.run import Distillation
-from train.setup import check_resumed, prepare
+from train.export.student import export_checkpoint
+from train.state import checkpoint
+from train.trainer import loop, trackers
+from train.trainer import metrics as record
+from train.trainer.loop import distill
+from train.trainer.run import Distillation
+from train.trainer.setup import check_resumed, prepare
 
 LATEST = {"resume_from_checkpoint": "latest"}
 

@@ -14,14 +14,14 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shared.conditioning import TextEmbeds
+from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import schedule_from_config
 from shared.errors import UserError
-from train.batch import Batch
 from train.config import DistillConfig
+from train.data.batch import Batch
+from train.networks.precision import COMPILED, autocast, check_speed, compile_blocks, speed_up
+from train.networks.student import build_student
 from train.objectives.lcd import LCD
-from train.speed import COMPILED, autocast, check_speed, compile_blocks, speed_up
-from train.student import build_student
 
 CPU = torch.device("cpu")
 MODELS = ["tiny_sd", "tiny_xl"]

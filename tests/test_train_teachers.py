@@ -9,16 +9,16 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from shared.cache import CachePaths, open_manifest
-from shared.conditioning import TextEmbeds, load_conditioning
+from shared.cache.conditioning import TextEmbeds, load_conditioning
+from shared.cache.manifest import CachePaths, open_manifest
 from shared.diffusion import add_noise, predicted_eps, predicted_x0, schedule_from_config
 from shared.errors import UserError
-from shared.family import resolve_model
+from shared.models.family import resolve_model
 from train.config import DistillConfig
+from train.networks.student import build_student
+from train.networks.teacher import call_unet, check_fit, load_schedule
 from train.objectives.lcd import LCD
-from train.sample import draw_latents, student_scheduler, teacher_scheduler
-from train.student import build_student
-from train.teacher import call_unet, check_fit, load_schedule
+from train.sampling.samplers import draw_latents, student_scheduler, teacher_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ZERO_SNR = {

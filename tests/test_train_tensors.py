@@ -8,15 +8,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prep.text import load_clip
+from prep.encoders.text import load_clip
 from shared.errors import UserError
-from shared.family import FAMILIES, Model
-from shared.vae import load_vae
+from shared.models.family import FAMILIES, Model
+from shared.models.vae import load_vae
 from train.config import DistillConfig
-from train.export import load_student
-from train.loop import distill
-from train.setup import prepare
-from train.teacher import load_unet
+from train.export.student import load_student
+from train.networks.teacher import load_unet
+from train.trainer.loop import distill
+from train.trainer.setup import prepare
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shared.errors import UserError
-from train.export import export_student, variant
-from train.student import guided_copy
-from train.teacher import load_unet
-from train.weights import exported_student
+from train.export.student import export_student, variant
+from train.export.weights import exported_student
+from train.networks.student import guided_copy
+from train.networks.teacher import load_unet
 
 RANK, ALPHA = 4, 6.5
 LORA, KOHYA = "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"

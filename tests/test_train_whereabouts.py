@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from train.export import run_config
-from train.whereabouts import found, told
+from train.export.student import run_config
+from train.state.whereabouts import found, told
 
 
 @pytest.fixture

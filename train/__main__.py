@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from shared import startup  # noqa: F401 (before what takes a while)
-from shared.config import dispatch
+from shared.cli import startup  # noqa: F401 (before what takes a while)
+from shared.cli.config import dispatch
 from shared.errors import run_main
 from train.config import DistillConfig, EvaluateConfig, ExportConfig, SampleConfig
 
@@ -18,8 +18,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 def distill(config: DistillConfig) -> int:
     """Check, then train; the exit status."""
-    from train import loop, setup
-    from train.defaults import with_defaults
+    from train.trainer import loop, setup
+    from train.trainer.defaults import with_defaults
 
     config = with_defaults(config)
     if setup.say_finished(config):
@@ -30,9 +30,9 @@ def distill(config: DistillConfig) -> int:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Compare student and teacher."""
-    from train import evaluate
-    from train.defaults import newest_student
-    from train.owner import owning
+    from train.evaluation import evaluate
+    from train.state.owner import owning
+    from train.trainer.defaults import newest_student
 
     config = replace(config, run=newest_student(config.run))
     remedy = "wait for it, or give --output another folder"
@@ -42,17 +42,17 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def sample(config: SampleConfig) -> None:
     """Draw prompts with a student."""
-    from train import draw
-    from train.defaults import newest_student
+    from train.evaluation import sample_command
+    from train.trainer.defaults import newest_student
 
-    draw.draw_prompts(replace(config, run=newest_student(config.run)))
+    sample_command.draw_prompts(replace(config, run=newest_student(config.run)))
 
 
 def export(config: ExportConfig) -> None:
     """Write a checkpoint's student."""
-    from train.defaults import newest_checkpoint
-    from train.export import export_checkpoint
-    from train.owner import owning
+    from train.export.student import export_checkpoint
+    from train.state.owner import owning
+    from train.trainer.defaults import newest_checkpoint
 
     config = replace(config, run=newest_checkpoint(config.run))
     remedy = "wait for it, or give --output another folder"

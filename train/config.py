@@ -8,17 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from shared.numbers import (
-    BelowOne,
-    Count,
-    Natural,
-    NotNegative,
-    Numbers,
-    Positive,
-    Seed,
-    Share,
-)
-from shared.paths import LocalPath, NameOrPath, PlaceFlag
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
+from shared.cli.ranges import BelowOne, Count, Natural, NotNegative, Numbers, Positive, Seed, Share
 
 ExportDtype = Literal["both", "fp32", "fp16"]
 Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1

@@ -6,12 +6,12 @@ also where the value is the default one: `DistillConfig.typed`.
 
 from __future__ import annotations
 
+from shared.cli.other_tools.flags import dashed
 from shared.errors import UsageError
-from shared.flags import dashed
 from train.config import DistillConfig
-from train.hub import check_push
+from train.export.hub import check_push
 from train.objectives import OBJECTIVES
-from train.optim import check_schedule
+from train.state.optim import check_schedule
 
 # (flag, value) -> the flags that mean something only with it.
 ONLY_WITH: dict[tuple[str, str], tuple[str, ...]] = {

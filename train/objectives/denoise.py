@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shared.conditioning import TextEmbeds
+from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import Schedule, add_noise, velocity
-from train.batch import Batch
 from train.config import DistillConfig
+from train.data.batch import Batch
 from train.objectives.objective import Objective
 
 

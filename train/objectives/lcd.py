@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shared.conditioning import TextEmbeds
+from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import (
     Schedule,
     add_noise,
@@ -23,8 +23,8 @@ from shared.diffusion import (
     solver_timesteps,
 )
 from shared.errors import UserError
-from train.batch import Batch
 from train.config import DistillConfig
+from train.data.batch import Batch
 from train.objectives.objective import Objective
 
 

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from shared.conditioning import TextEmbeds
+from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import Schedule
-from train.batch import Batch
 from train.config import DistillConfig
+from train.data.batch import Batch
 
 
 class Loss(Protocol):

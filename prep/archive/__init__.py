@@ -1,0 +1,1 @@
+"""A cache becomes an archive for shipping, and the same cache again."""

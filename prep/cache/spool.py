@@ -1,0 +1,131 @@
+"""What waits on the disk, or in a few bytes of memory, until a unit can be sorted by key."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.cache.layout import TRAILER, Layout
+from shared.cache.manifest import CachePaths, Shard
+from shared.cache.sums import ChannelSums
+from shared.storage.files import guard, move, staged, write_all
+from shared.storage.temporary import temporary
+
+
+class Keys:
+    """Samples' keys, 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.numbers = array("Q")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def add(self, key: str) -> None:
+        """Append a key."""
+        self.numbers.append(int(key, 16))
+
+    def order(self) -> NDArray[np.int64]:
+        """Where the keys stand that are the first, the second, ... when sorted."""
+        order: NDArray[np.int64] = np.argsort(np.asarray(self.numbers), kind="stable")
+        return order
+
+
+class Sums:
+    """The samples' channel sums, kept one by one until all are there.
+
+    They are added in the order of the keys: rounding must not tell in which order samples came.
+    """
+
+    def __init__(self) -> None:
+        self.keys = Keys()
+        self.count = 0
+        self.values = array("d")  # total and squares of each sample's channels
+
+    def add(self, key: str, sums: ChannelSums) -> None:
+        """Append a sample's sums."""
+        self.keys.add(key)
+        self.count += sums.count
+        self.values.extend(sums.total + sums.squares)
+
+    def added(self) -> ChannelSums | None:
+        """The sum over all samples, or None where there are none."""
+        if not self.keys:
+            return None
+        values = np.asarray(self.values).reshape(len(self.keys), -1)[self.keys.order()]
+        whole = values[0]
+        for row in values[1:]:  # one after the other: np.sum may pair them
+            whole = whole + row
+        total, squares = np.split(whole, 2)
+        return ChannelSums(self.count, tuple(total.tolist()), tuple(squares.tolist()))
+
+
+class Spool:
+    """Samples of one latent size in the order they were encoded, on disk.
+
+    The file is open only while it is written or read: a unit may have a thousand sizes.
+    """
+
+    def __init__(self, layout: Layout, tmp: Path) -> None:
+        self.layout = layout
+        self.keys = Keys()
+        self.unwritten: list[bytes] = []
+        self.held = ExitStack()
+        with guard(tmp):
+            self.path = self.held.enter_context(temporary(tmp, "-spool"))
+
+    def add(self, key: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        """Append one sample; `write` brings it to the disk."""
+        whole = record | {"crc32": self.layout.crc32(arrays)}
+        self.unwritten.append(self.layout.pack(key, whole, arrays))
+        self.keys.add(key)
+
+    def write(self) -> None:
+        """Write what was added: many at once, for each call waits for Python's lock again."""
+        if not self.unwritten:
+            return
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with guard(self.path.parent), opened(self.path, flags) as fd:
+            write_all(fd, b"".join(self.unwritten))
+        self.unwritten.clear()
+
+    def sorted_samples(self) -> Iterator[bytes]:
+        """The samples' bytes by key, then the end of the tar."""
+        stride = self.layout.stride
+        with opened(self.path, os.O_RDONLY) as fd:
+            for index in self.keys.order().tolist():
+                yield os.pread(fd, stride, index * stride)
+        yield TRAILER
+
+    def publish(self, cache: CachePaths, unit: str) -> Shard:
+        """Write the shard under the name that its content gives it."""
+        height, width = self.layout.latent_size
+        with staged(self.sorted_samples(), cache.tmp) as (file, digest):
+            name = f"{unit}-{height}x{width}-{digest[:12]}.tar"
+            move(file, cache.shards / name)
+        count = len(self.keys)
+        return Shard(
+            f"shards/{name}", self.layout.to_json(), count, self.layout.shard_bytes(count), digest,
+            f"{min(self.keys.numbers):016x}",
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Delete the spool."""
+        self.held.close()
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor of a file, closed in the end."""
+    fd = os.open(path, flags, 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Units of rows and a set of encoders become shards, accounts and commit records."""

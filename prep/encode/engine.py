@@ -1,0 +1,190 @@
+"""Units of work, encoded one after the other around one set of encoders, or by Ray's workers."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+
+from prep.cache import holdout
+from prep.cache.accounts import account_batches
+from prep.cache.reuse import NOTHING, Known
+from prep.cache.stale import refuse_mixture
+from prep.encode.pipeline import Encoders, Settings, Work, samples
+from prep.encode.settings import Shapes, VaeChoice
+from prep.encode.threads import mapped
+from prep.encode.writer import UnitWriter
+from prep.inspect.gc import retire
+from prep.sources.find import SourceError, Unit
+from prep.sources.unit import Counted
+from shared.cache.identity import generation_of, read_identity
+from shared.cache.manifest import CachePaths, Manifest, UnitRecord, fold, read_units, write_manifest
+from shared.cli.progress import Progress
+from shared.errors import UserError, on_one_line
+from shared.models.family import Model
+from shared.wording import counted, size_of
+
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
+WRITES_AHEAD = 4  # chunks of samples that wait to be written
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know to encode any unit; it can be sent to another machine."""
+
+    cache: CachePaths
+    model: Model
+    shapes: Shapes
+    vae: VaeChoice
+    settings: Settings
+    decode_workers: int
+    max_reject_fraction: float
+    records: tuple[UnitRecord, ...]  # of the cache as it was before: what they hold is copied
+    generation: int = 0  # of the cache's settings: how often --overwrite replaced them
+
+    @cached_property
+    def known(self) -> dict[str, Known]:
+        """What the cache has of each source."""
+        by_source = defaultdict(list)
+        for record in self.records:
+            by_source[record.source].append(record)
+        return {source: Known(self.cache, mine) for source, mine in by_source.items()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a unit ended: committed, or left out for its damaged source."""
+
+    rows: int
+    rejected: int
+    work: Work
+    damage: str = ""
+
+
+def encode_unit(
+    job: Job, unit: Unit, encoders: Encoders, tick: Callable[[int, int], None]
+) -> Outcome:
+    """Encode and commit a unit; `tick` is told of each row, and how many are rejected so far.
+
+    It shares nothing with other units, and doing it twice gives the same files. Raises UserError
+    where the disk is full or too many rows are rejected.
+    """
+    work = Work()
+    known = job.known.get(unit.source, NOTHING)
+    source = Counted(unit.reader)
+    unit = replace(unit, reader=source)
+    writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels, job.generation)
+    try:
+        with (
+            closing(samples(unit, encoders, job.settings, job.decode_workers, known, work)) as done,
+            closing(mapped(writer.add, done, 1, WRITES_AHEAD, "write")) as written,
+        ):
+            for rows in written:
+                tick(rows, writer.rejected.total())
+        writer.commit(job.max_reject_fraction, source.handed)
+    except SourceError as error:
+        return Outcome(writer.read, writer.rejected.total(), work, str(error))
+    finally:
+        writer.close()
+    return Outcome(writer.read, writer.rejected.total(), work)
+
+
+def encode_here(
+    job: Job, units: Iterable[Unit], encoders: Encoders, progress: Progress
+) -> Iterator[Outcome]:
+    """The local engine: one unit after the other in this process."""
+
+    def tick(rows: int, rejected: int) -> None:
+        progress.update(rows, f"{rejected} rejected in this unit")
+
+    for unit in units:
+        yield encode_unit(job, unit, encoders, tick)
+
+
+def add_up(outcomes: Iterable[Outcome], units: int, progress: Progress) -> Work:
+    """See the units to their end; a damaged source costs its unit, the others are done first.
+
+    Raises UserError at the end where sources were damaged.
+    """
+    work = Work()
+    damages = []
+    for outcome in outcomes:
+        work += outcome.work
+        if outcome.damage:
+            damages.append(outcome.damage)
+            progress.write(f"skipped: {on_one_line(outcome.damage)}")
+    if damages:
+        more = f" (and {len(damages) - 1} more, listed above)" if len(damages) > 1 else ""
+        others = units - len(damages)
+        rest = f"the other {counted(others, 'unit')} {'is' if others == 1 else 'are'}"
+        raise UserError(f"{damages[0]}{more}; {rest} committed")
+    return work
+
+
+def finish(cache: CachePaths) -> str:
+    """Fold the units into the manifest; returns a line about the whole cache.
+
+    Raises UserError where they are not one state of the cache, or hold no sample.
+    """
+    units = read_units(cache)
+    while True:
+        manifest = write_fold(cache, units)
+        # One that another process wrote meanwhile, of more units, may just have been replaced.
+        if (now := read_units(cache)) == units:
+            break
+        units = now
+    totals = manifest.totals
+    rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())
+    long = totals["truncated_captions"]
+    retries = sum(unit.notes.get("fp32_retries", 0) for unit in units)
+    aside = f"; {counted(manifest.heldout, 'sample')} held out" if manifest.heldout else ""
+    again = f"; {counted(retries, 'picture')} encoded again in float32" if retries else ""
+    return (
+        f"{cache.root}: {counted(totals['written'], 'sample')} of {counted(totals['read'], 'row')}"
+        f"{f' ({rejected})' if rejected else ''}, {size_of(totals['bytes'])} in "
+        f"{counted(len(manifest.shards), 'shard')}; {counted(long, 'caption')} "
+        f"{'was' if long == 1 else 'were'} longer than the encoder reads{again}{aside}"
+    )
+
+
+def write_fold(cache: CachePaths, units: list[UnitRecord]) -> Manifest:
+    """Publish the manifest that these units add up to, if they do (`finish` tells)."""
+    if not units:
+        raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
+    identity = read_identity(cache)
+    if not identity:
+        raise UserError(f"{cache.identity} does not exist; restore it, or choose another --cache")
+    refuse_mixture(cache, units, generation_of(identity))
+    refuse_nothing(cache, units)
+    manifest = fold(identity, units, {name: version(name) for name in LIBRARIES})
+    holdout.choose(cache, manifest)
+    manifest = holdout.set_aside(cache, manifest)
+    retire(cache, {shard.file for shard in manifest.shards})
+    write_manifest(cache, manifest)
+    return manifest
+
+
+def refuse_nothing(cache: CachePaths, units: Sequence[UnitRecord]) -> None:
+    """Raise UserError, with the dominant reason and an example, where no row is written."""
+    rejected = sum((Counter(unit.rejected) for unit in units), Counter[str]())
+    if any(unit.written for unit in units) or not rejected:
+        return
+    reason, times = rejected.most_common(1)[0]
+    unit = next(unit for unit in units if reason in unit.rejected)
+    example = next(
+        (
+            row["source_key"]
+            for batch in account_batches(cache.root / unit.samples)
+            for row in batch.to_pylist()
+            if row["reason"] == reason
+        ),
+        None,
+    )
+    raise UserError(
+        f"{cache.root}: {rejected.total()} of {counted(rejected.total(), 'row')} rejected, "
+        f"{times} of them for {reason!r} (first: {example!r} of {unit.source}); "
+        "mend the sources or let more in"
+    )

@@ -1,0 +1,1 @@
+"""Pixels become latents, and captions text-encoder states, in batches of a fixed shape."""

@@ -1,0 +1,282 @@
+"""Captions to text-encoder states, in batches of a fixed shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import (
+    create_diffusers_clip_model_from_ldm,
+    load_single_file_checkpoint,
+)
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from prep.cache.reuse import Arrays, Known
+from prep.encoders.tokens import tokenized, tokens_fingerprint
+from shared.cache.conditioning import TextEmbeds
+from shared.errors import UserError, first_line
+from shared.models.family import Model
+from shared.models.fingerprint import fingerprint
+from shared.models.hub import unreachable
+from shared.models.single_file import config_folder, is_single_file, whole
+from shared.models.weights import load_whole
+
+logging.disable_progress_bar()  # one bar at a time
+# A batch of captions is tokenized sooner than further threads wake up, which others keep busy.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
+SMALLEST_VOCABULARY = 256  # bytes
+# What of an encoder's configuration decides its output and does not show in its weights.
+CONFIGURED = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+
+
+class TextEncoder:
+    """The one or two CLIP text encoders of a family, in fp32.
+
+    `clip_skip` counts the layers left out as diffusers' pipelines do: in the prompts, not in the
+    unconditional embedding.
+    """
+
+    def __init__(
+        self, model: Model, device: torch.device, batch_size: int, clip_skip: int = 0
+    ) -> None:
+        self.family, self.device, self.batch_size = model.family, device, batch_size
+        self.clip_skip = clip_skip
+        self.tokenizers = []
+        self.encoders = []
+        for part in model.family.text_encoders:
+            tokenizer, encoder = load_clip(model, part)
+            self.tokenizers.append(tokenizer)
+            self.encoders.append(encoder.to(device).eval().requires_grad_(False))
+        layers = min(int(encoder.config.num_hidden_layers) for encoder in self.encoders)
+        most = layers + model.family.hidden_state
+        if clip_skip > most:
+            raise UserError(f"--clip-skip {clip_skip} is above {most}, all that {model.source} has")
+
+    @property
+    def length(self) -> int:
+        """L: tokens per caption, padding included."""
+        # A tokenizer that does not say gives a number with thirty digits.
+        most = self.encoders[0].config.max_position_embeddings
+        return int(min(self.tokenizers[0].model_max_length, most))
+
+    @property
+    def width(self) -> int:
+        """D: of the joined states."""
+        return sum(int(encoder.config.hidden_size) for encoder in self.encoders)
+
+    @property
+    def pooled_width(self) -> int | None:
+        """P, or None for a family without pooled embeddings."""
+        if not self.family.micro_conditioning:
+            return None
+        return int(self.encoders[-1].config.projection_dim)
+
+    def identity(self) -> dict[str, object]:
+        """What the cache records of these encoders."""
+        parts = self.family.text_encoders
+        names = [part.replace("text_encoder", "tokenizer") for part in parts]
+        tokens = [tokens_fingerprint(tokenizer, self.length) for tokenizer in self.tokenizers]
+        return {
+            "fingerprints": [fingerprint(encoder) for encoder in self.encoders],
+            "tokenizers": dict(zip(names, tokens, strict=True)),
+            "configs": dict(zip(parts, map(_configuration, self.encoders), strict=True)),
+            "hidden_state": self.family.hidden_state,
+            "clip_skip": self.clip_skip,
+            "length": self.length,
+            "width": self.width,
+            "pooled_width": self.pooled_width,
+            "dtype": "float32",
+        }
+
+    def truncated(self, captions: Sequence[str]) -> list[bool]:
+        """Of each caption: has it more tokens than the encoder reads?"""
+        return tokenized(self.tokenizers[0], captions, self.length)[1] if captions else []
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> TextEmbeds:
+        """fp16 embeddings of any number of captions, `[N, L, D]` and `[N, P]`."""
+        return self._encode(captions, self.clip_skip)[0]
+
+    @torch.inference_mode()
+    def encode_and_count(self, captions: Sequence[str]) -> tuple[TextEmbeds, list[bool]]:
+        """What `encode` and `truncated` say, in one pass."""
+        return self._encode(captions, self.clip_skip)
+
+    @torch.inference_mode()
+    def _encode(self, captions: Sequence[str], clip_skip: int) -> tuple[TextEmbeds, list[bool]]:
+        parts, truncated = [], list[bool]()
+        for start in range(0, len(captions), self.batch_size):
+            chunk = list(captions[start : start + self.batch_size])
+            padded = chunk + [""] * (self.batch_size - len(chunk))
+            embeds, longer = self._encode_batch(padded, clip_skip)
+            parts.append(embeds[: len(chunk)])
+            truncated += longer[: len(chunk)]
+        return TextEmbeds.cat(parts), truncated
+
+    def _encode_batch(self, captions: list[str], clip_skip: int) -> tuple[TextEmbeds, list[bool]]:
+        states, pooled = [], None
+        tokens = [tokenized(tokenizer, captions, self.length) for tokenizer in self.tokenizers]
+        for (ids, _), encoder in zip(tokens, self.encoders, strict=True):
+            output = encoder(torch.tensor(ids).to(self.device), output_hidden_states=True)
+            state = output.hidden_states[self.family.hidden_state - clip_skip]
+            states.append(_final_norm(encoder)(state) if self.family.hidden_state == -1 else state)
+            pooled = getattr(output, "text_embeds", None)
+        embeds = TextEmbeds(
+            torch.cat(states, dim=-1).half().cpu(), None if pooled is None else pooled.half().cpu()
+        )
+        return embeds, tokens[0][1]
+
+    def unconditional(self, force_zeros: bool) -> TextEmbeds:
+        """The empty prompt's embedding, or zeros where the model's config says so."""
+        empty, _ = self._encode([""], clip_skip=0)
+        if not force_zeros:
+            return empty
+        pooled = empty.pooled_prompt_embeds
+        return TextEmbeds(
+            torch.zeros_like(empty.prompt_embeds),
+            None if pooled is None else torch.zeros_like(pooled),
+        )
+
+
+def load_clip(model: Model, part: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The tokenizer and the fp32 text encoder of a model's `part`, such as `text_encoder_2`.
+
+    Raises UserError where one is missing or damaged.
+    """
+    kind = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
+    single = is_single_file(model.source)
+    folder = part.replace("text_encoder", "tokenizer")
+    try:
+        if single:
+            encoder = _from_single_file(kind, model.source, part)
+            source = tokenizer_source(model, folder)
+        else:
+            encoder = load_whole(
+                kind.from_pretrained, model.source, part,
+                subfolder=part, torch_dtype=torch.float32, use_safetensors=True,
+                ignore_mismatched_sizes=True,  # which are refused with their names
+            )  # fmt: skip
+            source = model.source
+        tokenizer = AutoTokenizer.from_pretrained(with_files(source, folder), subfolder=folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = first_line(error)
+        raise UserError(f"no {part} can be read from {model.source!r} ({first})") from None
+    if len(tokenizer) < SMALLEST_VOCABULARY:  # what transformers makes of missing files
+        raise UserError(f"{model.source}: the tokenizer of its {part} has no vocabulary")
+    return tokenizer, encoder
+
+
+def with_files(source: str, folder: str) -> str:
+    """Where the files of a model's `folder` lie on this machine, downloaded if need be.
+
+    A tokenizer's reader also asks for files that a repository need not have; of a folder it knows
+    that they are not there, of the hub's cache only with a network. Raises OSError or ValueError.
+    """
+    if Path(source).is_dir():
+        return source
+    return str(snapshot_download(source, allow_patterns=f"{folder}/*"))
+
+
+def tokenizer_source(model: Model, folder: str) -> str:
+    """Where the tokenizer of a single file is, which holds none: beside it, else the family's.
+
+    Raises UserError where it is neither there nor on the hub.
+    """
+    beside = Path(model.source).with_suffix("")
+    if (beside / folder).is_dir():
+        return str(beside)
+    unreachable()  # with no hub, only what was downloaded before is looked for
+    try:
+        return with_files(model.family.pretrained, folder)
+    except (OSError, ValueError) as error:
+        first = first_line(error)
+        raise UserError(
+            f"{model.source} holds no tokenizer, and {model.family.pretrained}'s cannot be fetched "
+            f"({first}); connect to the hub, or put its {folder} into the folder {beside}"
+        ) from None
+
+
+def _from_single_file(kind: Any, source: str, part: str) -> PreTrainedModel:
+    folder = config_folder(source, f"{part}/config.json")
+    encoder: PreTrainedModel = create_diffusers_clip_model_from_ldm(
+        kind,
+        load_single_file_checkpoint(source, local_files_only=True),
+        subfolder=part,
+        config=str(folder),
+        torch_dtype=torch.float32,
+        local_files_only=True,
+    )
+    return whole(encoder, source, part)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption's arrays, `prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]`."""
+
+    arrays: Arrays
+    truncated: bool  # has it more tokens than the encoder reads?
+
+
+class CaptionMemo:
+    """Encodes equal captions once, as far as `MEMO_CAPTIONS` remember; `encoded` counts them.
+
+    What the cache already has is looked up in `known`, not encoded.
+    """
+
+    def __init__(self, encoder: TextEncoder, known: Known) -> None:
+        self.encoder, self.known = encoder, known
+        self.memory: dict[str, Caption] = {}
+        self.encoded = 0
+
+    def encode(self, captions: Sequence[str]) -> list[Caption]:
+        """What is to be known of each caption."""
+        unmet = [text for text in dict.fromkeys(captions) if text not in self.memory]
+        found = {text: arrays for text in unmet if (arrays := self.known.caption(text))}
+        counted = zip(found.items(), self.encoder.truncated(list(found)), strict=True)
+        for (text, arrays), truncated in counted:
+            self.memory[text] = Caption(arrays, truncated)
+        if fresh := [text for text in unmet if text not in found]:
+            self.encoded += len(fresh)
+            embeds, longer = self.encoder.encode_and_count(fresh)
+            for i, (text, truncated) in enumerate(zip(fresh, longer, strict=True)):
+                self.memory[text] = Caption(_arrays(embeds[i]), truncated)
+        found_all = [self.memory[text] for text in captions]
+        while len(self.memory) > MEMO_CAPTIONS:
+            del self.memory[next(iter(self.memory))]  # the oldest
+        return found_all
+
+
+def _configuration(encoder: PreTrainedModel) -> dict[str, object]:
+    """What its config.json says that its weights do not show."""
+    found = {name: getattr(encoder.config, name) for name in CONFIGURED}
+    if isinstance(encoder, CLIPTextModelWithProjection):  # where the pooled state is taken
+        found["eos_token_id"] = encoder.config.eos_token_id
+    return found
+
+
+def _final_norm(encoder: CLIPTextModel) -> torch.nn.Module:
+    """The norm behind the last layer; before transformers 5 it lay one level deeper."""
+    norm: torch.nn.Module = getattr(encoder, "text_model", encoder).final_layer_norm
+    return norm
+
+
+def _arrays(embeds: TextEmbeds) -> Arrays:
+    arrays = {"prompt_embeds": embeds.prompt_embeds[0].numpy()}
+    if embeds.pooled_prompt_embeds is not None:
+        arrays["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds[0].numpy()
+    return arrays

@@ -1,0 +1,1 @@
+"""Bytes from wherever they lie: local files, tars' streams, servers with bad connections."""

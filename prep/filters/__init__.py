@@ -1,0 +1,1 @@
+"""A row's metadata becomes a decision: is it wanted?"""

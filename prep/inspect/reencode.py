@@ -1,0 +1,134 @@
+"""Samples encoded once more from their source: are the latents those of the pictures?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prep.cache.reuse import NOTHING
+from prep.config import VerifyConfig
+from prep.encode import pipeline
+from prep.encode.pipeline import Encoders, Sample, Settings
+from prep.encode.settings import Shapes, VaeChoice, load_encoders, same_encoder
+from prep.encoders.text import CaptionMemo
+from prep.inspect.originals import Stored, draw, rows_of, settings_of, vae_source
+from prep.inspect.recorded import Originals
+from shared.cache.identity import whole_identity
+from shared.cache.manifest import CachePaths, Manifest
+from shared.cli.progress import Progress
+from shared.errors import UserError
+from shared.machine.device import pick_device
+from shared.models.family import recorded_model, resolve_model
+from shared.wording import counted
+
+# Largest relative error (RMS) that another machine may cause, by the encoder's recorded dtype.
+TOLERANCE = {"float32": 0.005, "float16": 0.02, "bfloat16": 0.1}
+
+
+def disagreements(
+    config: VerifyConfig, manifest: Manifest, progress: Progress
+) -> Iterator[tuple[str, str]]:
+    """Unit and a line for each of `config.reencode` random samples that does not come out again.
+
+    Samples whose source is gone or has changed are counted and said, which is no damage. Raises
+    UserError where the model is another one than the cache was made with.
+    """
+    cache = CachePaths(config.cache)
+    identity = whole_identity(cache, manifest)
+    encoders = encoders_of(config, identity)
+    settings = settings_of(identity)
+    stored = draw(cache, manifest.shards, config.reencode, config.seed)
+    originals = Originals(config.shards)
+    rows = rows_of(cache, stored, originals)
+    found = [(old, rows[old.key]) for old in stored if old.key in rows]
+    decoded = [(old, pipeline.decode_row(row, settings)) for old, row in found]
+    fresh = [(old, new) for old, new in decoded if not new.reason]
+    worst: dict[str, float] = {}
+    for start in range(0, len(fresh), encoders.vae.batch_size):
+        batch = fresh[start : start + encoders.vae.batch_size]
+        encode_batch([new for _, new in batch], encoders, settings)
+        for old, new in batch:
+            for name, error in errors(old, new, encoders.vae.channels).items():
+                worst[name] = max(worst.get(name, 0.0), error)
+                allowed = tolerance(identity, name)
+                if not error <= allowed:
+                    assert old.unit is not None
+                    yield (
+                        old.unit.name,
+                        f"{old.shard.file} sample {old.index} ({old.key}): {name} differ by "
+                        f"{error:.2%} from those encoded now (up to {allowed:.1%} is rounding)",
+                    )
+    largest = ", ".join(f"{name} {error:.1e}" for name, error in worst.items()) or "none"
+    progress.write(
+        f"encoded again: {counted(len(fresh), 'sample')}; largest relative difference: {largest}"
+    )
+    if unasked := originals.told():
+        progress.write(f"not compared: {unasked}")
+    if missing := len(stored) - len(fresh) - originals.unasked.total():
+        progress.write(
+            f"not compared: {counted(missing, 'sample')} whose source is gone or has changed"
+        )
+
+
+def encoders_of(config: VerifyConfig, identity: Mapping[str, object]) -> Encoders:
+    """The cache's encoders, on this machine's device, with the recorded batch shapes."""
+    model = resolve_model(config.model or recorded_model(str(identity["model"])))
+    shapes = Shapes.from_json(identity["shapes"])  # type: ignore[arg-type]
+    made = identity["vae"]
+    assert isinstance(made, Mapping)
+    vae = VaeChoice(vae_source(identity, config), made["dtype"], made["rescale"])
+    device, clip_skip = pick_device(config.device), settings_of(identity).clip_skip
+    encoders = load_encoders(model, shapes, vae, clip_skip, device)
+    for part, wanted in (("vae", encoders.vae.identity()), ("text", encoders.text.identity())):
+        made = identity[part]
+        assert isinstance(made, Mapping)
+        if not same_encoder(made, wanted):
+            raise UserError(
+                f"{config.cache} was made with another {part} encoder than {model.source}'s; "
+                "pass --model with the one it was made with"
+            )
+    return encoders
+
+
+def encode_batch(batch: list[Sample], encoders: Encoders, settings: Settings) -> None:
+    """Fill in the samples' arrays as `prep encode` would."""
+    with torch.inference_mode():
+        pipeline.embed(batch, CaptionMemo(encoders.text, NOTHING), settings)
+        waiting = pipeline.Waiting(encoders.vae, settings)  # by size
+        for sample in batch:
+            waiting.add(sample)
+        for _ in waiting.rest():
+            pass
+
+
+def errors(old: Stored, new: Sample, channels: int) -> dict[str, float]:
+    """Relative RMS error of each array, the posterior's mean and logvar apart."""
+    found = {}
+    for name, stored in old.arrays.items():
+        if name == "latents":
+            found["latents"] = relative(stored[:, :channels], new.arrays[name][:, :channels])
+            if stored.shape[1] > channels:
+                found["logvar"] = relative(stored[:, channels:], new.arrays[name][:, channels:])
+        else:
+            found[name] = relative(stored, new.arrays[name])
+    return found
+
+
+def relative(stored: NDArray[np.generic], fresh: NDArray[np.generic]) -> float:
+    """RMS of the difference, in parts of the RMS of what is stored."""
+    if stored.shape != fresh.shape:
+        return float("inf")
+    a, b = stored.astype(np.float64), fresh.astype(np.float64)
+    return float(np.sqrt(((a - b) ** 2).mean() / max((a**2).mean(), 1e-12)))
+
+
+def tolerance(identity: Mapping[str, object], name: str) -> float:
+    """How far an array may be off, by the dtype its encoder ran in; time_ids not at all."""
+    if name == "time_ids":
+        return 0.0
+    part = identity["vae" if name in ("latents", "logvar") else "text"]
+    assert isinstance(part, Mapping)
+    return TOLERANCE.get(str(part["dtype"]), TOLERANCE["bfloat16"])

@@ -1,0 +1,219 @@
+"""Does a cache hold what its records say?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prep.cache.holdout import set_aside
+from prep.config import VerifyConfig
+from prep.inspect.gc import retire
+from prep.inspect.reencode import disagreements
+from shared.cache.conditioning import load_conditioning
+from shared.cache.identity import read_identity
+from shared.cache.layout import Layout
+from shared.cache.manifest import (
+    CachePaths,
+    Manifest,
+    Shard,
+    UnitRecord,
+    fold,
+    open_manifest,
+    parse_unit,
+    unit_files,
+)
+from shared.cli.progress import Progress
+from shared.errors import UserError
+from shared.storage.files import NewerVersion, file_sha256, guard, sync_folder
+from shared.storage.reading import NotAFile, read_file
+from shared.storage.urls import Place
+from shared.wording import counted
+
+CHANGED = "is not the file that was committed (sha256 differs)"
+
+
+def verify(config: VerifyConfig) -> int:
+    """Print every damage found; the exit status is 1 if there is any.
+
+    With `repair`, the records of damaged units are removed, so that `prep encode` makes these
+    units again.
+    """
+    cache = CachePaths(config.cache)
+    manifest = open_manifest(config.cache, check_sizes=False)
+    damaged: dict[Place, int] = {}  # a file that is to go, and how many damages say so
+    units: list[UnitRecord] = []
+    with Progress("verify", manifest.totals["written"], "sample") as progress:
+
+        def note(path: Place, damage: str) -> None:
+            damaged[path] = damaged.get(path, 0) + 1
+            progress.write(f"damaged: {damage}")
+
+        for path in unit_files(cache):
+            unit = read_record(path)
+            if isinstance(unit, str):
+                note(path, unit)
+                continue
+            units.append(unit)
+            for damage in damages_of_unit(cache, unit, progress):
+                note(path, damage)
+        for damage in damages_of_conditioning(cache, manifest):
+            note(cache.conditioning, damage)
+        if config.reencode and not damaged:
+            for name, damage in disagreements(config, manifest, progress):
+                note(cache.units / f"{name}.json", damage)
+    stale = damage_of_manifest(cache, manifest, units)
+    if stale and not damaged:
+        print(f"damaged: {stale}", file=sys.stderr)
+    count = sum(damaged.values()) + bool(stale)
+    verdict = counted(count, "damage") if count else "no damage"
+    print(f"{config.cache}: {counted(manifest.totals['written'], 'sample')} checked, {verdict}")
+    if damaged:
+        print(repair(cache, list(damaged)) if config.repair else remedy(config, manifest))
+    return 1 if count else 0
+
+
+def remedy(config: VerifyConfig, manifest: Manifest) -> str:
+    """What to do about damage."""
+    return (
+        f"to mend it: `python -m prep verify --cache {config.cache} --repair`, then the "
+        f"`prep encode` that made the cache (model {manifest.identity['model']})"
+    )
+
+
+def repair(cache: CachePaths, damaged: list[Place]) -> str:
+    """Remove these files, mostly units' records, and the manifest; returns what to do next.
+
+    Without its record a unit is encoded anew, its damaged files are replaced then or left to
+    `prep gc`; and without its manifest nobody trains on the cache. The manifest goes last: were it
+    first, a crash would leave the damaged units to be folded into a new one.
+    """
+    with guard(cache.root):
+        for path in damaged:
+            path.unlink(missing_ok=True)
+        if cache.units.is_dir():
+            sync_folder(cache.units)
+        retire(cache, ())
+        cache.manifest.unlink(missing_ok=True)
+        sync_folder(cache.root)
+    units = sum(path.parent == cache.units for path in damaged)
+    return (
+        f"{counted(units, 'unit record')} removed; run the same `prep encode` to make these units "
+        "again, or `prep finish` to go on without them"
+    )
+
+
+def read_record(path: Place) -> UnitRecord | str:
+    """A unit's record, or what is wrong where the file holds none.
+
+    Raises UserError where it cannot be read, or a newer version wrote it: it may be right.
+    """
+    content = read_file(path)
+    try:
+        return parse_unit(content, path)
+    except NewerVersion:
+        raise
+    except UserError as error:
+        return f"units/{path.name} is not a unit's record: {error}"
+
+
+def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRecord]) -> str:
+    """Where the manifest is not what identity and records add up to, or an empty string."""
+    files = [shard.file for unit in units for shard in unit.shards]
+    if files != [shard.file for shard in manifest.shards]:
+        return (
+            "manifest.json and the units do not name the same shards; run the same "
+            "`prep encode`, or `prep finish` to take the units as they are"
+        )
+    stored = manifest.to_json()
+    added = fold(read_identity(cache), units, manifest.versions)
+    folded = set_aside(cache, added).to_json()
+    differing = [name for name in folded if stored.get(name) != folded[name]]
+    if not differing:
+        return ""
+    return (
+        f"manifest.json: its {', '.join(differing)} are not what identity.json and the units "
+        "add up to; run `prep finish`, which writes it anew"
+    )
+
+
+def damages_of_conditioning(cache: CachePaths, manifest: Manifest) -> Iterator[str]:
+    """A line where the embeddings of prompts are missing, damaged or not finite."""
+    try:
+        stored = load_conditioning(cache.conditioning, manifest.layouts)
+    except UserError:
+        yield f"{cache.conditioning.name} is missing or damaged"
+        return
+    for embeds in (stored.unconditional, stored.embeds):
+        pooled = embeds.pooled_prompt_embeds
+        if not embeds.prompt_embeds.isfinite().all() or not (
+            pooled is None or pooled.isfinite().all()
+        ):
+            yield f"{cache.conditioning.name} has non-finite values"
+
+
+def damages_of_unit(cache: CachePaths, unit: UnitRecord, progress: Progress) -> Iterator[str]:
+    """A line for each file or sample of the unit that is not what its record says."""
+    if sha256_of(cache.root / unit.samples) != unit.samples_sha256:
+        yield f"{unit.samples} is missing or changed"
+    for shard in unit.shards:
+        path = cache.root / shard.file
+        found = sha256_of(path)
+        if found != shard.sha256:
+            yield f"{shard.file} {found if ' ' in found else CHANGED}"
+        if " " not in found:
+            yield from damages_of_shard(path, shard)
+        progress.update(shard.count)
+
+
+def sha256_of(path: Place) -> str:
+    """The sha256 of a file, or in words what is there instead of one."""
+    try:
+        return file_sha256(path)
+    except FileNotFoundError:
+        return "is missing"
+    except NotAFile:
+        return "is a folder or a pipe, no file"
+
+
+def damages_of_shard(path: Place, shard: Shard) -> Iterator[str]:
+    """A line for each sample whose bytes, checksum or values are wrong."""
+    try:
+        layout = Layout.from_json(shard.layout)
+    except (ValueError, KeyError, TypeError) as error:
+        yield f"{shard.file}: its record has no valid layout ({error})"
+        return
+    for index, sample in enumerate(read_samples(path, layout, shard.count)):
+        try:
+            key, record, arrays = layout.unpack(sample)
+        except ValueError as error:
+            yield f"{shard.file} sample {index}: {error}"
+            continue
+        if layout.crc32(arrays) != record.get("crc32"):
+            yield f"{shard.file} sample {index} ({key}): checksum differs"
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            yield f"{shard.file} sample {index} ({key}): non-finite values"
+        elif name := next((name for name in arrays if is_constant(name, arrays[name])), ""):
+            yield f"{shard.file} sample {index} ({key}): {name} of one value alone"
+
+
+def is_constant(name: str, array: NDArray[Any]) -> bool:
+    """Has a view's mean, or a caption, one value alone, as zeros have? time_ids may.
+
+    The first half of a view's channels is all mean: behind it there may be a logvar.
+    """
+    if name == "time_ids":
+        return False
+    half = array[:, : array.shape[1] // 2] if name == "latents" else array
+    rows = half.reshape(len(array), -1)
+    return bool((rows == rows[:, :1]).all(1).any()) and rows.shape[1] > 1
+
+
+def read_samples(path: Place, layout: Layout, count: int) -> Iterator[bytes]:
+    """Each sample's bytes."""
+    with path.open("rb") as file:
+        for _ in range(count):
+            yield file.read(layout.stride)

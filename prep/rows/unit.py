@@ -1,0 +1,122 @@
+"""A unit of work: what commits as a whole, and how its rows are read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+from prep.sources.row import MAX_IMAGE_BYTES, Row
+
+NAME_BYTES = 100  # of a unit's name that come from its source; file names may have 255
+UNIT_ROWS = 1024  # of a folder or table, about
+UNSAFE = re.compile(r"[\\\x00-\x1f\x7f]")  # in names that go into SHA256SUMS
+NUMBER = re.compile(r"-\d{1,9}(of\d{1,9})?$")  # of a unit among those of its source
+SUFFIXES = (".tar", ".tar.zst", ".tar.gz", ".tgz", ".parquet", ".arrow")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """The flags that say how sources are read; their help texts stand in `EncodeConfig`."""
+
+    folder_units: int | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    caption_encoding: str | None = None
+    key_column: str | None = None
+    streaming: bool = False
+    dataset_config_name: str | None = None
+    max_image_bytes: int = MAX_IMAGE_BYTES
+    allow_external_images: bool = False  # may rows name pictures outside of their data set?
+    pipes: bool = False  # may `pipe:` run a shell? Only where the user typed it
+
+
+class Reader(Protocol):
+    """How a unit's rows are read. Readers hold no open handles: units go to other processes."""
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in source order, occurrences not counted. Raises SourceError for damage."""
+
+    def sample(self) -> tuple[int, int]:
+        """Rows counted at little cost, and the bytes of the source that they take."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that commits as a whole."""
+
+    name: str  # of its commit record
+    source: str  # the tar's or folder's path or URL, as typed
+    state: Mapping[str, Any]  # changes when the source does
+    reader: Reader = field(repr=False)
+    rows_known: int | None = None
+    size: int | None = None  # bytes, where rows must be estimated
+    # Units that share a source and may share keys count their occurrences from different numbers.
+    first_occurrence: int = 0
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in source order. Raises SourceError where the source is damaged."""
+        seen: dict[str, int] = {}
+        for row in self.reader.rows():
+            occurrence = seen.get(row.key, self.first_occurrence)
+            seen[row.key] = occurrence + 1
+            yield replace(row, occurrence=occurrence) if occurrence else row
+
+
+@dataclass
+class Counted:
+    """A reader that counts the rows it hands over."""
+
+    reader: Reader
+    handed: int = 0
+
+    def rows(self) -> Iterator[Row]:
+        """The reader's rows."""
+        for row in self.reader.rows():
+            self.handed += 1
+            yield row
+
+    def sample(self) -> tuple[int, int]:
+        """As the reader says."""
+        return self.reader.sample()
+
+
+def unit_name(basename: str, source: str) -> str:
+    """A file name that is readable and unique: basename and 8 hex digits of the full source.
+
+    Of a long basename the middle goes: its end may tell the source's units apart.
+    """
+    digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    readable = UNSAFE.sub("_", printable(basename))
+    number = found[0] if (found := NUMBER.search(readable)) else ""
+    start = readable.removesuffix(number).encode()[: NAME_BYTES - len(number)]
+    return f"{start.decode(errors='ignore')}{number}-{digest}"
+
+
+def stem(path: str) -> str:
+    """The last part of a path without the ending that says what it is."""
+    name = PurePosixPath(path).name
+    ending = max((end for end in SUFFIXES if name.endswith(end)), key=len, default="")
+    return name.removesuffix(ending)
+
+
+def printable(source: str) -> str:
+    """A path as text: bytes that are not UTF-8 are spelled out, so different paths stay so."""
+    return source.encode("utf-8", "backslashreplace").decode()
+
+
+def caption_flags(options: SourceOptions) -> dict[str, str]:
+    """The flags given about captions in files, which decide what rows say: for a unit's state."""
+    flags = {"caption_column": options.caption_column, "caption_encoding": options.caption_encoding}
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def power_of_two(at_least: float) -> int:
+    """The smallest power of two that is not below `at_least`."""
+    power = 1
+    while power < at_least:
+        power *= 2
+    return power

@@ -1,0 +1,251 @@
+"""The cache on disk (format 1): identity, unit records, manifest. See docs/cache-format.md.
+
+`identity.json` is created first and says what every sample in the cache has in common. A unit of
+work commits by replacing its record in `units/`; until then nothing it wrote counts. The manifest
+is folded from the records and is all that the trainer opens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+
+from shared.cache.layout import Layout
+from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard, UnitRecord
+from shared.errors import UserError
+from shared.storage.files import dump_json, file_sizes, parse_record, publish, read_all
+from shared.storage.reading import read_if_there
+from shared.storage.temporary import scratch
+from shared.storage.typed_json import not_negative, typed
+from shared.storage.urls import Place
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CachePaths:
+    """Where things are in a cache, which is a folder or behind a URL."""
+
+    root: Place
+
+    @property
+    def identity(self) -> Place:  # noqa: D102
+        return self.root / "identity.json"
+
+    @property
+    def manifest(self) -> Place:  # noqa: D102
+        return self.root / "manifest.json"
+
+    @property
+    def conditioning(self) -> Place:  # noqa: D102
+        return self.root / "conditioning.safetensors"
+
+    @property
+    def holdout(self) -> Place:  # noqa: D102
+        return self.root / "holdout.json"
+
+    @property
+    def units(self) -> Place:  # noqa: D102
+        return self.root / "units"
+
+    @property
+    def shards(self) -> Place:  # noqa: D102
+        return self.root / "shards"
+
+    @property
+    def samples(self) -> Place:  # noqa: D102
+        return self.root / "samples"
+
+    @property
+    def tmp(self) -> Path:
+        """Folder for what is not published yet; of a remote cache a local one, by its URL."""
+        return self.root / "tmp" if isinstance(self.root, Path) else scratch(str(self.root))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole cache at a glance."""
+
+    identity: Mapping[str, Any]
+    layouts: tuple[Layout, ...]
+    shards: tuple[Shard, ...]
+    shard_layouts: tuple[int, ...]  # per shard, an index into `layouts`
+    totals: Mapping[str, Any]
+    statistics: Mapping[str, Any]
+    versions: Mapping[str, str]
+    holdout: str = ""  # a hash over the keys of the samples that are held out, if there are any
+
+    @property
+    def heldout(self) -> int:
+        """Samples that are never trained on."""
+        return sum(len(shard.heldout) for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in manifest.json."""
+        rows = [
+            {**s.to_json(), "layout": i}
+            for s, i in zip(self.shards, self.shard_layouts, strict=True)
+        ]
+        for row, shard in zip(rows, self.shards, strict=True):
+            if shard.heldout:  # which versions that do not know it refuse
+                row["heldout"] = list(shard.heldout)
+        return {
+            "format": FORMAT,
+            "identity": dict(self.identity),
+            "layouts": [layout.to_json() for layout in self.layouts],
+            "shards": rows,
+            "totals": dict(self.totals),
+            "statistics": dict(self.statistics),
+            "versions": dict(self.versions),
+            **({"holdout": self.holdout} if self.holdout else {}),
+        }
+
+
+def commit_unit(cache: CachePaths, record: UnitRecord) -> None:
+    """Make a unit's work count: its record replaces the former one, atomically."""
+    publish([dump_json(record.to_json())], cache.units / f"{record.name}.json", cache.tmp)
+
+
+def read_unit(cache: CachePaths, name: str) -> UnitRecord | None:
+    """A unit's record, or None where it has not been committed. Raises UserError for damage."""
+    path = cache.units / f"{name}.json"
+    content = read_if_there(path)
+    return None if content is None else parse_unit(content, path)
+
+
+def read_units(cache: CachePaths) -> list[UnitRecord]:
+    """All records, in the order of their names."""
+    return list(iterate_units(cache))
+
+
+def iterate_units(cache: CachePaths) -> Iterator[UnitRecord]:
+    """The same with few in memory at a time. Raises UserError, naming it, for one that is none."""
+    paths = unit_files(cache)
+    for path, content in zip(paths, read_all(paths), strict=True):
+        if content is not None:  # else dropped since the folder was listed
+            yield parse_unit(content, path)
+
+
+def parse_unit(content: bytes, path: Place) -> UnitRecord:
+    """The record in a file's content. Raises UserError, naming the file, where it is none."""
+    remedy = "delete it and run the same `prep encode`, which makes its unit again"
+    unit = parse_record(content, path, UnitRecord.from_json, remedy)
+    if normalize("NFC", unit.name) != normalize("NFC", path.name.removesuffix(".json")):
+        raise UserError(
+            f"{path} is the record of another unit ({unit.name}), whose samples would count twice; "
+            "remove the copy"
+        )
+    return unit
+
+
+def unit_files(cache: CachePaths) -> list[Place]:
+    """The files of all records, by name."""
+    return [cache.units / name for name in file_sizes(cache.units) if name.endswith(".json")]
+
+
+def fold(
+    identity: Mapping[str, Any], units: list[UnitRecord], versions: Mapping[str, str]
+) -> Manifest:
+    """The manifest that these units add up to."""
+    shards = [shard for unit in units for shard in unit.shards]
+    tables = {str(shard.layout): shard.layout for shard in shards}
+    keys = sorted(tables)
+    rejected: dict[str, int] = {}
+    for unit in units:
+        for reason, count in unit.rejected.items():
+            rejected[reason] = rejected.get(reason, 0) + count
+    sums: ChannelSums | None = None
+    for unit in units:
+        if unit.sums is not None:
+            sums = unit.sums if sums is None else sums + unit.sums
+    mean, std = sums.mean_std() if sums else ([], [])
+    return Manifest(
+        identity=identity,
+        layouts=tuple(Layout.from_json(tables[key]) for key in keys),
+        shards=tuple(shards),
+        shard_layouts=tuple(keys.index(str(shard.layout)) for shard in shards),
+        totals={
+            "units": len(units),
+            "read": sum(unit.read for unit in units),
+            "written": sum(unit.written for unit in units),
+            "rejected": dict(sorted(rejected.items())),
+            "truncated_captions": sum(unit.truncated_captions for unit in units),
+            "bytes": sum(shard.size for shard in shards),
+        },
+        statistics={"latents_mean": mean, "latents_std": std},
+        versions=versions,
+    )
+
+
+def write_manifest(cache: CachePaths, manifest: Manifest) -> None:
+    """Publish `manifest.json`."""
+    publish([dump_json(manifest.to_json())], cache.manifest, cache.tmp)
+
+
+def open_manifest(root: Place, check_sizes: bool = True) -> Manifest:
+    """Read a finished cache's manifest and, unless told otherwise, check every shard's size.
+
+    Raises UserError where it is missing, unfinished, of another format or damaged.
+    """
+    cache = CachePaths(root)
+    content = read_if_there(cache.manifest)
+    if content is None:
+        if cache.identity.exists():
+            raise UserError(f"{root} is unfinished: run the same `prep encode` to its end")
+        raise UserError(
+            f"{root} is not a cache (no manifest.json); `prep encode --cache {root}` makes one"
+        )
+    manifest = parse_record(
+        content, cache.manifest, lambda stored: _manifest(stored, root), "run `prep finish`"
+    )
+    if check_sizes:
+        check_shards(cache, manifest)
+    return manifest
+
+
+def refuse_format(stored: Mapping[str, Any], root: Place) -> None:
+    """Raise UserError for a manifest or an identity of another format than this version's."""
+    if (found := stored.get("format")) != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "update, a newer version wrote it" if newer else "encode anew"
+        raise UserError(
+            f"{root} has cache format {found!s:.40}, this version reads {FORMAT}: {remedy}"
+        )
+
+
+def _manifest(stored: Mapping[str, Any], root: Place) -> Manifest:
+    refuse_format(stored, root)
+    tables = typed(stored["layouts"], list[Any], "layouts")
+    rows = typed(stored["shards"], tuple[Mapping[str, Any], ...], "shards")
+    layouts = tuple(map(Layout.from_json, tables))
+    numbers = tuple(typed(row.get("layout"), int, "layout") for row in rows)
+    not_negative(layout=min(numbers, default=0))
+    shards = tuple(
+        Shard.from_json({**row, "layout": tables[number]})
+        for row, number in zip(rows, numbers, strict=True)
+    )
+    totals = typed(stored["totals"], Mapping[str, Any], "totals")
+    not_negative(written=typed(totals["written"], int, "written"))
+    return Manifest(
+        typed(stored["identity"], Mapping[str, Any], "identity"), layouts, shards, numbers, totals,
+        typed(stored["statistics"], Mapping[str, Any], "statistics"),
+        typed(stored["versions"], Mapping[str, str], "versions"),
+        typed(stored.get("holdout", ""), str, "holdout"),
+    )  # fmt: skip
+
+
+def check_shards(cache: CachePaths, manifest: Manifest) -> None:
+    """Raise UserError where a shard is missing or has another size than its record says."""
+    sizes = file_sizes(cache.shards)
+    for shard in manifest.shards:
+        size = sizes.get(shard.file.removeprefix("shards/"))
+        if size != shard.size:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(
+                f"{cache.root / shard.file} {found}, {shard.size} recorded: the cache is damaged; "
+                "`prep verify` lists what is, `prep encode` makes it again"
+            )

@@ -1,0 +1,1 @@
+"""What this computer has: processors and devices, asked for here alone."""

@@ -1,0 +1,244 @@
+"""Where a cache can be: a folder, or behind a URL that fsspec knows, such as s3://bucket/cache."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from upath.extensions import ProxyUPath
+
+from shared.errors import UserError
+from shared.storage.errors import (
+    cause_of,
+    is_absence,
+    is_mistake,
+    is_permanent,
+    known_protocol,
+    status_of,
+    without_password,
+)
+
+T = TypeVar("T")
+
+TRIES = 3  # of a call; object storage's own libraries have tried several times in each
+FIRST_WAIT = 0.5  # seconds, doubled after each failure
+BEYOND_END = 416  # the HTTP status of a range that begins where a file has ended
+CHANGED = (409, 412)  # of a conditional write that comes too late
+BLOCK_BYTES = 4 << 20  # of a file that is read from beginning to end
+
+
+class RemotePlace(ProxyUPath):
+    """A place behind a URL, with the part of pathlib's interface that a cache needs.
+
+    `UPath` takes any failure for "there is no such file". Here a call that fails is made again,
+    and in the end raises a UserError that names the URL; what is not there raises
+    FileNotFoundError, as from a Path. Nothing of an earlier listing is believed.
+    """
+
+    __slots__ = ()
+
+    def stat(self, *, follow_symlinks: bool = True) -> Any:
+        """Size and times; FileNotFoundError where there is nothing."""
+        return self._attempt(super().stat)
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        """Is there a file, or anything below this name?"""
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_file(self) -> bool:
+        """Is there a file?"""
+        try:
+            return stat.S_ISREG(self.stat().st_mode)
+        except FileNotFoundError:
+            return False
+
+    def file_sizes(self) -> dict[str, int]:
+        """Name and size of each file in a folder; nothing where there is no folder."""
+        try:
+            found = self._attempt(lambda: self.fs.ls(self.path, detail=True))
+        except FileNotFoundError:
+            return {}
+        files = [info for info in found if info["type"] == "file" and info["name"] != self.path]
+        return {info["name"].rpartition("/")[2]: info["size"] for info in files}
+
+    def glob(self, pattern: str) -> Iterator[RemotePlace]:  # type: ignore[override]
+        """The folder's files whose names match."""
+        for name in self.file_sizes():
+            if fnmatchcase(name, pattern):
+                yield self / name
+
+    def read_bytes(self) -> bytes:
+        """The whole file."""
+        return self.read_range(0, None)  # with a start s3fs does not ask for the size first
+
+    def read_range(self, start: int, end: int | None) -> bytes:
+        """Bytes `start` to `end`, in one request; fewer where the file ends before."""
+        return bytes(self._attempt(lambda: self._range(start, end)))
+
+    def _range(self, start: int, end: int | None) -> bytes:
+        try:
+            return bytes(self.fs.cat_file(self.path, start=start, end=end))
+        except Exception as error:
+            if status_of(error) == BEYOND_END:
+                return b""
+            raise
+
+    def open(self, mode: str = "rb", buffering: int = BLOCK_BYTES) -> BinaryIO:  # type: ignore[override]
+        """The bytes as a file: read by the block, or exactly what is asked for with 0."""
+        assert mode == "rb", "files are published, see shared.storage.files"
+        raw = _Ranges(self)
+        return cast(BinaryIO, io.BufferedReader(raw, buffering) if buffering else raw)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the file."""
+        if not self.exists():
+            if not missing_ok:
+                raise self._absent()
+            return
+        try:
+            self._attempt(lambda: self.fs.rm_file(self.path))
+        except FileNotFoundError:  # another was faster
+            if not missing_ok:
+                raise
+
+    def upload(self, file: Path) -> None:
+        """Put a local file here, replacing what stood here; nobody sees a part of it."""
+        self._write(lambda: self.fs.put_file(str(file), self.path))
+
+    def create(self, content: bytes) -> bool:
+        """Put `content` here unless something is here already; False if it is.
+
+        Of several that try at once one wins, where the storage knows conditional writes.
+        """
+        if self.exists():
+            return False
+        try:
+            self._write(lambda: self.fs.pipe_file(self.path, content, mode="create"))
+        except FileExistsError:
+            return False
+        return True
+
+    def tag(self) -> str | None:
+        """What S3 tells one content of this file from another by; None elsewhere, or without it."""
+        try:
+            info = self._attempt(lambda: self.fs.info(self.path))
+        except FileNotFoundError:
+            return None
+        return info.get("ETag") if self.protocol in ("s3", "s3a") else None
+
+    def swap(self, content: bytes, tag: str | None) -> bool:
+        """Replace the file, unless it has another `tag` by now; False if it has.
+
+        Without a tag it is replaced whatever it is.
+        """
+        condition = {} if tag is None else {"IfMatch": tag}
+
+        def act() -> None:
+            try:
+                self.fs.pipe_file(self.path, content, **condition)
+            except Exception as error:
+                if condition and (status_of(error) in CHANGED or is_absence(error)):
+                    raise FileExistsError from error
+                raise
+
+        try:
+            self._write(act)
+        except FileExistsError:
+            return False
+        return True
+
+    def _write(self, act: Callable[[], object]) -> None:
+        try:
+            self._attempt(act)
+        except FileNotFoundError as error:  # there is no such bucket
+            raise self._refused(error) from None
+
+    def _attempt(self, act: Callable[[], T]) -> T:
+        for number in range(TRIES):
+            try:
+                return act()
+            except FileExistsError:  # the answer to `create`
+                raise
+            except Exception as error:  # each file system raises what its library does
+                if is_mistake(error):
+                    raise
+                if is_absence(error):
+                    raise self._absent() from error
+                if is_permanent(error) or number == TRIES - 1:
+                    raise self._refused(error) from None
+                time.sleep(FIRST_WAIT * 2**number)
+        raise AssertionError
+
+    def _absent(self) -> FileNotFoundError:
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+
+    def _refused(self, error: Exception) -> UserError:
+        return UserError(
+            f"{without_password(str(self))} cannot be reached ({cause_of(error)}); check the "
+            "address and your access to it, then run the same command again"
+        )
+
+
+Place = Path | RemotePlace
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file as Python's files are: each read is one request."""
+
+    def __init__(self, place: RemotePlace) -> None:
+        super().__init__()
+        self.place, self.position = place, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = self.place.stat().st_size if whence == io.SEEK_END else 0
+        self.position = offset + (self.position if whence == io.SEEK_CUR else start)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.place.read_range(self.position, self.position + len(buffer))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def is_url(text: str) -> bool:
+    """Does fsspec have to be asked? A `file://` is a path."""
+    return "://" in text and not text.startswith("file://")
+
+
+def place(text: str) -> Place:
+    """The place that a text stands for. Raises UserError for a URL that cannot be used.
+
+    What people type is read by `shared.cli.paths.any_place`.
+    """
+    if not is_url(text):
+        return Path(text.removeprefix("file://"))
+    protocol, _, rest = text.partition("://")
+    if not rest.strip("/"):
+        raise UserError(
+            f"{text} names no bucket; give an address such as {protocol}://bucket/cache"
+        )
+    with known_protocol(text):
+        found = RemotePlace(text.rstrip("/"), use_listings_cache=False)
+        assert found.fs
+    return found

@@ -1,0 +1,238 @@
+"""Batches from a cache: threads read exactly the bytes a step wants, straight into batch slots.
+
+No worker processes and no mmap: both were measured several times slower (docs/loader.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.cache.conditioning import TextEmbeds
+from shared.cache.layout import Layout
+from shared.errors import UserError
+from shared.machine.device import use_device
+from train.data.batch import Batch, Slot, allocate
+from train.data.bucket import Bucket, Rows
+from train.data.draws import Choice, DrawSpec, choose, draw_noises, generator
+from train.data.order import Order
+from train.data.prefetch import Ring
+
+CPU = torch.device("cpu")
+AHEAD = 4  # batches being filled while one is in use
+REMOTE_AHEAD = 16  # likewise of a remote cache, a thread each: what is far must be asked for early
+
+GRAIN = 16_384  # elements at a time: above 32,767 torch wakes a pool of threads of its own
+EXPONENT = np.uint16(0x7C00)  # of fp16: all ones mean infinite or not a number
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """How raw latents become x0: C channels, multiplied by the VAE's scaling factor."""
+
+    channels: int
+    scaling_factor: float
+
+
+@dataclass
+class RingPlace:
+    """One place of the ring: a slot for each bucket, all in the same memory."""
+
+    slots: list[Slot]
+    copied: torch.cuda.Event | None = None  # when the last copy to the device has ended
+
+
+class Loader:
+    """Iterates over a rank's batches from global batch `start` on, without end.
+
+    Batches are on `device`. On the CPU a batch is valid until the next one is asked for: its
+    memory is then filled again. `waited` is how many seconds the consumer has waited for batches.
+    `threads` read and draw; a remote cache has as many as there are batches `ahead`.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        order: Order,
+        spec: DrawSpec,
+        latents: LatentSpec,
+        unconditional: TextEmbeds,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 4,
+        device: torch.device = CPU,
+        ahead: int | None = None,
+    ) -> None:
+        self.buckets, self.order, self.spec = buckets, order, spec
+        self.latents, self.unconditional = latents, unconditional
+        self.start, self.rank, self.world, self.device = start, rank, world, device
+        remote = any(bucket.remote for bucket in buckets)
+        self.ahead = ahead or (REMOTE_AHEAD if remote else AHEAD)
+        self.threads = max(threads, self.ahead) if remote else threads
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ring: Ring[RingPlace, tuple[Batch, torch.cuda.Event | None]] | None = None
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the consumer of `batches` has waited for the loader."""
+        return self._ring.waited if self._ring else 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """The endless stream; closing it ends the threads."""
+        places = [RingPlace(self._allocate()) for _ in range(self.ahead + 1)]
+        begin = partial(use_device, self.device)
+        self._ring = Ring(self._fill_and_send, places, self.threads, begin)
+        stream = self._ring.run(self.start)
+        try:
+            for batch, copied in stream:
+                if copied is not None:
+                    current = torch.cuda.current_stream(self.device)
+                    current.wait_event(copied)
+                    for tensor in batch.tensors().values():
+                        tensor.record_stream(current)  # its memory belongs to the copies' stream
+                yield batch
+        finally:
+            stream.close()
+            for bucket in self.buckets:
+                bucket.close()
+
+    def names(self, index: int) -> list[str]:
+        """How errors call the samples of global batch `index`."""
+        bucket, ids = self.order.batch(index)
+        return [self.buckets[bucket].name(int(sample)) for sample in ids]
+
+    def _fill_and_send(self, index: int, place: RingPlace) -> tuple[Batch, torch.cuda.Event | None]:
+        """Read a batch and start its copy to the device; with the event at the copy's end."""
+        if place.copied is not None:
+            place.copied.synchronize()  # the pinned memory is still being read until then
+        batch = self.fill(index, place.slots)
+        if self._copies is None:
+            return batch.to(self.device), None
+        with torch.cuda.stream(self._copies):
+            sent = batch.to(self.device, non_blocking=True)
+            place.copied = self._copies.record_event()
+        return sent, place.copied
+
+    def fill(self, index: int, slots: Sequence[Slot]) -> Batch:
+        """Read global batch `index` into its bucket's slot. Raises UserError for damage."""
+        number, ids, positions = self.order.rank_batch(index, self.rank, self.world)
+        bucket, slot, samples = self.buckets[number], slots[number], ids.tolist()
+        drawn = []
+        captions = self._num_captions(bucket, samples)
+        for position, num_captions in zip(positions.tolist(), captions, strict=True):
+            rng = generator(self.spec, position)
+            drawn.append((rng, choose(self.spec, rng, num_captions)))
+        spans = []
+        for at, (sample, (_, choice)) in enumerate(zip(samples, drawn, strict=True)):
+            rows = wanted_rows(bucket.layout, choice)
+            views = [slot.views[name][at] for name, _ in rows]
+            spans += bucket.spans(sample, rows, views)
+        rest = bucket.begin(spans)
+        # The noise is drawn while the disk works.
+        latent_noises = [self._draw(slot, row, *pair) for row, pair in enumerate(drawn)]
+        bucket.finish(rest)
+        for row, (sample, noise) in enumerate(zip(samples, latent_noises, strict=True)):
+            self._check(slot, row, bucket, sample, drawn[row][1])
+            finish_latents(
+                slot.arrays["raw"][row], noise, self.latents.scaling_factor,
+                slot.batch.latents[row],
+            )  # fmt: skip
+        return slot.batch
+
+    def _draw(
+        self, slot: Slot, row: int, rng: np.random.Generator, choice: Choice
+    ) -> NDArray[np.float32] | None:
+        """Everything that is not read; the VAE's noise, if any, is returned."""
+        slot.arrays["index"][row] = choice.index
+        slot.arrays["w"][row] = choice.w
+        for name in ("pooled_prompt_embeds", "prompt_embeds"):
+            if name in slot.arrays and choice.drop_caption:
+                slot.arrays[name][row] = getattr(self.unconditional, name)[0].numpy()
+        return draw_noises(self.spec, rng, slot.arrays["noise"][row])
+
+    def _check(self, slot: Slot, row: int, bucket: Bucket, sample: int, choice: Choice) -> None:
+        """Raise UserError, naming the sample, for values that no encoder gives."""
+        read = [slot.arrays["raw"][row]]
+        if not choice.drop_caption:
+            texts = ("prompt_embeds", "pooled_prompt_embeds")
+            read += [slot.arrays[name][row] for name in texts if name in slot.arrays]
+        if wrong := fault(read, self.latents.channels):
+            raise UserError(f"{bucket.name(sample)} holds {wrong}; see `prep verify`")
+
+    def _num_captions(self, bucket: Bucket, samples: list[int]) -> list[int]:
+        # Where one caption is kept, the record need not be read to know how many there are.
+        if bucket.layout.captions == 1:
+            return [1] * len(samples)
+        return bucket.num_captions(samples)
+
+    def _allocate(self) -> list[Slot]:
+        layouts = [bucket.layout for bucket in self.buckets]
+        share = self.order.batch_size // self.world
+        return allocate(layouts, self.latents.channels, share, pinned=self._copies is not None)
+
+
+def wanted_rows(layout: Layout, choice: Choice) -> Rows:
+    """What must be read of a sample."""
+    rows = {
+        "latents": choice.view,
+        "pooled_prompt_embeds": None if choice.drop_caption else choice.caption,
+        "prompt_embeds": None if choice.drop_caption else choice.caption,
+        "time_ids": choice.view,
+    }
+    names = [(field.name, rows[field.name]) for field in layout.fields]
+    return tuple((name, row) for name, row in names if row is not None)
+
+
+def all_finite(values: NDArray[np.float16]) -> bool:
+    """Whether a contiguous fp16 array holds neither infinities nor NaN.
+
+    Compares bits: ten times faster than NumPy's and torch's tests of fp16.
+    """
+    return bool(np.bitwise_and(values.view(np.uint16), EXPONENT).max() != EXPONENT)
+
+
+def fault(arrays: Sequence[NDArray[np.float16]], channels: int) -> str:
+    """What is wrong with the numbers of a sample, its latents first, or an empty string.
+
+    They are finite, and no array is one value alone, such as zeros. (The latents' means, that is:
+    a logvar may be clamped.)
+    """
+    if not all(map(all_finite, arrays)):
+        return "non-finite values"
+    means = arrays[0][:channels]
+    return "one value alone" if any(map(is_constant, (means, *arrays[1:]))) else ""
+
+
+def is_constant(values: NDArray[np.float16]) -> bool:
+    """Whether an array of several numbers holds one value alone, such as zeros.
+
+    Its ends are compared first: they differ in all but one of thousands.
+    """
+    flat = values.reshape(-1)
+    return bool(flat[0] == flat[-1] and len(flat) > 1 and (flat == flat[0]).all())
+
+
+def finish_latents(
+    raw: NDArray[np.float16],
+    noise: NDArray[np.float32] | None,
+    scaling_factor: float,
+    into: Tensor,
+) -> None:
+    """x0 `[C, h, w]` from the stored mean, or mean and logvar: sampled and scaled in fp32."""
+    values: NDArray[np.float16] | NDArray[np.float32] = raw
+    if noise is not None:
+        mean, logvar = np.split(raw.astype(np.float32), 2)
+        values = mean + np.exp(0.5 * logvar) * noise
+    parts = torch.from_numpy(values).flatten().split(GRAIN)
+    for x0, part in zip(into.flatten().split(GRAIN), parts, strict=True):
+        x0.copy_(part).mul_(scaling_factor)

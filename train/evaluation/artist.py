@@ -1,0 +1,135 @@
+"""Teacher and student of a run side by side, ready to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from shared.cache.conditioning import TextEmbeds
+from shared.cache.manifest import Manifest
+from shared.machine.device import pick_device, set_threads
+from shared.models.family import Model, load_config, recorded_model, resolve_model
+from shared.models.fingerprint import fingerprint
+from shared.models.vae import load_vae
+from shared.storage.urls import Place
+from train.export.student import load_student
+from train.networks.teacher import check_fit, check_vae, load_unet
+from train.objectives import OBJECTIVES
+from train.objectives.objective import Objective
+from train.sampling.samplers import (
+    draw_latents,
+    student_drawing,
+    teacher_predictor,
+    teacher_scheduler,
+)
+
+Spacings = Mapping[tuple[str, int], str]  # of the teacher's solvers, by sampler and steps
+
+
+@dataclass(frozen=True)
+class Artist:
+    """Draws latents with a sampler's name and a number of steps."""
+
+    model: Model
+    config: dict[str, Any]  # the run's
+    scheduler_config: dict[str, Any]
+    student: UNet2DConditionModel
+    vae: AutoencoderKL
+    vae_source: str
+    device: torch.device
+    guidance_scale: float
+    teacher: UNet2DConditionModel | None = None
+    empty: TextEmbeds | None = None
+    shape: tuple[int, int, int] = (4, 64, 64)  # of the latents
+    spacings: Spacings = field(default_factory=dict)
+
+    @property
+    def objective(self) -> Objective:
+        """Of the run."""
+        return OBJECTIVES[self.config["objective"]]
+
+    def with_empty(self, empty: TextEmbeds) -> Artist:
+        """The same with the unconditional embedding."""
+        return replace(self, empty=empty.to(self.device))
+
+    def with_teacher(self, empty: TextEmbeds) -> Artist:
+        """The same with the teacher loaded and its unconditional embedding."""
+        teacher = load_unet(self.model.source).to(self.device)
+        return replace(self.with_empty(empty), teacher=teacher)
+
+    def for_shape(self, shape: tuple[int, int, int]) -> Artist:
+        """The same for latents `(C, h, w)`."""
+        return replace(self, shape=shape)
+
+    def with_spacings(self, spacings: Spacings) -> Artist:
+        """The same with other timestep spacings for the teacher's solvers."""
+        return replace(self, spacings=spacings)
+
+    def spacing(self, sampler: str, steps: int) -> str:
+        """diffusers' `timestep_spacing` of a row; "trailing" unless another was chosen."""
+        return self.spacings.get((sampler, steps), "trailing")
+
+    def draw(self, sampler: str, steps: int, texts: TextEmbeds, seeds: Sequence[int]) -> Tensor:
+        """Scaled latents `[N, C, h, w]` on the CPU, one per text and seed."""
+        texts = texts.to(self.device)
+        downscale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        size = (self.shape[1] * downscale, self.shape[2] * downscale)
+        told = (texts, self.empty, self.guidance_scale, size)
+        if sampler == "student":
+            predict, scheduler = student_drawing(
+                self.student, *told, self.scheduler_config, self.config
+            )
+        else:
+            assert self.teacher is not None
+            assert self.empty is not None
+            predict = teacher_predictor(self.teacher, *told)
+            spacing = self.spacing(sampler, steps)
+            scheduler = teacher_scheduler(sampler, spacing, self.scheduler_config)
+        return draw_latents(predict, scheduler, steps, self.shape, seeds, self.device).cpu()
+
+    def check_cache(self, manifest: Manifest, cache: Place) -> None:
+        """Raise UserError where a cache was made for another model or by another VAE."""
+        check_fit(manifest, self.model, cache)
+        check_vae(manifest, self.vae, cache, self.vae_source)
+
+    def teacher_fingerprint(self) -> str:
+        """Of the teacher's UNet and the VAE."""
+        assert self.teacher is not None
+        return fingerprint(self.teacher) + fingerprint(self.vae)
+
+
+def open_artist(
+    run: Path,
+    threads: int | None,
+    device_name: str,
+    guidance_scale: float | None,
+    vae: str | None = None,
+    model: str | None = None,
+) -> Artist:
+    """The exported student of a run, with the VAE that is given, else the run's, else the model's.
+
+    Raises UserError where there is none.
+    """
+    set_threads(threads)
+    device = pick_device(device_name)
+    student, config = load_student(run, device, model)
+    teacher = resolve_model(model or recorded_model(str(config["model"])))
+    recorded = None if model else config.get("vae")
+    vae_source = vae or (recorded_model(str(recorded), "--vae") if recorded else teacher.source)
+    scale = teacher.family.guidance_scale if guidance_scale is None else guidance_scale
+    return Artist(
+        model=teacher,
+        config=config,
+        scheduler_config=load_config(teacher.source, "scheduler/scheduler_config.json"),
+        student=student,
+        vae=load_vae(vae_source).to(device),
+        vae_source=vae_source,
+        device=device,
+        guidance_scale=scale,
+    )

@@ -1,0 +1,122 @@
+"""Held-out captions and pictures, read from an evaluation cache."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.cache.conditioning import TextEmbeds, load_conditioning
+from shared.cache.manifest import CachePaths, Manifest, open_manifest
+from shared.errors import UserError
+from shared.storage.urls import Place
+from shared.wording import counted
+from train.config import EvaluateConfig
+from train.data.bucket import Bucket, largest_bucket
+from train.data.heads import check_heads
+from train.data.loader import fault
+from train.state.checkpoint import latest_checkpoint, read_progress
+from train.state.whereabouts import recorded_cache
+
+
+def with_eval_cache(config: EvaluateConfig, trained_on: str) -> tuple[EvaluateConfig, Manifest]:
+    """The same with a cache to evaluate on, and its manifest: what is given, else the run's own.
+
+    Raises UserError where that one has nothing set aside, or had not when the run was trained.
+    """
+    cache = config.eval_cache or recorded_cache(trained_on, "--eval-cache")
+    manifest = open_manifest(cache)
+    if str(cache) != trained_on:
+        return config, manifest
+    other = "pass --eval-cache a cache of other pictures"
+    if not manifest.heldout:
+        if config.eval_cache is not None:  # it was named, so it is meant
+            return config, manifest
+        raise UserError(
+            f"{cache}, on which {config.run} was trained, has no samples set aside; {other}, or "
+            f"set some aside for runs to come: python -m prep finish --cache {cache} --holdout 1000"
+        )
+    latest = latest_checkpoint(config.run)
+    if latest is None or read_progress(latest).terms.get("holdout") != manifest.holdout:
+        raise UserError(
+            f"{config.run} may have been trained on the samples that {cache} holds out now (they "
+            f"were set aside later, or its checkpoints are gone); {other}, or train anew"
+        )
+    print(
+        f"on {counted(manifest.heldout, 'sample')} held out of {cache} "
+        "(--eval-cache chooses others)",
+        file=sys.stderr,
+    )
+    return replace(config, eval_cache=cache), manifest
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Captions with their embeddings, and the latents of the pictures they belong to."""
+
+    captions: tuple[str, ...]
+    texts: TextEmbeds
+    latents: Tensor  # [N, C, h, w] fp32, scaled, the posterior's mean
+    empty: TextEmbeds
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def first(self, count: int) -> HeldOut:
+        """The first `count` of them."""
+        few = slice(0, count)
+        return HeldOut(self.captions[few], self.texts[few], self.latents[few], self.empty)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents."""
+        channels, height, width = self.latents.shape[1:]
+        return channels, height, width
+
+
+def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
+    """The first `count` samples of the cache's largest bucket, in the order of the shards.
+
+    Of a cache that has samples set aside only these. Raises UserError where there are too few to
+    fit a Gaussian of 64 features.
+    """
+    bucket = largest_bucket(root, manifest, heldout=manifest.heldout > 0)
+    check_heads([bucket])
+    count = min(count, len(bucket))
+    if count < 65:
+        raise UserError(
+            f"{root}: {counted(count, 'sample')}; a Fréchet distance needs at least 65, better 1000"
+        )
+    latents = bucket.layout.fields[0]
+    channels = manifest.identity["vae"]["channels"]
+    rows = np.empty((count, *latents.shape[1:]), dtype=np.float16)
+    text, pool = bucket.layout.field("prompt_embeds"), bucket.layout.field("pooled_prompt_embeds")
+    assert text is not None
+    embeds = np.empty((count, *text.shape[1:]), dtype=np.float16)
+    pooled = None if pool is None else np.empty((count, *pool.shape[1:]), dtype=np.float16)
+    for number in range(count):
+        bucket.read(number, "latents", 0, rows[number])
+        bucket.read(number, "prompt_embeds", 0, embeds[number])
+        if pooled is not None:
+            bucket.read(number, "pooled_prompt_embeds", 0, pooled[number])
+        read = [rows[number], embeds[number], *([] if pooled is None else [pooled[number]])]
+        if wrong := fault(read, channels):
+            raise UserError(f"{bucket.name(number)} holds {wrong}; see `prep verify`")
+    captions = tuple(caption_of(bucket, number) for number in range(count))
+    bucket.close()
+    scale = manifest.identity["vae"]["scaling_factor"]
+    return HeldOut(
+        captions,
+        TextEmbeds(torch.from_numpy(embeds), None if pooled is None else torch.from_numpy(pooled)),
+        torch.from_numpy(rows[:, :channels].astype(np.float32)) * scale,
+        load_conditioning(CachePaths(root).conditioning, manifest.layouts).unconditional,
+    )
+
+
+def caption_of(bucket: Bucket, number: int) -> str:
+    """A sample's first caption; nothing where its record had no room for one."""
+    captions = bucket.record(number).get("captions")
+    return str(captions[0]) if isinstance(captions, list) and captions else ""

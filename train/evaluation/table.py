@@ -1,0 +1,76 @@
+"""The evaluation as people see it: terminal, Markdown, JSON and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.storage.files import dump_json, publish
+from train.sampling.pictures import write_grid
+
+HEADINGS = {
+    "sampler": "sampler",
+    "steps": "steps",
+    "fd": "FD",
+    "accuracy": "accuracy",
+    "latent_mse": "latent MSE",
+    "high_frequency": "sharpness",
+    "ms_per_image": "ms/image",
+}
+FORMATS = {"fd": ".1f", "accuracy": ".3f", "latent_mse": ".3f", "high_frequency": ".2f",
+           "ms_per_image": ".1f"}  # fmt: skip
+
+
+def write_report(
+    folder: Path,
+    result: Mapping[str, Any],
+    columns: Mapping[str, NDArray[np.uint8]],
+    captions: Sequence[str],
+) -> None:
+    """Write evaluation.json, .md and .png into `folder` and print the table and their paths."""
+    table = markdown(result["rows"])
+    note = (
+        f"{result['student']} student, guidance_scale {result['guidance_scale']:g}, "
+        f"{result['num_samples']} held-out captions. FD: Fréchet distance in {result['features']} "
+        "features. Latent MSE: 1 step, against the teacher's 50 from the same noise. Sharpness: "
+        "high-frequency energy relative to the teacher's 50 steps. ms/image without decoding."
+    )
+    if result["fd_note"]:
+        note += f"\n\n{result['fd_note']}"
+    picture = folder / "evaluation.png"
+    count = len(next(iter(columns.values())))
+    rows = [[images[i] for images in columns.values()] for i in range(count)]
+    write_grid(picture, rows, list(columns), captions[:count])
+    publish([dump_json(result)], folder / "evaluation.json", folder)
+    publish([f"{table}\n\n{note}\n".encode()], folder / "evaluation.md", folder)
+    print(f"{table}\n\n{note}\n\n{folder / 'evaluation.md'}\n{picture}")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """An aligned Markdown table, as readable in a terminal as on a page."""
+    cells = [list(HEADINGS.values()), *[[cell(row, name) for name in HEADINGS] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(HEADINGS))]
+    lines = [
+        "| " + " | ".join(text.rjust(w) if i else text.ljust(w)
+                          for i, (text, w) in enumerate(zip(line, widths, strict=True))) + " |"
+        for line in cells
+    ]  # fmt: skip
+    rule = "|".join(
+        ["", *[f"{'-' * (w + 1)}{':' if i else '-'}" for i, w in enumerate(widths)], ""]
+    )
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def cell(row: Mapping[str, Any], name: str) -> str:
+    """One figure as text; a dash for null."""
+    value = row[name]
+    if value is None:
+        return "-"
+    if name == "sampler" and value != "student":
+        spacing = row["timestep_spacing"]
+        return f"teacher, {value}{f' ({spacing})' if spacing else ''}"
+    return format(value, FORMATS.get(name, ""))

@@ -1,0 +1,1 @@
+"""A student becomes files that stock diffusers, ComfyUI and sd-scripts load."""

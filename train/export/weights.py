@@ -1,0 +1,140 @@
+"""The weight files of an export: a LoRA under two kinds of names, or a UNet in one or two dtypes.
+
+A LoRA's strength, alpha / rank, is multiplied into its `lora_B`, and both files say that alpha is
+the rank: whoever reads the weights alone, as a bare state dict, has what was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from shared.errors import UserError
+from shared.models.fingerprint import fingerprint, tensors_fingerprint
+from shared.storage.files import dump_json, publish, sync_folder
+from shared.storage.tensors import read_metadata, tensor_chunks
+from train.export.kohya import KOHYA_FILE, kohya_metadata, kohya_tensors
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+UNET_FOLDER = "unet"
+UNET_FILES = {
+    "fp32": "diffusion_pytorch_model.safetensors",
+    "fp16": "diffusion_pytorch_model.fp16.safetensors",  # diffusers' variant="fp16"
+}
+STUDENT = "distillery.student"  # in a file's metadata: the fingerprint of what was trained
+
+
+def write_lora(unet: UNet2DConditionModel, folder: Path, dtype: str, tmp: Path) -> str:
+    """Write diffusers' file and, unless a layer has no name there, kohya's; fp16 if `dtype` is.
+
+    Returns the student's fingerprint, which is in both. diffusers' names stay peft's throughout:
+    its own conversion renames the attention layers only, and a file with both kinds of names
+    loses half its modules on loading.
+    """
+    adapter = folded_adapter(unet)
+    student = tensors_fingerprint(adapter)
+    if dtype == "fp16":
+        adapter = halved(adapter)
+    try:
+        named = kohya_tensors(adapter, unet)
+    except UserError as error:
+        print(f"note: {KOHYA_FILE} is left out: {error}", file=sys.stderr)
+    else:
+        metadata = {**kohya_metadata(unet, named), STUDENT: student}
+        publish(tensor_chunks(named, metadata), folder / KOHYA_FILE, tmp)
+    tensors = {f"unet.{name}": tensor for name, tensor in adapter.items()}
+    told = {f"unet.{name}": value for name, value in adapter_config(unet).items()}
+    metadata = {
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(told, indent=2, sort_keys=True),
+        STUDENT: student,
+    }
+    publish(tensor_chunks(tensors, metadata), folder / LORA_FILE, tmp)
+    return student
+
+
+def folded_adapter(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """peft's tensors, `PATH.lora_A.weight` and `PATH.lora_B.weight`, fp32 on the CPU.
+
+    lora_B @ lora_A is what the adapter adds to a layer: alpha / rank is part of lora_B.
+    """
+    scaling = {
+        path: layer.scaling["default"]
+        for path, layer in unet.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+    folded = {}
+    for name, tensor in get_peft_model_state_dict(unet).items():
+        path, _, part = name.removesuffix(".weight").rpartition(".")
+        values = tensor.detach().float().cpu()
+        folded[name] = values * scaling[path] if part == "lora_B" else values
+    return folded
+
+
+def adapter_config(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The adapter's configuration as its readers are to have it.
+
+    alpha is the rank, since it is folded; there is no dropout, which diffusers would go on with
+    while drawing.
+    """
+    config: dict[str, Any] = unet.peft_config["default"].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    return {**config, "lora_alpha": config["r"], "lora_dropout": 0.0}
+
+
+def write_unet(unet: UNet2DConditionModel, folder: Path, dtype: str, tmp: Path) -> str:
+    """Write a diffusers folder: config.json and the weights in fp32, fp16 or `both`.
+
+    Returns the student's fingerprint. Where the teacher lay is nobody's business.
+    """
+    config = json.loads(unet.to_json_string())
+    config.pop("_name_or_path", None)
+    publish([dump_json(config)], folder / UNET_FOLDER / "config.json", tmp)
+    student = fingerprint(unet)
+    for name, file in UNET_FILES.items():
+        if dtype in (name, "both"):
+            tensors = unet.state_dict()
+            tensors = halved(tensors) if name == "fp16" else tensors
+            metadata = {"format": "pt", STUDENT: student}
+            publish(tensor_chunks(tensors, metadata), folder / UNET_FOLDER / file, tmp)
+    sync_folder(folder / UNET_FOLDER)
+    return student
+
+
+def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in fp16. Raises UserError for a weight that is too large for it."""
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    for name, tensor in half.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} does not fit into fp16; use --export-dtype fp32")
+    return half
+
+
+def weight_files(kind: str, dtype: str) -> list[str]:
+    """The files, in an export's folder, of a `lora` or `full` student of an --export-dtype.
+
+    kohya's is among them, though a LoRA with a layer that has no name there goes without.
+    """
+    if kind == "lora":
+        return [LORA_FILE, KOHYA_FILE]
+    return [f"{UNET_FOLDER}/{file}" for name, file in UNET_FILES.items() if dtype in (name, "both")]
+
+
+def exported_student(folder: Path, kind: str) -> str | None:
+    """The fingerprint of the `lora` or `full` student exported in a folder.
+
+    None where there is none, or where an older version wrote it.
+    """
+    names = [LORA_FILE] if kind == "lora" else [f"{UNET_FOLDER}/{f}" for f in UNET_FILES.values()]
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return read_metadata(files[0]).get(STUDENT) if files else None

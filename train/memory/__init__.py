@@ -1,0 +1,1 @@
+"""A configuration becomes bytes and advice before anything is loaded."""

@@ -1,0 +1,238 @@
+"""How much memory a step will take, counted before the first one.
+
+The networks of the run are built on torch's meta device, which has shapes and no numbers, and take
+one step there: the student's forward, the teacher's with twice the batch, and the backward
+pass. `LiveBytes` adds up the storages alive at each moment; the optimizer's state comes on
+top. Of several processes it is what each takes: `Sharing` knows what DDP adds and FSDP divides.
+What it cannot see is the workspace of kernels, and fragmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shared.cache.conditioning import TextEmbeds
+from train.config import DistillConfig
+from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
+from train.networks.precision import hold_frozen
+from train.networks.student import add_adapters, guided_copy
+from train.networks.teacher import call_unet
+from train.objectives import OBJECTIVES
+from train.trainer.distributed import SHARDED_BLOCKS
+
+TOKENS = 77
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device: what lies there between steps, and the most there is during one."""
+
+    weights: int
+    optimizer: int
+    peak: int
+
+    @property
+    def step(self) -> int:
+        """What a step needs beyond weights and optimizer: activations and gradients."""
+        return self.peak - self.weights - self.optimizer
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The processes of a run, as far as their memory goes; see `train.trainer.distributed`."""
+
+    world: int = 1
+    sharded: bool = False  # by FSDP; otherwise several processes are DDP's
+    offloaded: bool = False  # the shards lie on the CPU (--fsdp_offload_params)
+    gathered: bool = False  # and what was gathered stays (--fsdp_reshard_after_forward false)
+
+    def here(self, tensor: Tensor) -> int:
+        """Bytes of a weight, or its gradient, on a device between steps: the first, largest part.
+
+        fully_shard cuts the first dimension into equal parts, of which the last may be smaller.
+        """
+        if not self.sharded:
+            return tensor.nbytes
+        if self.offloaded:
+            return 0
+        rows = tensor.shape[0] if tensor.dim() else 1
+        return tensor.nbytes // rows * -(-rows // self.world)
+
+
+ALONE = Sharing()
+
+
+@dataclass
+class MetaNetworks:
+    """The UNets of a run without their numbers; a LoRA's three are one."""
+
+    student: UNet2DConditionModel
+    target: UNet2DConditionModel
+    teacher: UNet2DConditionModel
+
+    def unets(self) -> list[UNet2DConditionModel]:
+        """Each once."""
+        return list(dict.fromkeys((self.student, self.target, self.teacher)))
+
+    def tensors(self) -> list[Tensor]:
+        """All weights, each once."""
+        return [tensor for unet in self.unets() for tensor in unet.state_dict().values()]
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What the optimizer moves."""
+        return [p for p in self.student.parameters() if p.requires_grad]
+
+
+def meta_networks(unet_config: Mapping[str, Any], config: DistillConfig) -> MetaNetworks:
+    """As `train.networks.student` builds them."""
+    with META:
+        teacher = UNet2DConditionModel.from_config(unet_config).eval().requires_grad_(False)
+        if config.student == "lora":
+            add_adapters(teacher, config)
+            networks = MetaNetworks(teacher, teacher, teacher)
+        elif not OBJECTIVES[config.objective].teacher:
+            networks = MetaNetworks(*[teacher.requires_grad_(True)] * 3)
+        else:
+            width = config.unet_time_cond_proj_dim
+            student, target = (guided_copy(teacher, width, "zero") for _ in range(2))
+            networks = MetaNetworks(student.requires_grad_(True), target, teacher)
+            if config.offload_ema:
+                hold_frozen(target, config.mixed_precision)
+    hold_frozen(teacher, config.mixed_precision)
+    networks.student.train()
+    return networks
+
+
+def estimate(
+    unet_config: Mapping[str, Any],
+    config: DistillConfig,
+    latent_size: tuple[int, int],
+    sharing: Sharing = ALONE,
+) -> Estimate:
+    """Of a run with latents of that size. `unet_config` is the teacher's `unet/config.json`."""
+    networks = meta_networks(unet_config, config)
+    live = LiveBytes()
+    live.note(networks.tensors())
+    whole = live.now
+    trainable = networks.trainable()
+    if config.gradient_accumulation_steps > 1:  # gradients of the last micro-step lie there
+        for parameter in trainable:
+            parameter.grad = torch.empty_like(parameter)
+        live.note([parameter.grad for parameter in trainable])
+    shared = share_gradients(trainable, sharing)
+    live.note(shared)
+    autocast = MetaAutocast(config.mixed_precision)
+    if config.gradient_checkpointing:
+        networks.student.enable_gradient_checkpointing(partial(checkpointed, autocast))
+    attention = patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
+    with attention, live, autocast:
+        loss = forward(networks, config, unet_config, latent_size)
+        autocast.copies.clear()
+        loss.backward()
+    weights = sum(map(sharing.here, networks.tensors()))
+    elements = (sharing.here(parameter) // parameter.itemsize for parameter in trainable)
+    optimizer = sum(adam_bytes(count, config.use_8bit_adam) for count in elements)
+    step = live.peak - whole + gathered_bytes(networks, sharing)
+    return Estimate(weights, optimizer, weights + optimizer + step)
+
+
+def share_gradients(parameters: Sequence[nn.Parameter], sharing: Sharing) -> list[Tensor]:
+    """Let backward() leave gradients where DDP or FSDP do; returns the list of what they hold.
+
+    DDP copies each into a bucket that is there all the time; FSDP keeps a shard.
+    """
+    held: list[Tensor] = []
+    if sharing.world == 1:
+        return held
+
+    def move(parameter: Tensor) -> None:
+        parameter.grad = None
+        if sharing.sharded:
+            held.append(torch.empty(sharing.here(parameter), dtype=torch.uint8, device=META))
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(move)
+    if not sharing.sharded:
+        held += [torch.empty_like(parameter) for parameter in parameters]
+    return held
+
+
+def gathered_bytes(networks: MetaNetworks, sharing: Sharing) -> int:
+    """What FSDP has whole at the most: weights that were gathered, gradients to be divided."""
+    if not sharing.sharded:
+        return 0
+    whole = [two_blocks(unet, lambda weight: weight.nbytes) for unet in networks.unets()]
+    weights = sum(t.nbytes for t in networks.tensors()) if sharing.gathered else max(whole)
+    return weights + two_blocks(networks.student, lambda w: w.nbytes if w.requires_grad else 0)
+
+
+def two_blocks(unet: UNet2DConditionModel, size: Callable[[Tensor], int]) -> int:
+    """The size of what lies in no block, and of two of the largest: the next is on its way."""
+    modules = [module for module in unet.modules() if type(module).__name__ in SHARDED_BLOCKS]
+    blocks = sorted(sum(map(size, module.parameters())) for module in modules)
+    return sum(map(size, unet.parameters())) - sum(blocks[:-2])
+
+
+def checkpointed(autocast: MetaAutocast, block: nn.Module, *inputs: Any) -> Any:
+    """A block whose activations are computed again: under autocast, which backward() leaves."""
+    return checkpoint(
+        block.__call__, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), autocast)
+    )
+
+
+def adam_bytes(elements: int, in_8_bits: bool) -> int:
+    """AdamW's two averages of a weight: fp32, or bytes with fp32 scales for blocks of 256."""
+    if not in_8_bits or elements < 4096:
+        return 8 * elements
+    return 2 * (elements + 4 * -(-elements // 256) + 4 * 256)
+
+
+def forward(
+    networks: MetaNetworks,
+    config: DistillConfig,
+    unet_config: Mapping[str, Any],
+    latent_size: tuple[int, int],
+) -> Tensor:
+    """A scalar of the student's forward, after the teacher's; the target's takes half of that."""
+    call = caller(unet_config, latent_size, config)
+    count = config.train_batch_size
+    output = call(networks.student, count)
+    if OBJECTIVES[config.objective].teacher:
+        with torch.no_grad():
+            call(networks.teacher, 2 * count)
+    return output.square().mean()
+
+
+def caller(
+    unet_config: Mapping[str, Any], latent_size: tuple[int, int], config: DistillConfig
+) -> Callable[[UNet2DConditionModel, int], Tensor]:
+    """A function that calls a UNet with a batch of so many samples."""
+    channels, width = unet_config["in_channels"], unet_config["cross_attention_dim"]
+    micro = unet_config.get("addition_embed_type") == "text_time"
+
+    def call(unet: UNet2DConditionModel, count: int) -> Tensor:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(count, *shape, device=META)
+
+        pooled = ids = guidance = None
+        if micro:
+            sinusoids = 6 * unet_config["addition_time_embed_dim"]
+            pooled = empty(unet_config["projection_class_embeddings_input_dim"] - sinusoids)
+            ids = empty(6)
+        if unet.config.time_cond_proj_dim is not None:
+            guidance = empty(config.unet_time_cond_proj_dim)
+        text = TextEmbeds(empty(TOKENS, width), pooled)
+        return call_unet(unet, empty(channels, *latent_size), empty().long(), text, ids, guidance)
+
+    return call

@@ -1,0 +1,1 @@
+"""A teacher's weights become the networks that a step calls: teacher, student, target."""

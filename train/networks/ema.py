@@ -1,0 +1,43 @@
+"""A full student's average that leaves the device's memory alone (`--offload-ema`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from train.networks.precision import hold_frozen
+
+
+class OffloadedAverage:
+    """fp32 averages on the CPU; `unet`, on the device, holds them in half precision.
+
+    In half precision alone an average would stand still: (1 - decay) of a small step is lost in
+    rounding. The price is a copy of the weights each way per optimizer step.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, mixed_precision: str) -> None:
+        self.unet = unet
+        self.weights = {k: v.detach().float().cpu().clone() for k, v in unet.state_dict().items()}
+        hold_frozen(unet, mixed_precision)
+
+    @torch.no_grad()
+    def move(self, live: Mapping[str, Tensor], decay: float) -> None:
+        """Towards the live weights by 1 - decay."""
+        for name, held in self.unet.state_dict().items():
+            average = self.weights[name].lerp_(live[name].cpu(), 1 - decay)
+            held.copy_(average)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """From a checkpoint."""
+        for name, held in self.unet.state_dict().items():
+            held.copy_(self.weights[name].copy_(weights[name]))
+
+    def network(self) -> UNet2DConditionModel:
+        """The average as a network of its own, fp32 on the CPU."""
+        network = UNet2DConditionModel.from_config(self.unet.config)
+        network.load_state_dict(self.weights)
+        return network.eval().requires_grad_(False)

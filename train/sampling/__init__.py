@@ -1,0 +1,1 @@
+"""Networks and embeddings become pictures, through diffusers' own schedulers."""

@@ -1,0 +1,104 @@
+"""What makes a run the same run when it is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shared.cache.manifest import Manifest
+from shared.cli.config import to_dict
+from shared.diffusion import SCHEDULE
+from shared.errors import UserError
+from shared.models.family import Model, load_config
+from shared.storage.files import dump_json
+from shared.wording import counted
+from train.config import DistillConfig
+from train.networks.student import Student
+from train.objectives import OBJECTIVES
+from train.state.checkpoint import Progressed
+
+# Besides the objective's own flags; everything else may change.
+TERMS = (
+    "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
+    "max_train_samples", "lora_target_modules", "use_8bit_adam",
+)  # fmt: skip
+
+
+def divide(
+    config: DistillConfig, world: int, buckets: int, before: Progressed | None
+) -> tuple[int, int]:
+    """The global batch and the micro-batches it is accumulated from.
+
+    A resumed run keeps its global batch whatever the number of processes, so that it stays the
+    same run. Raises UserError where it cannot be divided.
+    """
+    share = config.train_batch_size * world
+    batch_size = share * config.gradient_accumulation_steps
+    if before is not None:
+        batch_size = before.batch_size
+    batch_size = config.global_batch_size or batch_size
+    if batch_size % share:
+        nearest = max(batch_size // share, 1) * share
+        fitting = [
+            n for n in range(1, config.train_batch_size + 1) if batch_size % (n * world) == 0
+        ]
+        way = f"--train-batch-size {fitting[-1]}" if fitting else f"--global-batch-size {nearest}"
+        raise UserError(
+            f"a global batch of {batch_size} does not divide by "
+            f"{counted(config.train_batch_size, 'sample')} "
+            f"on each of {world} processes; use {way}"
+        )
+    if before is not None and buckets > 1 and batch_size != before.batch_size:
+        raise UserError(
+            f"--global-batch-size {batch_size}: a cache of {buckets} buckets keeps the one the run "
+            f"began with ({before.batch_size}), or samples would come twice; leave the flag out"
+        )
+    if before is not None and before.position % batch_size:
+        raise UserError(
+            f"--global-batch-size {batch_size}: the run stands at sample {before.position}, which "
+            "is no whole number of such batches; choose one that divides it"
+        )
+    return batch_size, batch_size // share
+
+
+def run_terms(
+    config: DistillConfig, manifest: Manifest, model: Model, student: Student
+) -> dict[str, Any]:
+    """What a checkpoint remembers and a resume must repeat; `student` is as it was built."""
+    shards = [
+        [shard.file, shard.count, *([shard.heldout] if shard.heldout else [])]
+        for shard in manifest.shards
+    ]
+    content = dump_json([manifest.identity["family"], shards])
+    samples = sum(shard.count for shard in manifest.shards)
+    scheduler = load_config(model.source, "scheduler/scheduler_config.json")
+    flags = to_dict(config)
+    unet = student.networks()[-1]
+    frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
+    return {
+        **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
+        "family": model.family.name,
+        "cache": hashlib.sha256(content).hexdigest()[:16],
+        **({"holdout": manifest.holdout} if manifest.holdout else {}),
+        "samples": samples,  # to say of another cache how it differs
+        **{name: scheduler.get(name, default) for name, default in SCHEDULE.items()},
+        # A full fine-tuning has no teacher beside it, but weights that it began with.
+        **({"teacher": signs(frozen)} if frozen else {"model": signs(unet.parameters())}),
+    }
+
+
+def signs(parameters: Iterable[nn.Parameter]) -> str:
+    """16 hex digits over the signs of weights, by which a teacher is told.
+
+    Signs do not change when weights are rounded to half precision, so a run may go on with another
+    --mixed-precision; some do in any further training of a teacher.
+    """
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(np.packbits(torch.signbit(parameter).cpu().numpy().ravel()).data)
+    return digest.hexdigest()[:16]

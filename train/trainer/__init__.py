@@ -1,0 +1,1 @@
+"""A configuration becomes a run: set up, looped, recorded, stopped and resumed."""

@@ -1,0 +1,169 @@
+"""What the commands of stage two do where their flags do not say; the first line tells."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.cache.manifest import CachePaths, open_manifest
+from shared.cli.defaults import CACHES, MODEL, RUNS, default_cache
+from shared.errors import UserError
+from shared.machine.device import pick_device
+from shared.models.family import FAMILIES, model_name
+from shared.storage.urls import Place
+from train.config import DistillConfig
+from train.export.student import run_config, student_file
+from train.state.checkpoint import latest_checkpoint
+from train.trainer.distributed import as_launched
+from train.trainer.resume import FREE
+
+# Flags that make no other student, so the run is the same; and those that have a part of the name.
+BESIDE = FREE | {"student", "hub_token", "mixed_precision", "typed"}
+LONGEST = 80  # characters of a run's name
+
+
+def with_defaults(config: DistillConfig) -> DistillConfig:
+    """The same with model, cache, run and precision; the main process says what was chosen."""
+    left_alone = None in (config.model, config.cache, config.run)
+    model = config.model or (MODEL if config.cache is None else model_of(config.cache))
+    cache = default_cache(model) if config.cache is None else config.cache
+    if config.cache is None:
+        refuse_absent(cache, model)
+    config = replace(config, model=model, cache=cache)
+    config = replace(config, run=config.run or RUNS / run_name(config))
+    config = with_precision(as_launched(config))
+    if os.environ.get("RANK", "0") != "0":
+        return config
+    precision = f"precision {config.mixed_precision}"
+    if left_alone:
+        print(
+            f"model {model}, cache {cache}, run {config.run}, {precision} "
+            "(--model, --cache, --run and --mixed-precision choose others)",
+            file=sys.stderr,
+        )
+    elif config.mixed_precision != "no" and "mixed_precision" not in config.typed:
+        print(f"{precision} (--mixed-precision chooses another)", file=sys.stderr)
+    return config
+
+
+def model_of(cache: Place) -> str:
+    """The model that a cache was made for: a preset, or one that lies where it lay.
+
+    What someone else's cache names is not asked of the hub: raises UserError, with the flag.
+    """
+    recorded = str(open_manifest(cache, check_sizes=False).identity.get("model"))
+    name = model_name(recorded)
+    if name in FAMILIES or Path(recorded).exists():
+        return name if name in FAMILIES else recorded
+    raise UserError(f"{cache} was made for {recorded!r}; pass that, or its copy, as --model")
+
+
+def refuse_absent(cache: Place, model: str) -> None:
+    """Raise UserError where the cache that nobody named is not there, with those that are."""
+    paths = CachePaths(cache)
+    if paths.manifest.exists() or paths.identity.exists():
+        return
+    there = [str(path.parent) for path in sorted(CACHES.glob("*/manifest.json"))]
+    others = f"; or pass --cache: there is {', '.join(there)}" if there else ""
+    raise UserError(
+        f"there is no cache {cache} yet; `python -m prep encode --model {model} --shards ...` "
+        f"makes it{others}"
+    )
+
+
+def run_name(config: DistillConfig) -> str:
+    """MODEL-STUDENT and what else is not as usual: the same flags give the same run's name.
+
+    So a command that was interrupted goes on when it is given again, and another has another run.
+    """
+    assert config.model is not None
+    parts = [model_name(config.model), config.student]
+    if config.cache != default_cache(config.model):
+        parts.append(part(str(config.cache).removeprefix(f"{CACHES}/")))
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if one.name not in BESIDE and value != one.default:
+            parts.append(f"{one.name.replace('_', '-')}-{part(value)}")
+    name = "-".join(parts)
+    if len(name) > LONGEST:
+        name = f"{parts[0]}-{parts[1]}-{digest(name)}"
+    return name
+
+
+def part(value: Any) -> str:
+    """A flag's value as a part of a name; what does not fit there is told by a digest."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    plain = re.sub(r"[^\w.]+", "-", text).strip("-")
+    return plain if plain == text else f"{plain}-{digest(text)}"
+
+
+def digest(text: str) -> str:
+    """Six hex digits that stand for a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+
+
+def with_precision(config: DistillConfig) -> DistillConfig:
+    """The same with --mixed-precision: as given, else the run's own, else what the device has."""
+    if config.mixed_precision is not None:
+        return config
+    return replace(config, mixed_precision=recorded_precision(config) or device_precision(config))
+
+
+def recorded_precision(config: DistillConfig) -> str | None:
+    """That of the run that is gone on with, if there is one."""
+    assert config.run is not None
+    run, wanted = config.run, config.resume_from_checkpoint
+    if wanted is not None and Path(wanted).is_dir():
+        run = Path(wanted).absolute().parent.parent  # RUN/checkpoints/step-N
+    if not (run / "config.json").is_file():
+        return None
+    return run_config(run).get("mixed_precision")
+
+
+def device_precision(config: DistillConfig) -> str:
+    """bf16 where a GPU has it, fp16 on an older one; fp32 elsewhere."""
+    device = pick_device(config.device)
+    if device.type != "cuda":
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def newest_run(run: Path | None, written: Callable[[Path], Path | None], lacks: str) -> Path:
+    """The run that is given, else that of `runs/` whose file that `written` names is the newest.
+
+    Says which in the first line. Raises UserError where there is none; `lacks` says of what.
+    """
+    if run is not None:
+        return run
+    found = {}
+    for config in RUNS.glob("*/config.json"):
+        with contextlib.suppress(UserError):  # of a damaged one, which is not the one meant
+            file = written(config.parent)
+            if file is not None and file.exists():
+                found[file.stat().st_mtime_ns] = config.parent
+    if not found:
+        raise UserError(
+            f"no run in {RUNS}/ has {lacks}; `python -m train distill` makes one, or pass --run"
+        )
+    newest = found[max(found)]
+    print(f"run {newest}, the newest of {RUNS}/ (--run chooses another)", file=sys.stderr)
+    return newest
+
+
+def newest_student(run: Path | None) -> Path:
+    """The run whose student was written last, unless one is given."""
+    return newest_run(run, lambda one: student_file(one, run_config(one)), "a student yet")
+
+
+def newest_checkpoint(run: Path | None) -> Path:
+    """The run whose checkpoint was written last, unless one is given."""
+    return newest_run(run, latest_checkpoint, "a checkpoint yet")

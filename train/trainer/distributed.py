@@ -1,0 +1,172 @@
+"""The processes of a run: one, or as many as accelerate has started.
+
+`accelerate launch -m train distill ...` (or torchrun) starts them. Gradients are averaged by DDP,
+or weights are sharded by FSDP where accelerate asks for it; the sample stream is divided in
+`train.data.order`, which is why nothing else here knows of data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor, nn
+from torch.distributed import DistNetworkError
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from shared.errors import UserError, first_line
+from shared.machine.device import pick_device
+from train.config import DistillConfig
+from train.networks.student import Student
+from train.trainer.launch import join
+
+# The others wait while one saves, draws previews or uploads; NCCL would give up after ten minutes.
+PATIENCE = timedelta(hours=6)
+SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # each is gathered by itself
+LAUNCHERS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed has not been tested with this trainer",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM has no UNet",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor and context parallelism are not for a UNet",
+}
+
+
+class Team:
+    """What a process needs to know of the others. Every method is entered by all of them."""
+
+    def __init__(self, device: str = "auto") -> None:
+        refuse_launchers()
+        started = join()
+        alone = pick_device(device)
+        try:
+            self.accelerator = Accelerator(
+                cpu=alone.type == "cpu",  # or it would not see the other processes
+                mixed_precision="no",  # the trainer has one explicit autocast of its own
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=PATIENCE),
+                ],
+            )
+        except DistNetworkError as error:
+            raise UserError(
+                f"the {started} processes cannot meet ({first_line(error)}); export MASTER_ADDR "
+                "and a free MASTER_PORT, or check the launcher's"
+            ) from None
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if self.world != started:
+            raise UserError(
+                f"a launcher has started {started} processes, which --device {device} cannot join; "
+                "leave the flag out, or start one process"
+            )
+        self.main = self.rank == 0
+        if self.world > 1 and alone.index is not None:
+            raise UserError(
+                f"--device {device}: each of {self.world} processes takes a GPU of its own; "
+                "leave the number out"
+            )
+        self.device = alone if self.world == 1 else self.accelerator.device
+        self.sharded = self.world > 1 and asked("ACCELERATE_USE_FSDP")
+
+    def share(self, student: Student) -> None:
+        """Move the student to the device, and let its gradients or its weights be shared."""
+        if self.sharded:
+            for unet in student.networks():
+                shard(unet, FullyShardedDataParallelPlugin())
+            return
+        for unet in student.networks():
+            unet.to(self.device)
+        if self.world > 1:
+            student.live = self.accelerator.prepare_model(student.unet)
+
+    @contextmanager
+    def accumulating(self, student: Student, last: bool) -> Iterator[None]:
+        """Gradients of a micro-batch stay here until those of the last one are averaged."""
+        if last or self.world == 1:
+            yield
+        elif isinstance(student.unet, FSDPModule):
+            student.unet.set_requires_gradient_sync(False)
+            yield
+            student.unet.set_requires_gradient_sync(True)
+        else:
+            with student.live.no_sync():
+                yield
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.world == 1:
+            return value
+        return self.accelerator.reduce(value, "mean")
+
+    def wait(self) -> None:
+        """Go on when all have come so far."""
+        self.accelerator.wait_for_everyone()
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sharded tensors made whole, on the main process's CPU; the others get nothing."""
+        whole = {}
+        for name, tensor in tensors.items():
+            value = tensor.detach()
+            if isinstance(value, DTensor):
+                value = value.full_tensor()
+            if self.main:
+                whole[name] = value.cpu()
+        return whole
+
+
+def refuse_launchers() -> None:
+    """Raise UserError for what accelerate can start and this trainer cannot."""
+    for name, why in LAUNCHERS.items():
+        if asked(name):
+            raise UserError(f"{why}; launch with --multi_gpu, or --use_fsdp --fsdp_version 2")
+    if asked("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP here is torch's fully_shard; add --fsdp_version 2 to the launcher")
+
+
+def as_launched(config: DistillConfig) -> DistillConfig:
+    """The flags, and where they were left alone what accelerate's launcher was told.
+
+    Raises UserError for a precision that the trainer does not have, and for processes that a
+    launcher has started and that could not find each other.
+    """
+    join()
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp8":
+        raise UserError("--mixed_precision fp8 is not for this trainer; launch with bf16")
+    # It says "no" also where nobody has asked it for a precision.
+    if config.mixed_precision is None and precision != "no":
+        config = replace(config, mixed_precision=precision)
+    accumulation = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    untyped = "gradient_accumulation_steps" not in config.typed
+    if config.gradient_accumulation_steps == 1 and untyped:
+        config = replace(config, gradient_accumulation_steps=accumulation)
+    return config
+
+
+def asked(name: str) -> bool:
+    """Has accelerate's launcher set this switch?"""
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def shard(unet: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
+    """torch's fully_shard on every block, then on what is left.
+
+    Of the plugin count `--fsdp_reshard_after_forward` and `--fsdp_offload_params`.
+    """
+    offload = plugin.cpu_offload
+    policy = offload if isinstance(offload, CPUOffloadPolicy) else OffloadPolicy()
+    options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": policy}
+    unet.to(memory_format=torch.contiguous_format)  # the only one that fully_shard takes
+    for module in list(unet.modules()):
+        if type(module).__name__ in SHARDED_BLOCKS:
+            fully_shard(module, **options)
+    fully_shard(unet, **options)

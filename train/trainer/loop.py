@@ -1,0 +1,130 @@
+"""The training loop: algorithm 1 of the LCM paper, and what surrounds a step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import UserError
+from train.config import DistillConfig
+from train.data.batch import Batch
+from train.state.optim import set_learning_rate
+from train.state.owner import release
+from train.trainer.preemption import Stop
+from train.trainer.resume import LATEST
+from train.trainer.run import Distillation
+
+INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
+SMALLEST_SCALE = 2.0**-10  # of the fp16 loss; torch begins at 2**16
+
+
+def distill(run: Distillation) -> int:
+    """Train to `max_train_steps`, SIGTERM or Ctrl-C; the exit status, 130 where that was the end.
+
+    The run is this process's until then.
+    """
+    try:
+        return take_steps(run)
+    finally:
+        if run.team.main:
+            release(run.config.run)
+
+
+def take_steps(run: Distillation) -> int:
+    """Take optimizer steps from where the run stands; save, and export where it is finished."""
+    config, student = run.config, run.student
+    saved = run.step
+    with Stop(run.team) as stop:
+        with closing(run.loader.batches()) as batches, run.recorder:
+            while run.step < config.max_train_steps and not stop.asked():
+                seed_dropout(config.seed, run.step + 1, run.team.rank)
+                rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, config)
+                loss, norm = backward(run, next(batches))
+                taken = update(run.optimizer, run.scaler)
+                run.position += run.loader.order.batch_size
+                if not taken:
+                    continue  # an fp16 overflow: the same step again, with the next samples
+                run.step += 1
+                student.after_step()
+                batch = run.position // run.loader.order.batch_size - 1
+                run.recorder.record(run.step, batch, loss, norm, rate)
+                # Pictures first: killed before it has saved, a run draws them again.
+                if due(run.step, config.validation_steps, config):
+                    run.preview()
+                if due(run.step, config.checkpointing_steps, config):
+                    run.save()
+                    saved = run.step
+            finished = run.step == config.max_train_steps
+            if run.step != saved:
+                run.save()
+        if finished:  # and a signal waits for what is left to do
+            run.export()
+    if finished:
+        return 0
+    if run.team.main:
+        same = config.resume_from_checkpoint in (None, LATEST)
+        command = "the same command" if same else f"--resume-from-checkpoint {LATEST}"
+        print(f"stopped after step {run.step}; {command} goes on from there", file=sys.stderr)
+    return INTERRUPTED if stop.interrupted else 0
+
+
+def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Accumulate the gradients of a batch; returns its mean loss and the norm before clipping."""
+    losses = []
+    for number, part in enumerate(micro_batches(batch, run.accumulation), start=1):
+        with run.team.accumulating(run.student, last=number == run.accumulation):
+            with run.autocast():
+                loss = run.objective(part, run.empty, run.student)
+            run.scaler.scale(loss / run.accumulation).backward()
+        losses.append(loss.detach())
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf)
+    return torch.stack(losses).mean(), norm
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
+    """Take the optimizer's step; False where fp16 gradients overflowed and it was skipped.
+
+    Raises UserError where they overflow at every scale. Only fp16 waits for the device here, once.
+    """
+    one = torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
+    before = scaler.scale(one)  # on the device: to read it would be a wait of its own
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    taken = not scaler.is_enabled() or bool(scaler.scale(one) >= before)
+    if not taken and scaler.get_scale() < SMALLEST_SCALE:
+        raise UserError(
+            "gradients overflow fp16 at every loss scale; use --mixed-precision bf16, or no"
+        )
+    return taken
+
+
+def due(step: int, every: int, config: DistillConfig) -> bool:
+    """Every so many steps and at the end; never where `every` is 0."""
+    return every > 0 and (step % every == 0 or step == config.max_train_steps)
+
+
+def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    """A batch in `count` equal parts, so that accumulation leaves the sample stream as it is."""
+    fields = {name: split(value, count) for name, value in vars(batch).items()}
+    for number in range(count):
+        yield Batch(**{name: parts[number] for name, parts in fields.items()})
+
+
+def split(value: Tensor | None, count: int) -> list[Tensor | None]:
+    """Equal parts along the first axis."""
+    if value is None:
+        return list(itertools.repeat(None, count))
+    return list(value.chunk(count))
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Dropout is torch's only random draw in a step; keyed by it, a resume repeats it."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)

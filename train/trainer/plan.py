@@ -1,0 +1,116 @@
+"""What a run is about to do, said before its first step."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from shared.cache.manifest import Manifest
+from shared.errors import UserError
+from shared.models.family import Model, unet_config
+from shared.wording import counted
+from train.config import DistillConfig
+from train.data.loader import Loader
+from train.objectives import OBJECTIVES
+from train.state.checkpoint import Progressed
+from train.state.resume_checks import divide
+from train.trainer.distributed import Team
+
+
+def batches(
+    config: DistillConfig, team: Team, buckets: int, before: Progressed | None
+) -> tuple[int, int]:
+    """`divide`, and a word where --gradient-accumulation-steps was given and says otherwise.
+
+    Beside --global-batch-size that is a UserError. A resumed run keeps its global batch and tells
+    so, for the same command may be given again on another number of processes.
+    """
+    batch_size, accumulation = divide(config, team.world, buckets, before)
+    wanted = config.gradient_accumulation_steps
+    if "gradient_accumulation_steps" not in config.typed or wanted == accumulation:
+        return batch_size, accumulation
+    if config.global_batch_size is not None:
+        raise UserError(
+            f"--gradient-accumulation-steps {wanted}: --global-batch-size "
+            f"{config.global_batch_size} is {accumulation} of them here; give one of the two flags"
+        )
+    if team.main:
+        print(
+            f"note: {accumulation} accumulation steps instead of --gradient-accumulation-steps "
+            f"{wanted}: a resumed run keeps its global batch; --global-batch-size changes it",
+            file=sys.stderr,
+        )
+    return batch_size, accumulation
+
+
+def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillConfig:
+    """The same with `max_train_steps` for as many passes as `--num-train-epochs` asks for."""
+    epochs = config.num_train_epochs
+    if epochs is None:
+        return config
+    samples = min(samples, config.max_train_samples or samples)
+    return replace(config, max_train_steps=math.ceil(epochs * samples / batch_size))
+
+
+def plan(
+    config: DistillConfig,
+    parameters: dict[str, nn.Parameter],
+    loader: Loader,
+    resumed: Path | None,
+    world: int,
+    learning_rate: float,
+) -> str:
+    """What is about to happen, in two lines."""
+    samples, batch = sum(loader.order.sizes), loader.order.batch_size
+    weights = sum(parameter.numel() for parameter in parameters.values())
+    passes = config.max_train_steps * batch / samples
+    over = f" over {world} processes" if world > 1 else ""
+    origin = f"from {resumed}" if resumed else "from the teacher"
+    spec = loader.spec
+    drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
+    if not OBJECTIVES[config.objective].teacher:
+        drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
+    return (
+        f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
+        f"{origin}\n{counted(config.max_train_steps, 'step')} of {counted(batch, 'sample')}{over}, "
+        f"{passes:.1f} passes over {counted(samples, 'sample')}, {drawn}, "
+        f"learning rate {learning_rate:g}"
+    )
+
+
+def say_memory(
+    config: DistillConfig, accumulation: int, model: Model, manifest: Manifest, team: Team
+) -> None:
+    """On a GPU, print what the largest latents will take, before anything is loaded there.
+
+    Raises UserError where not even the weights have room.
+    """
+    if team.device.type != "cuda":
+        return
+    sizes = [manifest.layouts[number].latent_size for number in set(manifest.shard_layouts)]
+    if not sizes:
+        return
+    from train.memory.advice import memory_line, sharing_of  # which take torch's slower tools
+
+    unet = unet_config(model.source)
+    config = replace(config, gradient_accumulation_steps=accumulation)  # also where it followed
+    free, _ = torch.cuda.mem_get_info(team.device)
+    line = memory_line(unet, config, max(sizes, key=math.prod), free, sharing_of(team))
+    print(line, file=sys.stderr)
+
+
+def warn_of_small_buckets(loader: Loader) -> None:
+    """A bucket smaller than a batch repeats its samples within one."""
+    for bucket, size in zip(loader.buckets, loader.order.sizes, strict=True):
+        if size < loader.order.batch_size:
+            height, width = bucket.layout.latent_size
+            print(
+                f"note: only {counted(size, 'sample')} of {height}x{width} latents, fewer than a "
+                f"batch of {loader.order.batch_size}: some repeat within a batch",
+                file=sys.stderr,
+            )

@@ -1,0 +1,113 @@
+"""The same command given again: it goes on, says that it has finished, or what differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shared.cache.identity import differences
+from shared.cli.config import to_dict
+from shared.errors import UserError
+from train.config import DistillConfig
+from train.export.model_card import CARD_FILE
+from train.export.student import SCHEDULER_FILE, run_config, student_file
+from train.export.weights import weight_files
+from train.objectives import OBJECTIVES
+from train.state import checkpoint
+from train.state.optim import base_learning_rate
+from train.state.resume_checks import TERMS
+from train.state.tensor_files import is_whole
+
+# Flags that may differ, since the student does not depend on them. That cache, teacher and VAE are
+# the same wherever they lie, their contents tell (state/resume_checks.py, networks/teacher.py).
+FREE = frozenset({
+    "model", "cache", "run", "vae", "resume_from_checkpoint", "take_over", "dry_run",
+    "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_prompts",
+    "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
+    "local_cache", "threads", "device", "push_to_hub", "hub_model_id", "compile", "attention",
+    "gradient_checkpointing", "offload_ema", "allow_tf32",
+})  # fmt: skip
+LATEST = "latest"
+
+
+def as_left(config: DistillConfig) -> DistillConfig:
+    """The same, to go on from the latest checkpoint where the run has begun and nothing differs.
+
+    A checkpoint that was asked for is left to the checks of what must stay the same. Raises
+    UserError, naming what differs, where a run has begun with other flags.
+    """
+    saved = checkpoint.whole_checkpoints(config.run)
+    if config.resume_from_checkpoint not in (None, LATEST):
+        return config
+    if saved and config.resume_from_checkpoint == LATEST:
+        return config
+    if not (saved or has_metrics(config.run)) or not (config.run / "config.json").is_file():
+        return config
+    stored = run_config(config.run)
+    if changed := changes(stored, config):
+        kept = {*TERMS, *OBJECTIVES[config.objective].flags}
+        free = saved and not changed.keys() & kept
+        way = "--resume-from-checkpoint latest goes on with these" if free else "give the former"
+        raise UserError(
+            f"{config.run} was begun with other flags: {told(changed)}; {way}, "
+            "or choose another --run"
+        )
+    return replace(config, resume_from_checkpoint=LATEST)
+
+
+def has_metrics(run: Path) -> bool:
+    """Are there lines that would be written over?"""
+    log = run / "metrics.jsonl"
+    return log.is_file() and log.stat().st_size > 0
+
+
+def changes(stored: Mapping[str, Any], config: DistillConfig) -> dict[str, tuple[Any, Any]]:
+    """What the student depends on and was otherwise when the run began: both values.
+
+    Flags that an older run does not know are not compared.
+    """
+    wanted = to_dict(config) | {"learning_rate": base_learning_rate(config)}
+    wanted = json.loads(json.dumps(wanted))
+    names = (stored.keys() & wanted.keys()) - FREE
+    if config.num_train_epochs is not None:
+        names -= {"max_train_steps"}  # follows from the cache
+    return {name: (stored[name], wanted[name]) for name in names if stored[name] != wanted[name]}
+
+
+def told(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """The changes in words."""
+    before, here = ({name: pair[side] for name, pair in changed.items()} for side in (0, 1))
+    return differences(before, here)
+
+
+def finished(config: DistillConfig) -> str:
+    """What to say where this very command has done all it could; else nothing.
+
+    The model card is the last file of an export, so one that is older than the last checkpoint
+    belongs to a former one.
+    """
+    run = config.run
+    if config.resume_from_checkpoint not in (None, LATEST) or config.push_to_hub:
+        return ""
+    last = checkpoint.latest_checkpoint(run)
+    if last is None or not (run / "config.json").is_file():
+        return ""
+    stored = run_config(run)
+    _, step = checkpoint.age(last)
+    if changes(stored, config) or step < stored["max_train_steps"]:
+        return ""
+    student = student_file(run, stored)
+    card = run / CARD_FILE
+    weights = [run / name for name in weight_files(stored["student"], stored["export_dtype"])]
+    beside = (run / SCHEDULER_FILE, card)
+    if not (all(map(is_whole, weights)) and all(path.is_file() for path in beside)):
+        return ""
+    if card.stat().st_mtime_ns < (last / checkpoint.STATE).stat().st_mtime_ns:
+        return ""
+    return (
+        f"{run} is finished: all {step} steps are taken and the student is in {student}; a larger "
+        "--max-train-steps with --resume-from-checkpoint latest goes further"
+    )

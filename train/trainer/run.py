@@ -1,0 +1,110 @@
+"""A run in progress, and what all its processes do together beside the steps."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.cache.conditioning import TextEmbeds
+from shared.errors import UserError
+from train.config import DistillConfig, ExportConfig
+from train.data.loader import Loader
+from train.export.student import export_checkpoint, publish_export, write_export
+from train.networks.dtensor import local
+from train.networks.precision import autocast
+from train.networks.student import Student
+from train.objectives.objective import Loss
+from train.sampling.preview import Previews
+from train.state import checkpoint
+from train.trainer.distributed import Team
+from train.trainer.metrics import Recorder
+
+
+@dataclass
+class Distillation:
+    """A run, ready to go on after step `step`, when `position` samples have been consumed."""
+
+    config: DistillConfig
+    team: Team
+    student: Student
+    objective: Loss
+    loader: Loader
+    empty: TextEmbeds
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    parameters: dict[str, nn.Parameter]
+    learning_rate: float
+    accumulation: int
+    step: int
+    position: int
+    terms: dict[str, Any]
+    recorder: Recorder
+    previews: Previews | None
+    branch: int = 0  # of the checkpoints that the main process will write
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The one dtype in which all networks compute."""
+        return autocast(self.config.mixed_precision, self.team.device)
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the weights are no longer finite. All processes enter it."""
+        with self.recorder.aside():
+            self._save()
+
+    def _save(self) -> None:
+        self.recorder.flush()
+        self._check_weights()
+        networks = self.team.gather(self.student.state())
+        optimizer = self.team.gather(checkpoint.optimizer_state(self.optimizer, self.parameters))
+        if self.team.main:
+            progressed = checkpoint.Progressed(
+                step=self.step,
+                position=self.position,
+                batch_size=self.loader.order.batch_size,
+                terms=self.terms,
+                scaler=self.scaler.state_dict(),
+                branch=self.branch,
+            )
+            limit = self.config.checkpoints_total_limit
+            folder = checkpoint.save_checkpoint(
+                self.config.run, progressed, networks, optimizer, limit
+            )
+            self.recorder.say(f"saved {folder}")
+        self.team.wait()
+
+    def _check_weights(self) -> None:
+        parts = [local(parameter).isfinite().all() for parameter in self.parameters.values()]
+        finite = self.team.mean(torch.stack(parts).all().float())
+        if finite.item() < 1:
+            batch = self.position // self.loader.order.batch_size - 1
+            what = "the weights are no longer finite"
+            raise UserError(self.recorder.diverged(what, self.step, batch))
+
+    def preview(self) -> None:
+        """Draw the preview prompts with the student as it stands. All processes enter it."""
+        if self.previews is None:
+            return
+        with self.recorder.aside():
+            self.recorder.catch_up()
+            columns = self.previews.draw(self.student.drawing())
+            if self.team.main:
+                path, sheet = self.previews.write(columns, self.step)
+                self.recorder.picture(self.step, sheet)
+                self.recorder.say(f"drew {path}")
+            self.team.wait()
+
+    def export(self) -> None:
+        """Write the student in diffusers' format."""
+        config = self.config
+        if self.team.main and self.team.sharded:  # no process has it whole; the checkpoint does
+            fields = ("run", "export_dtype", "push_to_hub", "hub_model_id", "hub_token")
+            same = {name: getattr(config, name) for name in fields}
+            print(f"student: {export_checkpoint(ExportConfig(**same))}")
+        elif self.team.main:
+            print(f"student: {write_export(config, self.student.exported(), config.run)}")
+            publish_export(config, config.run)
+        self.team.wait()
