@@ -19,9 +19,9 @@ from prep.encoders.vae import posterior_matters
 from prep.filters.filters import Filters
 from prep.inspect import report
 from prep.inspect.recorded import Originals
+from prep.rows.text_encoding import check_encoding
 from prep.sources.find import SourceOptions, Unit, find_units
 from prep.sources.folders.folder import repeats_in
-from prep.sources.text_encoding import check_encoding
 from shared.cache.identity import OtherSettings, generation_of, other_settings, read_identity
 from shared.cache.manifest import CachePaths, UnitRecord, read_units
 from shared.cli.progress import Progress

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from prep.sources.row import MAX_IMAGE_BYTES
+from prep.rows.row import MAX_IMAGE_BYTES
 from shared.cli.defaults import MODEL
 from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag
 from shared.cli.ranges import Count, Natural, Numbers, Share

@@ -10,11 +10,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from support_damage import broken, other_values, replaced
 
 from shared.cache.conditioning import load_conditioning
 from shared.cache.manifest import CachePaths
 from shared.errors import UserError
+from tests.support.damage import broken, other_values, replaced
 from train.state.checkpoint import read_progress
 from train.state.stored_config import stored_config
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from support_prep import ROOT
 
 from data.make_pictures import CANVASES, PER_TAR, SPLITS, square_render, write_tar
 from data.oracle import agrees, read, score
 from data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, caption, draw_scene, parse, render
+from tests.support.sources import ROOT
 
 PICTURES = ROOT / "data" / "pictures"
 

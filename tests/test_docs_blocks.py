@@ -8,7 +8,10 @@ import tomllib
 
 import huggingface_hub.constants
 import pytest
-from support_docs import (
+
+from prep.config import EncodeConfig
+from shared.cli.config import parse
+from tests.support.docs import (
     LANGUAGES,
     Workspace,
     blocks,
@@ -18,9 +21,6 @@ from support_docs import (
     module_command,
     pages,
 )
-
-from prep.config import EncodeConfig
-from shared.cli.config import parse
 from train.config import EvaluateConfig
 
 ALL = [block for page in pages() for block in blocks(page)]
@@ -94,7 +94,7 @@ def run_blocks(page, workspace, cli, read):
             command = module_command(words)
             if command is None:
                 continue
-            if "--engine" in command or command[1] in read:  # the former runs in test_prep_ray.py
+            if "--engine" in command or command[1] in read:  # the former runs in prep/test_ray.py
                 parse(
                     {"encode": EncodeConfig, "evaluate": EvaluateConfig}[command[1]],
                     command[2:],

@@ -8,8 +8,9 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import pytest
+
+from tests import conftest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ("prep", "train", "shared", "data", "benchmarks")
@@ -68,10 +69,9 @@ def test_only_tests_that_need_a_gpu_see_one(monkeypatch, expression, hidden):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if hidden else "0")
 
 
-def test_tests_are_flat():
-    # A package tests/train would shadow train.
-    tests = [p.relative_to(ROOT / "tests") for p in repository_files("tests") if p.suffix == ".py"]
-    assert [p for p in tests if len(p.parts) > 1 or p.name == "__init__.py"] == []
+def test_tests_are_no_packages():
+    """`tests/train/__init__.py` would make pytest's modules of `train` and the product's one."""
+    assert [p for p in repository_files("tests") if p.name == "__init__.py"] == []
 
 
 def test_no_machine_paths():
@@ -87,12 +87,12 @@ def test_no_machine_paths():
     assert found == []
 
 
-def test_every_package_is_listed():
-    packages = PROJECT["tool"]["setuptools"]["packages"]
-    assert {"prep", "train", "shared"} <= set(packages)
-    folders = {path.parent.relative_to(ROOT) for path in modules() if path.name == "__init__.py"}
-    installed = {".".join(folder.parts) for folder in folders if folder.parts[0] in packages}
-    assert installed <= set(packages)
+def test_every_folder_with_code_is_a_package():
+    """Without an __init__.py its modules would work in a checkout and be missing when installed."""
+    product = [
+        path for path in modules() if path.relative_to(ROOT).parts[0] in ("prep", "train", "shared")
+    ]
+    assert [p for p in product if not (p.parent / "__init__.py").exists()] == []
 
 
 def requirement_name(line: str) -> str:

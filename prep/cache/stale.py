@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from prep.sources.unit import Unit
+from prep.rows.unit import Unit
 from shared.cache.manifest import CachePaths, UnitRecord
 from shared.errors import UserError
 from shared.storage.files import guard, sync_folder

@@ -18,8 +18,8 @@ from prep.encode.settings import Shapes, VaeChoice
 from prep.encode.threads import mapped
 from prep.encode.writer import UnitWriter
 from prep.inspect.gc import retire
+from prep.rows.unit import Counted
 from prep.sources.find import SourceError, Unit
-from prep.sources.unit import Counted
 from shared.cache.identity import generation_of, read_identity
 from shared.cache.manifest import CachePaths, Manifest, UnitRecord, fold, read_units, write_manifest
 from shared.cli.progress import Progress

@@ -18,7 +18,7 @@ from typing import Any
 from prep.encode.engine import Job, Outcome, encode_unit
 from prep.encode.pipeline import Encoders
 from prep.encode.settings import load_encoders
-from prep.sources.blame import raised_in
+from prep.files.blame import raised_in
 from prep.sources.find import Unit
 from shared.cli.progress import Progress
 from shared.errors import UserError, first_line

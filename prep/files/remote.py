@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from prep.sources.addresses import strayed
-from prep.sources.blame import is_failure
-from prep.sources.row import SourceError
+from prep.files.addresses import strayed
+from prep.files.blame import is_failure
+from prep.rows.row import SourceError
 from shared.errors import UserError
 from shared.storage.errors import (
     cause_of,

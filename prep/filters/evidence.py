@@ -11,8 +11,8 @@ from typing import Any
 
 from prep.filters.filters import Filters
 from prep.filters.where import Unknown, Where, is_known, key_of, lookup
-from prep.sources.row import Row, SourceError
-from prep.sources.unit import Unit
+from prep.rows.row import Row, SourceError
+from prep.rows.unit import Unit
 from shared.errors import UserError
 
 UNITS, UNIT_ROWS = 16, 64  # looked at before a filter that decides nothing is refused

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from prep.rows.unit import NUMBER
 from prep.sources.find import PIPE, SourceOptions, Unit, find_units, options_of
 from prep.sources.tables.opening import HUB
-from prep.sources.unit import NUMBER
 from shared.cache.manifest import UnitRecord
 from shared.errors import UserError
 from shared.storage.urls import is_url

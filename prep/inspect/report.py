@@ -31,7 +31,7 @@ from prep.inspect.checks import Check, check_all, told, verdict
 from prep.inspect.originals import EncoderFlags, Pair, draw, pairs, vae_of
 from prep.inspect.recorded import Originals, WrongShards
 from prep.inspect.stats import Summary, flat, speed, summarize
-from prep.sources.unit import Unit
+from prep.rows.unit import Unit
 from shared.cache.identity import whole_identity
 from shared.cache.manifest import CachePaths, Manifest, check_shards, open_manifest
 from shared.errors import UserError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prep.images.kinds import NO_PICTURE
-from prep.sources.text_encoding import UnreadableText, decode_json_text, is_blank
+from prep.rows.text_encoding import UnreadableText, decode_json_text, is_blank
 from shared.errors import UserError
 
 # Usual ones of pictures that are read, which is told by content; the first that a row has counts.

@@ -14,20 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from prep.files.remote import Found, RemoteFile, find_remote
+from prep.files.stream import Command, LocalFile
 from prep.images.kinds import HEAD_BYTES, not_a_source
-from prep.sources.braces import expand_braces
-from prep.sources.folders.folder import FolderReader, folder_units
-from prep.sources.folders.listing import list_folder
-from prep.sources.folders.tree import walk
-from prep.sources.patterns import TARS, is_url, local_path, matches, refuse_gaps, without_sidecars
-from prep.sources.remote import Found, RemoteFile, find_remote
-from prep.sources.row import MAX_IMAGE_BYTES, Row, SourceError
-from prep.sources.stream import Command, LocalFile
-from prep.sources.tables.hf_dataset import RangeReader, ShardReader, dataset_units
-from prep.sources.tables.opening import HUB, is_saved_dataset
-from prep.sources.tables.parquet import ParquetReader
-from prep.sources.tars.tar import TarReader
-from prep.sources.unit import (
+from prep.rows.row import MAX_IMAGE_BYTES, Row, SourceError
+from prep.rows.unit import (
     UNIT_ROWS,
     Reader,
     SourceOptions,
@@ -37,6 +28,15 @@ from prep.sources.unit import (
     stem,
     unit_name,
 )
+from prep.sources.braces import expand_braces
+from prep.sources.folders.folder import FolderReader, folder_units
+from prep.sources.folders.listing import list_folder
+from prep.sources.folders.tree import walk
+from prep.sources.patterns import TARS, is_url, local_path, matches, refuse_gaps, without_sidecars
+from prep.sources.tables.hf_dataset import RangeReader, ShardReader, dataset_units
+from prep.sources.tables.opening import HUB, is_saved_dataset
+from prep.sources.tables.parquet import ParquetReader
+from prep.sources.tars.tar import TarReader
 from shared.errors import UserError
 
 PIPE = "pipe:"

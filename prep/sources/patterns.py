@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Sequence
 
-from prep.sources.litter import is_litter
+from prep.files.litter import is_litter
+from prep.rows.unit import printable
 from prep.sources.tables.opening import HUB
-from prep.sources.unit import printable
 from shared.cli.paths import local_text
 from shared.errors import UserError
 

@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.images.kinds import HEAD_BYTES, no_picture_in
-from prep.sources.folders.listing import MISSING, Member
-from prep.sources.folders.metadata import EXAMPLE, FILE_NAME, LISTS
-from prep.sources.folders.tree import walk
-from prep.sources.row import (
+from prep.rows.row import (
     CAPTION_KEYS,
     IMAGE_EXTENSIONS,
     LARGE_JSON,
@@ -33,7 +30,7 @@ from prep.sources.row import (
     make_row,
     record_in,
 )
-from prep.sources.unit import (
+from prep.rows.unit import (
     UNIT_ROWS,
     SourceOptions,
     Unit,
@@ -42,6 +39,9 @@ from prep.sources.unit import (
     printable,
     unit_name,
 )
+from prep.sources.folders.listing import MISSING, Member
+from prep.sources.folders.metadata import EXAMPLE, FILE_NAME, LISTS
+from prep.sources.folders.tree import walk
 from shared.errors import UserError
 
 READ = (*IMAGE_EXTENSIONS, METADATA_EXTENSION)  # without a look at what it is

@@ -14,18 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from prep.files.litter import HIDDEN, is_litter
 from prep.images.kinds import HEAD_BYTES, kind_of
-from prep.sources.folders.metadata import FILE_NAME, JSON_LIST, LISTS, read_list
-from prep.sources.folders.tree import Level, walk
-from prep.sources.litter import HIDDEN, is_litter
-from prep.sources.row import (
+from prep.rows.row import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
     LONG_CAPTION,
     METADATA_EXTENSION,
     TEXT_BYTES,
 )
-from prep.sources.text_encoding import UnreadableText, decode_text
+from prep.rows.text_encoding import UnreadableText, decode_text
+from prep.sources.folders.metadata import FILE_NAME, JSON_LIST, LISTS, read_list
+from prep.sources.folders.tree import Level, walk
 
 OUTSIDE = "outside the folder"
 MISSING = "file missing"

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prep.sources.row import CAPTION_KEYS
-from prep.sources.text_encoding import UnreadableText, decode_json_text, decode_text
-from prep.sources.unit import printable
+from prep.rows.row import CAPTION_KEYS
+from prep.rows.text_encoding import UnreadableText, decode_json_text, decode_text
+from prep.rows.unit import printable
 from shared.errors import UserError, first_line
 
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv")  # the first that a folder has counts

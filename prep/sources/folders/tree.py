@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prep.sources.litter import is_litter
-from prep.sources.unit import printable
+from prep.files.litter import is_litter
+from prep.rows.unit import printable
 from shared.errors import UserError
 
 

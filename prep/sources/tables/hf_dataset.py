@@ -21,13 +21,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from prep.sources.row import Row, SourceError
+from prep.rows.row import Row, SourceError
+from prep.rows.unit import UNIT_ROWS, SourceOptions, Unit, power_of_two, printable, unit_name
 from prep.sources.tables.column_kinds import OTHER, column_kinds
 from prep.sources.tables.opening import HUB, DatasetSource, Opened, dataset_source, say_split, told
 from prep.sources.tables.opening import load as _load
 from prep.sources.tables.opening import stream as _stream
 from prep.sources.tables.parquet import Columns, choose_columns
-from prep.sources.unit import UNIT_ROWS, SourceOptions, Unit, power_of_two, printable, unit_name
 from shared.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from prep.sources.addresses import WEB, origin, web_options
-from prep.sources.remote import RetryingFile, Unreadable
-from prep.sources.stream import LocalFile
+from prep.files.addresses import WEB, origin, web_options
+from prep.files.remote import RetryingFile, Unreadable
+from prep.files.stream import LocalFile
 from shared.errors import UserError
 
 OUTSIDE = "picture outside the data set, see --allow-external-images"

@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prep.sources.blame import raised_in
+from prep.files.blame import raised_in
+from prep.rows.unit import printable
 from prep.sources.tables.linked import Home, home_of, local_folders
-from prep.sources.unit import printable
 from shared.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prep.sources.litter import HIDDEN, is_litter
-from prep.sources.remote import RemoteFile, RetryingFile
-from prep.sources.row import (
+from prep.files.litter import HIDDEN, is_litter
+from prep.files.remote import RemoteFile, RetryingFile
+from prep.files.stream import LocalFile
+from prep.rows.row import (
     CAPTION_KEYS,
     TOO_LARGE,
     Row,
@@ -22,7 +23,8 @@ from prep.sources.row import (
     captions_of,
     make_row,
 )
-from prep.sources.stream import LocalFile
+from prep.rows.text_encoding import UnreadableText, decode_text
+from prep.rows.unit import SourceOptions
 from prep.sources.tables.cell import cell_of
 from prep.sources.tables.column_kinds import (
     MAYBE,
@@ -34,8 +36,6 @@ from prep.sources.tables.column_kinds import (
     is_list,
 )
 from prep.sources.tables.linked import Home, home_of
-from prep.sources.text_encoding import UnreadableText, decode_text
-from prep.sources.unit import SourceOptions
 from shared.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")

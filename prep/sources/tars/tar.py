@@ -12,9 +12,10 @@ from typing import BinaryIO, cast
 
 import zstandard
 
+from prep.files.litter import is_litter
+from prep.files.stream import LocalFile, Stream, decompressed
 from prep.images.kinds import HEAD_BYTES, NO_PICTURE, no_picture_in, not_a_source
-from prep.sources.litter import is_litter
-from prep.sources.row import (
+from prep.rows.row import (
     IMAGE_EXTENSIONS,
     LARGE_JSON,
     LONG_CAPTION,
@@ -24,9 +25,8 @@ from prep.sources.row import (
     Row,
     SourceError,
 )
-from prep.sources.stream import LocalFile, Stream, decompressed
+from prep.rows.unit import SourceOptions
 from prep.sources.tars.tar_rows import CAPTION_FILES, Member, Together, row_of, split_name
-from prep.sources.unit import SourceOptions
 
 HEADER_BYTES = 1 << 20  # of a long name or of PAX keywords; more is damage or an attack
 SAMPLE_BYTES = 4 << 20  # read of a tar, packed or not, to estimate its rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prep.images.kinds import NO_PICTURE
-from prep.sources.row import (
+from prep.rows.row import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
     METADATA_EXTENSION,
@@ -19,8 +19,8 @@ from prep.sources.row import (
     make_row,
     record_in,
 )
-from prep.sources.text_encoding import UnreadableText, decode_text
-from prep.sources.unit import SourceOptions
+from prep.rows.text_encoding import UnreadableText, decode_text
+from prep.rows.unit import SourceOptions
 
 CAPTION_FILES = tuple(  # extensions: NAME.txt, else NAME.jpg.txt, as in a folder
     f"{picture}{caption}"
