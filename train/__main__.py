@@ -50,9 +50,9 @@ def sample(config: SampleConfig) -> None:
 
 def export(config: ExportConfig) -> None:
     """Write a checkpoint's student."""
-    from train.export.student import export_checkpoint
     from train.state.owner import owning
     from train.trainer.defaults import newest_checkpoint
+    from train.trainer.export_command import export_checkpoint
 
     config = replace(config, run=newest_checkpoint(config.run))
     remedy = "wait for it, or give --output another folder"

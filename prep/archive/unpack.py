@@ -10,8 +10,8 @@ import zstandard
 
 from prep.archive.layout import SUFFIX, read_sums, refuse_strangers
 from prep.archive.pack import copy_small, decompressed
+from prep.cache.retire import retire
 from prep.config import UnpackConfig
-from prep.inspect.gc import retire
 from shared.cache.identity import claim_identity, read_identity
 from shared.cache.manifest import CachePaths, Manifest, Shard, open_manifest, parse_unit
 from shared.cli.progress import Progress

@@ -11,13 +11,13 @@ from importlib.metadata import version
 
 from prep.cache import holdout
 from prep.cache.accounts import account_batches
+from prep.cache.retire import retire
 from prep.cache.reuse import NOTHING, Known
 from prep.cache.stale import refuse_mixture
 from prep.encode.pipeline import Encoders, Settings, Work, samples
 from prep.encode.settings import Shapes, VaeChoice
 from prep.encode.threads import mapped
 from prep.encode.writer import UnitWriter
-from prep.inspect.gc import retire
 from prep.rows.unit import Counted
 from prep.sources.find import SourceError, Unit
 from shared.cache.identity import generation_of, read_identity

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from prep.cache.retire import retire
 from prep.encode.pipeline import Encoders
 from prep.encoders.vae import VaeEncoder
-from prep.inspect.gc import retire
 from shared.cache.identity import differences, generation_of
 from shared.cache.manifest import CachePaths
 from shared.storage.files import dump_json, guard, parse_json, sync_folder

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.cache.reuse import NOTHING, Known
+from prep.encode.captions import CaptionMemo
 from prep.encode.shuffle import Shuffle
 from prep.encode.threads import mapped, read_ahead
-from prep.encoders.text import CaptionMemo, TextEncoder
+from prep.encoders.text import TextEncoder
 from prep.encoders.vae import Started, VaeEncoder
 from prep.filters.filters import Filters
 from prep.images.crop import BadImage, Framing, Picture, prepare

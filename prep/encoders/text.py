@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import (
-    create_diffusers_clip_model_from_ldm,
-    load_single_file_checkpoint,
-)
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from transformers import (
-    AutoTokenizer,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 from transformers.utils import logging
 
-from prep.cache.reuse import Arrays, Known
+from prep.encoders.clip import load_clip
 from prep.encoders.tokens import tokenized, tokens_fingerprint
 from shared.cache.conditioning import TextEmbeds
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.models.family import Model
 from shared.models.fingerprint import fingerprint
-from shared.models.hub import unreachable
-from shared.models.single_file import config_folder, is_single_file, whole
-from shared.models.weights import load_whole
 
 logging.disable_progress_bar()  # one bar at a time
 # A batch of captions is tokenized sooner than further threads wake up, which others keep busy.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
-SMALLEST_VOCABULARY = 256  # bytes
 # What of an encoder's configuration decides its output and does not show in its weights.
 CONFIGURED = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 
@@ -153,114 +133,6 @@ class TextEncoder:
         )
 
 
-def load_clip(model: Model, part: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the fp32 text encoder of a model's `part`, such as `text_encoder_2`.
-
-    Raises UserError where one is missing or damaged.
-    """
-    kind = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
-    single = is_single_file(model.source)
-    folder = part.replace("text_encoder", "tokenizer")
-    try:
-        if single:
-            encoder = _from_single_file(kind, model.source, part)
-            source = tokenizer_source(model, folder)
-        else:
-            encoder = load_whole(
-                kind.from_pretrained, model.source, part,
-                subfolder=part, torch_dtype=torch.float32, use_safetensors=True,
-                ignore_mismatched_sizes=True,  # which are refused with their names
-            )  # fmt: skip
-            source = model.source
-        tokenizer = AutoTokenizer.from_pretrained(with_files(source, folder), subfolder=folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = first_line(error)
-        raise UserError(f"no {part} can be read from {model.source!r} ({first})") from None
-    if len(tokenizer) < SMALLEST_VOCABULARY:  # what transformers makes of missing files
-        raise UserError(f"{model.source}: the tokenizer of its {part} has no vocabulary")
-    return tokenizer, encoder
-
-
-def with_files(source: str, folder: str) -> str:
-    """Where the files of a model's `folder` lie on this machine, downloaded if need be.
-
-    A tokenizer's reader also asks for files that a repository need not have; of a folder it knows
-    that they are not there, of the hub's cache only with a network. Raises OSError or ValueError.
-    """
-    if Path(source).is_dir():
-        return source
-    return str(snapshot_download(source, allow_patterns=f"{folder}/*"))
-
-
-def tokenizer_source(model: Model, folder: str) -> str:
-    """Where the tokenizer of a single file is, which holds none: beside it, else the family's.
-
-    Raises UserError where it is neither there nor on the hub.
-    """
-    beside = Path(model.source).with_suffix("")
-    if (beside / folder).is_dir():
-        return str(beside)
-    unreachable()  # with no hub, only what was downloaded before is looked for
-    try:
-        return with_files(model.family.pretrained, folder)
-    except (OSError, ValueError) as error:
-        first = first_line(error)
-        raise UserError(
-            f"{model.source} holds no tokenizer, and {model.family.pretrained}'s cannot be fetched "
-            f"({first}); connect to the hub, or put its {folder} into the folder {beside}"
-        ) from None
-
-
-def _from_single_file(kind: Any, source: str, part: str) -> PreTrainedModel:
-    folder = config_folder(source, f"{part}/config.json")
-    encoder: PreTrainedModel = create_diffusers_clip_model_from_ldm(
-        kind,
-        load_single_file_checkpoint(source, local_files_only=True),
-        subfolder=part,
-        config=str(folder),
-        torch_dtype=torch.float32,
-        local_files_only=True,
-    )
-    return whole(encoder, source, part)
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A caption's arrays, `prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]`."""
-
-    arrays: Arrays
-    truncated: bool  # has it more tokens than the encoder reads?
-
-
-class CaptionMemo:
-    """Encodes equal captions once, as far as `MEMO_CAPTIONS` remember; `encoded` counts them.
-
-    What the cache already has is looked up in `known`, not encoded.
-    """
-
-    def __init__(self, encoder: TextEncoder, known: Known) -> None:
-        self.encoder, self.known = encoder, known
-        self.memory: dict[str, Caption] = {}
-        self.encoded = 0
-
-    def encode(self, captions: Sequence[str]) -> list[Caption]:
-        """What is to be known of each caption."""
-        unmet = [text for text in dict.fromkeys(captions) if text not in self.memory]
-        found = {text: arrays for text in unmet if (arrays := self.known.caption(text))}
-        counted = zip(found.items(), self.encoder.truncated(list(found)), strict=True)
-        for (text, arrays), truncated in counted:
-            self.memory[text] = Caption(arrays, truncated)
-        if fresh := [text for text in unmet if text not in found]:
-            self.encoded += len(fresh)
-            embeds, longer = self.encoder.encode_and_count(fresh)
-            for i, (text, truncated) in enumerate(zip(fresh, longer, strict=True)):
-                self.memory[text] = Caption(_arrays(embeds[i]), truncated)
-        found_all = [self.memory[text] for text in captions]
-        while len(self.memory) > MEMO_CAPTIONS:
-            del self.memory[next(iter(self.memory))]  # the oldest
-        return found_all
-
-
 def _configuration(encoder: PreTrainedModel) -> dict[str, object]:
     """What its config.json says that its weights do not show."""
     found = {name: getattr(encoder.config, name) for name in CONFIGURED}
@@ -273,10 +145,3 @@ def _final_norm(encoder: CLIPTextModel) -> torch.nn.Module:
     """The norm behind the last layer; before transformers 5 it lay one level deeper."""
     norm: torch.nn.Module = getattr(encoder, "text_model", encoder).final_layer_norm
     return norm
-
-
-def _arrays(embeds: TextEmbeds) -> Arrays:
-    arrays = {"prompt_embeds": embeds.prompt_embeds[0].numpy()}
-    if embeds.pooled_prompt_embeds is not None:
-        arrays["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds[0].numpy()
-    return arrays

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.inspect.originals import places
+from prep.cache.random_samples import places
 from shared.cache.layout import Layout
 from shared.cache.manifest import CachePaths, Shard
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from prep.config import GcConfig
@@ -69,24 +67,6 @@ def gc(config: GcConfig) -> None:
         f"{'would be ' if config.dry_run else ''}removed, {freed:,} bytes "
         f"({size_of(freed)}){' freed' if not config.dry_run else ''}{kept}"
     )
-
-
-def retire(cache: CachePaths, kept: Collection[str]) -> None:
-    """Date the shards that the manifest names and the next one, which names `kept`, will not.
-
-    To be called before the manifest is replaced: `gc` counts their age from now on. Objects
-    cannot be dated; there `gc` counts from the manifest.
-    """
-    if not isinstance(cache.root, Path):
-        return
-    try:
-        former = open_manifest(cache.root, check_sizes=False).shards
-    except UserError:  # none, or a damaged one: nobody reads what it names
-        return
-    for shard in former:
-        if shard.file not in kept:
-            with guard(cache.shards), contextlib.suppress(FileNotFoundError):
-                os.utime(cache.root / shard.file)
 
 
 def last_named(cache: CachePaths) -> float:

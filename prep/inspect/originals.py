@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import time
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from prep.cache.accounts import accounts
+from prep.cache.random_samples import places
 from prep.encode.pipeline import Sample, Settings, decode_row
 from prep.encode.shuffle import Shuffle
 from prep.encode.writer import sample_key
@@ -109,16 +108,6 @@ def vae_source(identity: Mapping[str, Any], flags: EncoderFlags) -> str:
     if flags.vae or recorded:
         return flags.vae or recorded_model(str(recorded), "--vae")
     return resolve_model(flags.model or recorded_model(str(identity["model"]))).source
-
-
-def places(shards: Sequence[Shard], count: int, seed: int) -> list[tuple[Shard, int]]:
-    """Shard and index of `count` samples drawn at random, in the cache's order; or of all."""
-    ends = list(itertools.accumulate(shard.count for shard in shards))
-    total = ends[-1] if ends else 0
-    rng = np.random.default_rng(seed)
-    numbers = sorted(map(int, rng.choice(total, min(count, total), replace=False)))
-    at = [bisect_right(ends, number) for number in numbers]
-    return [(shards[i], n - ends[i] + shards[i].count) for i, n in zip(at, numbers, strict=True)]
 
 
 def draw(cache: CachePaths, shards: Sequence[Shard], count: int, seed: int) -> list[Stored]:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from prep.cache.reuse import NOTHING
 from prep.config import VerifyConfig
 from prep.encode import pipeline
+from prep.encode.captions import CaptionMemo
 from prep.encode.pipeline import Encoders, Sample, Settings
 from prep.encode.settings import Shapes, VaeChoice, load_encoders, same_encoder
-from prep.encoders.text import CaptionMemo
 from prep.inspect.originals import Stored, draw, rows_of, settings_of, vae_source
 from prep.inspect.recorded import Originals
 from shared.cache.identity import whole_identity

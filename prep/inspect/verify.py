@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prep.cache.holdout import set_aside
+from prep.cache.retire import retire
 from prep.config import VerifyConfig
-from prep.inspect.gc import retire
 from prep.inspect.reencode import disagreements
 from shared.cache.conditioning import load_conditioning
 from shared.cache.identity import read_identity

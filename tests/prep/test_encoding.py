@@ -219,7 +219,7 @@ def test_equal_captions_of_a_unit_are_encoded_once(tmp_path, monkeypatch, rememb
         return real(self, captions)
 
     monkeypatch.setattr(TextEncoder, "encode_and_count", counting)
-    monkeypatch.setattr("prep.encoders.text.MEMO_CAPTIONS", remembered)
+    monkeypatch.setattr("prep.encode.captions.MEMO_CAPTIONS", remembered)
     files = []
     for number in range(12):
         files += [(f"{number:02d}.png", file_of(photo(number)))]

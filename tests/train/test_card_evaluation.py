@@ -11,7 +11,7 @@ import pytest
 from train.config import DistillConfig, EvaluateConfig, ExportConfig
 from train.evaluation import evaluate, teacher_rows
 from train.evaluation.features import DIMENSIONS, ENOUGH, features, few_pictures
-from train.export.student import export_checkpoint
+from train.trainer.export_command import export_checkpoint
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 

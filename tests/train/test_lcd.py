@@ -16,7 +16,8 @@ from torch import nn
 from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
 from train.data.batch import Batch
-from train.networks.student import FullStudent, LoraStudent
+from train.networks.full import FullStudent
+from train.networks.lora import LoraStudent
 from train.objectives.lcd import LCD
 
 B, C, H, W, L, D, P, G = 6, 4, 3, 2, 3, 5, 4, 8

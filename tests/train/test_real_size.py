@@ -26,7 +26,7 @@ from shared.cache.manifest import (
 )
 from tests.support.models import SDXL, weightless
 from tests.support.sources import ROOT
-from train.networks.student import lora_targets
+from train.networks.lora import lora_targets
 
 SIDE = 256
 GB = 1024**2  # in the kB of /proc

@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shared.errors import UserError
 from train.config import DistillConfig, ExportConfig
-from train.export.student import export_checkpoint
 from train.state import checkpoint
 from train.trainer import loop, trackers
 from train.trainer import metrics as record
+from train.trainer.export_command import export_checkpoint
 from train.trainer.loop import distill
 from train.trainer.run import Distillation
 from train.trainer.setup import check_resumed, prepare

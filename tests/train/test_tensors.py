@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prep.encoders.text import load_clip
+from prep.encoders.clip import load_clip
 from shared.errors import UserError
 from shared.models.family import FAMILIES, Model
 from shared.models.vae import load_vae

@@ -17,7 +17,7 @@ from torch import nn
 from shared.errors import UserError
 from train.export.student import export_student, variant
 from train.export.weights import exported_student
-from train.networks.student import guided_copy
+from train.networks.full import guided_copy
 from train.networks.teacher import load_unet
 
 RANK, ALPHA = 4, 6.5

@@ -12,16 +12,15 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from shared.cache.manifest import Manifest
-from shared.cli.config import coerce
 from shared.errors import UserError
-from shared.models.family import load_config, recorded_model, resolve_model
+from shared.models.family import load_config, recorded_model
 from shared.models.weights import load_whole
 from shared.storage.files import guard, publish, workshop
 from shared.storage.temporary import sweep
 from shared.storage.together import replace_together
 from shared.storage.urls import is_url
 from train.config import DistillConfig, ExportConfig
-from train.export.hub import check_push, push
+from train.export.hub import push
 from train.export.kohya import KOHYA_FILE
 from train.export.model_card import CARD_FILE, PREVIEW_FILE, write_card
 from train.export.uses import file_uses
@@ -33,13 +32,9 @@ from train.export.weights import (
     write_lora,
     write_unet,
 )
-from train.networks.student import build_student
 from train.networks.teacher import load_unet
 from train.objectives import OBJECTIVES
 from train.sampling.samplers import student_scheduler, teacher_scheduler
-from train.state.checkpoint import check_terms, find_checkpoint, read_progress, whole_checkpoints
-from train.state.restore import restore_networks
-from train.state.resume_checks import run_terms
 from train.state.stored_config import stored_config
 from train.state.tensor_files import check_lora
 from train.state.whereabouts import found
@@ -94,43 +89,6 @@ def write_export(
         write_card(config.run, building, tmp, stored, student, latest, str(folder))
 
     return export_student(unet, folder, config.export_dtype, describe)
-
-
-def export_checkpoint(config: ExportConfig) -> Path:
-    """Export a checkpoint of a run, with its card; publish it if asked to.
-
-    Raises UserError where there is none, where it is of another run, or where the hub refuses.
-    """
-    check_push(config)
-    stored = run_config(config.run)
-    checkpoint = wanted_checkpoint(config)
-    folder = config.output or config.run
-    with guard(folder):
-        (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    distilled = DistillConfig(**coerce(DistillConfig, stored))
-    model = resolve_model(config.model or recorded_model(str(distilled.model)))
-    student = build_student(model.source, distilled)
-    before = read_progress(checkpoint)
-    terms = run_terms(distilled, NO_CACHE, model, student)
-    # Its cache may have grown or be gone: an export does not need it.
-    check_terms(checkpoint, before.terms, {**terms, "cache": before.terms.get("cache")})
-    restore_networks(checkpoint, student)
-    newest = [path.resolve() for path in whole_checkpoints(config.run)[-1:]]
-    latest = checkpoint.resolve() in newest
-    path = write_export(config, student.exported(), folder, before.step, latest)
-    publish_export(config, folder, before.step, latest)
-    return path
-
-
-def wanted_checkpoint(config: ExportConfig) -> Path:
-    """The checkpoint to export. Raises UserError where there is none."""
-    try:
-        folder = find_checkpoint(config.run, config.checkpoint)
-    except UserError as error:  # which names the flag of `distill`
-        raise UserError(str(error).replace("--resume-from-checkpoint", "--checkpoint")) from None
-    if folder is None:
-        raise UserError(f"{config.run} has no checkpoint yet")
-    return folder
 
 
 def publish_export(

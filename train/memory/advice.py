@@ -7,15 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import CPUOffloadPolicy
 
 from shared.errors import UserError
 from train.config import DistillConfig
 from train.flags import check_flags, dashed, ignored
 from train.memory.estimate import ALONE, Sharing, estimate
 from train.networks.precision import check_speed
-from train.trainer.distributed import Team
 
 ROOM = 0.95  # the rest is for the workspace of kernels, and for fragmentation
 CUDA = torch.device("cuda")
@@ -55,19 +52,6 @@ def memory_line(
             f"{each(sharing)}, {gigabytes(free)} of the device are free: {advice}"
         )
     return f"{line}\nwarning: that is too much for the device: {advice}"
-
-
-def sharing_of(team: Team) -> Sharing:
-    """How the processes of a run divide its memory."""
-    if not team.sharded:
-        return Sharing(team.world)
-    plugin = FullyShardedDataParallelPlugin()
-    return Sharing(
-        team.world,
-        sharded=True,
-        offloaded=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        gathered=not plugin.reshard_after_forward,
-    )
 
 
 def each(sharing: Sharing) -> str:

@@ -24,11 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from shared.cache.conditioning import TextEmbeds
 from train.config import DistillConfig
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
+from train.networks.dtensor import SHARDED_BLOCKS
+from train.networks.full import guided_copy
+from train.networks.lora import add_adapters
 from train.networks.precision import hold_frozen
-from train.networks.student import add_adapters, guided_copy
 from train.networks.teacher import call_unet
 from train.objectives import OBJECTIVES
-from train.trainer.distributed import SHARDED_BLOCKS
 
 TOKENS = 77
 META = torch.device("meta")

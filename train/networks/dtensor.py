@@ -30,3 +30,6 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
         # Nothing is sent: each takes its part of what it has read itself.
         return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
     return torch.empty_like(tensor, dtype=value.dtype).copy_(value)
+
+
+SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # each is gathered by itself

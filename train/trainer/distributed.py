@@ -28,12 +28,12 @@ from torch.distributed.tensor import DTensor
 from shared.errors import UserError, first_line
 from shared.machine.device import pick_device
 from train.config import DistillConfig
+from train.networks.dtensor import SHARDED_BLOCKS
 from train.networks.student import Student
 from train.trainer.launch import join
 
 # The others wait while one saves, draws previews or uploads; NCCL would give up after ten minutes.
 PATIENCE = timedelta(hours=6)
-SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # each is gathered by itself
 LAUNCHERS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed has not been tested with this trainer",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM has no UNet",

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from shared.cache.manifest import Manifest
 from shared.errors import UserError
@@ -16,6 +18,7 @@ from shared.models.family import Model, unet_config
 from shared.wording import counted
 from train.config import DistillConfig
 from train.data.loader import Loader
+from train.memory.estimate import Sharing
 from train.objectives import OBJECTIVES
 from train.state.checkpoint import Progressed
 from train.state.resume_checks import divide
@@ -114,3 +117,16 @@ def warn_of_small_buckets(loader: Loader) -> None:
                 f"batch of {loader.order.batch_size}: some repeat within a batch",
                 file=sys.stderr,
             )
+
+
+def sharing_of(team: Team) -> Sharing:
+    """How the processes of a run divide its memory."""
+    if not team.sharded:
+        return Sharing(team.world)
+    plugin = FullyShardedDataParallelPlugin()
+    return Sharing(
+        team.world,
+        sharded=True,
+        offloaded=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        gathered=not plugin.reshard_after_forward,
+    )

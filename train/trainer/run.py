@@ -13,7 +13,7 @@ from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
 from train.config import DistillConfig, ExportConfig
 from train.data.loader import Loader
-from train.export.student import export_checkpoint, publish_export, write_export
+from train.export.student import publish_export, write_export
 from train.networks.dtensor import local
 from train.networks.precision import autocast
 from train.networks.student import Student
@@ -21,6 +21,7 @@ from train.objectives.objective import Loss
 from train.sampling.preview import Previews
 from train.state import checkpoint
 from train.trainer.distributed import Team
+from train.trainer.export_command import export_checkpoint
 from train.trainer.metrics import Recorder
 
 
