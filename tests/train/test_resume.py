@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 
 from shared.cache.manifest import open_manifest
 from shared.errors import UserError
+from tests.support import warm
 from train.config import DistillConfig
 from train.state import checkpoint
 from train.trainer.loop import distill
@@ -155,13 +154,8 @@ def end_after(
     """Run the real command; signal it `delay` s after so many lines of metrics. Its status."""
     given = {k: v for k, v in vars(config).items() if v != getattr(DistillConfig, k, None)}
     words = [f"--{k}={v}" for k, v in given.items() if not isinstance(v, bool | tuple | frozenset)]
-    command = [sys.executable, "-m", "train", "distill", *words]
-    environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
     log = config.run / "metrics.jsonl"
-    with open(os.devnull, "w") as nothing:
-        process = subprocess.Popen(
-            command, cwd=repo, env=environment, stdout=nothing, stderr=nothing
-        )
+    process = warm.start(["-m", "train", "distill", *words], repo, OMP_NUM_THREADS="1")
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < lines):
         time.sleep(0.005)
     time.sleep(delay)
