@@ -23,16 +23,10 @@ import train.trainer.setup
 from benchmarks._public_unets import SD15, SDXL
 from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
 from shared.cache.layout import TRAILER, Layout, cache_layout
-from shared.cache.manifest import (
-    CachePaths,
-    ChannelSums,
-    Shard,
-    UnitRecord,
-    commit_unit,
-    fold,
-    read_units,
-    write_manifest,
-)
+from shared.cache.manifest import commit_unit, fold, read_units, write_manifest
+from shared.cache.paths import CachePaths
+from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard, UnitRecord
 from shared.models.family import FAMILIES, force_zeros, load_config, resolve_model
 
 DATA = Path(__file__).resolve().parent.parent / "data"

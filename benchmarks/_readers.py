@@ -24,7 +24,7 @@ import torch
 
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.layout import TRAILER, cache_layout
-from shared.cache.manifest import Shard
+from shared.cache.units import Shard
 from train.data.batch import Slot, allocate
 from train.data.bucket import Bucket
 from train.data.draws import DrawSpec

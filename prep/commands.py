@@ -23,7 +23,9 @@ from prep.rows.text_encoding import check_encoding
 from prep.sources.find import SourceOptions, Unit, find_units
 from prep.sources.folders.folder import repeats_in
 from shared.cache.identity import OtherSettings, generation_of, other_settings, read_identity
-from shared.cache.manifest import CachePaths, UnitRecord, read_units
+from shared.cache.manifest import read_units
+from shared.cache.paths import CachePaths
+from shared.cache.units import UnitRecord
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.machine import cpus

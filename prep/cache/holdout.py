@@ -14,7 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from shared.cache.layout import Layout
-from shared.cache.manifest import CachePaths, Manifest, Shard
+from shared.cache.manifest import Manifest
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard
 from shared.errors import UserError
 from shared.storage.files import dump_json, guard, parse_record
 from shared.storage.reading import read_if_there

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.cache.layout import Layout
-from shared.cache.manifest import CachePaths, UnitRecord
+from shared.cache.paths import CachePaths
+from shared.cache.units import UnitRecord
 from shared.storage.reading import read_if_there
 from shared.storage.urls import Place
 

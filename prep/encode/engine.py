@@ -21,7 +21,9 @@ from prep.encode.writer import UnitWriter
 from prep.rows.unit import Counted
 from prep.sources.find import SourceError, Unit
 from shared.cache.identity import generation_of, read_identity
-from shared.cache.manifest import CachePaths, Manifest, UnitRecord, fold, read_units, write_manifest
+from shared.cache.manifest import Manifest, fold, read_units, write_manifest
+from shared.cache.paths import CachePaths
+from shared.cache.units import UnitRecord
 from shared.cli.progress import Progress
 from shared.errors import UserError, on_one_line
 from shared.models.family import Model

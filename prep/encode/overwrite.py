@@ -18,7 +18,7 @@ from prep.cache.retire import retire
 from prep.encode.pipeline import Encoders
 from prep.encoders.vae import VaeEncoder
 from shared.cache.identity import differences, generation_of
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from shared.storage.files import dump_json, guard, parse_json, sync_folder
 from shared.storage.update import update
 

@@ -9,7 +9,8 @@ from prep.encode import settings
 from prep.encoders.text import TextEncoder
 from shared.cache.conditioning import Conditioning, dump_conditioning, parse_conditioning
 from shared.cache.identity import whole_identity
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.machine.device import pick_device, set_threads
 from shared.models.family import Model, recorded_model, resolve_model

@@ -19,7 +19,7 @@ from prep.images.crop import Framing
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.identity import ADDED
 from shared.cache.layout import Layout, cache_layout
-from shared.cache.manifest import FORMAT
+from shared.cache.paths import FORMAT
 from shared.errors import UsageError, UserError
 from shared.machine import cpus
 from shared.machine.device import pick_device, set_threads

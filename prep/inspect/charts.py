@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from prep.cache.random_samples import places
 from shared.cache.layout import Layout
-from shared.cache.manifest import CachePaths, Shard
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard
 
 LIMIT = 4.0  # standard deviations shown, each way
 BINS = 64

@@ -10,7 +10,8 @@ from prep.config import DecodeConfig
 from prep.inspect.originals import Pair, draw, pairs, vae_of
 from prep.inspect.recorded import Originals
 from shared.cache.identity import whole_identity
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import guard
 from shared.visible import visible

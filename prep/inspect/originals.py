@@ -24,7 +24,9 @@ from prep.images.crop import Framing
 from prep.inspect.recorded import Originals
 from prep.sources.find import Row
 from shared.cache.layout import Layout
-from shared.cache.manifest import CachePaths, Shard, UnitRecord, read_unit
+from shared.cache.manifest import read_unit
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from shared.machine.device import pick_device, set_threads
 from shared.models.family import recorded_model, resolve_model

@@ -17,7 +17,8 @@ from prep.encode.settings import Shapes, VaeChoice, load_encoders, same_encoder
 from prep.inspect.originals import Stored, draw, rows_of, settings_of, vae_source
 from prep.inspect.recorded import Originals
 from shared.cache.identity import whole_identity
-from shared.cache.manifest import CachePaths, Manifest
+from shared.cache.manifest import Manifest
+from shared.cache.paths import CachePaths
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.machine.device import pick_device

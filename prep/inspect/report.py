@@ -33,7 +33,8 @@ from prep.inspect.recorded import Originals, WrongShards
 from prep.inspect.stats import Summary, flat, speed, summarize
 from prep.rows.unit import Unit
 from shared.cache.identity import whole_identity
-from shared.cache.manifest import CachePaths, Manifest, check_shards, open_manifest
+from shared.cache.manifest import Manifest, check_shards, open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import dump_json, publish
 from shared.storage.temporary import sweep

@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 from prep.cache.accounts import account_batches
 from prep.config import StatsConfig
 from shared.cache.identity import read_identity
-from shared.cache.manifest import CachePaths, Manifest, UnitRecord, iterate_units, open_manifest
+from shared.cache.manifest import Manifest, iterate_units, open_manifest
+from shared.cache.paths import CachePaths
 from shared.cache.sums import ChannelSums
+from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.files import load_record
 from shared.storage.typed_json import typed

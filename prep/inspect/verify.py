@@ -16,16 +16,9 @@ from prep.inspect.reencode import disagreements
 from shared.cache.conditioning import load_conditioning
 from shared.cache.identity import read_identity
 from shared.cache.layout import Layout
-from shared.cache.manifest import (
-    CachePaths,
-    Manifest,
-    Shard,
-    UnitRecord,
-    fold,
-    open_manifest,
-    parse_unit,
-    unit_files,
-)
+from shared.cache.manifest import Manifest, fold, open_manifest, parse_unit, unit_files
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard, UnitRecord
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.storage.files import NewerVersion, file_sha256, guard, sync_folder

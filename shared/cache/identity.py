@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shared.cache.manifest import CachePaths, Manifest, refuse_format
+from shared.cache.manifest import Manifest
+from shared.cache.paths import CachePaths, refuse_format
 from shared.errors import UserError
 from shared.storage.files import create_exclusively, dump_json, load_record, parse_record
 from shared.storage.reading import read_if_there

@@ -9,61 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
 from shared.cache.layout import Layout
+from shared.cache.paths import FORMAT, CachePaths, refuse_format
 from shared.cache.sums import ChannelSums
 from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from shared.storage.files import dump_json, file_sizes, parse_record, publish, read_all
 from shared.storage.reading import read_if_there
-from shared.storage.temporary import scratch
 from shared.storage.typed_json import not_negative, typed
 from shared.storage.urls import Place
-
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class CachePaths:
-    """Where things are in a cache, which is a folder or behind a URL."""
-
-    root: Place
-
-    @property
-    def identity(self) -> Place:  # noqa: D102
-        return self.root / "identity.json"
-
-    @property
-    def manifest(self) -> Place:  # noqa: D102
-        return self.root / "manifest.json"
-
-    @property
-    def conditioning(self) -> Place:  # noqa: D102
-        return self.root / "conditioning.safetensors"
-
-    @property
-    def holdout(self) -> Place:  # noqa: D102
-        return self.root / "holdout.json"
-
-    @property
-    def units(self) -> Place:  # noqa: D102
-        return self.root / "units"
-
-    @property
-    def shards(self) -> Place:  # noqa: D102
-        return self.root / "shards"
-
-    @property
-    def samples(self) -> Place:  # noqa: D102
-        return self.root / "samples"
-
-    @property
-    def tmp(self) -> Path:
-        """Folder for what is not published yet; of a remote cache a local one, by its URL."""
-        return self.root / "tmp" if isinstance(self.root, Path) else scratch(str(self.root))
 
 
 @dataclass(frozen=True)
@@ -205,16 +162,6 @@ def open_manifest(root: Place, check_sizes: bool = True) -> Manifest:
     if check_sizes:
         check_shards(cache, manifest)
     return manifest
-
-
-def refuse_format(stored: Mapping[str, Any], root: Place) -> None:
-    """Raise UserError for a manifest or an identity of another format than this version's."""
-    if (found := stored.get("format")) != FORMAT:
-        newer = isinstance(found, int) and found > FORMAT
-        remedy = "update, a newer version wrote it" if newer else "encode anew"
-        raise UserError(
-            f"{root} has cache format {found!s:.40}, this version reads {FORMAT}: {remedy}"
-        )
 
 
 def _manifest(stored: Mapping[str, Any], root: Place) -> Manifest:

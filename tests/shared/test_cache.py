@@ -13,10 +13,6 @@ from shared.cache.conditioning import Conditioning, TextEmbeds, load_conditionin
 from shared.cache.identity import claim_identity, differences
 from shared.cache.layout import cache_layout
 from shared.cache.manifest import (
-    CachePaths,
-    ChannelSums,
-    Shard,
-    UnitRecord,
     commit_unit,
     fold,
     open_manifest,
@@ -24,6 +20,9 @@ from shared.cache.manifest import (
     read_units,
     write_manifest,
 )
+from shared.cache.paths import CachePaths
+from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from shared.models.fingerprint import fingerprint
 

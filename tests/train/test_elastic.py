@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.cache.layout import cache_layout
-from shared.cache.manifest import Shard, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.units import Shard
 from train.data.bucket import first_samples, open_buckets
 from train.data.draws import DrawSpec, draw
 from train.data.order import Order

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.models.vae import decode_latents, to_pixels
 from train.config import DistillConfig, EvaluateConfig

@@ -15,17 +15,10 @@ import webdataset
 
 from shared.cache.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
 from shared.cache.layout import TRAILER, cache_layout
-from shared.cache.manifest import (
-    CachePaths,
-    ChannelSums,
-    Shard,
-    UnitRecord,
-    commit_unit,
-    fold,
-    open_manifest,
-    read_units,
-    write_manifest,
-)
+from shared.cache.manifest import commit_unit, fold, open_manifest, read_units, write_manifest
+from shared.cache.paths import CachePaths
+from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from train.data.batch import Batch
 from train.data.bucket import open_buckets

@@ -14,16 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
 from shared.cache.layout import TRAILER, cache_layout
-from shared.cache.manifest import (
-    CachePaths,
-    ChannelSums,
-    Shard,
-    UnitRecord,
-    commit_unit,
-    fold,
-    read_units,
-    write_manifest,
-)
+from shared.cache.manifest import commit_unit, fold, read_units, write_manifest
+from shared.cache.paths import CachePaths
+from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard, UnitRecord
 from tests.support.models import SDXL, weightless
 from tests.support.sources import ROOT
 from train.networks.lora import lora_targets

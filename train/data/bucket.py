@@ -15,7 +15,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from shared.cache.layout import BLOCK, Layout
-from shared.cache.manifest import Manifest, Shard
+from shared.cache.manifest import Manifest
+from shared.cache.units import Shard
 from shared.errors import UserError
 from train.data.local import LocalReader, Reader, Span
 from train.data.local_cache import KeepingReader, LocalCache

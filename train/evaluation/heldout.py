@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds, load_conditioning
-from shared.cache.manifest import CachePaths, Manifest, open_manifest
+from shared.cache.manifest import Manifest, open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.urls import Place
 from shared.wording import counted

@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.models.family import Family, Model, native_resolution, resolve_model
 from shared.models.single_file import is_single_file

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.cli.defaults import CACHES, MODEL, RUNS, default_cache
 from shared.errors import UserError
 from shared.machine.device import pick_device

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from shared.cache.conditioning import TextEmbeds, load_conditioning
-from shared.cache.manifest import CachePaths, Manifest, open_manifest
+from shared.cache.manifest import Manifest, open_manifest
+from shared.cache.paths import CachePaths
 from shared.cli.config import to_dict
 from shared.errors import UserError
 from shared.machine.device import set_threads
