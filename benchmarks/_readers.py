@@ -67,7 +67,7 @@ class Samples:
             file.write(TRAILER)
             file.flush()
             os.fsync(file.fileno())  # only clean pages can be evicted
-        return Shard(f"shards/{path.name}", LAYOUT.to_json(), count, path.stat().st_size, "")
+        return Shard(f"shards/{path.name}", LAYOUT, count, path.stat().st_size, "")
 
     def write_parquet(self, rows: int) -> None:
         """The first rows as parquet, a batch to a row group."""

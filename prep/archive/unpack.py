@@ -52,7 +52,7 @@ def unpack(config: UnpackConfig) -> None:
     kept = len(manifest.shards) - len(wanted)
     were = f" ({counted(kept, 'shard')} {'was' if kept == 1 else 'were'} there already)"
     print(
-        f"{cache.root}: {counted(manifest.totals['written'], 'sample')} in "
+        f"{cache.root}: {counted(manifest.totals.written, 'sample')} in "
         f"{counted(len(manifest.shards), 'shard')}, every sha256 right{were if kept else ''}"
     )
 

@@ -113,7 +113,7 @@ class Spool:
             move(file, cache.shards / name)
         count = len(self.keys)
         return Shard(
-            f"shards/{name}", self.layout.to_json(), count, self.layout.shard_bytes(count), digest,
+            f"shards/{name}", self.layout, count, self.layout.shard_bytes(count), digest,
             f"{min(self.keys.numbers):016x}",
         )  # fmt: skip
 

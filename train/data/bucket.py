@@ -180,12 +180,12 @@ def open_buckets(
             raise UserError(f"--local-cache is for remote caches, {root} is local: leave it out")
         local = LocalCache(local_cache)
         print(local.announce(taken), file=sys.stderr)
-    shards: list[list[Shard]] = [[] for _ in manifest.layouts]
-    for shard, number in zip(taken, manifest.shard_layouts, strict=False):
-        shards[number].append(shard)
+    shards: dict[Layout, list[Shard]] = {layout: [] for layout in manifest.layouts}
+    for shard in taken:
+        shards[shard.layout].append(shard)
     return [
         Bucket(root, layout, mine, local, heldout)
-        for layout, mine in zip(manifest.layouts, shards, strict=True)
+        for layout, mine in shards.items()
         if sum(samples_of(shard, heldout) for shard in mine)
     ]
 

@@ -284,4 +284,4 @@ def resolution(config: Mapping[str, Any], family: Family) -> int:
         manifest = open_manifest(place(str(config["cache"])), check_sizes=False)
     except (OSError, UserError):
         return native_resolution(own)
-    return int(manifest.identity["preprocessing"]["resolution"])
+    return manifest.identity.preprocessing.resolution
