@@ -75,8 +75,8 @@ def test_the_first_to_claim_sets_the_identity(cache):
     claim_identity(cache, identity, "do this")  # the same again is fine
     before = cache.identity.read_bytes()
     claim_identity(cache, replace(identity, model="./a/copy"), "do this")  # so is another name
+    other = an_identity(fingerprint="f", resolution=768)
     with pytest.raises(UserError) as error:
-        other = an_identity(fingerprint="f", resolution=768)
         claim_identity(cache, other, "choose another --cache")
     assert str(error.value) == (
         f"{cache.root} was made with other settings: preprocessing.resolution is 512 "
