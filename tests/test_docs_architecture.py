@@ -57,6 +57,27 @@ def test_the_glossary_stays_short():
     assert len([line for line in words.splitlines() if line.startswith("| ")]) - 1 <= 40
 
 
+def spoken() -> list[str]:
+    """Every piece of text in the product's code, as the Makefile and Python say it."""
+    found = [(ROOT / "Makefile").read_text()]
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_message_of_the_troubleshooting_page_is_said():
+    """`...` stands for names and numbers; the words around them are those of the code."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    cells = re.findall(r"^\| ([^|]+) \|", page, re.M)
+    messages = [words for cell in cells for words in re.findall(r"`([^`]*[a-z] [^`]*)`", cell)]
+    assert len(messages) > 40
+    said = spoken()
+    parts = {part.strip() for words in messages for part in words.split("...")} - {""}
+    assert {part for part in parts if not any(part in text for text in said)} == set()
+
+
 def anchors(page: Path) -> set[str]:
     """The headings of a page as GitHub makes anchors of them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
