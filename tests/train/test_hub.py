@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from tests.support import warm
 from tests.support.hub import serve
 
