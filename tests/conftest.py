@@ -16,6 +16,10 @@ import pytest
 from tests.support import warm
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = {
+    "test_crash.py", "test_evaluate.py", "test_parallel.py", "test_docs_blocks.py", "test_hub.py",
+    "test_again.py", "test_launch.py", "test_weights.py", "test_benchmarks.py", "test_parts.py",
+}  # fmt: skip
 
 
 def pytest_configure(config):
@@ -23,6 +27,11 @@ def pytest_configure(config):
     chosen = config.option.markexpr
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    """The modules that take longest first, so that no worker is left alone with one of them."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish():
