@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from shared.text import on_one_line
+
 # What to do where the operating system refuses.
 REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
@@ -138,14 +140,6 @@ def exhausted(error: BaseException) -> str:
     if any(words in said for words in NO_MEMORY):
         return "the memory is full"
     return "the system allows no more threads (ulimit -u)" if NO_THREADS in said else ""
-
-
-def on_one_line(text: str) -> str:
-    """`text` with line ends, control characters and lone surrogates, as names have, spelled out."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
 
 
 def first_line(error: BaseException) -> str:

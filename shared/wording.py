@@ -36,3 +36,15 @@ def rate(per_second: float, what: str) -> str:
     if per_second < 0.95:
         return f"{duration(1 / per_second)}/{what}"
     return f"{per_second:,.{0 if per_second >= 9.95 else 1}f} {what}s/s"
+
+
+def percent(part: float, whole: float) -> str:
+    """`12.5%`; something never reads as nothing, nor nearly all as all."""
+    if not whole or not part:
+        return "0%"
+    amount = 100 * part / whole
+    if amount < 0.1:
+        return "<0.1%"
+    if 99.9 < amount < 100:
+        return ">99.9%"
+    return f"{amount:.1f}%" if amount < 99.95 else "100%"

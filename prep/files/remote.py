@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import glob
 import io
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, BinaryIO, ClassVar
+from functools import partial
+from typing import Any, BinaryIO, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -20,18 +20,13 @@ from prep.files.addresses import strayed
 from prep.files.blame import is_failure
 from prep.rows.row import SourceError
 from shared.errors import UserError
-from shared.storage.errors import (
-    cause_of,
-    is_permanent,
-    known_protocol,
-    status_of,
-    without_password,
-)
+from shared.storage.errors import cause_of, known_protocol, status_of, without_password
+from shared.storage.retry import TRIES, with_retries, worth_another_try
+
+T = TypeVar("T")
 
 BLOCK_BYTES = 8 << 20  # of a ranged read; the next block is fetched while one is read
 BLOCKS_KEPT = 4
-RETRIES = 5
-FIRST_WAIT = 0.5  # seconds, doubled after each failure
 LOOKUPS = 16  # at a time
 LISTED = 64  # names in one folder from which on listing the folder is quicker than asking for each
 VERSIONS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified", "last_modified",
@@ -99,7 +94,7 @@ def _has_magic(url: str) -> bool:
 def _glob(pattern: str) -> list[tuple[str, Mapping[str, Any] | None]]:
     filesystem, path = _filesystem(pattern)
     try:
-        infos = filesystem.glob(path, detail=True)
+        infos = with_retries(lambda: filesystem.glob(path, detail=True))
     except Exception as error:  # each file system raises what its library does
         if not is_failure(error):
             raise
@@ -123,11 +118,12 @@ def _infos(urls: Sequence[str]) -> list[Mapping[str, Any]]:
         if len(members) >= LISTED and urlsplit(folder).scheme not in ("http", "https"):
             filesystem, path = _filesystem(folder)
             try:
-                listed = {info["name"]: info for info in filesystem.ls(path, detail=True)}
+                infos = with_retries(partial(filesystem.ls, path, detail=True))
             except Exception as error:  # a folder that may be read but not listed
                 if not is_failure(error):
                     raise
                 continue
+            listed = {info["name"]: info for info in infos}
             names = {url: filesystem._strip_protocol(url) for url in members}
             known |= {url: listed[name] for url, name in names.items() if name in listed}
     with ThreadPoolExecutor(LOOKUPS, thread_name_prefix="lookup") as pool:
@@ -136,19 +132,15 @@ def _infos(urls: Sequence[str]) -> list[Mapping[str, Any]]:
 
 def _info(url: str) -> Mapping[str, Any]:
     filesystem, path = _filesystem(url)
-    for attempt in range(RETRIES + 1):
-        try:
-            return dict(filesystem.info(path))
-        except Exception as error:
-            if not is_failure(error):
-                raise
-            if is_permanent(error) or attempt == RETRIES:
-                raise UserError(
-                    f"--shards: {RemoteFile(url).source} cannot be read ({cause_of(error)}); "
-                    "check the address and your access to it"
-                ) from None
-            time.sleep(FIRST_WAIT * 2**attempt)
-    raise AssertionError
+    try:
+        return dict(with_retries(lambda: filesystem.info(path)))
+    except Exception as error:
+        if not is_failure(error):
+            raise
+        raise UserError(
+            f"--shards: {RemoteFile(url).source} cannot be read ({cause_of(error)}); "
+            "check the address and your access to it"
+        ) from None
 
 
 def _filesystem(url: str, options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
@@ -174,15 +166,15 @@ class Unreadable(SourceError):
 class RetryingFile(io.RawIOBase):
     """A remote file that is opened again where reading it broke off.
 
-    Raises Unreadable, naming URL and cause, when `retries` more attempts in a row have failed.
+    Raises Unreadable, naming URL and cause, when `tries` attempts in a row have failed.
     """
 
     def __init__(
-        self, url: str, retries: int = RETRIES, options: Mapping[str, Any] | None = None,
+        self, url: str, tries: int = TRIES, options: Mapping[str, Any] | None = None,
         ranges: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.url, self.retries, self.options = url, retries, options
+        self.url, self.tries, self.options = url, tries, options
         self._file: Any = None
         self._size: int | None = None
         self._position = 0
@@ -234,24 +226,26 @@ class RetryingFile(io.RawIOBase):
             raise OSError(f"ended after {self._position} of {self._size} bytes")
         return data
 
-    def _attempt(self, act: Any) -> Any:
-        for attempt in range(self.retries + 1):
-            try:
-                return act()
-            except UserError:  # an address that cannot be used
+    def _attempt(self, act: Callable[[], T]) -> T:
+        try:
+            return with_retries(lambda: self._once(act), self.tries)
+        except UserError:  # an address that cannot be used
+            raise
+        except Exception as error:
+            if not is_failure(error):
                 raise
-            except Exception as error:  # each file system raises what its library does
-                self._drop()
-                if not is_failure(error):
-                    raise
-                if isinstance(error, ValueError) and self._ranges:
-                    self._ranges = False  # the answer was the whole file, not the range
-                elif (lost := is_permanent(error) or strayed(error)) or attempt == self.retries:
-                    tries = 1 if lost else self.retries + 1
-                    raise Unreadable(self.url, error, tries) from None
-                else:
-                    time.sleep(FIRST_WAIT * 2**attempt)
-        raise AssertionError
+            tries = self.tries if worth_another_try(error) else 1
+            raise Unreadable(self.url, error, tries) from None
+
+    def _once(self, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except Exception as error:  # each file system raises what its library does
+            self._drop()
+            if not (isinstance(error, ValueError) and self._ranges and is_failure(error)):
+                raise
+        self._ranges = False  # the answer was the whole file, not the range
+        return self._once(act)
 
     def _open(self) -> None:
         if self._file is not None:

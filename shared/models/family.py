@@ -214,7 +214,12 @@ def vae_downscale(source: str) -> int:
         config = load_config(source, "vae/config.json")
     except UserError:  # it is given with --vae
         return DOWNSCALE
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    return downscale_of(config)
+
+
+def downscale_of(vae_config: Mapping[str, Any]) -> int:
+    """Return the pixels per latent, each way: every block of a VAE but the last halves."""
+    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
 def family_of_unet(config: Mapping[str, Any], source: str) -> Family:

@@ -49,6 +49,8 @@ def is_permanent(error: BaseException) -> bool:
     if status is not None:
         return 400 <= status < 500 and status not in (408, 409, 429)
     inner = error.__cause__
+    if isinstance(inner, PermissionError):
+        return True
     if isinstance(error, FileNotFoundError) and not isinstance(inner, KeyError | None):
         return False  # fsspec's HTTP says so of a connection that broke, too; memory:// looks up
     return type(error).__name__ in KEYLESS or isinstance(

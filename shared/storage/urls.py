@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,16 +18,15 @@ from shared.storage.errors import (
     cause_of,
     is_absence,
     is_mistake,
-    is_permanent,
     known_protocol,
     status_of,
     without_password,
 )
+from shared.storage.retry import with_retries
 
 T = TypeVar("T")
 
 TRIES = 3  # of a call; object storage's own libraries have tried several times in each
-FIRST_WAIT = 0.5  # seconds, doubled after each failure
 BEYOND_END = 416  # the HTTP status of a range that begins where a file has ended
 CHANGED = (409, 412)  # of a conditional write that comes too late
 BLOCK_BYTES = 4 << 20  # of a file that is read from beginning to end
@@ -165,20 +163,16 @@ class RemotePlace(ProxyUPath):
             raise self._refused(error) from None
 
     def _attempt(self, act: Callable[[], T]) -> T:
-        for number in range(TRIES):
-            try:
-                return act()
-            except FileExistsError:  # the answer to `create`
+        try:
+            return with_retries(act, TRIES)
+        except FileExistsError:  # the answer to `create`
+            raise
+        except Exception as error:  # each file system raises what its library does
+            if is_mistake(error):
                 raise
-            except Exception as error:  # each file system raises what its library does
-                if is_mistake(error):
-                    raise
-                if is_absence(error):
-                    raise self._absent() from error
-                if is_permanent(error) or number == TRIES - 1:
-                    raise self._refused(error) from None
-                time.sleep(FIRST_WAIT * 2**number)
-        raise AssertionError
+            if is_absence(error):
+                raise self._absent() from error
+            raise self._refused(error) from None
 
     def _absent(self) -> FileNotFoundError:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))

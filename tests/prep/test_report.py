@@ -16,8 +16,8 @@ from PIL import Image
 
 from prep.inspect.checks import check_rejected
 from prep.inspect.stats import Rejection, Summary
-from shared.visible import share_of, visible
-from shared.wording import rate
+from shared.text import visible
+from shared.wording import percent, rate
 from tests.support.sources import (
     SIDE,
     TINY_SD,
@@ -241,7 +241,7 @@ def test_no_cache_no_page(tmp_path):
     ],
 )
 def test_shares_never_hide_a_rest(part, whole, wanted):
-    assert share_of(part, whole) == wanted
+    assert percent(part, whole) == wanted
 
 
 def test_visible_cuts_before_it_spells_out():

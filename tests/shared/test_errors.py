@@ -13,7 +13,7 @@ import torch
 from shared.cache.layout import cache_layout
 from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError, exhausted, run_main
-from shared.storage import urls
+from shared.storage import retry, urls
 from shared.storage.errors import is_mistake
 from shared.storage.files import dump_json, load_json
 
@@ -113,7 +113,7 @@ def test_names_that_are_not_utf8_are_printed_and_kept(tmp_path):
 
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError, AssertionError, KeyError])
 def test_a_mistake_passes_as_it_is_and_at_once(kind, monkeypatch):
-    monkeypatch.setattr(urls.time, "sleep", lambda _: pytest.fail("a mistake was tried again"))
+    monkeypatch.setattr(retry.time, "sleep", lambda _: pytest.fail("a mistake was tried again"))
     place = urls.place("memory://bucket/file")
 
     def act():
@@ -125,7 +125,7 @@ def test_a_mistake_passes_as_it_is_and_at_once(kind, monkeypatch):
 
 
 def test_what_a_library_raises_is_no_mistake(monkeypatch):
-    monkeypatch.setattr(urls.time, "sleep", lambda _: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
     place = urls.place("memory://bucket/file")
 
     class ClientError(KeyError):

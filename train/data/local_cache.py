@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from shared.cache.units import Shard
 from shared.errors import UserError
+from shared.storage.files import free_bytes
 from shared.wording import size_of
 from train.data.local import OPEN_FILES, LocalReader, Span
 from train.data.remote import RemoteReader
@@ -52,7 +52,7 @@ class LocalCache:
         for shard in shards:
             with contextlib.suppress(FileNotFoundError):
                 kept += self.path(shard).stat().st_blocks * 512
-        free = shutil.disk_usage(self.folder).free
+        free = free_bytes(self.folder)
         return (
             f"local cache {self.folder}: up to {size_of(total)}, {size_of(kept)} of them "
             f"there, {size_of(free)} free"
