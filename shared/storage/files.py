@@ -148,11 +148,6 @@ def dump_json(value: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def load_json(path: Place) -> Any:
-    """Parse a JSON file. Raises UserError, naming the file, where it is missing or damaged."""
-    return parse_json(read_file(path), path)
-
-
 def parse_json(content: bytes, path: Place, remedy: str = "restore it or build it anew") -> Any:
     """What a JSON file holds. Raises UserError, naming it and the remedy, where it is damaged."""
     try:

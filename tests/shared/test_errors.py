@@ -1,6 +1,7 @@
 """What the machine refuses ends in one line, and a mistake in the program in a traceback."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError, exhausted, run_main
 from shared.storage import retry, urls
 from shared.storage.errors import is_mistake
-from shared.storage.files import dump_json, load_json
+from shared.storage.files import dump_json
 
 
 def said(raised, capsys) -> str:
@@ -108,7 +109,7 @@ def test_names_that_are_not_utf8_are_printed_and_kept(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(dump_json({"name": odd}))
     path.read_bytes().decode("utf-8")  # any reader of JSON takes it
-    assert load_json(path) == {"name": odd}
+    assert json.loads(path.read_bytes()) == {"name": odd}
 
 
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError, AssertionError, KeyError])

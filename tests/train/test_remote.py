@@ -71,7 +71,7 @@ def test_only_the_view_and_the_caption_are_read(cache, memory, monkeypatch):
     loader.buckets = [bucket for bucket in loader.buckets if bucket.layout.latent_size == (8, 8)]
     bucket = loader.buckets[0]
     into = bytearray(2 * 4 * 2 * 8 * 8)
-    bucket.finish(bucket.begin(bucket.spans(3, (("latents", 1),), [memoryview(into)])))
+    bucket.finish(bucket.start(bucket.spans(3, (("latents", 1),), [memoryview(into)])))
     assert asked == {"bytes": len(into), "samples": 1}
 
 

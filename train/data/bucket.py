@@ -76,9 +76,9 @@ class Bucket:
             for offset, nbytes, parts in self._runs(rows)
         ]  # fmt: skip
 
-    def begin(self, spans: Sequence[Span]) -> list[Span]:
+    def start(self, spans: Sequence[Span]) -> list[Span]:
         """Start reading without waiting; returns what `finish` must still be given."""
-        return self._reader.begin(spans)
+        return self._reader.start(spans)
 
     def finish(self, spans: Sequence[Span]) -> None:
         """Wait until all is filled. Raises UserError, naming the sample, where it cannot be."""
@@ -87,7 +87,7 @@ class Bucket:
     def read(self, number: int, name: str, row: int, into: NDArray[Any]) -> None:
         """Row `row` of a sample's field into a contiguous array. Raises UserError as `finish`."""
         view = memoryview(into).cast("B")
-        self.finish(self.begin(self.spans(number, ((name, row),), [view])))
+        self.finish(self.start(self.spans(number, ((name, row),), [view])))
 
     def heads(self, shards: Sequence[int]) -> list[bytearray]:
         """Header and record of the first sample of these shards. Raises UserError as `finish`."""
@@ -103,7 +103,7 @@ class Bucket:
         for number, record in zip(numbers, found, strict=True):
             shard, start = self.locate(number)
             spans.append(Span(shard, start + BLOCK, len(record), (memoryview(record),)))
-        self.finish(self.begin(spans))
+        self.finish(self.start(spans))
         return [self._parsed(*pair) for pair in zip(numbers, found, strict=True)]
 
     def num_captions(self, numbers: Sequence[int]) -> list[int]:

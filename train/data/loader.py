@@ -137,7 +137,7 @@ class Loader:
             rows = wanted_rows(bucket.layout, choice)
             views = [slot.views[name][at] for name, _ in rows]
             spans += bucket.spans(sample, rows, views)
-        rest = bucket.begin(spans)
+        rest = bucket.start(spans)
         # The noise is drawn while the disk works.
         latent_noises = [self._draw(slot, row, *pair) for row, pair in enumerate(drawn)]
         bucket.finish(rest)

@@ -143,10 +143,10 @@ class KeepingReader:
         paths = [local.path(shard) for shard in shards]
         self._kept = LocalReader(paths, stride, f"delete {local.folder} and resume")
 
-    def begin(self, spans: Sequence[Span]) -> list[Span]:
+    def start(self, spans: Sequence[Span]) -> list[Span]:
         """Fill what the local cache holds in memory."""
         here, elsewhere = self._split(spans)
-        return self._kept.begin(here) + elsewhere
+        return self._kept.start(here) + elsewhere
 
     def finish(self, spans: Sequence[Span]) -> None:
         """Read the rest from the local cache or from afar."""
@@ -155,8 +155,8 @@ class KeepingReader:
         if self.local.full:
             self.remote.finish(elsewhere)
             return
-        wanted = dict.fromkeys(self._place(span) for span in elsewhere)
-        samples = {place: bytearray(self.stride) for place in wanted}
+        wanted = dict.fromkeys(self._position(span) for span in elsewhere)
+        samples = {position: bytearray(self.stride) for position in wanted}
         self.remote.finish(
             [
                 Span(shard, sample * self.stride, self.stride, (memoryview(data),))
@@ -167,14 +167,14 @@ class KeepingReader:
             self.local.keep(self.shards[shard], sample, data)
         for span in elsewhere:
             start = span.offset % self.stride
-            data = memoryview(samples[self._place(span)])
+            data = memoryview(samples[self._position(span)])
             span.put(data[start : start + span.nbytes])
 
     def peek(self, spans: Sequence[Span]) -> None:
         """Read from afar, these bytes alone, and keep nothing."""
         self.remote.peek(spans)
 
-    def _place(self, span: Span) -> tuple[int, int]:
+    def _position(self, span: Span) -> tuple[int, int]:
         return span.shard, span.offset // self.stride
 
     def _split(self, spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:

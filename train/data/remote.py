@@ -24,7 +24,7 @@ class RemoteReader:
         # Only asynchronous file systems can be told how long to wait.
         self._options = {"timeout": TIMEOUT} if isinstance(fs, AsyncFileSystem) else {}
 
-    def begin(self, spans: Sequence[Span]) -> list[Span]:
+    def start(self, spans: Sequence[Span]) -> list[Span]:
         """Nothing can be had without waiting."""
         return list(spans)
 
