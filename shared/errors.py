@@ -110,7 +110,7 @@ def _drop_unwritten() -> None:
 
 
 def system_error(error: OSError) -> str:
-    """An error of the operating system in a line: which file, what is wrong, what to do."""
+    """Return an error of the operating system in a line: which file, what is wrong, what to do."""
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     remedies = REMEDIES | TROUBLE
     if not isinstance(error.errno, int) or error.errno not in remedies:
@@ -121,7 +121,7 @@ def system_error(error: OSError) -> str:
 
 
 def unreadable(error: OSError) -> str:
-    """Why a file cannot be read, and what to do about it."""
+    """Return why a file cannot be read, and what to do about it."""
     why = error.strerror or first_line(error)
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTDIR, *TROUBLE):
         return f"({why}): {(REMEDIES | TROUBLE)[error.errno]}"
@@ -130,7 +130,7 @@ def unreadable(error: OSError) -> str:
 
 
 def exhausted(error: BaseException) -> str:
-    """Which memory is full, or an empty string where the error says nothing of the kind."""
+    """Return which memory is full, or an empty string where the error says nothing of the kind."""
     if isinstance(error, MemoryError):
         return "the memory is full"
     torch = sys.modules.get("torch")  # which takes a while to load
@@ -143,7 +143,7 @@ def exhausted(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """Return the first line of what an error says, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

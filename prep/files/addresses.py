@@ -19,7 +19,7 @@ class Strayed(PermissionError):
 
 
 def origin(url: str) -> tuple[str, ...] | None:
-    """Whom an address asks: host and port, bucket, or repository; None where that is unclear."""
+    """Return whom an address asks: host and port, bucket, repository; None where it is unclear."""
     try:
         parts = urlsplit(url)
         port = parts.port if parts.scheme in WEB else None
@@ -42,7 +42,7 @@ def strayed(error: BaseException) -> bool:
 
 
 def web_options(stay: bool) -> Mapping[str, Any]:
-    """fsspec's, to fetch pictures: nobody is waited for long, and `stay` follows no redirect away.
+    """Return fsspec's options for pictures: nobody is waited for long, `stay` allows no redirect away.
 
     A redirect within a host, also from http to https, is followed.
     """

@@ -47,7 +47,7 @@ class RemoteFile:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The bytes, as a file that can be read in order and sought in."""
+        """Yield the bytes, as a file that can be read in order and sought in."""
         with RetryingFile(self.url) as raw, io.BufferedReader(raw, 1 << 16) as file:
             yield file
 
@@ -62,7 +62,7 @@ class Found:
 
 
 def find_remote(patterns: Sequence[str]) -> list[Found]:
-    """What URLs and globs of URLs stand for. Raises UserError for whatever is not there."""
+    """Find what URLs and globs of URLs stand for. Raises UserError for whatever is not there."""
     found: list[tuple[str, Mapping[str, Any] | None]] = []
     for pattern in patterns:
         found += _glob(pattern) if _has_magic(pattern) else [(pattern, None)]
@@ -109,7 +109,7 @@ def _glob(pattern: str) -> list[tuple[str, Mapping[str, Any] | None]]:
 
 
 def _infos(urls: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Details of each URL: by folder where many lie together, else several at a time."""
+    """Return the details of each URL: by folder where many lie together, else several at a time."""
     known: dict[str, Mapping[str, Any]] = {}
     folders = defaultdict(list)
     for url in urls:
@@ -181,19 +181,19 @@ class RetryingFile(io.RawIOBase):
         self._ranges = ranges  # until the server turns out not to know them
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Yes: reading goes on elsewhere."""
+        """Return True: reading goes on elsewhere."""
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
+        """Return where the next read starts."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As for any file."""
+        """Move where the next read starts, as in any file."""
         if whence == io.SEEK_END:
             self._attempt(self._open)
             assert self._size is not None, self.url

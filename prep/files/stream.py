@@ -33,7 +33,7 @@ class Stream(Protocol):
         """What the user typed, for messages and records."""
 
     def open(self) -> AbstractContextManager[BinaryIO]:
-        """The bytes. Raises OSError or SourceError where they cannot be had."""
+        """Return the bytes. Raises OSError or SourceError where they cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LocalFile:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The file."""
+        """Yield the file."""
         with open(self.path, "rb") as file:
             yield file
 
@@ -69,7 +69,7 @@ class Command:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Its output. Whoever reads to the end gets SourceError if the command failed."""
+        """Yield its output. Whoever reads to the end gets SourceError if the command failed."""
         process = subprocess.Popen(
             self.command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             start_new_session=True,
@@ -118,7 +118,7 @@ class _Output(io.RawIOBase):
 
 @contextmanager
 def decompressed(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The content of `file`, which may be plain, zstd or gzip: its first bytes tell."""
+    """Yield the content of `file`, which may be plain, zstd or gzip: its first bytes tell."""
     head = cast(io.BufferedReader, file).peek(4)[:4]
     if head == ZSTD:
         with zstandard.ZstdDecompressor().stream_reader(

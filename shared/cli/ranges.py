@@ -56,7 +56,7 @@ class Numbers(tyro.constructors.PrimitiveConstructorSpec[Any]):
         return self.metavar
 
     def words(self) -> str:
-        """As people say it: `at least 1`."""
+        """Return it as people say it: `at least 1`."""
         if self.high == math.inf:
             return f"{'above' if self.above else 'at least'} {self.low}"
         first = "above" if self.above else "from"
@@ -82,6 +82,6 @@ def check_numbers(config: Any) -> None:
 
 
 def numbers_of(hint: Any) -> Numbers | None:
-    """The range that a type names, also as one of `int | None`."""
+    """Return the range that a type names, also as one of `int | None`."""
     inner = [getattr(one, "__metadata__", ()) for one in (hint, *typing.get_args(hint))]
     return next((one for extras in inner for one in extras if isinstance(one, Numbers)), None)

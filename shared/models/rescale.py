@@ -64,14 +64,14 @@ class Float32GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The normalised input, in the input's dtype."""
+        """Return the normalised input, in the input's dtype."""
         weight, bias = self.weight.float(), self.bias.float()
         normal = nn.functional.group_norm(input.float(), self.num_groups, weight, bias, self.eps)
         return normal.to(input.dtype)
 
 
 def rescale_vae(vae: AutoencoderKL, encoder_scale: float, decoder_scale: float) -> AutoencoderKL:
-    """A copy whose residual streams are scaled by powers of two; in fp32 it computes the same bits.
+    """Copy a VAE, its residual streams scaled by powers of two; in fp32 it computes the same bits.
 
     Scaling a scaled VAE multiplies the scales. The copy's `force_upcast` is off, so that diffusers'
     pipelines leave it in fp16. Raises UserError for a VAE that is not built as AutoencoderKL is.
@@ -95,19 +95,19 @@ def rescale_vae(vae: AutoencoderKL, encoder_scale: float, decoder_scale: float) 
 
 
 def scales_of(vae: AutoencoderKL) -> Scales:
-    """How a VAE's streams are scaled; 1 and 1 for an ordinary one."""
+    """Return how a VAE's streams are scaled; 1 and 1 for an ordinary one."""
     scales: Scales = vae.__dict__.get("rescale", Scales())
     return scales
 
 
 def plain_vae(vae: AutoencoderKL) -> AutoencoderKL:
-    """The VAE as it was before it was rescaled, with the same weights bit for bit."""
+    """Return the VAE as it was before it was rescaled, with the same weights bit for bit."""
     scales = scales_of(vae)
     return vae if scales == Scales() else rescale_vae(vae, 1 / scales.encoder, 1 / scales.decoder)
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:
-    """The fingerprint of the unscaled weights: VAEs that compute the same have the same."""
+    """Return the fingerprint of the unscaled weights: VAEs that compute the same have the same."""
     return fingerprint(plain_vae(vae))
 
 
@@ -127,12 +127,12 @@ def calibrate(vae: AutoencoderKL, images: Tensor) -> Scales:
 
 
 def encoder_peak(vae: AutoencoderKL, images: Tensor) -> float:
-    """The largest magnitude in the encoder's stream; inf or nan where it is not finite."""
+    """Return the largest magnitude in the encoder's stream; inf or nan where it is not finite."""
     return stream_peak(vae.encoder, partial(vae.encode, images))
 
 
 def scale_for(peak: float) -> float:
-    """The largest power of two, at most 1, that brings `peak` below 2**12."""
+    """Return the largest power of two, at most 1, that brings `peak` below 2**12."""
     if not math.isfinite(peak):
         raise UserError(
             "the VAE's activations are not finite in float32: its weights are damaged, "
@@ -146,7 +146,7 @@ def scale_for(peak: float) -> float:
 
 @torch.inference_mode()
 def stream_peak(stack: nn.Module, run: Callable[[], object]) -> float:
-    """The largest magnitude in the stream of `stack` (an encoder or decoder) while `run` goes."""
+    """Measure the largest magnitude in the stream of `stack`, an encoder or decoder, in `run`."""
     stream = stream_of(stack)
     seen: list[Tensor] = []
 

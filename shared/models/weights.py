@@ -27,7 +27,7 @@ UNUSABLE = (
 
 
 def load_whole(load: Callable[..., Any], source: str, part: str, **options: Any) -> Any:
-    """The model that a library's `from_pretrained` reads from `source`, with all its weights.
+    """Load the model that a library's `from_pretrained` reads from `source`, with all its weights.
 
     Raises UserError where there is none, or where it would have weights that no file gave it.
     """
@@ -42,7 +42,7 @@ def load_whole(load: Callable[..., Any], source: str, part: str, **options: Any)
 
 @contextmanager
 def _silent(*libraries: str) -> Iterator[None]:
-    """Their warnings of what is refused here, in tables of many lines, are not shown."""
+    """Silence their warnings, tables of many lines, of what is refused here."""
     loggers = [logging.getLogger(library) for library in libraries]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -67,7 +67,7 @@ def check_loaded(told: Mapping[str, Any], source: str, part: str) -> None:
 
 
 def check_finite(model: M, source: str, part: str) -> M:
-    """The model. Raises UserError, naming the first, for weights that are not finite."""
+    """Return the model. Raises UserError, naming the first, for weights that are not finite."""
     for name, tensor in model.named_parameters():
         if not is_finite(tensor):
             raise UserError(

@@ -13,7 +13,7 @@ KEYLESS = ("NoCredentialsError", "PartialCredentialsError")  # of botocore, whic
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
+    """Return the URL as it may be shown."""
     return re.sub(r"(?<=://)[^/@]*@", "", url)
 
 
@@ -66,7 +66,7 @@ def is_absence(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error is about; botocore keeps it in the answer's metadata."""
+    """Return the HTTP status that an error is about; botocore keeps it in the answer's metadata."""
     answer = getattr(error.__cause__ or error, "response", None)
     told = answer.get("ResponseMetadata", {}) if isinstance(answer, Mapping) else {}
     status = told.get("HTTPStatusCode")
@@ -74,7 +74,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def cause_of(error: BaseException) -> str:
-    """What went wrong, in a few words."""
+    """Return what went wrong, in a few words."""
     if status := _http_status(error):
         return f"HTTP {status}"
     told = error.__cause__ or error

@@ -29,7 +29,7 @@ def worth_another_try(error: BaseException) -> bool:
 def with_retries(
     act: Callable[[], T], tries: int = TRIES, failed: Callable[[int], None] | None = None
 ) -> T:
-    """Return what `act` returns, called up to `tries` times with ever longer waits in between.
+    """Call `act` up to `tries` times, with ever longer waits in between; return what it returns.
 
     `failed` is told the number of each failure (1, 2, ...) that another try follows. Raises what
     the last call raised.

@@ -43,7 +43,7 @@ class RemotePlace(ProxyUPath):
     __slots__ = ()
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
-        """Size and times; FileNotFoundError where there is nothing."""
+        """Return the size and times; FileNotFoundError where there is nothing."""
         return self._attempt(super().stat)
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
@@ -62,7 +62,7 @@ class RemotePlace(ProxyUPath):
             return False
 
     def file_sizes(self) -> dict[str, int]:
-        """Name and size of each file in a folder; nothing where there is no folder."""
+        """Return the name and size of each file in a folder; nothing where there is no folder."""
         try:
             found = self._attempt(lambda: self.fs.ls(self.path, detail=True))
         except FileNotFoundError:
@@ -71,17 +71,17 @@ class RemotePlace(ProxyUPath):
         return {info["name"].rpartition("/")[2]: info["size"] for info in files}
 
     def glob(self, pattern: str) -> Iterator[RemotePlace]:  # type: ignore[override]
-        """The folder's files whose names match."""
+        """Yield the folder's files whose names match."""
         for name in self.file_sizes():
             if fnmatchcase(name, pattern):
                 yield self / name
 
     def read_bytes(self) -> bytes:
-        """The whole file."""
+        """Return the whole file."""
         return self.read_range(0, None)  # with a start s3fs does not ask for the size first
 
     def read_range(self, start: int, end: int | None) -> bytes:
-        """Bytes `start` to `end`, in one request; fewer where the file ends before."""
+        """Return bytes `start` to `end`, in one request; fewer where the file ends before."""
         return bytes(self._attempt(lambda: self._range(start, end)))
 
     def _range(self, start: int, end: int | None) -> bytes:
@@ -93,7 +93,7 @@ class RemotePlace(ProxyUPath):
             raise
 
     def open(self, mode: str = "rb", buffering: int = BLOCK_BYTES) -> BinaryIO:  # type: ignore[override]
-        """The bytes as a file: read by the block, or exactly what is asked for with 0."""
+        """Return the bytes as a file: read by the block, or exactly what is asked for with 0."""
         assert mode == "rb", "files are published, see shared.storage.files"
         raw = _Ranges(self)
         return cast(BinaryIO, io.BufferedReader(raw, buffering) if buffering else raw)
@@ -128,7 +128,7 @@ class RemotePlace(ProxyUPath):
         return True
 
     def tag(self) -> str | None:
-        """What S3 tells one content of this file from another by; None elsewhere, or without it."""
+        """Return by what S3 tells contents of this file apart; None elsewhere or for no file."""
         try:
             info = self._attempt(lambda: self.fs.info(self.path))
         except FileNotFoundError:
@@ -221,7 +221,7 @@ def is_url(text: str) -> bool:
 
 
 def place(text: str) -> Place:
-    """The place that a text stands for. Raises UserError for a URL that cannot be used.
+    """Return the place that a text stands for. Raises UserError for a URL that cannot be used.
 
     What people type is read by `shared.cli.paths.any_place`.
     """

@@ -44,7 +44,7 @@ def check_fit(manifest: Manifest, family: str, unet: Mapping[str, Any], cache: A
 def wanted_shapes(
     layout: Layout, unet: Mapping[str, Any], views: int, factor: int
 ) -> dict[str, str]:
-    """What each field of a layout must look like for this UNet; sizes that are free are its own."""
+    """Say what each field of a layout must look like for this UNet; free sizes are its own."""
     captions, length = layout.field("prompt_embeds").shape[:2]
     height, width = layout.latent_size
     channels = factor * unet["in_channels"]

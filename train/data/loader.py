@@ -88,7 +88,7 @@ class Loader:
         return self.batches()
 
     def batches(self) -> Generator[Batch, None, None]:
-        """The endless stream; closing it ends the threads."""
+        """Yield the endless stream; closing it ends the threads."""
         places = [RingPlace(self._allocate()) for _ in range(self.ahead + 1)]
         begin = partial(use_device, self.device)
         self._ring = Ring(self._fill_and_send, places, self.threads, begin)
@@ -107,7 +107,7 @@ class Loader:
                 bucket.close()
 
     def names(self, index: int) -> list[str]:
-        """How errors call the samples of global batch `index`."""
+        """Return how errors call the samples of global batch `index`."""
         bucket, ids = self.order.batch(index)
         return [self.buckets[bucket].name(int(sample)) for sample in ids]
 
@@ -152,7 +152,7 @@ class Loader:
     def _draw(
         self, slot: Slot, row: int, rng: np.random.Generator, choice: Choice
     ) -> NDArray[np.float32] | None:
-        """Everything that is not read; the VAE's noise, if any, is returned."""
+        """Draw everything that is not read; returns the VAE's noise, if there is any."""
         slot.arrays["index"][row] = choice.index
         slot.arrays["w"][row] = choice.w
         for name in ("pooled_prompt_embeds", "prompt_embeds"):
@@ -182,7 +182,7 @@ class Loader:
 
 
 def wanted_rows(layout: Layout, choice: Choice) -> Rows:
-    """What must be read of a sample."""
+    """Return what must be read of a sample."""
     rows = {
         "latents": choice.view,
         "pooled_prompt_embeds": None if choice.drop_caption else choice.caption,
@@ -194,7 +194,7 @@ def wanted_rows(layout: Layout, choice: Choice) -> Rows:
 
 
 def all_finite(values: NDArray[np.float16]) -> bool:
-    """Whether a contiguous fp16 array holds neither infinities nor NaN.
+    """Return whether a contiguous fp16 array holds neither infinities nor NaN.
 
     Compares bits: ten times faster than NumPy's and torch's tests of fp16.
     """
@@ -202,7 +202,7 @@ def all_finite(values: NDArray[np.float16]) -> bool:
 
 
 def fault(arrays: Sequence[NDArray[np.float16]], channels: int) -> str:
-    """What is wrong with the numbers of a sample, its latents first, or an empty string.
+    """Return what is wrong with the numbers of a sample, its latents first, or an empty string.
 
     They are finite, and no array is one value alone, such as zeros. (The latents' means, that is:
     a logvar may be clamped.)
@@ -214,7 +214,7 @@ def fault(arrays: Sequence[NDArray[np.float16]], channels: int) -> str:
 
 
 def is_constant(values: NDArray[np.float16]) -> bool:
-    """Whether an array of several numbers holds one value alone, such as zeros.
+    """Return whether an array of several numbers holds one value alone, such as zeros.
 
     Its ends are compared first: they differ in all but one of thousands.
     """
@@ -228,7 +228,7 @@ def finish_latents(
     scaling_factor: float,
     into: Tensor,
 ) -> None:
-    """x0 `[C, h, w]` from the stored mean, or mean and logvar: sampled and scaled in fp32."""
+    """Make x0 `[C, h, w]` of the stored mean, or mean and logvar: sampled and scaled in fp32."""
     values: NDArray[np.float16] | NDArray[np.float32] = raw
     if noise is not None:
         mean, logvar = np.split(raw.astype(np.float32), 2)

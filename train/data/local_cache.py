@@ -41,12 +41,12 @@ class LocalCache:
         self._lock, self._syncing = threading.Lock(), threading.Lock()
 
     def path(self, shard: Shard) -> Path:
-        """Where a shard's samples are kept."""
+        """Return where a shard's samples are kept."""
         assert shard.sha256, shard
         return self.folder / f"{shard.sha256}.samples"
 
     def announce(self, shards: Sequence[Shard]) -> str:
-        """How much room the cache's samples may take, in one line."""
+        """Say how much room the cache's samples may take, in one line."""
         total = sum(shard.size for shard in shards)
         kept = 0
         for shard in shards:
@@ -178,7 +178,7 @@ class KeepingReader:
         return span.shard, span.offset // self.stride
 
     def _split(self, spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
-        """Those that the local cache holds, and the others."""
+        """Return those that the local cache holds, and the others."""
         held = [self.local.holds(self.shards[s.shard], s.offset // self.stride) for s in spans]
         return (
             [span for span, here in zip(spans, held, strict=True) if here],

@@ -25,7 +25,7 @@ class RemoteReader:
         self._options = {"timeout": TIMEOUT} if isinstance(fs, AsyncFileSystem) else {}
 
     def start(self, spans: Sequence[Span]) -> list[Span]:
-        """Nothing can be had without waiting."""
+        """Return all: nothing can be had without waiting."""
         return list(spans)
 
     def finish(self, spans: Sequence[Span]) -> None:
@@ -71,7 +71,7 @@ class RemoteReader:
         return sorted(failed, key=lambda pair: worth_another_try(pair[1]))
 
     def _ask(self, spans: Sequence[Span]) -> list[bytes | Exception]:
-        """For each span its bytes, or the exception that came instead."""
+        """Return each span's bytes, or the exception that came instead."""
         paths = [self.paths[span.shard] for span in spans]
         starts = [span.offset for span in spans]
         ends = [span.offset + span.nbytes for span in spans]
@@ -83,7 +83,7 @@ class RemoteReader:
             return [error] * len(spans)
 
     def _complaint(self, span: Span, error: Exception) -> str:
-        """Which sample cannot be read, and why."""
+        """Say which sample cannot be read, and why."""
         name = without_password(self.names[span.shard])
         return f"{name} sample {span.offset // self.stride}: {first_line(error)}"
 

@@ -44,7 +44,7 @@ def _optimizer(value: Any) -> Settings:
 
 
 def _square(value: Any) -> Settings:
-    """`512,512` and `[512, 512]` are 512."""
+    """Read `512,512` and `[512, 512]` as 512."""
     sides = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
     if len(sides) == 1:
         return {"resolution": value}
@@ -62,7 +62,7 @@ def _square(value: Any) -> Settings:
 
 
 def _warmup(value: Any) -> Settings:
-    """A whole number of steps; kohya's share of them is refused."""
+    """Read a whole number of steps; kohya's fraction of them is refused."""
     try:
         share = "." in str(value) and 0 < float(value) < 1
     except ValueError:
