@@ -42,7 +42,7 @@ def strayed(error: BaseException) -> bool:
 
 
 def web_options(stay: bool) -> Mapping[str, Any]:
-    """Return fsspec's options for pictures: nobody is waited for long, `stay` allows no redirect away.
+    """Return fsspec's options for pictures: none is waited for long, `stay` allows no redirect.
 
     A redirect within a host, also from http to https, is followed.
     """

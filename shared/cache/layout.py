@@ -162,7 +162,7 @@ class Layout:
             return self.unpack(file.read(self.stride))
 
     def crc32(self, arrays: Mapping[str, NDArray[Any]]) -> int:
-        """Return the checksum of a sample's arrays as they are stored, one field after the other."""
+        """Return the checksum of a sample's arrays as stored, one field after the other."""
         crc = 0
         for field in self.fields:
             data = np.ascontiguousarray(arrays[field.name], dtype=field.dtype)

@@ -194,7 +194,7 @@ def read_all(paths: Sequence[Place]) -> Iterator[bytes | None]:
 
 
 def file_sizes(folder: Place) -> dict[str, int]:
-    """Return the name and size of each file in a folder, by name; nothing where there is no folder."""
+    """Return name and size of each file in a folder, by name; nothing for no folder."""
     if not isinstance(folder, Path):
         return dict(sorted(folder.file_sizes().items()))
     files = [path for path in sorted(folder.iterdir()) if path.is_file()] if folder.is_dir() else []

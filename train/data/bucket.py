@@ -140,7 +140,7 @@ class Bucket:
 
 
 def runs(layout: Layout, rows: Rows) -> list[tuple[int, int, list[int | memoryview]]]:
-    """Return what lies together of these rows: offset, bytes, which rows; gaps have memory instead."""
+    """Return what of these rows lies together: offset, bytes, rows; gaps have memory instead."""
     found: list[tuple[int, int, list[int | memoryview]]] = []
     for part, (name, row) in enumerate(rows):
         field = layout.field(name)
