@@ -140,7 +140,7 @@ class Layout:
         """Of a sample: the record and its header."""
         return BLOCK + self.record_bytes
 
-    def unpack_head(self, head: bytes | memoryview) -> tuple[str, dict[str, Any]]:
+    def unpack_head(self, head: bytes | bytearray | memoryview) -> tuple[str, dict[str, Any]]:
         """Return key and record of a sample, from its first `head_bytes`.
 
         Raises ValueError where they are not the beginning of a sample of this layout.

@@ -86,7 +86,7 @@ class Bucket:
 
     def read(self, number: int, name: str, row: int, into: NDArray[Any]) -> None:
         """Read a row of a sample's field into a contiguous array. Raises UserError as `finish`."""
-        view = memoryview(into).cast("B")
+        view = into.data.cast("B")
         self.finish(self.start(self.spans(number, ((name, row),), [view])))
 
     def heads(self, shards: Sequence[int]) -> list[bytearray]:
@@ -108,10 +108,12 @@ class Bucket:
 
     def num_captions(self, numbers: Sequence[int]) -> list[int]:
         """Return how many captions these samples have. Raises UserError as `records` does."""
-        found = [record.get("num_captions") for record in self.records(numbers)]
-        for number, count in zip(numbers, found, strict=True):
+        found: list[int] = []
+        for number, record in zip(numbers, self.records(numbers), strict=True):
+            count = record.get("num_captions")
             if type(count) is not int or not 1 <= count <= self.layout.captions:
                 raise self._damaged_record(number)
+            found.append(count)
         return found
 
     def record(self, number: int) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def wanted_shapes(
     layout: Layout, unet: Mapping[str, Any], views: int, factor: int
 ) -> dict[str, str]:
     """Say what each field of a layout must look like for this UNet; free sizes are its own."""
-    captions, length = layout.field("prompt_embeds").shape[:2]
+    text = layout.field("prompt_embeds")
+    assert text is not None  # every layout has it
+    captions, length = text.shape[:2]
     height, width = layout.latent_size
     channels = factor * unet["in_channels"]
     wanted = {

@@ -1,5 +1,15 @@
 """Batches from a cache: threads read exactly the bytes a step wants, straight into batch slots.
 
+The stages of a batch; threads go through them several batches ahead of training (prefetch.py):
+
+1. which samples: this rank's slice of a global batch (`Order.rank_batch`);
+2. what of each: view, caption, dropout, timestep and guidance, drawn by position (`choose`);
+3. where it lies: a span of bytes per run of neighbouring fields (`Bucket.spans`);
+4. reading starts (`Bucket.start`), and while the disk works the noise is drawn (`_draw`);
+5. reading ends (`Bucket.finish`), and what no encoder gives is refused (`_check`);
+6. x0 is sampled from the posterior, if that is stored, and scaled (`finish_latents`);
+7. the batch is copied to the device, beside the step before it (`_fill_and_send`).
+
 No worker processes and no mmap: both were measured several times slower (docs/loader.md).
 """
 
@@ -76,7 +86,9 @@ class Loader:
         remote = any(bucket.remote for bucket in buckets)
         self.ahead = ahead or (REMOTE_AHEAD if remote else AHEAD)
         self.threads = max(threads, self.ahead) if remote else threads
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ring: Ring[RingPlace, tuple[Batch, torch.cuda.Event | None]] | None = None
 
     @property
@@ -233,6 +245,6 @@ def finish_latents(
     if noise is not None:
         mean, logvar = np.split(raw.astype(np.float32), 2)
         values = mean + np.exp(0.5 * logvar) * noise
-    parts = torch.from_numpy(values).flatten().split(GRAIN)
-    for x0, part in zip(into.flatten().split(GRAIN), parts, strict=True):
+    parts = torch.split(torch.from_numpy(values).flatten(), GRAIN)
+    for x0, part in zip(torch.split(into.flatten(), GRAIN), parts, strict=True):
         x0.copy_(part).mul_(scaling_factor)

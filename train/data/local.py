@@ -26,7 +26,7 @@ class Span(NamedTuple):
     nbytes: int
     views: tuple[memoryview, ...]
 
-    def put(self, data: bytes | memoryview) -> None:
+    def put(self, data: bytes | bytearray | memoryview) -> None:
         """Fill the views from `nbytes` bytes."""
         view, start = memoryview(data), 0
         for into in self.views:

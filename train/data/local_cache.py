@@ -167,8 +167,8 @@ class KeepingReader:
             self.local.keep(self.shards[shard], sample, data)
         for span in elsewhere:
             start = span.offset % self.stride
-            data = memoryview(samples[self._position(span)])
-            span.put(data[start : start + span.nbytes])
+            whole = memoryview(samples[self._position(span)])
+            span.put(whole[start : start + span.nbytes])
 
     def peek(self, spans: Sequence[Span]) -> None:
         """Read from afar, these bytes alone, and keep nothing."""
