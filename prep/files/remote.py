@@ -22,6 +22,7 @@ from prep.rows.row import SourceError
 from shared.errors import UserError
 from shared.storage.errors import cause_of, known_protocol, status_of, without_password
 from shared.storage.retry import TRIES, with_retries, worth_another_try
+from shared.storage.urls import RangedFile
 
 T = TypeVar("T")
 
@@ -163,7 +164,7 @@ class Unreadable(SourceError):
         self.strayed = strayed(error)
 
 
-class RetryingFile(io.RawIOBase):
+class RetryingFile(RangedFile):
     """A remote file that is opened again where reading it broke off.
 
     Raises Unreadable, naming URL and cause, when `tries` attempts in a row have failed.
@@ -173,57 +174,34 @@ class RetryingFile(io.RawIOBase):
         self, url: str, tries: int = TRIES, options: Mapping[str, Any] | None = None,
         ranges: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(self.read_range, self.size)
         self.url, self.tries, self.options = url, tries, options
         self._file: Any = None
+        self._at = 0  # where the open file stands
         self._size: int | None = None
-        self._position = 0
         self._ranges = ranges  # until the server turns out not to know them
 
-    def readable(self) -> bool:
-        """Return True."""
-        return True
+    def size(self) -> int:
+        """Return the file's bytes, as the server says. Raises Unreadable."""
+        self._attempt(lambda: self._open(self.position))
+        assert self._size is not None, self.url
+        return self._size
 
-    def seekable(self) -> bool:
-        """Return True: reading goes on elsewhere."""
-        return True
-
-    def tell(self) -> int:
-        """Return where the next read starts."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move where the next read starts, as in any file."""
-        if whence == io.SEEK_END:
-            self._attempt(self._open)
-            assert self._size is not None, self.url
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size or 0}
-        position = start[whence] + offset
-        if position != self._position:
-            self._position = position
-            if self._ranges and self._file is not None:
-                self._file.seek(position)
-            else:
-                self._drop()
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill as much of `buffer` as comes at once; 0 at the end."""
-        data = self._attempt(lambda: self._read(len(buffer)))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    def read_range(self, start: int, end: int) -> bytes:
+        """Return bytes from `start` on, `end` at most. Raises Unreadable."""
+        return self._attempt(lambda: self._read(start, end - start))
 
     def close(self) -> None:
         """Let go of the connection."""
         self._drop()
         super().close()
 
-    def _read(self, count: int) -> bytes:
-        self._open()
+    def _read(self, start: int, count: int) -> bytes:
+        self._open(start)
         data = bytes(self._file.read(count))
-        if not data and self._size is not None and self._position < self._size:
-            raise OSError(f"ended after {self._position} of {self._size} bytes")
+        if not data and self._size is not None and start < self._size:
+            raise OSError(f"ended after {start} of {self._size} bytes")
+        self._at += len(data)
         return data
 
     def _attempt(self, act: Callable[[], T]) -> T:
@@ -247,7 +225,14 @@ class RetryingFile(io.RawIOBase):
         self._ranges = False  # the answer was the whole file, not the range
         return self._once(act)
 
-    def _open(self) -> None:
+    def _open(self, start: int) -> None:
+        """Let the file stand at `start`."""
+        if self._file is not None and start != self._at:
+            if self._ranges:
+                self._file.seek(start)
+            else:
+                self._drop()
+        self._at = start
         if self._file is not None:
             return
         filesystem, path = _filesystem(self.url, self.options)
@@ -256,10 +241,10 @@ class RetryingFile(io.RawIOBase):
                 path, "rb", block_size=BLOCK_BYTES, cache_type="background",
                 cache_options={"maxblocks": BLOCKS_KEPT},
             )  # fmt: skip
-            self._file.seek(self._position)
+            self._file.seek(start)
         else:
             self._file = filesystem.open(path, "rb", block_size=0)
-            left = self._position
+            left = start
             while left and (skipped := self._file.read(min(left, BLOCK_BYTES))):
                 left -= len(skipped)
         self._size = getattr(self._file, "size", None)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+from tenacity import Retrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
 from shared.errors import UserError
@@ -34,16 +34,11 @@ def with_retries(
     `failed` is told the number of each failure (1, 2, ...) that another try follows. Raises what
     the last call raised.
     """
-
-    def tell(state: RetryCallState) -> None:
-        if failed is not None:
-            failed(state.attempt_number)
-
     retrying = Retrying(
         stop=stop_after_attempt(tries),
         wait=wait_exponential_jitter(FIRST_WAIT, LONGEST_WAIT, jitter=FIRST_WAIT),
         retry=retry_if_exception(worth_another_try),
-        before_sleep=tell,
+        before_sleep=failed and (lambda state: failed(state.attempt_number)),
         sleep=time.sleep,
         reraise=True,
     )

@@ -95,7 +95,7 @@ class RemotePlace(ProxyUPath):
     def open(self, mode: str = "rb", buffering: int = BLOCK_BYTES) -> BinaryIO:  # type: ignore[override]
         """Return the bytes as a file: read by the block, or exactly what is asked for with 0."""
         assert mode == "rb", "files are published, see shared.storage.files"
-        raw = _Ranges(self)
+        raw = RangedFile(self.read_range, lambda: int(self.stat().st_size))
         return cast(BinaryIO, io.BufferedReader(raw, buffering) if buffering else raw)
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -187,29 +187,34 @@ class RemotePlace(ProxyUPath):
 Place = Path | RemotePlace
 
 
-class _Ranges(io.RawIOBase):
-    """A remote file as Python's files are: each read is one request."""
+class RangedFile(io.RawIOBase):
+    """A remote file as Python's files are: `read` gives bytes `start` to `end`, `size` their sum."""
 
-    def __init__(self, place: RemotePlace) -> None:
+    def __init__(self, read: Callable[[int, int], bytes], size: Callable[[], int]) -> None:
         super().__init__()
-        self.place, self.position = place, 0
+        self._read_range, self._size_of_all, self.position = read, size, 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True: reading goes on elsewhere."""
         return True
 
     def tell(self) -> int:
+        """Return where the next read starts."""
         return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = self.place.stat().st_size if whence == io.SEEK_END else 0
+        """Move where the next read starts, as in any file."""
+        start = self._size_of_all() if whence == io.SEEK_END else 0
         self.position = offset + (self.position if whence == io.SEEK_CUR else start)
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        data = self.place.read_range(self.position, self.position + len(buffer))
+        """Fill as much of `buffer` as comes at once; 0 at the end."""
+        data = self._read_range(self.position, self.position + len(buffer))
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)

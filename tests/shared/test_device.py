@@ -85,7 +85,7 @@ def test_a_cache_records_the_kind_of_device_alone(two_gpus, tmp_path):
     config = EncodeConfig(("some.tar",), "tiny-sd", tmp_path, device="cuda:1")
     device = choose_device(config, {})
     assert device == torch.device("cuda", 1)
-    shapes = choose_shapes(config, {}, device, 512)
+    shapes = choose_shapes(config, None, device, 512)
     assert shapes.device == "cuda"
     stored = {"shapes": shapes.to_json()}
     assert choose_device(config, stored) == device
@@ -99,9 +99,9 @@ def test_a_cache_records_the_kind_of_device_alone(two_gpus, tmp_path):
 )  # fmt: skip
 def test_as_many_pictures_at_once_as_a_gpu_has_room_for(tmp_path, kind, resolution, pictures):
     config = EncodeConfig(("some.tar",), "tiny-sd", tmp_path)
-    shapes = choose_shapes(config, {}, torch.device(kind), resolution)
+    shapes = choose_shapes(config, None, torch.device(kind), resolution)
     assert shapes.vae_batch_size == pictures
-    more = choose_shapes(replace(config, vae_batch_size=9), {}, torch.device(kind), resolution)
+    more = choose_shapes(replace(config, vae_batch_size=9), None, torch.device(kind), resolution)
     assert more.vae_batch_size == 9
 
 
