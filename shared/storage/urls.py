@@ -188,7 +188,7 @@ Place = Path | RemotePlace
 
 
 class RangedFile(io.RawIOBase):
-    """A remote file as Python's files are: `read` gives bytes `start` to `end`, `size` their sum."""
+    """A remote file as Python's files are: `read` gives bytes START to END, `size` the end."""
 
     def __init__(self, read: Callable[[int, int], bytes], size: Callable[[], int]) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ from prep.encode.settings import choose_device, choose_shapes
 from prep.images.crop import Framing
 from shared.errors import UserError
 from shared.machine.device import pick_device, use_device
+from tests.support.identity import an_identity
 from train.data.prefetch import Ring
 from train.trainer.distributed import Team
 
@@ -83,11 +84,11 @@ def test_captions_are_encoded_in_a_thread_on_their_device(two_gpus):
 def test_a_cache_records_the_kind_of_device_alone(two_gpus, tmp_path):
     """Which of a machine's GPUs it is must not make it another cache."""
     config = EncodeConfig(("some.tar",), "tiny-sd", tmp_path, device="cuda:1")
-    device = choose_device(config, {})
+    device = choose_device(config, None)
     assert device == torch.device("cuda", 1)
     shapes = choose_shapes(config, None, device, 512)
     assert shapes.device == "cuda"
-    stored = {"shapes": shapes.to_json()}
+    stored = replace(an_identity(), shapes=shapes)
     assert choose_device(config, stored) == device
     assert choose_device(replace(config, device="auto"), stored) == torch.device("cuda")
 
