@@ -136,10 +136,10 @@ def exhausted(error: BaseException) -> str:
     torch = sys.modules.get("torch")  # which takes a while to load
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full"
-    said = str(error)
-    if any(words in said for words in NO_MEMORY):
+    text = str(error)
+    if any(words in text for words in NO_MEMORY):
         return "the memory is full"
-    return "the system allows no more threads (ulimit -u)" if NO_THREADS in said else ""
+    return "the system allows no more threads (ulimit -u)" if NO_THREADS in text else ""
 
 
 def first_line(error: BaseException) -> str:

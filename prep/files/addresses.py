@@ -37,7 +37,7 @@ def origin(url: str) -> tuple[str, ...] | None:
 
 
 def strayed(error: BaseException) -> bool:
-    """Is it for a redirect? fsspec wraps what it is told."""
+    """Is it for a redirect? fsspec wraps what it catches."""
     return isinstance(error, Strayed) or isinstance(error.__cause__, Strayed)
 
 
@@ -50,9 +50,9 @@ def web_options(stay: bool) -> Mapping[str, Any]:
 
 
 async def _stay(_: Any, __: Any, answer: aiohttp.TraceRequestRedirectParams) -> None:
-    told = answer.response.headers.get("Location") or answer.response.headers.get("URI") or ""
+    target = answer.response.headers.get("Location") or answer.response.headers.get("URI") or ""
     here = str(answer.url)
-    if origin(there := urljoin(here, told)) != origin(here):
+    if origin(there := urljoin(here, target)) != origin(here):
         raise Strayed(f"it redirects to {urlsplit(there).netloc}")
 
 

@@ -8,15 +8,17 @@ is folded from the records and is all that the trainer opens.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 from unicodedata import normalize
 
 from shared.cache.identity import Identity
 from shared.cache.layout import Layout
 from shared.cache.paths import FORMAT, CachePaths, refuse_format
-from shared.cache.sums import ChannelSums
 from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from shared.storage.files import dump_json, file_sizes, parse_record, publish, read_all
@@ -118,15 +120,11 @@ def unit_files(cache: CachePaths) -> list[Place]:
 def fold(identity: Identity, units: list[UnitRecord], versions: Mapping[str, str]) -> Manifest:
     """Return the manifest that these units add up to."""
     shards = tuple(shard for unit in units for shard in unit.shards)
-    rejected: dict[str, int] = {}
+    rejected = Counter[str]()
     for unit in units:
-        for reason, count in unit.rejected.items():
-            rejected[reason] = rejected.get(reason, 0) + count
-    sums: ChannelSums | None = None
-    for unit in units:
-        if unit.sums is not None:
-            sums = unit.sums if sums is None else sums + unit.sums
-    mean, std = sums.mean_std() if sums else ([], [])
+        rejected.update(unit.rejected)
+    sums = [unit.sums for unit in units if unit.sums is not None]
+    mean, std = reduce(add, sums).mean_std() if sums else ([], [])
     return Manifest(
         identity=identity,
         layouts=tuple(sorted({shard.layout for shard in shards}, key=_by_json)),

@@ -63,15 +63,15 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
 
 def _parse_words(kind: type[T], words: Sequence[str], prog: str, default: T) -> T:
     """Read the words over the `default`. Raises UsageError with tyro's box in one line."""
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
             warnings.filterwarnings("ignore", module="tyro")  # of types: the file's are checked
             return tyro.cli(kind, args=words, prog=prog, description=kind.__doc__, default=default)
     except SystemExit as end:
         if not end.code:
             raise
-        raise UsageError(f"{unboxed(said.getvalue())}; {prog} --help lists the flags") from None
+        raise UsageError(f"{unboxed(printed.getvalue())}; {prog} --help lists the flags") from None
 
 
 def unboxed(box: str) -> str:

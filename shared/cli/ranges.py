@@ -68,7 +68,7 @@ Natural = Annotated[int, Numbers(int, 0)]  # of steps between two events: 0 for 
 Seed = Annotated[int, Numbers(int, 0, 2**63 - 1)]  # what torch and NumPy take
 Positive = Annotated[float, Numbers(float, 0, above=True)]
 NotNegative = Annotated[float, Numbers(float, 0)]
-Share = Annotated[float, Numbers(float, 0, 1)]
+Fraction = Annotated[float, Numbers(float, 0, 1)]
 BelowOne = Annotated[float, Numbers(float, 0, 1, below=True)]
 
 

@@ -20,7 +20,7 @@ def cpus(environment: Mapping[str, str] = os.environ) -> int:
     """Return processors for this process and all it does, at least one.
 
     The least of affinity, cgroup quota and Slurm's grant, of which each of the processes that a
-    launcher has started on this machine takes its share.
+    launcher has started on this machine takes its part.
     """
     granted = min(_affinity(), _quota(PROC))
     per_task = _number(environment.get("SLURM_CPUS_PER_TASK"))
@@ -37,8 +37,8 @@ def threads(environment: Mapping[str, str] = os.environ) -> int:
 
     That variable means one process already; torchrun and accelerate set it so.
     """
-    told = environment.get("OMP_NUM_THREADS", "").partition(",")[0]  # a number for each level
-    return min(cpus(environment), _number(told) or cpus(environment))
+    named = environment.get("OMP_NUM_THREADS", "").partition(",")[0]  # a number for each level
+    return min(cpus(environment), _number(named) or cpus(environment))
 
 
 def _number(text: str | None) -> int | None:
@@ -112,8 +112,8 @@ def _memberships(text: str) -> Iterator[tuple[str, str]]:
 def _mounts(text: str) -> Iterator[tuple[str, str, Path]]:
     """Yield controller, root and mount point of each hierarchy, of /proc/self/mountinfo."""
     for line in text.splitlines():
-        place, _, kind = line.partition(" - ")
-        root, mount = (_unescaped(word) for word in place.split(" ")[3:5])
+        before, _, kind = line.partition(" - ")
+        root, mount = (_unescaped(word) for word in before.split(" ")[3:5])
         name, _, options = kind.split(" ", 2)
         if name == "cgroup2":
             yield "", root, Path(mount)

@@ -33,10 +33,10 @@ def load_whole(load: Callable[..., Any], source: str, part: str, **options: Any)
     """
     try:
         with _silent("diffusers", "transformers"):
-            model, told = load(source, output_loading_info=True, **options)
+            model, info = load(source, output_loading_info=True, **options)
     except UNUSABLE as error:  # nothing of ours is called in there
         raise UserError(f"no {part} can be read from {source!r} ({first_line(error)})") from None
-    check_loaded(told, source, part)
+    check_loaded(info, source, part)
     return check_finite(model, source, part)
 
 
@@ -54,10 +54,10 @@ def _silent(*libraries: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def check_loaded(told: Mapping[str, Any], source: str, part: str) -> None:
+def check_loaded(info: Mapping[str, Any], source: str, part: str) -> None:
     """Raise UserError for weights that were missing, or of another shape."""
-    missing = sorted(told.get("missing_keys", ()))
-    odd = sorted(entry[0] for entry in told.get("mismatched_keys", ()))  # name and both shapes
+    missing = sorted(info.get("missing_keys", ()))
+    odd = sorted(entry[0] for entry in info.get("mismatched_keys", ()))  # name and both shapes
     if missing or odd:
         name = [*missing, *odd][0]
         raise UserError(

@@ -68,8 +68,8 @@ def is_absence(error: BaseException) -> bool:
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status that an error is about; botocore keeps it in the answer's metadata."""
     answer = getattr(error.__cause__ or error, "response", None)
-    told = answer.get("ResponseMetadata", {}) if isinstance(answer, Mapping) else {}
-    status = told.get("HTTPStatusCode")
+    metadata = answer.get("ResponseMetadata", {}) if isinstance(answer, Mapping) else {}
+    status = metadata.get("HTTPStatusCode")
     return status if isinstance(status, int) else _http_status(error)
 
 
@@ -77,9 +77,9 @@ def cause_of(error: BaseException) -> str:
     """Return what went wrong, in a few words."""
     if status := _http_status(error):
         return f"HTTP {status}"
-    told = error.__cause__ or error
-    words = " ".join(str(told).split())[:200]
-    return f"{type(told).__name__}: {words}" if words else type(told).__name__
+    cause = error.__cause__ or error
+    words = " ".join(str(cause).split())[:200]
+    return f"{type(cause).__name__}: {words}" if words else type(cause).__name__
 
 
 def _http_status(error: BaseException) -> int | None:

@@ -43,9 +43,9 @@ def tensor_chunks(
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    told += b" " * (-len(told) % ALIGNMENT)
-    yield len(told).to_bytes(8, "little") + told
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % ALIGNMENT)
+    yield len(head).to_bytes(8, "little") + head
     for name in names:
         yield tensor_bytes(tensors[name])
 

@@ -51,8 +51,8 @@ class LatentSpec:
 
 
 @dataclass
-class RingPlace:
-    """One place of the ring: a slot for each bucket, all in the same memory."""
+class RingEntry:
+    """An entry of the ring: a slot for each bucket, all in the same memory."""
 
     slots: list[Slot]
     copied: torch.cuda.Event | None = None  # when the last copy to the device has ended
@@ -89,7 +89,7 @@ class Loader:
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._ring: Ring[RingPlace, tuple[Batch, torch.cuda.Event | None]] | None = None
+        self._ring: Ring[RingEntry, tuple[Batch, torch.cuda.Event | None]] | None = None
 
     @property
     def waited(self) -> float:
@@ -101,9 +101,9 @@ class Loader:
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield the endless stream; closing it ends the threads."""
-        places = [RingPlace(self._allocate()) for _ in range(self.ahead + 1)]
-        begin = partial(use_device, self.device)
-        self._ring = Ring(self._fill_and_send, places, self.threads, begin)
+        entries = [RingEntry(self._allocate()) for _ in range(self.ahead + 1)]
+        initializer = partial(use_device, self.device)
+        self._ring = Ring(self._fill_and_send, entries, self.threads, initializer)
         stream = self._ring.run(self.start)
         try:
             for batch, copied in stream:
@@ -123,17 +123,17 @@ class Loader:
         bucket, ids = self.order.batch(index)
         return [self.buckets[bucket].name(int(sample)) for sample in ids]
 
-    def _fill_and_send(self, index: int, place: RingPlace) -> tuple[Batch, torch.cuda.Event | None]:
+    def _fill_and_send(self, index: int, entry: RingEntry) -> tuple[Batch, torch.cuda.Event | None]:
         """Read a batch and start its copy to the device; with the event at the copy's end."""
-        if place.copied is not None:
-            place.copied.synchronize()  # the pinned memory is still being read until then
-        batch = self.fill(index, place.slots)
+        if entry.copied is not None:
+            entry.copied.synchronize()  # the pinned memory is still being read until then
+        batch = self.fill(index, entry.slots)
         if self._copies is None:
             return batch.to(self.device), None
         with torch.cuda.stream(self._copies):
             sent = batch.to(self.device, non_blocking=True)
-            place.copied = self._copies.record_event()
-        return sent, place.copied
+            entry.copied = self._copies.record_event()
+        return sent, entry.copied
 
     def fill(self, index: int, slots: Sequence[Slot]) -> Batch:
         """Read global batch `index` into its bucket's slot. Raises UserError for damage."""
@@ -189,8 +189,8 @@ class Loader:
 
     def _allocate(self) -> list[Slot]:
         layouts = [bucket.layout for bucket in self.buckets]
-        share = self.order.batch_size // self.world
-        return allocate(layouts, self.latents.channels, share, pinned=self._copies is not None)
+        per_rank = self.order.batch_size // self.world
+        return allocate(layouts, self.latents.channels, per_rank, pinned=self._copies is not None)
 
 
 def wanted_rows(layout: Layout, choice: Choice) -> Rows:

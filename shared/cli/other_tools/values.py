@@ -64,11 +64,11 @@ def _square(value: Any) -> Settings:
 def _warmup(value: Any) -> Settings:
     """Read a whole number of steps; kohya's fraction of them is refused."""
     try:
-        share = "." in str(value) and 0 < float(value) < 1
+        fraction = "." in str(value) and 0 < float(value) < 1
     except ValueError:
-        share = False
-    if share:
-        raise UsageError(f"{value} is a share of the steps; give their number")
+        fraction = False
+    if fraction:
+        raise UsageError(f"{value} is a fraction of the steps; give their number")
     return {"lr_warmup_steps": value}
 
 
