@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from prep import config
 from prep.cache import holdout
 from prep.cache.stale import Stale, drop, find_stale, of_generation
-from prep.encode import engine, overwrite, plan
-from prep.encode import settings as identity
-from prep.encode.pipeline import Encoders, Settings, Work
+from prep.encode import engine, networks, overwrite, plan
+from prep.encode.identity import build_identity, expected_layout
+from prep.encode.networks import Encoders
 from prep.encode.prompts import add_prompts
+from prep.encode.settings import Settings, choose_settings
 from prep.encoders.vae import posterior_matters
 from prep.filters.filters import Filters
 from prep.inspect import report
@@ -40,8 +41,8 @@ MOST_DECODERS = 8  # more do not help one device, and each holds a picture
 class Chosen:
     """With what is encoded."""
 
-    shapes: identity.Shapes
-    vae: identity.VaeChoice
+    shapes: networks.Shapes
+    vae: networks.VaeChoice
     settings: Settings
     encoders: Encoders
     generation: int  # of the settings
@@ -51,7 +52,7 @@ class Chosen:
     def identity(self, model: Model) -> dict[str, Any]:
         """What identity.json says of them."""
         parts = (model, self.encoders, self.settings, self.shapes)
-        return identity.build_identity(*parts, self.generation)
+        return build_identity(*parts, self.generation)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def encode(config: config.EncodeConfig) -> None:
         # What is measured and what is a default is decided once, by whoever begins the cache.
         print(f"note: another process has begun {cache.root}; on as it did", file=sys.stderr)
         del chosen, todo  # or a GPU would hold two sets of encoders
-    if note := identity.taken_over(config, chosen.stored):
+    if note := networks.taken_over(config, chosen.stored):
         print(note, file=sys.stderr)
     holdout.ask(cache, config.holdout)
     drop(cache, todo.stale.gone)
@@ -120,11 +121,11 @@ def choose(config: config.EncodeConfig, stored: Mapping[str, Any], model: Model)
 
     With --overwrite the settings become new where they differ from those of the cache.
     """
-    device = identity.choose_device(config, stored)
-    settings = identity.choose_settings(config, stored, model)
-    shapes = identity.choose_shapes(config, stored, device, settings.framing.resolution)
-    vae = identity.choose_vae(config, stored, model, shapes.device)
-    encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip, device)
+    device = networks.choose_device(config, stored)
+    settings = choose_settings(config, stored, model)
+    shapes = networks.choose_shapes(config, stored, device, settings.framing.resolution)
+    vae = networks.choose_vae(config, stored, model, shapes.device)
+    encoders = networks.load_encoders(model, shapes, vae, settings.clip_skip, device)
     generation = generation_of(stored)
     chosen = Chosen(shapes, vae, settings, encoders, generation, stored, new=not stored)
     if not (stored and config.overwrite) or not other_settings(stored, chosen.identity(model)):
@@ -149,7 +150,7 @@ def look_ahead(
         captions, moments, seconds = plan.probe(units, settings, chosen.encoders)
         if config.latents == "auto" and not chosen.stored:
             settings = replace(settings, keep_logvar=posterior_matters(moments))
-    layout = identity.expected_layout(chosen.encoders, settings)
+    layout = expected_layout(chosen.encoders, settings)
     work = plan.estimate(todo, layout, seconds, cache)
     return replace(chosen, settings=settings), Todo(todo, stale, known, captions, work)
 
@@ -184,7 +185,7 @@ def encode_units(
     units: Sequence[Unit],
     encoders: Encoders,
     rows: int,
-) -> Work:
+) -> engine.Work:
     """Run the units on the engine that the flags ask for."""
     with Progress("encode", rows, "picture") as progress:
         if config.engine == "ray":

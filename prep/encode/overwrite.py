@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from prep.cache.retire import retire
-from prep.encode.pipeline import Encoders
+from prep.encode.networks import Encoders
 from prep.encoders.vae import VaeEncoder
 from shared.cache.identity import differences, generation_of
 from shared.cache.manifest import CachePaths

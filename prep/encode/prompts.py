@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prep import config
-from prep.encode import settings
+from prep.encode.identity import same_encoder, unconditional
+from prep.encode.networks import Shapes
 from prep.encoders.text import TextEncoder
 from shared.cache.conditioning import Conditioning, dump_conditioning, parse_conditioning
 from shared.cache.identity import whole_identity
@@ -37,7 +38,7 @@ def add_prompts(
         nonlocal added
         wanted = dict.fromkeys(prompts)
         if content is None:
-            empty = settings.unconditional(model, encoder)
+            empty = unconditional(model, encoder)
             stored = Conditioning(empty, (), empty[0:0])
             wanted = wanted or dict.fromkeys(list(dict.fromkeys(captions))[:PREVIEWS])
         else:
@@ -58,12 +59,12 @@ def embed(config: config.EmbedConfig) -> None:
     stored = whole_identity(cache, open_manifest(config.cache))
     sweep(cache.tmp)
     model = resolve_model(config.model or recorded_model(str(stored["model"])))
-    set_threads(settings.Shapes.from_json(stored["shapes"]).threads)
+    set_threads(Shapes.from_json(stored["shapes"]).threads)
     encoder = TextEncoder(
         model, pick_device(config.device), stored["shapes"]["text_batch_size"],
         stored["text"].get("clip_skip", 0),
     )  # fmt: skip
-    if not settings.same_encoder(stored["text"], encoder.identity()):
+    if not same_encoder(stored["text"], encoder.identity()):
         raise UserError(
             f"{config.cache} was made with other text encoders than {model.source}'s; "
             "pass --model with the one it was made with"

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from prep.cache.accounts import accounts
 from prep.cache.random_samples import places
-from prep.encode.pipeline import Sample, Settings, decode_row
+from prep.encode.decode import decode_row
+from prep.encode.samples import Decoded
+from prep.encode.settings import Settings
 from prep.encode.shuffle import Shuffle
 from prep.encode.writer import sample_key
 from prep.images.crop import Framing
@@ -150,7 +152,7 @@ def pairs(
         yield Pair(sample.key, captions[0], decoded, original)
 
 
-def pixels_of(sample: Sample) -> NDArray[np.uint8] | None:
+def pixels_of(sample: Decoded) -> NDArray[np.uint8] | None:
     """The first view of the prepared picture, or None where the row was rejected."""
     return sample.pictures[0].pixels if sample.pictures else None
 
