@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from prep.encode.networks import Encoders, Shapes
+from prep.encode.networks import Encoders
 from prep.encode.settings import Settings
-from prep.encoders.text import TextEncoder
-from shared.cache.conditioning import TextEmbeds
-from shared.cache.identity import ADDED
+from shared.cache.identity import (
+    ADDED,
+    Identity,
+    Preprocessing,
+    Shapes,
+    TextIdentity,
+    VaeIdentity,
+)
 from shared.cache.layout import Layout, cache_layout
-from shared.cache.manifest import FORMAT
+from shared.cache.paths import FORMAT
 from shared.models.family import (
     Model,
-    force_zeros,
 )
+
+SIGNS = ("fingerprint", "fingerprints", *ADDED)  # by which an encoder is known
 
 
 def build_identity(
     model: Model, encoders: Encoders, settings: Settings, shapes: Shapes, generation: int = 0
-) -> dict[str, Any]:
+) -> Identity:
     """The content of identity.json; `generation` counts --overwrite (shared.cache.identity)."""
-    vae = encoders.vae.identity()
-    if encoders.vae.source != model.source:
-        vae["source"] = encoders.vae.source
-    return {
-        "format": FORMAT,
-        "family": model.family.name,
-        "model": model.source,
-        "vae": vae,
-        "text": {**encoders.text.identity(), "force_zeros": force_zeros(model)},
-        "latents": "posterior" if settings.keep_logvar else "mean",
-        "preprocessing": {
+    vae, own = encoders.vae, encoders.vae.source == model.source
+    return Identity(
+        FORMAT, model.family.name, model.source, "posterior" if settings.keep_logvar else "mean",
+        replace(vae.identity(), source=None if own else vae.source), encoders.text.identity(),
+        Preprocessing(
             **settings.framing.to_json(),
-            "max_captions": settings.max_captions,
-            "where": settings.filters.where,
-            "max_pwatermark": settings.filters.max_pwatermark,
-            **({"shuffle": settings.shuffle.to_json()} if settings.shuffle else {}),
-        },
-        "shapes": shapes.to_json(),
-        **({"generation": generation} if generation else {}),
-    }
+            max_captions=settings.max_captions,
+            where=settings.filters.where,
+            max_pwatermark=settings.filters.max_pwatermark,
+            shuffle=settings.shuffle and settings.shuffle.to_json(),
+        ),
+        shapes, generation,
+    )  # fmt: skip
 
 
-def same_encoder(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+def same_encoder(recorded: VaeIdentity | TextIdentity, here: VaeIdentity | TextIdentity) -> bool:
     """Are these the weights, tokenizers and settings that a cache records, as far as it does?"""
-    names = ("fingerprint", "fingerprints", *ADDED)
-    return all(recorded[name] == here[name] for name in names if name in recorded)
+    known = ((getattr(recorded, name, None), name) for name in SIGNS)
+    return all(getattr(here, name) == value for value, name in known if value is not None)
 
 
 def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
@@ -61,8 +59,3 @@ def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
         None if pooled is None else (settings.max_captions, pooled),
         micro_conditioning=pooled is not None,
     )
-
-
-def unconditional(model: Model, encoder: TextEncoder) -> TextEmbeds:
-    """The empty prompt's embedding as this model wants it, one row."""
-    return encoder.unconditional(force_zeros(model))

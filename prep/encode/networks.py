@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from prep.config import EncodeConfig
 from prep.encoders.text import TextEncoder
 from prep.encoders.vae import VaeEncoder
+from shared.cache.identity import (
+    Identity,
+    Shapes,
+)
 from shared.errors import UserError
 from shared.machine import cpus
 from shared.machine.device import pick_device, set_threads
@@ -29,41 +31,15 @@ class Encoders:
     text: TextEncoder
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """Batch shapes and threads: with them the encoders give the same bytes every time.
-
-    `device` is the kind alone: which of a machine's GPUs it is makes no difference. `threads` are
-    a CPU's; where a GPU computes they decide nothing, and each process takes what it may use.
-    """
-
-    vae_batch_size: int
-    text_batch_size: int
-    threads: int | None
-    device: str
-
-    @staticmethod
-    def from_json(stored: Mapping[str, Any]) -> Shapes:
-        """As an identity records them."""
-        threads = stored.get("threads") if stored["device"] == "cpu" else None
-        return Shapes(
-            stored["vae_batch_size"], stored["text_batch_size"], threads, stored["device"]
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """For the cache's identity."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-
-def choose_device(config: EncodeConfig, stored: Mapping[str, Any]) -> torch.device:
+def choose_device(config: EncodeConfig, stored: Identity | None) -> torch.device:
     """The flag, else the kind that the cache was begun on, else a GPU where there is one.
 
-    `stored` is what the cache's identity.json says, here and below; empty where there is none.
-    Raises UserError for a device that is not here.
+    `stored` is the cache's identity, here and below; None where there is none. Raises UserError for
+    a device that is not here.
     """
-    if config.device != "auto" or not stored:
+    if config.device != "auto" or stored is None:
         return pick_device(config.device)
-    kind = stored["shapes"]["device"]
+    kind = stored.shapes.device
     try:
         return pick_device(kind)
     except UserError:
@@ -74,32 +50,32 @@ def choose_device(config: EncodeConfig, stored: Mapping[str, Any]) -> torch.devi
 
 
 def choose_shapes(
-    config: EncodeConfig, stored: Mapping[str, Any], device: torch.device, resolution: int
+    config: EncodeConfig, stored: Identity | None, device: torch.device, resolution: int
 ) -> Shapes:
     """The flags, else what the cache was begun with, else defaults."""
-    begun = stored.get("shapes", {})
-    threads = config.threads or begun.get("threads") or config.cpus_per_worker or cpus.threads()
+    default = Shapes(default_vae_batch_size(device, resolution), 32, device.type)
+    begun = stored.shapes if stored else default
+    threads = config.threads or begun.threads or config.cpus_per_worker or cpus.threads()
     return Shapes(
-        config.vae_batch_size
-        or begun.get("vae_batch_size", default_vae_batch_size(device, resolution)),
-        config.text_batch_size or begun.get("text_batch_size", 32),
-        threads if device.type == "cpu" else None,
+        config.vae_batch_size or begun.vae_batch_size,
+        config.text_batch_size or begun.text_batch_size,
         device.type,
+        threads if device.type == "cpu" else None,
     )
 
 
-def taken_over(config: EncodeConfig, stored: Mapping[str, Any]) -> str:
+def taken_over(config: EncodeConfig, stored: Identity | None) -> str:
     """A line where the cache was begun on a machine so unlike this one that it is slow here."""
     if not stored:
         return ""
-    begun, here = stored["shapes"], cpus.threads()
-    if begun["device"] == "cpu" and config.device == "auto" and pick_device("auto").type != "cpu":
+    begun, here = stored.shapes, cpus.threads()
+    if begun.device == "cpu" and config.device == "auto" and pick_device("auto").type != "cpu":
         return (
             f"note: {config.cache} was begun on a CPU, which decides its bytes, so the GPU here "
             "is not used; a cache for it is another --cache, or begins with --overwrite --device"
         )
-    threads = begun.get("threads") or 0
-    if begun["device"] == "cpu" and config.threads is None and threads > here:
+    threads = begun.threads or 0
+    if begun.device == "cpu" and config.threads is None and threads > here:
         return (
             f"note: {config.cache} was begun with {threads} threads, which decide its bytes; they "
             f"share {here} here and are slow; for unlike machines begin a cache with "
@@ -125,18 +101,16 @@ class VaeChoice:
 
 
 def choose_vae(
-    config: EncodeConfig, stored: Mapping[str, Any], model: Model, device: str
+    config: EncodeConfig, stored: Identity | None, model: Model, device: str
 ) -> VaeChoice:
     """The flags, else what the cache was begun with, else the model's VAE."""
-    begun = stored.get("vae", {})
-    default = "float16" if device == "cuda" else "float32"
-    dtype = begun.get("dtype", default) if config.vae_dtype == "auto" else config.vae_dtype
-    return VaeChoice(
-        config.vae
-        or (recorded_model(str(begun["source"]), "--vae") if "source" in begun else model.source),
-        dtype,
-        begun.get("rescale") if dtype == begun.get("dtype") else None,
-    )
+    source, dtype, rescale = None, "float16" if device == "cuda" else "float32", None
+    if stored is not None:
+        source, dtype, rescale = stored.vae.source, stored.vae.dtype, stored.vae.rescale
+    recorded = recorded_model(source, "--vae") if source and not config.vae else model.source
+    if config.vae_dtype not in ("auto", dtype):
+        dtype, rescale = config.vae_dtype, None
+    return VaeChoice(config.vae or recorded, dtype, rescale)
 
 
 def load_encoders(

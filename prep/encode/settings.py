@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from prep.config import EncodeConfig
 from prep.encode.shuffle import Shuffle
@@ -12,6 +10,9 @@ from prep.filters.filters import Filters
 from prep.images.buckets import choose_buckets
 from prep.images.crop import Framing
 from prep.rows.row import Row
+from shared.cache.identity import (
+    Identity,
+)
 from shared.errors import UsageError, UserError
 from shared.models.family import (
     Model,
@@ -38,13 +39,14 @@ class Settings:
         return self.shuffle.captions(row.captions, image_sha256, self.max_captions)
 
 
-def choose_settings(config: EncodeConfig, stored: Mapping[str, Any], model: Model) -> Settings:
+def choose_settings(config: EncodeConfig, stored: Identity | None, model: Model) -> Settings:
     """The flags, else what the cache was begun with, else the model's own.
 
     Raises UserError for those that do not go together.
     """
-    begun = {} if config.overwrite else stored.get("preprocessing", {})  # perhaps another model's
-    resolution = config.resolution or begun.get("resolution") or native_resolution(model)
+    # What is to be replaced may be another model's.
+    begun = stored.preprocessing.resolution if stored and not config.overwrite else None
+    resolution = config.resolution or begun or native_resolution(model)
     framing = choose_framing(config, resolution, vae_downscale(config.vae or model.source))
     filters = Filters(config.where, config.max_pwatermark)
     keep, shuffle = keep_logvar(config, stored), choose_shuffle(config)
@@ -69,12 +71,13 @@ def choose_shuffle(config: EncodeConfig) -> Shuffle | None:
     return Shuffle(separator, config.keep_tokens or 0, config.seed)
 
 
-def keep_logvar(config: EncodeConfig, stored: Mapping[str, Any]) -> bool:
+def keep_logvar(config: EncodeConfig, stored: Identity | None) -> bool:
     """Is the posterior's logvar stored? False where that is yet to be measured."""
     if config.latents not in ("auto", "mean", "posterior"):
         raise UserError(f"--latents {config.latents!r} is not one of auto, mean, posterior")
-    kind = stored.get("latents") if config.latents == "auto" else config.latents
-    return kind == "posterior"
+    if config.latents == "auto":
+        return stored is not None and stored.posterior
+    return config.latents == "posterior"
 
 
 def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Framing:

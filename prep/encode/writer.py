@@ -20,8 +20,10 @@ from prep.encode.settings import Settings
 from prep.filters.filters import is_filter
 from prep.sources.find import Row, Unit
 from shared.cache.layout import cache_layout
-from shared.cache.manifest import CachePaths, UnitRecord, commit_unit
+from shared.cache.manifest import commit_unit
+from shared.cache.paths import CachePaths
 from shared.cache.sums import ChannelSums
+from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.files import move, staged
 from shared.wording import counted

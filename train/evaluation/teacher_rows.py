@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.storage.files import dump_json, load_record, publish

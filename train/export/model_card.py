@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.models.family import Family, Model, native_resolution, resolve_model
 from shared.models.single_file import is_single_file
@@ -283,4 +284,4 @@ def resolution(config: Mapping[str, Any], family: Family) -> int:
         manifest = open_manifest(place(str(config["cache"])), check_sizes=False)
     except (OSError, UserError):
         return native_resolution(own)
-    return int(manifest.identity["preprocessing"]["resolution"])
+    return manifest.identity.preprocessing.resolution

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from shared.cache.manifest import Manifest
 from shared.errors import UserError
 from shared.models.family import load_config, recorded_model
 from shared.models.weights import load_whole
@@ -41,7 +40,6 @@ from train.state.whereabouts import found
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 COMPANIONS = (SCHEDULER_FILE, CARD_FILE, PREVIEW_FILE)  # of the weights
-NO_CACHE = Manifest({"family": None}, (), (), (), {}, {}, {})
 
 
 def export_student(

@@ -10,7 +10,7 @@ from shared.models.family import recorded_model, resolve_model
 from shared.storage.files import guard
 from train.config import DistillConfig, ExportConfig
 from train.export.hub import check_push
-from train.export.student import NO_CACHE, publish_export, run_config, write_export
+from train.export.student import publish_export, run_config, write_export
 from train.networks.student import build_student
 from train.state.checkpoint import check_terms, find_checkpoint, read_progress, whole_checkpoints
 from train.state.restore import restore_networks
@@ -32,7 +32,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
     model = resolve_model(config.model or recorded_model(str(distilled.model)))
     student = build_student(model.source, distilled)
     before = read_progress(checkpoint)
-    terms = run_terms(distilled, NO_CACHE, model, student)
+    terms = run_terms(distilled, None, model, student)
     # Its cache may have grown or be gone: an export does not need it.
     check_terms(checkpoint, before.terms, {**terms, "cache": before.terms.get("cache")})
     restore_networks(checkpoint, student)

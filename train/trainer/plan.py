@@ -95,7 +95,7 @@ def say_memory(
     """
     if team.device.type != "cuda":
         return
-    sizes = [manifest.layouts[number].latent_size for number in set(manifest.shard_layouts)]
+    sizes = [layout.latent_size for layout in manifest.layouts]
     if not sizes:
         return
     from train.memory.advice import memory_line, sharing_of  # which take torch's slower tools
