@@ -34,6 +34,7 @@ from shared.cache.identity import (
 from shared.cache.manifest import read_units
 from shared.cache.paths import CachePaths
 from shared.cache.units import UnitRecord
+from shared.cli.defaults import default_cache
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.machine import cpus
@@ -75,12 +76,14 @@ class Todo:
 
 
 def encode(config: config.EncodeConfig) -> None:
-    """Sources to cache: claim the identity, encode what is pending, fold the manifest."""
+    """Turn sources into a cache: claim the identity, encode what is pending, fold the manifest."""
+    config = with_cache(config)
     check_flags(config)
     units = find_units(config.shards, source_options(config))
     if said := repeats_in(units):
         print(said, file=sys.stderr)
     model = resolve_model(config.model)
+    assert config.cache is not None
     cache = CachePaths(config.cache)
     while True:
         chosen = choose(config, read_identity(cache), model)
@@ -122,6 +125,18 @@ def encode(config: config.EncodeConfig) -> None:
     if config.report and (changed or not (cache.root / "report.html").exists()):
         seconds, read = time.monotonic() - started, units if changed else ()
         report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds, read)
+
+
+def with_cache(config: config.EncodeConfig) -> config.EncodeConfig:
+    """Name the cache after the model where no flag does, and say so in a line."""
+    if config.cache is not None:
+        return config
+    config = replace(config, cache=default_cache(config.model))
+    print(
+        f"model {config.model}, cache {config.cache} (--model and --cache choose others)",
+        file=sys.stderr,
+    )
+    return config
 
 
 def choose(config: config.EncodeConfig, stored: Identity | None, model: Model) -> Chosen:
