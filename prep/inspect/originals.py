@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from prep.cache.accounts import accounts
 from prep.cache.random_samples import places
+from prep.config import OriginalsFlags
 from prep.encode.decode import decode_row
 from prep.encode.samples import Decoded
 from prep.encode.settings import Settings
@@ -67,17 +68,6 @@ class Pair:
         return None if self.original is None else psnr(self.original, self.decoded)
 
 
-class EncoderFlags(Protocol):
-    """The flags by which several commands find a cache's encoders."""
-
-    @property
-    def model(self) -> str | None: ...  # noqa: D102
-    @property
-    def vae(self) -> str | None: ...  # noqa: D102
-    @property
-    def device(self) -> str: ...  # noqa: D102
-
-
 def settings_of(identity: Identity) -> Settings:
     """The settings a cache was encoded with."""
     made = identity.preprocessing
@@ -90,7 +80,7 @@ def settings_of(identity: Identity) -> Settings:
     )
 
 
-def vae_of(identity: Identity, flags: EncoderFlags) -> AutoencoderKL:
+def vae_of(identity: Identity, flags: OriginalsFlags) -> AutoencoderKL:
     """The VAE a cache was made with, from where the flags say or the identity does.
 
     Raises UserError where it cannot be loaded or is another one.
@@ -106,7 +96,7 @@ def vae_of(identity: Identity, flags: EncoderFlags) -> AutoencoderKL:
     return vae
 
 
-def vae_source(identity: Identity, flags: EncoderFlags) -> str:
+def vae_source(identity: Identity, flags: OriginalsFlags) -> str:
     """Where the VAE of a cache is: as flagged, else as recorded, else with the model."""
     recorded = None if flags.model else identity.vae.source
     if flags.vae or recorded:
