@@ -102,7 +102,7 @@ def build_teacher(run: Distillation) -> UNet2DConditionModel:
     if isinstance(run.student, FullStudent):
         return run.student.teacher_unet
     dtype = DTYPES.get(run.config.mixed_precision, torch.float32)
-    return random_unet(run.config.model, run.team.device, dtype)
+    return random_unet(run.config.model, run.distributed.device, dtype)
 
 
 class Online:
@@ -112,7 +112,7 @@ class Online:
         self, run: Distillation, draws: Batch, resolution: int, vae_dtype: torch.dtype | None = None
     ) -> None:
         self.run, self.draws = run, draws
-        device, size = run.team.device, len(draws.latents)
+        device, size = run.distributed.device, len(draws.latents)
         dtype = DTYPES.get(run.config.mixed_precision, torch.float32)
         source = Path(run.config.model)
         self.encoders = build_encoders(source, device, dtype, vae_dtype or dtype)

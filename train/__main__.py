@@ -22,7 +22,7 @@ def distill(config: DistillConfig) -> int:
     from train.trainer.defaults import with_defaults
 
     config = with_defaults(config)
-    if setup.say_finished(config):
+    if setup.print_if_finished(config):
         return 0
     run = setup.prepare(config)
     return 0 if config.dry_run else loop.distill(run)

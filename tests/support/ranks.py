@@ -29,7 +29,7 @@ def main() -> None:
     if wanted.get("double"):
         schedule = run.objective.schedule.to("cpu", torch.float64)
         run.objective = dataclasses.replace(run.objective, schedule=schedule)
-    keep_ids(run.loader, spied / f"ids-{run.step:03d}-{run.team.rank}.jsonl")
+    keep_ids(run.loader, spied / f"ids-{run.step:03d}-{run.distributed.rank}.jsonl")
     keep_first_gradients(run, spied / "gradients.pt")
     loop.distill(run)
 
@@ -67,8 +67,8 @@ def keep_first_gradients(run, path: Path) -> None:
 
     def keeping(optimizer, scaler):
         gradients = {name: p.grad for name, p in run.parameters.items()}
-        whole = run.team.gather(gradients)
-        if run.team.main and not path.exists():
+        whole = run.distributed.gather(gradients)
+        if run.distributed.main and not path.exists():
             torch.save(whole, path)
         return update(optimizer, scaler)
 

@@ -18,9 +18,9 @@ from shared.cli.config import to_dict
 from shared.models.family import FAMILIES
 from tests.support.single_file import write_single_file
 from train.config import DistillConfig
+from train.export.file_guide import half_precision
 from train.export.model_card import snippet
 from train.export.student import publish_export, write_export
-from train.export.uses import half_precision
 from train.networks.student import build_student
 from train.networks.teacher import load_schedule
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from train.config import DistillConfig, EvaluateConfig, ExportConfig
-from train.evaluation import evaluate, teacher_rows
+from train.evaluation import evaluate, teacher_results
 from train.evaluation.features import DIMENSIONS, ENOUGH, features, few_pictures
 from train.trainer.export_command import export_checkpoint
 from train.trainer.loop import distill
@@ -21,12 +21,12 @@ TEACHER = (("ddim", 3), ("ddim", 1))
 @pytest.fixture
 def few_rows(monkeypatch):
     """A table of two rows for the teacher and one for the student."""
-    for module in (evaluate, teacher_rows):
+    for module in (evaluate, teacher_results):
         monkeypatch.setattr(module, "REFERENCE", TEACHER[0])
-    monkeypatch.setattr(teacher_rows, "SOLVER_ROWS", TEACHER[1:])
-    monkeypatch.setattr(teacher_rows, "TEACHER_ROWS", TEACHER)
-    monkeypatch.setattr(teacher_rows, "TRIED", 10)
-    monkeypatch.setattr(evaluate, "STUDENT_ROWS", (("student", 1),))
+    monkeypatch.setattr(teacher_results, "SOLVER_SAMPLINGS", TEACHER[1:])
+    monkeypatch.setattr(teacher_results, "TEACHER_SAMPLINGS", TEACHER)
+    monkeypatch.setattr(teacher_results, "TRIED", 10)
+    monkeypatch.setattr(evaluate, "STUDENT_SAMPLINGS", (("student", 1),))
     monkeypatch.setattr(evaluate, "TIMED", 2)
 
 

@@ -17,11 +17,11 @@ from shared.cache.manifest import CachePaths, open_manifest
 from shared.errors import UserError
 from shared.models.vae import decode_latents, to_pixels
 from train.config import DistillConfig, EvaluateConfig
-from train.evaluation import evaluate, teacher_rows
+from train.evaluation import evaluate, teacher_results
 from train.evaluation.artist import Artist, open_artist
 from train.evaluation.features import Gaussian, features, frechet_distance
 from train.evaluation.heldout import load_heldout
-from train.evaluation.score import Row, decode_all
+from train.evaluation.score import Result, decode_all
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 
@@ -51,11 +51,11 @@ def few_rows(monkeypatch):
     """The same table with fewer and shorter rows, for speed."""
     teacher = (("ddim", 6), ("ddim", 1), ("ddim", 2), ("dpmsolver++", 1), ("dpmsolver++", 2))
     monkeypatch.setattr(evaluate, "REFERENCE", teacher[0])
-    monkeypatch.setattr(teacher_rows, "REFERENCE", teacher[0])
-    monkeypatch.setattr(teacher_rows, "SOLVER_ROWS", teacher[1:])
-    monkeypatch.setattr(teacher_rows, "TEACHER_ROWS", teacher)
-    monkeypatch.setattr(teacher_rows, "TRIED", 20)
-    monkeypatch.setattr(evaluate, "STUDENT_ROWS", (("student", 1), ("student", 2)))
+    monkeypatch.setattr(teacher_results, "REFERENCE", teacher[0])
+    monkeypatch.setattr(teacher_results, "SOLVER_SAMPLINGS", teacher[1:])
+    monkeypatch.setattr(teacher_results, "TEACHER_SAMPLINGS", teacher)
+    monkeypatch.setattr(teacher_results, "TRIED", 20)
+    monkeypatch.setattr(evaluate, "STUDENT_SAMPLINGS", (("student", 1), ("student", 2)))
     monkeypatch.setattr(evaluate, "TIMED", 2)
 
 
@@ -88,7 +88,7 @@ def untimed(result: dict) -> list[dict]:
 def test_rows_and_columns(run, held, tmp_path, few_rows, scorer, capsys):
     result = evaluated(run, held, tmp_path / "out", scorer=scorer)
     rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
-    assert list(rows) == [*teacher_rows.TEACHER_ROWS, *evaluate.STUDENT_ROWS]
+    assert list(rows) == [*teacher_results.TEACHER_SAMPLINGS, *evaluate.STUDENT_SAMPLINGS]
     assert all(set(row) >= COLUMNS for row in result["rows"])
     heldout = load_heldout(held, open_manifest(held), 70)
     share = np.mean([len(caption) % 2 == 0 for caption in heldout.captions])
@@ -138,7 +138,7 @@ def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
 
 
 def test_each_solver_has_its_best_spacing(run, held, tmp_path, few_rows, monkeypatch):
-    monkeypatch.setattr(teacher_rows, "TRIED", 70)
+    monkeypatch.setattr(teacher_results, "TRIED", 70)
     result = evaluated(run, held, tmp_path / "out")
     heldout = load_heldout(held, open_manifest(held), 70)
     artist = open_artist(run, 1, "cpu", None).with_teacher(heldout.empty).for_shape(heldout.shape)
@@ -250,4 +250,4 @@ def test_the_whole_table_from_the_command_line(run, held, tmp_path, cli):
     assert all(0 <= row["accuracy"] <= 1 for row in result["rows"])
     solution = load_file(next((held / "evaluations").glob("*.safetensors")))["solution"]
     assert solution.shape == (70, 4, 8, 8)
-    assert dataclasses.asdict(Row(**result["rows"][0])) == result["rows"][0]
+    assert dataclasses.asdict(Result(**result["rows"][0])) == result["rows"][0]

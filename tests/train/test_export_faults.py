@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
 
     def save(step: int) -> None:
         tensors = {"a": torch.full((3,), float(step))}
-        progressed = checkpoint.Progressed(step, step, 1, {})
+        progressed = checkpoint.TrainingState(step, step, 1, {})
         checkpoint.save_checkpoint(tmp_path, progressed, tensors, tensors, 1)
 
     save(1)

@@ -106,7 +106,7 @@ def test_gradients_are_clipped_unless_the_limit_is_0(limit, length):
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     run = SimpleNamespace(
         config=DistillConfig("m", None, None, max_grad_norm=limit), accumulation=1, empty=None,
-        team=SimpleNamespace(accumulating=lambda student, last: nullcontext()), student=None,
+        distributed=SimpleNamespace(accumulating=lambda student, last: nullcontext()), student=None,
         autocast=nullcontext, objective=lambda *_: (weight**2).sum() / 2,
         scaler=torch.amp.GradScaler(enabled=False), parameters={"weight": weight},
         optimizer=torch.optim.SGD([weight]),

@@ -16,7 +16,7 @@ from shared.errors import UserError
 from train.config import DistillConfig
 from train.flags import NOT_WITH, ONLY_WITH, check_flags, dashed
 from train.networks.precision import check_speed
-from train.state.checkpoint import Progressed
+from train.state.checkpoint import TrainingState
 from train.trainer.distributed import as_launched
 from train.trainer.loop import distill
 from train.trainer.plan import batches
@@ -152,16 +152,16 @@ def test_what_was_typed_wins_over_the_launcher(monkeypatch):
 
 def test_accumulation_beside_a_global_batch(capsys):
     """Refused beside --global-batch-size where they disagree; a resumed run says what it does."""
-    team, words = SimpleNamespace(world=2, main=True), ["--train-batch-size", "4"]
+    distributed, words = SimpleNamespace(world=2, main=True), ["--train-batch-size", "4"]
     global_batch = [*words, "--global-batch-size", "16"]
     three = ["--gradient-accumulation-steps", "3"]
-    assert batches(parsed(*words, *three), team, 1, None) == (24, 3)
-    assert batches(parsed(*global_batch), team, 1, None) == (16, 2)
+    assert batches(parsed(*words, *three), distributed, 1, None) == (24, 3)
+    assert batches(parsed(*global_batch), distributed, 1, None) == (16, 2)
     with pytest.raises(UserError, match="--global-batch-size 16 is 2 of them here; give one"):
-        batches(parsed(*global_batch, *three), team, 1, None)
+        batches(parsed(*global_batch, *three), distributed, 1, None)
     assert capsys.readouterr().err == ""
-    before = Progressed(1, 48, 48, {})
-    assert batches(parsed(*words, *three), team, 1, before) == (48, 6)
+    before = TrainingState(1, 48, 48, {})
+    assert batches(parsed(*words, *three), distributed, 1, before) == (48, 6)
     said = capsys.readouterr().err
     assert said.startswith("note: 6 accumulation steps instead of --gradient-accumulation-steps 3:")
     assert said.count("\n") == 1

@@ -129,7 +129,7 @@ def continued(settings: DistillConfig, tmp_path, device: str = "cpu") -> None:
     optimizer = build_optimizer(settings, first)
     train(optimizer, first, range(3))
     state = checkpoint.optimizer_state(optimizer, first)
-    progressed = checkpoint.Progressed(3, 3, 1, {})
+    progressed = checkpoint.TrainingState(3, 3, 1, {})
     folder = checkpoint.save_checkpoint(tmp_path, progressed, first, state, None)
     second = parameters(seed=9, device=device, conv=conv)
     again = build_optimizer(settings, second)

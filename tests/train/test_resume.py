@@ -204,7 +204,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(settings, repo, ki
 
 
 def fake_checkpoint(run: Path, step: int, limit: int | None = None) -> Path:
-    progressed = checkpoint.Progressed(step, 4 * step, 4, {"seed": 0})
+    progressed = checkpoint.TrainingState(step, 4 * step, 4, {"seed": 0})
     weights = {"w": torch.full((3,), float(step))}
     return checkpoint.save_checkpoint(run, progressed, weights, {"w/step": torch.ones(1)}, limit)
 

@@ -17,9 +17,9 @@ from train.config import EvaluateConfig
 from train.evaluation.artist import Artist, open_artist
 from train.evaluation.features import FEATURES, few_pictures
 from train.evaluation.heldout import HeldOut, load_heldout, with_eval_cache
-from train.evaluation.score import Row, Scorer, decode_all, draw_all
+from train.evaluation.score import Result, Scorer, decode_all, draw_all
 from train.evaluation.table import write_report
-from train.evaluation.teacher_rows import (
+from train.evaluation.teacher_results import (
     REFERENCE,
     STEPS,
     teacher_calls,
@@ -29,7 +29,7 @@ from train.evaluation.teacher_rows import (
 from train.export.model_card import update_card
 from train.export.weights import exported_student
 
-STUDENT_ROWS = tuple(("student", steps) for steps in STEPS)
+STUDENT_SAMPLINGS = tuple(("student", steps) for steps in STEPS)
 MOST_DRAWN = 100  # pictures drawn at once
 DRAWN_VALUES = 4 * 128 * 128  # of one channel of their latents
 TIMED = 16  # pictures per timing, at most
@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> None:
     heldout = load_heldout(config.eval_cache, manifest, config.num_samples)
     config = with_batch_size(config, heldout.shape)
     artist = artist.with_teacher(heldout.empty).for_shape(heldout.shape)
-    student_rows = rows_of_student(artist)
+    student_rows = student_samplings(artist)
     calls = teacher_calls(len(heldout)) + unet_calls(student_rows, len(heldout))
     with Progress("evaluate", calls, "step") as progress:
         judge, teacher = teacher_reference(config, artist, heldout, scorer, progress)
@@ -64,7 +64,7 @@ def evaluate(config: EvaluateConfig) -> None:
             {(row.sampler, row.steps): str(row.timestep_spacing) for row in teacher}
         )
         student = [
-            judge.row(*row, draw_all(artist, row, heldout, config, progress), artist)
+            judge.measure(*row, draw_all(artist, row, heldout, config, progress), artist)
             for row in student_rows
         ]
     rows = timed([*teacher, *student], artist, heldout.first(config.batch_size))
@@ -93,12 +93,12 @@ def with_batch_size(config: EvaluateConfig, shape: tuple[int, int, int]) -> Eval
     return config
 
 
-def rows_of_student(artist: Artist) -> Sequence[tuple[str, int]]:
+def student_samplings(artist: Artist) -> Sequence[tuple[str, int]]:
     """A distilled student is drawn in few steps, a fine-tuned one as the teacher's reference is."""
-    return STUDENT_ROWS if artist.objective.few_steps else (("student", REFERENCE[1]),)
+    return STUDENT_SAMPLINGS if artist.objective.few_steps else (("student", REFERENCE[1]),)
 
 
-def timed(rows: Sequence[Row], artist: Artist, heldout: HeldOut) -> list[Row]:
+def timed(rows: Sequence[Result], artist: Artist, heldout: HeldOut) -> list[Result]:
     """The rows with ms per image, all measured here and now, so that they can be compared."""
     texts = heldout.texts[slice(0, TIMED)]
     finished = []
@@ -121,7 +121,7 @@ def showcase(
     texts = heldout.texts[slice(0, SHOWN)]
     seeds = range(config.seed, config.seed + len(texts))
     columns = {}
-    for name, steps in [REFERENCE, ("ddim", 4), ("dpmsolver++", 4), *rows_of_student(artist)]:
+    for name, steps in [REFERENCE, ("ddim", 4), ("dpmsolver++", 4), *student_samplings(artist)]:
         title = f"{'student' if name == 'student' else 'teacher'}, {steps} step{'s'[: steps > 1]}"
         solver = "" if name == "student" else name.upper()
         columns[f"{title}\n{solver}"] = decode_all(artist, artist.draw(name, steps, texts, seeds))

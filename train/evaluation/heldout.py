@@ -19,7 +19,7 @@ from train.data.bucket import Bucket, largest_bucket
 from train.data.heads import check_heads
 from train.data.loader import fault
 from train.state.checkpoint import latest_checkpoint, read_progress
-from train.state.whereabouts import recorded_cache
+from train.state.run_paths import recorded_cache
 
 
 def with_eval_cache(config: EvaluateConfig, trained_on: str) -> tuple[EvaluateConfig, Manifest]:

@@ -20,7 +20,7 @@ from train.objectives import OBJECTIVES
 from train.sampling.pictures import write_grid, write_picture
 from train.sampling.preview import MAX_PROMPTS
 from train.sampling.samplers import most_steps
-from train.state.whereabouts import recorded_cache
+from train.state.run_paths import recorded_cache
 
 
 def with_prompts(

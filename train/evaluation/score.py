@@ -21,7 +21,7 @@ Scorer = Callable[[NDArray[np.uint8], Sequence[str]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """A line of the table. Null where a figure does not apply."""
 
     sampler: str
@@ -44,11 +44,11 @@ class Judge:
     solution: Tensor  # the teacher's 50-step latents
     sharpness: float  # their high-frequency share
 
-    def row(self, sampler: str, steps: int, latents: Tensor, artist: Artist) -> Row:
+    def measure(self, sampler: str, steps: int, latents: Tensor, artist: Artist) -> Result:
         """Measure latents `[N, C, h, w]`."""
         images = decode_all(artist, latents)
         scores = self.scorer(images, self.captions) if self.scorer else None
-        return Row(
+        return Result(
             sampler=sampler,
             steps=steps,
             fd=frechet_distance(self.real, Gaussian.of(features(images))),

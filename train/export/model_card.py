@@ -18,7 +18,7 @@ from shared.models.family import Family, Model, native_resolution, resolve_model
 from shared.models.single_file import is_single_file
 from shared.storage.files import copy_durably, load_record, publish
 from shared.storage.urls import place
-from train.export.uses import file_uses, half_precision
+from train.export.file_guide import file_guide, half_precision
 from train.export.weights import LORA_FILE
 from train.objectives import OBJECTIVES
 
@@ -62,7 +62,7 @@ def write_card(
         parts.append(f"![{shown}]({PREVIEW_FILE})")
     lines = snippet(config, name, family, half_precision(folder))
     parts += ["## Use", f"```python\n{lines}```", guidance(config, family)]
-    if uses := file_uses(folder, config):
+    if uses := file_guide(folder, config):
         parts += ["## Files", "\n".join(f"- {line}" for line in uses)]
     if table := evaluation(run, student, latest):
         parts += [f"## {EVALUATION}", table]

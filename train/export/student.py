@@ -20,10 +20,10 @@ from shared.storage.temporary import sweep
 from shared.storage.together import replace_together
 from shared.storage.urls import is_url
 from train.config import DistillConfig, ExportConfig
+from train.export.file_guide import file_guide
 from train.export.hub import push
 from train.export.kohya import KOHYA_FILE
 from train.export.model_card import CARD_FILE, PREVIEW_FILE, write_card
-from train.export.uses import file_uses
 from train.export.weights import (
     LORA_FILE,
     UNET_FILES,
@@ -35,9 +35,9 @@ from train.export.weights import (
 from train.networks.teacher import load_unet
 from train.objectives import OBJECTIVES
 from train.sampling.samplers import student_scheduler, teacher_scheduler
-from train.state.stored_config import stored_config
+from train.state.run_config import stored_config
+from train.state.run_paths import found
 from train.state.tensor_files import check_lora
-from train.state.whereabouts import found
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 COMPANIONS = (SCHEDULER_FILE, CARD_FILE, PREVIEW_FILE)  # of the weights
@@ -100,7 +100,7 @@ def publish_export(
         student = exported_student(folder, stored["student"])
         write = partial(write_card, config.run, folder, folder / "tmp", stored, student, latest)
         print(f"published: {push(config, folder, stored['student'], write)}")
-    for line in file_uses(folder, stored):
+    for line in file_guide(folder, stored):
         print(f"note: {line}", file=sys.stderr)
 
 

@@ -53,10 +53,10 @@ def write_lora(unet: UNet2DConditionModel, folder: Path, dtype: str, tmp: Path) 
         metadata = {**kohya_metadata(unet, named), STUDENT: student}
         publish(tensor_chunks(named, metadata), folder / KOHYA_FILE, tmp)
     tensors = {f"unet.{name}": tensor for name, tensor in adapter.items()}
-    told = {f"unet.{name}": value for name, value in adapter_config(unet).items()}
+    settings = {f"unet.{name}": value for name, value in adapter_config(unet).items()}
     metadata = {
         "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(told, indent=2, sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True),
         STUDENT: student,
     }
     publish(tensor_chunks(tensors, metadata), folder / LORA_FILE, tmp)

@@ -45,7 +45,7 @@ def hold_frozen(unet: nn.Module, mixed_precision: str) -> None:
 
 
 def check_speed(
-    config: DistillConfig, device: torch.device, sharded: bool = False, sizes: int = 1
+    config: DistillConfig, device: torch.device, fsdp: bool = False, sizes: int = 1
 ) -> None:
     """Raise UserError for flags that cannot work here, or would do nothing.
 
@@ -67,7 +67,7 @@ def check_speed(
         check_compiler(device)
     for flag, given in (("--offload-ema", config.offload_ema),
                         ("--use-8bit-adam", config.use_8bit_adam)):  # fmt: skip
-        if given and sharded:
+        if given and fsdp:
             raise UserError(f"{flag} does not work on weights that FSDP has sharded; leave it out")
     if config.offload_ema and config.mixed_precision not in DTYPES:
         raise UserError(

@@ -41,13 +41,13 @@ NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "s
 
 
 @dataclass(frozen=True)
-class Progressed:
-    """How far a run has come. `terms` is what must not change across a resume."""
+class TrainingState:
+    """How far a run has come: what state.json says, in its words."""
 
     step: int  # optimizer steps taken
     position: int  # samples consumed; skipped fp16 steps consume theirs, too
     batch_size: int  # samples a step, over all processes
-    terms: Mapping[str, Any]
+    terms: Mapping[str, Any]  # `run_invariants` of resume_checks.py: what a resume must repeat
     scaler: Mapping[str, Any] = field(default_factory=dict)  # of the fp16 loss, where there is one
     branch: int = 0  # one more whenever a run goes on from another checkpoint than its latest
 
@@ -59,7 +59,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def save_checkpoint(
     run: Path,
-    progressed: Progressed,
+    progressed: TrainingState,
     networks: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     total_limit: int | None,
@@ -208,7 +208,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     return existing[-1] if existing else None
 
 
-def begin_branch(run: Path, resumed: Path | None) -> int:
+def start_branch(run: Path, resumed: Path | None) -> int:
     """The branch on which a run goes on from `resumed`; its checkpoint moves to that branch.
 
     Where the run has checkpoints that came after it, a line says what becomes of them. The branch
@@ -232,12 +232,12 @@ def begin_branch(run: Path, resumed: Path | None) -> int:
     return branch + 1
 
 
-def read_progress(folder: Path) -> Progressed:
+def read_progress(folder: Path) -> TrainingState:
     """A checkpoint's state.json. Raises UserError where it is damaged, or a newer version's."""
 
-    def build(stored: Mapping[str, Any]) -> Progressed:
+    def build(stored: Mapping[str, Any]) -> TrainingState:
         known = {name: value for name, value in stored.items() if name != "files"}
-        progressed = record_of(Progressed, known)
+        progressed = record_of(TrainingState, known)
         numbers = (progressed.step, progressed.position, progressed.branch)
         if min(numbers) < 0 or progressed.batch_size < 1:
             raise ValueError("a number in it is below what can be")
@@ -248,15 +248,15 @@ def read_progress(folder: Path) -> Progressed:
     return load_record(folder / STATE, build, REMEDY)
 
 
-def check_terms(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_invariants(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise UserError, naming what differs, where a run would not be the same run.
 
-    An older version remembered fewer terms: what only one side has is not compared.
+    An older version remembered fewer of them: what only one side has is not compared.
     """
     both = (stored.keys() & wanted.keys()) - {"samples"}
-    before, here = ({name: terms[name] for name in both} for terms in (stored, wanted))
+    before, here = ({name: invariants[name] for name in both} for invariants in (stored, wanted))
     if differing := differences(before, here):
-        then, now = (terms.get("samples") for terms in (stored, wanted))
+        then, now = (invariants.get("samples") for invariants in (stored, wanted))
         if before.get("cache") != here.get("cache") and then and now and then != now:
             raise UserError(f"{folder} belongs to a run on {other_samples(then, now)}")
         raise UserError(

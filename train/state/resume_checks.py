@@ -20,17 +20,17 @@ from shared.wording import counted
 from train.config import DistillConfig
 from train.networks.student import Student
 from train.objectives import OBJECTIVES
-from train.state.checkpoint import Progressed
+from train.state.checkpoint import TrainingState
 
 # Besides the objective's own flags; everything else may change.
-TERMS = (
+INVARIANT_FLAGS = (
     "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
     "max_train_samples", "lora_target_modules", "use_8bit_adam",
 )  # fmt: skip
 
 
 def divide(
-    config: DistillConfig, world: int, buckets: int, before: Progressed | None
+    config: DistillConfig, world: int, buckets: int, before: TrainingState | None
 ) -> tuple[int, int]:
     """The global batch and the micro-batches it is accumulated from.
 
@@ -66,7 +66,7 @@ def divide(
     return batch_size, batch_size // share
 
 
-def run_terms(
+def run_invariants(
     config: DistillConfig, manifest: Manifest, model: Model, student: Student
 ) -> dict[str, Any]:
     """What a checkpoint remembers and a resume must repeat; `student` is as it was built."""
@@ -81,7 +81,7 @@ def run_terms(
     unet = student.networks()[-1]
     frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
     return {
-        **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
+        **{name: flags[name] for name in INVARIANT_FLAGS + OBJECTIVES[config.objective].flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
         **({"holdout": manifest.holdout} if manifest.holdout else {}),

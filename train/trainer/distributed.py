@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from shared.errors import UserError, first_line
 from shared.machine.device import pick_device
 from train.config import DistillConfig
-from train.networks.dtensor import SHARDED_BLOCKS
+from train.networks.dtensor import FSDP_BLOCKS
 from train.networks.student import Student
 from train.trainer.launch import join
 
@@ -41,7 +41,7 @@ LAUNCHERS = {
 }
 
 
-class Team:
+class Distributed:
     """What a process needs to know of the others. Every method is entered by all of them."""
 
     def __init__(self, device: str = "auto") -> None:
@@ -75,13 +75,13 @@ class Team:
                 "leave the number out"
             )
         self.device = alone if self.world == 1 else self.accelerator.device
-        self.sharded = self.world > 1 and asked("ACCELERATE_USE_FSDP")
+        self.fsdp = self.world > 1 and asked("ACCELERATE_USE_FSDP")
 
-    def share(self, student: Student) -> None:
+    def wrap(self, student: Student) -> None:
         """Move the student to the device, and let its gradients or its weights be shared."""
-        if self.sharded:
+        if self.fsdp:
             for unet in student.networks():
-                shard(unet, FullyShardedDataParallelPlugin())
+                apply_fsdp(unet, FullyShardedDataParallelPlugin())
             return
         for unet in student.networks():
             unet.to(self.device)
@@ -157,7 +157,7 @@ def asked(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def shard(unet: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
+def apply_fsdp(unet: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
     """torch's fully_shard on every block, then on what is left.
 
     Of the plugin count `--fsdp_reshard_after_forward` and `--fsdp_offload_params`.
@@ -167,6 +167,6 @@ def shard(unet: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
     options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": policy}
     unet.to(memory_format=torch.contiguous_format)  # the only one that fully_shard takes
     for module in list(unet.modules()):
-        if type(module).__name__ in SHARDED_BLOCKS:
+        if type(module).__name__ in FSDP_BLOCKS:
             fully_shard(module, **options)
     fully_shard(unet, **options)

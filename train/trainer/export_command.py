@@ -12,9 +12,14 @@ from train.config import DistillConfig, ExportConfig
 from train.export.hub import check_push
 from train.export.student import NO_CACHE, publish_export, run_config, write_export
 from train.networks.student import build_student
-from train.state.checkpoint import check_terms, find_checkpoint, read_progress, whole_checkpoints
+from train.state.checkpoint import (
+    check_invariants,
+    find_checkpoint,
+    read_progress,
+    whole_checkpoints,
+)
 from train.state.restore import restore_networks
-from train.state.resume_checks import run_terms
+from train.state.resume_checks import run_invariants
 
 
 def export_checkpoint(config: ExportConfig) -> Path:
@@ -32,9 +37,9 @@ def export_checkpoint(config: ExportConfig) -> Path:
     model = resolve_model(config.model or recorded_model(str(distilled.model)))
     student = build_student(model.source, distilled)
     before = read_progress(checkpoint)
-    terms = run_terms(distilled, NO_CACHE, model, student)
+    invariants = run_invariants(distilled, NO_CACHE, model, student)
     # Its cache may have grown or be gone: an export does not need it.
-    check_terms(checkpoint, before.terms, {**terms, "cache": before.terms.get("cache")})
+    check_invariants(checkpoint, before.terms, {**invariants, "cache": before.terms.get("cache")})
     restore_networks(checkpoint, student)
     newest = [path.resolve() for path in whole_checkpoints(config.run)[-1:]]
     latest = checkpoint.resolve() in newest

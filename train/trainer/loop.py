@@ -16,9 +16,9 @@ from train.config import DistillConfig
 from train.data.batch import Batch
 from train.state.optim import set_learning_rate
 from train.state.owner import release
-from train.trainer.preemption import Stop
 from train.trainer.resume import LATEST
 from train.trainer.run import Distillation
+from train.trainer.signals import Stop
 
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 SMALLEST_SCALE = 2.0**-10  # of the fp16 loss; torch begins at 2**16
@@ -32,7 +32,7 @@ def distill(run: Distillation) -> int:
     try:
         return take_steps(run)
     finally:
-        if run.team.main:
+        if run.distributed.main:
             release(run.config.run)
 
 
@@ -40,10 +40,10 @@ def take_steps(run: Distillation) -> int:
     """Take optimizer steps from where the run stands; save, and export where it is finished."""
     config, student = run.config, run.student
     saved = run.step
-    with Stop(run.team) as stop:
+    with Stop(run.distributed) as stop:
         with closing(run.loader.batches()) as batches, run.recorder:
             while run.step < config.max_train_steps and not stop.asked():
-                seed_dropout(config.seed, run.step + 1, run.team.rank)
+                seed_dropout(config.seed, run.step + 1, run.distributed.rank)
                 rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, config)
                 loss, norm = backward(run, next(batches))
                 taken = update(run.optimizer, run.scaler)
@@ -67,7 +67,7 @@ def take_steps(run: Distillation) -> int:
             run.export()
     if finished:
         return 0
-    if run.team.main:
+    if run.distributed.main:
         same = config.resume_from_checkpoint in (None, LATEST)
         command = "the same command" if same else f"--resume-from-checkpoint {LATEST}"
         print(f"stopped after step {run.step}; {command} goes on from there", file=sys.stderr)
@@ -78,7 +78,7 @@ def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
     """Accumulate the gradients of a batch; returns its mean loss and the norm before clipping."""
     losses = []
     for number, part in enumerate(micro_batches(batch, run.accumulation), start=1):
-        with run.team.accumulating(run.student, last=number == run.accumulation):
+        with run.distributed.accumulating(run.student, last=number == run.accumulation):
             with run.autocast():
                 loss = run.objective(part, run.empty, run.student)
             run.scaler.scale(loss / run.accumulation).backward()

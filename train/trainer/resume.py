@@ -18,7 +18,7 @@ from train.export.weights import weight_files
 from train.objectives import OBJECTIVES
 from train.state import checkpoint
 from train.state.optim import base_learning_rate
-from train.state.resume_checks import TERMS
+from train.state.resume_checks import INVARIANT_FLAGS
 from train.state.tensor_files import is_whole
 
 # Flags that may differ, since the student does not depend on them. That cache, teacher and VAE are
@@ -48,11 +48,11 @@ def as_left(config: DistillConfig) -> DistillConfig:
         return config
     stored = run_config(config.run)
     if changed := changes(stored, config):
-        kept = {*TERMS, *OBJECTIVES[config.objective].flags}
+        kept = {*INVARIANT_FLAGS, *OBJECTIVES[config.objective].flags}
         free = saved and not changed.keys() & kept
         way = "--resume-from-checkpoint latest goes on with these" if free else "give the former"
         raise UserError(
-            f"{config.run} was begun with other flags: {told(changed)}; {way}, "
+            f"{config.run} was begun with other flags: {described(changed)}; {way}, "
             "or choose another --run"
         )
     return replace(config, resume_from_checkpoint=LATEST)
@@ -77,13 +77,13 @@ def changes(stored: Mapping[str, Any], config: DistillConfig) -> dict[str, tuple
     return {name: (stored[name], wanted[name]) for name in names if stored[name] != wanted[name]}
 
 
-def told(changed: Mapping[str, tuple[Any, Any]]) -> str:
+def described(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """The changes in words."""
     before, here = ({name: pair[side] for name, pair in changed.items()} for side in (0, 1))
     return differences(before, here)
 
 
-def finished(config: DistillConfig) -> str:
+def finished_message(config: DistillConfig) -> str:
     """What to say where this very command has done all it could; else nothing.
 
     The model card is the last file of an export, so one that is older than the last checkpoint

@@ -34,13 +34,13 @@ from train.sampling.preview import open_previews
 from train.state import checkpoint, owner
 from train.state.optim import base_learning_rate, build_optimizer
 from train.state.restore import restore_networks, restore_optimizer
-from train.state.resume_checks import run_terms
-from train.state.whereabouts import told
+from train.state.resume_checks import run_invariants
+from train.state.run_paths import told
 from train.trainer.defaults import with_precision
-from train.trainer.distributed import Team, as_launched
+from train.trainer.distributed import Distributed, as_launched
 from train.trainer.metrics import Recorder
-from train.trainer.plan import batches, plan, say_memory, warn_of_small_buckets, with_steps
-from train.trainer.resume import as_left, finished
+from train.trainer.plan import batches, note_small_buckets, plan, print_memory, with_steps
+from train.trainer.resume import as_left, finished_message
 from train.trainer.run import Distillation
 from train.trainer.trackers import check_trackers
 
@@ -50,12 +50,12 @@ REPLACE = (
 )
 
 
-def say_finished(config: DistillConfig) -> bool:
+def print_if_finished(config: DistillConfig) -> bool:
     """Has this very command trained and exported the run already? The main process says so."""
-    said = finished(as_launched(config))
-    if said and os.environ.get("RANK", "0") == "0":
-        print(said)
-    return bool(said)
+    message = finished_message(as_launched(config))
+    if message and os.environ.get("RANK", "0") == "0":
+        print(message)
+    return bool(message)
 
 
 def prepare(config: DistillConfig) -> Distillation:
@@ -69,37 +69,37 @@ def prepare(config: DistillConfig) -> Distillation:
     resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
     before = None if resumed is None else checkpoint.read_progress(resumed)
     set_threads(config.threads)
-    team = Team(config.device)
-    batch_size, accumulation = batches(config, team, len(manifest.layouts), before)
+    distributed = Distributed(config.device)
+    batch_size, accumulation = batches(config, distributed, len(manifest.layouts), before)
     config = with_steps(config, batch_size, sum(shard.trained for shard in manifest.shards))
-    check_speed(config, team.device, team.sharded, len(manifest.layouts))
-    if team.main:
-        say_memory(config, accumulation, model, manifest, team)
-    objective = build_objective(config, model, team.device)
+    check_speed(config, distributed.device, distributed.fsdp, len(manifest.layouts))
+    if distributed.main:
+        print_memory(config, accumulation, model, manifest, distributed)
+    objective = build_objective(config, model, distributed.device)
     student = build_student(model.source, config)
-    terms = run_terms(config, manifest, model, student)
-    speed_up(student.networks(), config, team.device)
-    team.share(student)
+    invariants = run_invariants(config, manifest, model, student)
+    speed_up(student.networks(), config, distributed.device)
+    distributed.wrap(student)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
-    scaler = torch.amp.GradScaler(team.device.type, enabled=config.mixed_precision == "fp16")
+    scaler = torch.amp.GradScaler(distributed.device.type, enabled=config.mixed_precision == "fp16")
     if resumed is not None and before is not None:
-        check_resumed(resumed, before, terms, config)
+        check_resumed(resumed, before, invariants, config)
         go_on(resumed, before, student, optimizer, scaler)
     conditioning = load_conditioning(CachePaths(config.cache).conditioning, manifest.layouts)
-    begun = before or checkpoint.Progressed(0, 0, batch_size, terms)
+    begun = before or checkpoint.TrainingState(0, 0, batch_size, invariants)
     loader = build_loader(
         config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
-        begun.position, team,
+        begun.position, distributed,
     )  # fmt: skip
     learning_rate = base_learning_rate(config, batch_size)
     run = Distillation(
         config=config,
-        team=team,
+        distributed=distributed,
         student=student,
         objective=objective,
         loader=loader,
-        empty=conditioning.unconditional.to(team.device),
+        empty=conditioning.unconditional.to(distributed.device),
         optimizer=optimizer,
         scaler=scaler,
         parameters=parameters,
@@ -107,16 +107,19 @@ def prepare(config: DistillConfig) -> Distillation:
         accumulation=accumulation,
         step=begun.step,
         position=begun.position,
-        terms=terms,
-        recorder=Recorder(config, team, loader, begun.step),
-        previews=open_previews(config, model, manifest, conditioning, team.device),
+        invariants=invariants,
+        recorder=Recorder(config, distributed, loader, begun.step),
+        previews=open_previews(config, model, manifest, conditioning, distributed.device),
     )
-    if team.main:
-        warn_of_small_buckets(loader)
-        print(plan(config, parameters, loader, resumed, team.world, learning_rate), file=sys.stderr)
+    if distributed.main:
+        note_small_buckets(loader)
+        print(
+            plan(config, parameters, loader, resumed, distributed.world, learning_rate),
+            file=sys.stderr,
+        )
         if not config.dry_run:
-            run.branch = begin_run_folder(config, model, resumed, latest)
-    team.wait()
+            run.branch = start_run_folder(config, model, resumed, latest)
+    distributed.wait()
     return run
 
 
@@ -133,10 +136,13 @@ def settled(config: DistillConfig) -> DistillConfig:
 
 
 def check_resumed(
-    folder: Path, before: checkpoint.Progressed, terms: dict[str, Any], config: DistillConfig
+    folder: Path,
+    before: checkpoint.TrainingState,
+    invariants: dict[str, Any],
+    config: DistillConfig,
 ) -> None:
     """Raise UserError where a checkpoint is another run's, or further than this one is to go."""
-    checkpoint.check_terms(folder, before.terms, terms)
+    checkpoint.check_invariants(folder, before.terms, invariants)
     if before.step > config.max_train_steps:
         raise UserError(
             f"{folder} has {counted(before.step, 'step')} behind it, more than --max-train-steps "
@@ -146,7 +152,7 @@ def check_resumed(
 
 def go_on(
     folder: Path,
-    before: checkpoint.Progressed,
+    before: checkpoint.TrainingState,
     student: Student,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -165,7 +171,7 @@ def build_objective(config: DistillConfig, model: Model, device: torch.device) -
 
 def build_loader(
     config: DistillConfig, manifest: Manifest, model: Model, empty: TextEmbeds, intervals: int,
-    batch_size: int, position: int, team: Team,
+    batch_size: int, position: int, distributed: Distributed,
 ) -> Loader:  # fmt: skip
     """This process's share of the global batches from sample `position` on."""
     buckets = open_buckets(config.cache, manifest, config.local_cache, config.max_train_samples)
@@ -190,10 +196,10 @@ def build_loader(
         LatentSpec(identity["vae"]["channels"], identity["vae"]["scaling_factor"]),
         empty,
         start=position // batch_size,
-        rank=team.rank,
-        world=team.world,
+        rank=distributed.rank,
+        world=distributed.world,
         threads=config.dataloader_num_workers,
-        device=team.device,
+        device=distributed.device,
     )
 
 
@@ -206,7 +212,7 @@ def guidance_range(config: DistillConfig, w_min: float, w_max: float) -> tuple[f
     return low, high
 
 
-def begin_run_folder(
+def start_run_folder(
     config: DistillConfig, model: Model, resumed: Path | None, latest: Path | None
 ) -> int:
     """Make the folder our own and save the resolved configuration, the model's source in it.
@@ -225,7 +231,7 @@ def begin_run_folder(
         resolved = told({**to_dict(config), "model": model.source})
         resolved["learning_rate"] = base_learning_rate(config)
         publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
-        return checkpoint.begin_branch(config.run, resumed)
+        return checkpoint.start_branch(config.run, resumed)
     except BaseException:  # or it would seem to live on where the file system has no locks
         owner.release(config.run)
         raise

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from train.export.student import run_config
-from train.state.whereabouts import found, told
+from train.state.run_paths import found, told
 
 
 @pytest.fixture

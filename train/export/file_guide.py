@@ -13,7 +13,7 @@ from train.objectives import OBJECTIVES
 COMFY_SOLVER = (50, 10.0)  # solver steps and timestep scaling of ComfyUI's LCM sampling
 
 
-def file_uses(folder: Path, config: Mapping[str, Any]) -> list[str]:
+def file_guide(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Which of an export's files is for which program, and how it is drawn there."""
     few_steps = OBJECTIVES[config["objective"]].few_steps
     if config["student"] == "full":
@@ -30,15 +30,15 @@ def file_uses(folder: Path, config: Mapping[str, Any]) -> list[str]:
 
 def comfy_settings(config: Mapping[str, Any]) -> str:
     """How a distilled LoRA is drawn in those programs."""
-    told = "strength 1, CFG 1, sampler LCM, in ComfyUI with scheduler `simple`"
+    text = "strength 1, CFG 1, sampler LCM, in ComfyUI with scheduler `simple`"
     solver = (config["num_ddim_timesteps"], config["timestep_scaling_factor"])
     if solver != COMFY_SOLVER:
-        told += (
+        text += (
             f" (which takes {COMFY_SOLVER[0]} solver steps and scaling {COMFY_SOLVER[1]:g} for "
             f"granted, where this student has {solver[0]} and {solver[1]:g}: diffusers draws it "
             "as it was trained)"
         )
-    return told
+    return text
 
 
 def half_precision(folder: Path) -> str:

@@ -35,12 +35,12 @@ from train.evaluation.features import (
     high_frequency_share,
 )
 from train.evaluation.heldout import HeldOut
-from train.evaluation.score import Judge, Row, Scorer, decode_all, draw_all
+from train.evaluation.score import Judge, Result, Scorer, decode_all, draw_all
 
 STEPS = (1, 2, 4, 8)
 REFERENCE = ("ddim", 50)
-SOLVER_ROWS = tuple((solver, steps) for solver in ("ddim", "dpmsolver++") for steps in STEPS)
-TEACHER_ROWS = (REFERENCE, *SOLVER_ROWS)
+SOLVER_SAMPLINGS = tuple((solver, steps) for solver in ("ddim", "dpmsolver++") for steps in STEPS)
+TEACHER_SAMPLINGS = (REFERENCE, *SOLVER_SAMPLINGS)
 SPACINGS = ("trailing", "leading", "linspace")
 TRIED = 300  # captions that a spacing is chosen on
 
@@ -52,13 +52,13 @@ def unet_calls(rows: Sequence[tuple[str, int]], count: int) -> int:
 
 def teacher_calls(count: int) -> int:
     """Likewise for everything that `teacher_reference` draws."""
-    tried = (len(SPACINGS) - 1) * unet_calls(SOLVER_ROWS, min(TRIED, count))
-    return unet_calls(TEACHER_ROWS, count) + tried
+    tried = (len(SPACINGS) - 1) * unet_calls(SOLVER_SAMPLINGS, min(TRIED, count))
+    return unet_calls(TEACHER_SAMPLINGS, count) + tried
 
 
 def teacher_reference(
     config: EvaluateConfig, artist: Artist, heldout: HeldOut, scorer: Scorer | None, bar: Progress
-) -> tuple[Judge, list[Row]]:
+) -> tuple[Judge, list[Result]]:
     """The teacher's rows and what students are judged by.
 
     They depend on the teacher and the evaluation cache alone, so they are kept in the cache's
@@ -72,28 +72,28 @@ def teacher_reference(
     solution = draw_all(artist, REFERENCE, heldout, config, bar)
     sharpness = high_frequency_share(decode_all(artist, solution))
     judge = Judge(real, heldout.captions, scorer, solution, sharpness)
-    rows = [judge.row(*REFERENCE, solution, artist)]
+    rows = [judge.measure(*REFERENCE, solution, artist)]
     few = heldout.first(TRIED)
     shown = Gaussian.of(features(decode_all(artist, few.latents)))
-    for row in SOLVER_ROWS:
+    for row in SOLVER_SAMPLINGS:
         spaced, first = best_spacing(config, artist, row, few, shown, bar)
         rest = draw_all(spaced, row, heldout, config, bar, first=len(few))
-        rows.append(judge.row(*row, torch.cat([first, rest]), spaced))
+        rows.append(judge.measure(*row, torch.cat([first, rest]), spaced))
     keep_reference(kept, CachePaths(config.eval_cache).tmp, judge, rows)
     return judge, rows
 
 
 def kept_reference(
     path: Place, heldout: HeldOut, scorer: Scorer | None
-) -> tuple[Judge, list[Row]] | None:
+) -> tuple[Judge, list[Result]] | None:
     """A reference from an earlier evaluation, or None where there is none.
 
     A damaged one is none, too, and a note says so.
     """
 
-    def build(stored: Mapping[str, Any]) -> tuple[float, list[Row]]:
-        rows = typed(stored["rows"], list[Row], "rows")
-        if [(row.sampler, row.steps) for row in rows] != list(TEACHER_ROWS):
+    def build(stored: Mapping[str, Any]) -> tuple[float, list[Result]]:
+        rows = typed(stored["rows"], list[Result], "rows")
+        if [(row.sampler, row.steps) for row in rows] != list(TEACHER_SAMPLINGS):
             raise ValueError("the rows are others than the teacher's")
         return typed(stored["sharpness"], float, "sharpness"), rows
 
@@ -135,7 +135,7 @@ def best_spacing(
     return best[1:]
 
 
-def keep_reference(path: Place, tmp: Path, judge: Judge, rows: Sequence[Row]) -> None:
+def keep_reference(path: Place, tmp: Path, judge: Judge, rows: Sequence[Result]) -> None:
     """Store a reference for the next evaluation; a read-only cache goes without."""
     tensors = {
         "mean": torch.from_numpy(judge.real.mean),
@@ -160,7 +160,7 @@ def reference_key(config: EvaluateConfig, artist: Artist) -> str:
         "guidance_scale": artist.guidance_scale,
         "scorer": config.scorer,
         "features": FEATURES,
-        "rows": TEACHER_ROWS,
+        "rows": TEACHER_SAMPLINGS,
         "spacings": (SPACINGS, TRIED),
         "batch_size": config.batch_size,
     }
