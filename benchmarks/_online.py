@@ -22,7 +22,7 @@ from train.data.batch import Batch
 from train.networks.full import FullStudent
 from train.networks.precision import DTYPES
 from train.networks.student import Student
-from train.networks.teacher import call_unet
+from train.networks.denoiser import call_unet
 from train.trainer.loop import update
 from train.trainer.run import Distillation
 

@@ -21,8 +21,8 @@ from train.config import DistillConfig
 from train.export.file_guide import half_precision
 from train.export.model_card import snippet
 from train.export.student import publish_export, write_export
-from train.networks.student import build_student
-from train.networks.teacher import load_schedule
+from train.networks.build import build_student
+from train.networks.denoiser import load_schedule
 
 
 @pytest.fixture(scope="module")

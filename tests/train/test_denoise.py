@@ -27,7 +27,7 @@ from train.config import DistillConfig, EvaluateConfig
 from train.data.draws import DrawSpec, draw
 from train.data.loader import Batch, Loader
 from train.evaluation import evaluate, teacher_results
-from train.networks.student import build_student
+from train.networks.build import build_student
 from train.objectives import denoise
 from train.objectives.denoise import Denoise
 from train.state import checkpoint

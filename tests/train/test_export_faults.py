@@ -19,7 +19,7 @@ from train.config import DistillConfig
 from train.export.student import COMPANIONS, export_student
 from train.export.weights import exported_student
 from train.networks.full import guided_copy
-from train.networks.teacher import load_unet
+from train.networks.denoiser import load_unet
 from train.state import checkpoint
 from train.trainer.loop import distill
 from train.trainer.setup import prepare

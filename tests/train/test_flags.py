@@ -88,7 +88,7 @@ def test_what_wants_a_gpu(dry, words):
 
 def test_adapters_go_where_they_are_told(tiny_sd):
     from train.config import DistillConfig
-    from train.networks.student import build_student
+    from train.networks.build import build_student
 
     config = DistillConfig(str(tiny_sd), None, None, lora_rank=2, lora_target_modules="to_q, to_k")
     student = build_student(str(tiny_sd), config)

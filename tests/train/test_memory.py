@@ -21,7 +21,7 @@ from train.memory.advice import ROOM, memory_line
 from train.memory.estimate import ALONE, Parallelism, estimate, forward, meta_networks
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
 from train.networks.dtensor import local
-from train.networks.student import build_student
+from train.networks.build import build_student
 from train.state.optim import build_optimizer
 from train.trainer.distributed import apply_fsdp
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from shared.errors import UserError
 from train.config import DistillConfig
-from train.networks.student import build_student
+from train.networks.build import build_student
 from train.state import checkpoint
 from train.state.optim import base_learning_rate, build_optimizer, set_learning_rate
 from train.state.restore import restore_optimizer

@@ -20,7 +20,7 @@ from shared.errors import UserError
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.networks.precision import COMPILED, autocast, check_speed, compile_blocks, speed_up
-from train.networks.student import build_student
+from train.networks.build import build_student
 from train.objectives.lcd import LCD
 
 CPU = torch.device("cpu")

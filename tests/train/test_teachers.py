@@ -15,8 +15,9 @@ from shared.diffusion import add_noise, predicted_eps, predicted_x0, schedule_fr
 from shared.errors import UserError
 from shared.models.family import resolve_model
 from train.config import DistillConfig
-from train.networks.student import build_student
-from train.networks.teacher import call_unet, check_fit, load_schedule
+from train.networks.build import build_student
+from train.networks.cache_checks import check_fit
+from train.networks.denoiser import call_unet, load_schedule
 from train.objectives.lcd import LCD
 from train.sampling.samplers import draw_latents, student_scheduler, teacher_scheduler
 

@@ -18,7 +18,7 @@ from shared.errors import UserError
 from train.export.student import export_student, variant
 from train.export.weights import exported_student
 from train.networks.full import guided_copy
-from train.networks.teacher import load_unet
+from train.networks.denoiser import load_unet
 
 RANK, ALPHA = 4, 6.5
 LORA, KOHYA = "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"
@@ -156,8 +156,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from train.export.student import export_student
-from train.networks.student import guided_copy
-from train.networks.teacher import load_unet
+from train.networks.full import guided_copy
+from train.networks.denoiser import load_unet
 unet = load_unet(sys.argv[1])
 full = guided_copy(unet, 32, "zero")
 torch.manual_seed(0)

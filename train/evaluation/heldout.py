@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from shared.cache.manifest import CachePaths, Manifest, open_manifest
 from shared.errors import UserError
 from shared.storage.urls import Place
 from shared.wording import counted
-from train.config import EvaluateConfig
 from train.data.bucket import Bucket, largest_bucket
 from train.data.heads import check_heads
 from train.data.loader import fault
@@ -22,27 +22,27 @@ from train.state.checkpoint import latest_checkpoint, read_progress
 from train.state.run_paths import recorded_cache
 
 
-def with_eval_cache(config: EvaluateConfig, trained_on: str) -> tuple[EvaluateConfig, Manifest]:
-    """The same with a cache to evaluate on, and its manifest: what is given, else the run's own.
+def open_eval_cache(given: Place | None, run: Path, trained_on: Place) -> tuple[Place, Manifest]:
+    """Open the cache to evaluate on: what is given, else the run's own.
 
     Raises UserError where that one has nothing set aside, or had not when the run was trained.
     """
-    cache = config.eval_cache or recorded_cache(trained_on, "--eval-cache")
+    cache = given or recorded_cache(trained_on, "--eval-cache")
     manifest = open_manifest(cache)
-    if str(cache) != trained_on:
-        return config, manifest
+    if str(cache) != str(trained_on):
+        return cache, manifest
     other = "pass --eval-cache a cache of other pictures"
     if not manifest.heldout:
-        if config.eval_cache is not None:  # it was named, so it is meant
-            return config, manifest
+        if given is not None:  # it was named, so it is meant
+            return cache, manifest
         raise UserError(
-            f"{cache}, on which {config.run} was trained, has no samples set aside; {other}, or "
+            f"{cache}, on which {run} was trained, has no samples set aside; {other}, or "
             f"set some aside for runs to come: python -m prep finish --cache {cache} --holdout 1000"
         )
-    latest = latest_checkpoint(config.run)
+    latest = latest_checkpoint(run)
     if latest is None or read_progress(latest).terms.get("holdout") != manifest.holdout:
         raise UserError(
-            f"{config.run} may have been trained on the samples that {cache} holds out now (they "
+            f"{run} may have been trained on the samples that {cache} holds out now (they "
             f"were set aside later, or its checkpoints are gone); {other}, or train anew"
         )
     print(
@@ -50,7 +50,7 @@ def with_eval_cache(config: EvaluateConfig, trained_on: str) -> tuple[EvaluateCo
         "(--eval-cache chooses others)",
         file=sys.stderr,
     )
-    return replace(config, eval_cache=cache), manifest
+    return cache, manifest
 
 
 @dataclass(frozen=True)

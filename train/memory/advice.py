@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from shared.cli.other_tools.flags import dashed
 from shared.errors import UserError
-from train.config import DistillConfig
-from train.flags import check_flags, dashed, ignored
+from train.config import RunConfig
+from train.flags import check_flags, ignored
 from train.memory.estimate import ALONE, Parallelism, estimate
 from train.networks.precision import check_speed
 
@@ -21,7 +22,7 @@ Change = dict[str, Any]  # of the configuration
 
 def memory_line(
     unet_config: Mapping[str, Any],
-    config: DistillConfig,
+    config: RunConfig,
     latent_size: tuple[int, int],
     free: int,
     parallelism: Parallelism = ALONE,
@@ -64,7 +65,7 @@ def each(parallelism: Parallelism) -> str:
 
 def fitting(
     unet_config: Mapping[str, Any],
-    config: DistillConfig,
+    config: RunConfig,
     latent_size: tuple[int, int],
     room: int,
     parallelism: Parallelism,
@@ -83,7 +84,7 @@ def fitting(
     return None
 
 
-def ladder(config: DistillConfig, student: str, parallelism: Parallelism) -> list[Change]:
+def ladder(config: RunConfig, student: str, parallelism: Parallelism) -> list[Change]:
     """Flags that save memory and that the trainer takes: what changes the run least comes first."""
     change: Change = {} if student == config.student else {"student": student}
     changes = [change] if change else []
@@ -94,7 +95,7 @@ def ladder(config: DistillConfig, student: str, parallelism: Parallelism) -> lis
     return changes
 
 
-def savings(config: DistillConfig) -> list[Change]:
+def savings(config: RunConfig) -> list[Change]:
     """What saves memory and is not used yet."""
     total = config.train_batch_size * config.gradient_accumulation_steps
     wanted: list[Change] = [
@@ -107,15 +108,15 @@ def savings(config: DistillConfig) -> list[Change]:
     return [change for change in wanted if change.items() - vars(config).items()]
 
 
-def apply(config: DistillConfig, change: Change) -> tuple[DistillConfig, list[str]]:
+def apply(config: RunConfig, change: Change) -> tuple[RunConfig, list[str]]:
     """The configuration as if `change` had been typed, and what must not be typed beside it."""
     changed = replace(config, **change, typed=config.typed | set(change))
     left_out = [name for name in ignored(changed) if name not in change]
-    defaults = {name: getattr(DistillConfig, name) for name in left_out}
+    defaults = {name: getattr(RunConfig, name) for name in left_out}
     return replace(changed, **defaults, typed=changed.typed - set(left_out)), left_out
 
 
-def accepted(config: DistillConfig, parallelism: Parallelism) -> bool:
+def accepted(config: RunConfig, parallelism: Parallelism) -> bool:
     """Do the trainer's own checks take these flags?"""
     try:
         check_flags(config)

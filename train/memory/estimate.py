@@ -17,19 +17,18 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared.cache.conditioning import TextEmbeds
 from train.config import DistillConfig
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
+from train.networks.denoiser import Denoiser, call_unet
 from train.networks.dtensor import FSDP_BLOCKS
 from train.networks.full import guided_copy
 from train.networks.lora import add_adapters
 from train.networks.precision import hold_frozen
-from train.networks.teacher import call_unet
-from train.objectives import OBJECTIVES
+from train.objectives import objective_of
 
 TOKENS = 77
 META = torch.device("meta")
@@ -78,11 +77,11 @@ ALONE = Parallelism()
 class MetaNetworks:
     """The UNets of a run without their numbers; a LoRA's three are one."""
 
-    student: UNet2DConditionModel
-    target: UNet2DConditionModel
-    teacher: UNet2DConditionModel
+    student: Denoiser
+    target: Denoiser
+    teacher: Denoiser
 
-    def unets(self) -> list[UNet2DConditionModel]:
+    def unets(self) -> list[Denoiser]:
         """Each once."""
         return list(dict.fromkeys((self.student, self.target, self.teacher)))
 
@@ -98,11 +97,11 @@ class MetaNetworks:
 def meta_networks(unet_config: Mapping[str, Any], config: DistillConfig) -> MetaNetworks:
     """As `train.networks.student` builds them."""
     with META:
-        teacher = UNet2DConditionModel.from_config(unet_config).eval().requires_grad_(False)
+        teacher = Denoiser.from_config(unet_config).eval().requires_grad_(False)
         if config.student == "lora":
             add_adapters(teacher, config)
             networks = MetaNetworks(teacher, teacher, teacher)
-        elif not OBJECTIVES[config.objective].teacher:
+        elif not objective_of(config).needs_target:
             networks = MetaNetworks(*[teacher.requires_grad_(True)] * 3)
         else:
             width = config.unet_time_cond_proj_dim
@@ -178,7 +177,7 @@ def gathered_bytes(networks: MetaNetworks, parallelism: Parallelism) -> int:
     return weights + two_blocks(networks.student, lambda w: w.nbytes if w.requires_grad else 0)
 
 
-def two_blocks(unet: UNet2DConditionModel, size: Callable[[Tensor], int]) -> int:
+def two_blocks(unet: Denoiser, size: Callable[[Tensor], int]) -> int:
     """The size of what lies in no block, and of two of the largest: the next is on its way."""
     modules = [module for module in unet.modules() if type(module).__name__ in FSDP_BLOCKS]
     blocks = sorted(sum(map(size, module.parameters())) for module in modules)
@@ -209,7 +208,7 @@ def forward(
     call = caller(unet_config, latent_size, config)
     count = config.train_batch_size
     output = call(networks.student, count)
-    if OBJECTIVES[config.objective].teacher:
+    if objective_of(config).needs_teacher:
         with torch.no_grad():
             call(networks.teacher, 2 * count)
     return output.square().mean()
@@ -217,12 +216,12 @@ def forward(
 
 def caller(
     unet_config: Mapping[str, Any], latent_size: tuple[int, int], config: DistillConfig
-) -> Callable[[UNet2DConditionModel, int], Tensor]:
+) -> Callable[[Denoiser, int], Tensor]:
     """A function that calls a UNet with a batch of so many samples."""
     channels, width = unet_config["in_channels"], unet_config["cross_attention_dim"]
     micro = unet_config.get("addition_embed_type") == "text_time"
 
-    def call(unet: UNet2DConditionModel, count: int) -> Tensor:
+    def call(unet: Denoiser, count: int) -> Tensor:
         def empty(*shape: int) -> Tensor:
             return torch.empty(count, *shape, device=META)
 

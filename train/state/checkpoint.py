@@ -37,7 +37,8 @@ from train.state.optim import Scaler, saved
 from train.state.tensor_files import load_tensors
 
 REMEDY = "resume from another checkpoint, or restore it"
-NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
+STATE = "state.json"
+TENSORS = NETWORKS, OPTIMIZER = "networks.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,25 +53,35 @@ class TrainingState:
     branch: int = 0  # one more whenever a run goes on from another checkpoint than its latest
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: state.json, and the files of tensors by name.
+
+    No random state is among it: every draw is a function of seed and position or step.
+    """
+
+    state: TrainingState
+    networks: Mapping[str, Tensor]  # `Student.state`
+    optimizer: Mapping[str, Tensor]  # `optimizer_state`
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Those of each file."""
+        return dict(zip(TENSORS, (self.networks, self.optimizer), strict=True))
+
+
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of an optimizer step lies."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(
-    run: Path,
-    progressed: TrainingState,
-    networks: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    total_limit: int | None,
-) -> Path:
+def save_checkpoint(run: Path, whole: Checkpoint, total_limit: int | None) -> Path:
     """Write a whole checkpoint of CPU tensors, then prune the oldest beyond `total_limit`."""
-    final = checkpoint_folder(run, progressed.step)
+    final = checkpoint_folder(run, whole.state.step)
     tmp = run / "tmp"
     with workshop(tmp, f"-{final.name}") as building:
-        for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):
+        for name, tensors in whole.tensors().items():
             publish(tensor_chunks(tensors), building / name, tmp)
-        state = {**vars(progressed), "files": file_sizes(building)}
+        state = {**vars(whole.state), "files": file_sizes(building)}
         publish([dump_json(state)], building / STATE, tmp)
         sync_folder(building)
         if final.exists():  # of an earlier, longer run that was resumed from before it
@@ -135,7 +146,7 @@ def damage(folder: Path) -> str:
     except UserError as error:
         return str(error)
     found = file_sizes(folder)
-    for name in (NETWORKS, OPTIMIZER):
+    for name in TENSORS:
         if name not in found:
             return f"no {name}"
         if found[name] != wanted.get(name, found[name]):  # older checkpoints do not tell

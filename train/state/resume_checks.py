@@ -17,9 +17,9 @@ from shared.errors import UserError
 from shared.models.family import Model, load_config
 from shared.storage.files import dump_json
 from shared.wording import counted
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.networks.student import Student
-from train.objectives import OBJECTIVES
+from train.objectives import objective_of
 from train.state.checkpoint import TrainingState
 
 # Besides the objective's own flags; everything else may change.
@@ -30,7 +30,7 @@ INVARIANT_FLAGS = (
 
 
 def divide(
-    config: DistillConfig, world: int, buckets: int, before: TrainingState | None
+    config: RunConfig, world: int, buckets: int, before: TrainingState | None
 ) -> tuple[int, int]:
     """The global batch and the micro-batches it is accumulated from.
 
@@ -67,7 +67,7 @@ def divide(
 
 
 def run_invariants(
-    config: DistillConfig, manifest: Manifest, model: Model, student: Student
+    config: RunConfig, manifest: Manifest, model: Model, student: Student
 ) -> dict[str, Any]:
     """What a checkpoint remembers and a resume must repeat; `student` is as it was built."""
     shards = [
@@ -81,7 +81,7 @@ def run_invariants(
     unet = student.networks()[-1]
     frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
     return {
-        **{name: flags[name] for name in INVARIANT_FLAGS + OBJECTIVES[config.objective].flags},
+        **{name: flags[name] for name in INVARIANT_FLAGS + objective_of(config).flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
         **({"holdout": manifest.holdout} if manifest.holdout else {}),

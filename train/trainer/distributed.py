@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,14 +21,16 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import DistNetworkError
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from shared.errors import UserError, first_line
 from shared.machine.device import pick_device
-from train.config import DistillConfig
+from train.config import RunConfig
+from train.networks.denoiser import Denoiser
 from train.networks.dtensor import FSDP_BLOCKS
 from train.networks.student import Student
 from train.trainer.launch import join
@@ -98,6 +101,7 @@ class Distributed:
             yield
             student.unet.set_requires_gradient_sync(True)
         else:
+            assert isinstance(student.live, DistributedDataParallel)
             with student.live.no_sync():
                 yield
 
@@ -105,7 +109,8 @@ class Distributed:
         """The mean over the processes."""
         if self.world == 1:
             return value
-        return self.accelerator.reduce(value, "mean")
+        mean: Tensor = self.accelerator.reduce(value, "mean")
+        return mean
 
     def wait(self) -> None:
         """Go on when all have come so far."""
@@ -132,14 +137,14 @@ def refuse_launchers() -> None:
         raise UserError("FSDP here is torch's fully_shard; add --fsdp_version 2 to the launcher")
 
 
-def as_launched(config: DistillConfig) -> DistillConfig:
+def as_launched(config: RunConfig) -> RunConfig:
     """The flags, and where they were left alone what accelerate's launcher was told.
 
     Raises UserError for a precision that the trainer does not have, and for processes that a
     launcher has started and that could not find each other.
     """
     join()
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp8":
         raise UserError("--mixed_precision fp8 is not for this trainer; launch with bf16")
     # It says "no" also where nobody has asked it for a precision.
@@ -157,7 +162,7 @@ def asked(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def apply_fsdp(unet: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
+def apply_fsdp(unet: Denoiser, plugin: FullyShardedDataParallelPlugin) -> None:
     """torch's fully_shard on every block, then on what is left.
 
     Of the plugin count `--fsdp_reshard_after_forward` and `--fsdp_offload_params`.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.data.batch import Batch
 from train.state.optim import set_learning_rate
 from train.state.owner import release
@@ -106,7 +106,7 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bo
     return taken
 
 
-def due(step: int, every: int, config: DistillConfig) -> bool:
+def due(step: int, every: int, config: RunConfig) -> bool:
     """Every so many steps and at the end; never where `every` is 0."""
     return every > 0 and (step % every == 0 or step == config.max_train_steps)
 

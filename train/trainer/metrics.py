@@ -26,7 +26,7 @@ from shared.storage.files import dump_json, guard, publish
 from shared.storage.reading import read_if_there
 from shared.storage.typed_json import typed
 from shared.wording import rate as rate_of
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.data.loader import Loader
 from train.networks.dtensor import whole
 from train.state.checkpoint import whole_checkpoints
@@ -58,7 +58,7 @@ class Recorder:
     """
 
     def __init__(
-        self, config: DistillConfig, distributed: Distributed, loader: Loader, done: int
+        self, config: RunConfig, distributed: Distributed, loader: Loader, done: int
     ) -> None:
         """`done` steps are behind."""
         self.config, self.distributed, self.loader, self.done = config, distributed, loader, done

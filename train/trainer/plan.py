@@ -16,17 +16,17 @@ from shared.cache.manifest import Manifest
 from shared.errors import UserError
 from shared.models.family import Model, unet_config
 from shared.wording import counted
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.data.loader import Loader
 from train.memory.estimate import Parallelism
-from train.objectives import OBJECTIVES
+from train.objectives import objective_of
 from train.state.checkpoint import TrainingState
 from train.state.resume_checks import divide
 from train.trainer.distributed import Distributed
 
 
 def batches(
-    config: DistillConfig, distributed: Distributed, buckets: int, before: TrainingState | None
+    config: RunConfig, distributed: Distributed, buckets: int, before: TrainingState | None
 ) -> tuple[int, int]:
     """`divide`, and a word where --gradient-accumulation-steps was given and says otherwise.
 
@@ -51,7 +51,7 @@ def batches(
     return batch_size, accumulation
 
 
-def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillConfig:
+def with_steps(config: RunConfig, batch_size: int, samples: int) -> RunConfig:
     """The same with `max_train_steps` for as many passes as `--num-train-epochs` asks for."""
     epochs = config.num_train_epochs
     if epochs is None:
@@ -61,7 +61,7 @@ def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillC
 
 
 def plan(
-    config: DistillConfig,
+    config: RunConfig,
     parameters: dict[str, nn.Parameter],
     loader: Loader,
     resumed: Path | None,
@@ -76,7 +76,7 @@ def plan(
     origin = f"from {resumed}" if resumed else "from the teacher"
     spec = loader.spec
     drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
-    if not OBJECTIVES[config.objective].teacher:
+    if not objective_of(config).takes_guidance:
         drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
@@ -87,7 +87,7 @@ def plan(
 
 
 def print_memory(
-    config: DistillConfig,
+    config: RunConfig,
     accumulation: int,
     model: Model,
     manifest: Manifest,
@@ -102,7 +102,7 @@ def print_memory(
     sizes = [manifest.layouts[number].latent_size for number in set(manifest.shard_layouts)]
     if not sizes:
         return
-    from train.memory.advice import memory_line, parallelism_of  # which take torch's slower tools
+    from train.memory.advice import memory_line  # which takes torch's slower tools
 
     unet = unet_config(model.source)
     config = replace(config, gradient_accumulation_steps=accumulation)  # also where it followed

@@ -11,9 +11,11 @@ from torch import nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
-from train.config import DistillConfig, ExportConfig
+from train.config import ExportConfig, RunConfig
 from train.data.loader import Loader
+from train.export.provenance import of_finished
 from train.export.student import publish_export, write_export
+from train.flag_groups import PublishFlags, names_of
 from train.networks.dtensor import local
 from train.networks.precision import autocast
 from train.networks.student import Student
@@ -29,7 +31,7 @@ from train.trainer.metrics import Recorder
 class Distillation:
     """A run, ready to go on after step `step`, when `position` samples have been consumed."""
 
-    config: DistillConfig
+    config: RunConfig
     distributed: Distributed
     student: Student
     objective: Loss
@@ -64,7 +66,7 @@ class Distillation:
             checkpoint.optimizer_state(self.optimizer, self.parameters)
         )
         if self.distributed.main:
-            progressed = checkpoint.TrainingState(
+            state = checkpoint.TrainingState(
                 step=self.step,
                 position=self.position,
                 batch_size=self.loader.order.batch_size,
@@ -72,10 +74,9 @@ class Distillation:
                 scaler=self.scaler.state_dict(),
                 branch=self.branch,
             )
+            whole = checkpoint.Checkpoint(state, networks, optimizer)
             limit = self.config.checkpoints_total_limit
-            folder = checkpoint.save_checkpoint(
-                self.config.run, progressed, networks, optimizer, limit
-            )
+            folder = checkpoint.save_checkpoint(self.config.run, whole, limit)
             self.recorder.say(f"saved {folder}")
         self.distributed.wait()
 
@@ -102,14 +103,16 @@ class Distillation:
 
     def export(self) -> None:
         """Write the student in diffusers' format."""
-        config = self.config
-        if (
-            self.distributed.main and self.distributed.fsdp
-        ):  # no process has it whole; the checkpoint does
-            fields = ("run", "export_dtype", "push_to_hub", "hub_model_id", "hub_token")
-            same = {name: getattr(config, name) for name in fields}
-            print(f"student: {export_checkpoint(ExportConfig(**same))}")
+        config, student = self.config, self.student
+        if self.distributed.main and self.distributed.fsdp:
+            # No process has the student whole; the checkpoint does.
+            same = {name: getattr(config, name) for name in names_of(PublishFlags)}
+            print(f"student: {export_checkpoint(config.run, ExportConfig(**same))}")
         elif self.distributed.main:
-            print(f"student: {write_export(config, self.student.exported(), config.run)}")
-            publish_export(config, config.run)
+            origin = of_finished(config.run)
+            path = write_export(
+                config.run, origin, student.exported(), config.run, config.export_dtype
+            )
+            print(f"student: {path}")
+            publish_export(config.run, origin, config.run, config)
         self.distributed.wait()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,31 @@ from shared.models.family import Model, resolve_model
 from shared.storage.files import dump_json, publish
 from shared.storage.temporary import sweep
 from shared.wording import counted
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.data.bucket import open_buckets
 from train.data.draws import DrawSpec
 from train.data.heads import check_heads
 from train.data.loader import LatentSpec, Loader
 from train.data.order import Order
 from train.flags import check_flags
+from train.networks.build import build_student
+from train.networks.cache_checks import check_fit
+from train.networks.denoiser import load_schedule
 from train.networks.precision import check_speed, speed_up
-from train.networks.student import Student, build_student
-from train.networks.teacher import check_fit, load_schedule
-from train.objectives import OBJECTIVES
+from train.networks.student import Student
+from train.objectives import objective_of
 from train.objectives.objective import Loss
 from train.sampling.preview import open_previews
 from train.state import checkpoint, owner
 from train.state.optim import base_learning_rate, build_optimizer
 from train.state.restore import restore_networks, restore_optimizer
 from train.state.resume_checks import run_invariants
-from train.state.run_paths import told
+from train.state.run_paths import to_keep
 from train.trainer.defaults import with_precision
 from train.trainer.distributed import Distributed, as_launched
 from train.trainer.metrics import Recorder
 from train.trainer.plan import batches, note_small_buckets, plan, print_memory, with_steps
-from train.trainer.resume import as_left, finished_message
+from train.trainer.resume import as_left
 from train.trainer.run import Distillation
 from train.trainer.trackers import check_trackers
 
@@ -50,15 +52,7 @@ REPLACE = (
 )
 
 
-def print_if_finished(config: DistillConfig) -> bool:
-    """Has this very command trained and exported the run already? The main process says so."""
-    message = finished_message(as_launched(config))
-    if message and os.environ.get("RANK", "0") == "0":
-        print(message)
-    return bool(message)
-
-
-def prepare(config: DistillConfig) -> Distillation:
+def prepare(config: RunConfig) -> Distillation:
     """Check and load everything. Raises UserError for what does not fit together."""
     config = settled(config)
     manifest = open_manifest(config.cache)
@@ -123,7 +117,7 @@ def prepare(config: DistillConfig) -> Distillation:
     return run
 
 
-def settled(config: DistillConfig) -> DistillConfig:
+def settled(config: RunConfig) -> RunConfig:
     """The same as it was launched, to go on where the run stands; precision by the device.
 
     Raises UserError where another process writes the run, or a tracker cannot be had.
@@ -139,7 +133,7 @@ def check_resumed(
     folder: Path,
     before: checkpoint.TrainingState,
     invariants: dict[str, Any],
-    config: DistillConfig,
+    config: RunConfig,
 ) -> None:
     """Raise UserError where a checkpoint is another run's, or further than this one is to go."""
     checkpoint.check_invariants(folder, before.terms, invariants)
@@ -164,13 +158,13 @@ def go_on(
         scaler.load_state_dict(dict(before.scaler))
 
 
-def build_objective(config: DistillConfig, model: Model, device: torch.device) -> Loss:
+def build_objective(config: RunConfig, model: Model, device: torch.device) -> Loss:
     """The loss that the flags ask for, with the teacher's schedule."""
-    return OBJECTIVES[config.objective].build(config, load_schedule(model.source).to(device))
+    return objective_of(config).build(config, load_schedule(model.source).to(device))
 
 
 def build_loader(
-    config: DistillConfig, manifest: Manifest, model: Model, empty: TextEmbeds, intervals: int,
+    config: RunConfig, manifest: Manifest, model: Model, empty: TextEmbeds, intervals: int,
     batch_size: int, position: int, distributed: Distributed,
 ) -> Loader:  # fmt: skip
     """This process's share of the global batches from sample `position` on."""
@@ -203,7 +197,7 @@ def build_loader(
     )
 
 
-def guidance_range(config: DistillConfig, w_min: float, w_max: float) -> tuple[float, float]:
+def guidance_range(config: RunConfig, w_min: float, w_max: float) -> tuple[float, float]:
     """The flags, else the family's. Raises UserError for an empty range."""
     low = w_min if config.w_min is None else config.w_min
     high = w_max if config.w_max is None else config.w_max
@@ -213,7 +207,7 @@ def guidance_range(config: DistillConfig, w_min: float, w_max: float) -> tuple[f
 
 
 def start_run_folder(
-    config: DistillConfig, model: Model, resumed: Path | None, latest: Path | None
+    config: RunConfig, model: Model, resumed: Path | None, latest: Path | None
 ) -> int:
     """Make the folder our own and save the resolved configuration, the model's source in it.
 
@@ -228,9 +222,9 @@ def start_run_folder(
                 "give the same command again"
             )
         sweep(config.run / "tmp")
-        resolved = told({**to_dict(config), "model": model.source})
-        resolved["learning_rate"] = base_learning_rate(config)
-        publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
+        kept = to_keep(replace(config, model=model.source))
+        kept = replace(kept, learning_rate=base_learning_rate(config))
+        publish([dump_json(to_dict(kept))], config.run / "config.json", config.run / "tmp")
         return checkpoint.start_branch(config.run, resumed)
     except BaseException:  # or it would seem to live on where the file system has no locks
         owner.release(config.run)
