@@ -166,7 +166,10 @@ def random_weights(device: torch.device) -> Iterator[None]:
     with ExitStack() as patches:
         for name, value in (
             ("train.trainer.setup.build_student", build_there),
-            ("train.networks.student.load_unet", build_unet),
+            *(
+                (f"train.networks.{name}.load_unet", build_unet)
+                for name in ("build", "full", "lora")
+            ),
             ("prep.encoders.vae.load_vae", lambda source: random_vae(source, device)),
             ("prep.encoders.text.CLIPTextModel", TextEncoders),
             ("prep.encoders.text.CLIPTextModelWithProjection", TextEncoders),

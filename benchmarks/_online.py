@@ -19,10 +19,10 @@ from benchmarks._models import random_text_encoder, random_unet, random_vae
 from shared.cache.conditioning import TextEmbeds
 from shared.models.family import resolve_model
 from train.data.batch import Batch
+from train.networks.denoiser import call_unet
 from train.networks.full import FullStudent
 from train.networks.precision import DTYPES
 from train.networks.student import Student
-from train.networks.denoiser import call_unet
 from train.trainer.loop import update
 from train.trainer.run import Distillation
 

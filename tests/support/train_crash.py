@@ -55,7 +55,9 @@ def fake(step: int, limit: int | None = None, branch: int = 0) -> None:
     """A checkpoint as the trainer writes it, of tensors that take no time."""
     progressed = checkpoint.TrainingState(step, 4 * step, 4, {"seed": 0}, branch=branch)
     networks = {name: torch.full((3,), float(step)) for name in "ab"}
-    checkpoint.save_checkpoint(RUN, progressed, networks, {"a/step": torch.ones(step)}, limit)
+    checkpoint.save_checkpoint(
+        RUN, checkpoint.Checkpoint(progressed, networks, {"a/step": torch.ones(step)}), limit
+    )
 
 
 def save_on(until: int, limit: int) -> None:

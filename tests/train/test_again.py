@@ -209,7 +209,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(distil, tmp
 def test_a_checkpoint_by_its_step(tmp_path, name):
     folder = checkpoint.checkpoint_folder(tmp_path, 3)
     progressed = checkpoint.TrainingState(3, 12, 4, {})
-    checkpoint.save_checkpoint(tmp_path, progressed, {}, {}, None)
+    checkpoint.save_checkpoint(tmp_path, checkpoint.Checkpoint(progressed, {}, {}), None)
     wanted = name.format(run=tmp_path / "checkpoints")
     assert checkpoint.find_checkpoint(tmp_path, wanted) == folder
     other = wanted.replace("3", "4") if "{" not in name else "checkpoint-4"

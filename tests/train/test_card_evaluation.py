@@ -74,14 +74,14 @@ def test_the_card_follows_the_evaluation(config, held, tmp_path, few_rows, capsy
     assert card.read_text().count("## Evaluation") == 1
     assert "an older teacher" not in card.read_text()
     # The same student is exported with it, whatever the precision; a further trained one without.
-    export_checkpoint(ExportConfig(run, export_dtype="fp16"))
+    export_checkpoint(run, ExportConfig(export_dtype="fp16"))
     assert "## Evaluation" in card.read_text()
     first = run / "checkpoints/step-00000001"
     more = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
     distill(prepare(more))
     assert (run / "evaluation.json").is_file()
     assert "## Evaluation" not in card.read_text()
-    export_checkpoint(ExportConfig(run, checkpoint=str(first), output=tmp_path / "earlier"))
+    export_checkpoint(run, ExportConfig(checkpoint=str(first), output=tmp_path / "earlier"))
     assert "## Evaluation" in (tmp_path / "earlier/README.md").read_text()
 
 

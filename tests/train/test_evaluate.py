@@ -16,7 +16,7 @@ from shared.cache.conditioning import load_conditioning
 from shared.cache.manifest import CachePaths, open_manifest
 from shared.errors import UserError
 from shared.models.vae import decode_latents, to_pixels
-from train.config import DistillConfig, EvaluateConfig
+from train.config import DistillConfig, EvaluateConfig, SampleConfig
 from train.evaluation import evaluate, teacher_results
 from train.evaluation.artist import Artist, open_artist
 from train.evaluation.features import Gaussian, features, frechet_distance
@@ -123,7 +123,11 @@ def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
     result = evaluated(run, held, tmp_path / "out", guidance_scale=3.0, batch_size=32)
     rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
     heldout = load_heldout(held, open_manifest(held), 70)
-    artist = open_artist(run, 1, "cpu", 3.0).with_teacher(heldout.empty).for_shape(heldout.shape)
+    artist = (
+        open_artist(run, SampleConfig(guidance_scale=3.0, threads=1, device="cpu"))
+        .with_teacher(heldout.empty)
+        .for_shape(heldout.shape)
+    )
     artist = artist.with_spacings({("ddim", 1): rows["ddim", 1]["timestep_spacing"]})
     solution, single, student = (
         torch.cat([artist.draw(*what, heldout.texts[[i]], [i]) for i in range(70)])
@@ -141,7 +145,11 @@ def test_each_solver_has_its_best_spacing(run, held, tmp_path, few_rows, monkeyp
     monkeypatch.setattr(teacher_results, "TRIED", 70)
     result = evaluated(run, held, tmp_path / "out")
     heldout = load_heldout(held, open_manifest(held), 70)
-    artist = open_artist(run, 1, "cpu", None).with_teacher(heldout.empty).for_shape(heldout.shape)
+    artist = (
+        open_artist(run, SampleConfig(threads=1, device="cpu"))
+        .with_teacher(heldout.empty)
+        .for_shape(heldout.shape)
+    )
     real = Gaussian.of(features(decode_all(artist, heldout.latents)))
     for row in result["rows"]:
         if row["sampler"] != "student" and row["steps"] != 6:
@@ -216,9 +224,9 @@ def test_heldout_is_read_in_order_and_scaled(tiny_cache):
 )
 def test_as_many_pictures_at_once_as_a_gpu_has_room_for(tmp_path, side, drawn, decoded):
     config = EvaluateConfig(run=tmp_path, eval_cache=tmp_path)
-    assert evaluate.with_batch_size(config, (4, side, side)).batch_size == drawn
+    assert evaluate.pictures_at_once(config, (4, side, side)) == drawn
     asked = dataclasses.replace(config, batch_size=7)
-    assert evaluate.with_batch_size(asked, (4, side, side)).batch_size == 7
+    assert evaluate.pictures_at_once(asked, (4, side, side)) == 7
     seen = []
 
     def decode(latents):

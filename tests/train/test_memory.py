@@ -20,8 +20,8 @@ from train.data.loader import Batch
 from train.memory.advice import ROOM, memory_line
 from train.memory.estimate import ALONE, Parallelism, estimate, forward, meta_networks
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
-from train.networks.dtensor import local
 from train.networks.build import build_student
+from train.networks.dtensor import local
 from train.state.optim import build_optimizer
 from train.trainer.distributed import apply_fsdp
 

@@ -130,7 +130,9 @@ def continued(settings: DistillConfig, tmp_path, device: str = "cpu") -> None:
     train(optimizer, first, range(3))
     state = checkpoint.optimizer_state(optimizer, first)
     progressed = checkpoint.TrainingState(3, 3, 1, {})
-    folder = checkpoint.save_checkpoint(tmp_path, progressed, first, state, None)
+    folder = checkpoint.save_checkpoint(
+        tmp_path, checkpoint.Checkpoint(progressed, first, state), None
+    )
     second = parameters(seed=9, device=device, conv=conv)
     again = build_optimizer(settings, second)
     with torch.no_grad():

@@ -206,7 +206,9 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(settings, repo, ki
 def fake_checkpoint(run: Path, step: int, limit: int | None = None) -> Path:
     progressed = checkpoint.TrainingState(step, 4 * step, 4, {"seed": 0})
     weights = {"w": torch.full((3,), float(step))}
-    return checkpoint.save_checkpoint(run, progressed, weights, {"w/step": torch.ones(1)}, limit)
+    return checkpoint.save_checkpoint(
+        run, checkpoint.Checkpoint(progressed, weights, {"w/step": torch.ones(1)}), limit
+    )
 
 
 def steps_in(run: Path) -> list[int]:

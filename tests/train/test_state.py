@@ -66,7 +66,9 @@ def names(run: Path) -> list[str]:
 def fake(run: Path, step: int, limit: int | None = None, branch: int = 0) -> Path:
     progressed = checkpoint.TrainingState(step, 4 * step, 4, {"seed": 0}, branch=branch)
     weights = {"w": torch.full((3,), float(step))}
-    return checkpoint.save_checkpoint(run, progressed, weights, {"w/step": torch.ones(1)}, limit)
+    return checkpoint.save_checkpoint(
+        run, checkpoint.Checkpoint(progressed, weights, {"w/step": torch.ones(1)}), limit
+    )
 
 
 def test_a_run_that_went_on_from_an_older_checkpoint_is_the_latest(settings, capsys):
@@ -80,7 +82,7 @@ def test_a_run_that_went_on_from_an_older_checkpoint_is_the_latest(settings, cap
     here = load_file(again.run / "checkpoints/step-00000002/networks.safetensors")
     assert [line["step"] for line in metrics(again.run)] == [1, 2]
     ended = load_file(again.run / "pytorch_lora_weights.safetensors")
-    export_checkpoint(ExportConfig(again.run))
+    export_checkpoint(again.run, ExportConfig())
     exported = load_file(again.run / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(ended[name], exported[name]) for name in ended)
     run = prepare(settings(max_train_steps=4, checkpoints_total_limit=2, **LATEST))

@@ -19,8 +19,8 @@ from shared.diffusion import schedule_from_config
 from shared.errors import UserError
 from train.config import DistillConfig
 from train.data.batch import Batch
-from train.networks.precision import COMPILED, autocast, check_speed, compile_blocks, speed_up
 from train.networks.build import build_student
+from train.networks.precision import COMPILED, autocast, check_speed, compile_blocks, speed_up
 from train.objectives.lcd import LCD
 
 CPU = torch.device("cpu")

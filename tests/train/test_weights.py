@@ -17,8 +17,8 @@ from torch import nn
 from shared.errors import UserError
 from train.export.student import export_student, variant
 from train.export.weights import exported_student
-from train.networks.full import guided_copy
 from train.networks.denoiser import load_unet
+from train.networks.full import guided_copy
 
 RANK, ALPHA = 4, 6.5
 LORA, KOHYA = "pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"

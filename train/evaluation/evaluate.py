@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> None:
         artist.check_cache(manifest, cache)
         heldout = load_heldout(cache, manifest, config.num_samples)
         artist = artist.with_teacher(heldout.empty).for_shape(heldout.shape)
-        batch_size = config.batch_size or fitting_batch(heldout.shape)
+        batch_size = pictures_at_once(config, heldout.shape)
         samplings = student_samplings(artist)
         calls = teacher_calls(len(heldout)) + unet_calls(samplings, len(heldout))
         with Progress("evaluate", calls, "step") as progress:
@@ -84,9 +84,9 @@ def evaluate(config: EvaluateConfig) -> None:
             update_card(folder)
 
 
-def fitting_batch(shape: tuple[int, int, int]) -> int:
-    """How many latents `(C, h, w)` a GPU has room for."""
-    return min(MOST_DRAWN, max(1, DRAWN_VALUES // (shape[1] * shape[2])))
+def pictures_at_once(config: EvaluateConfig, shape: tuple[int, int, int]) -> int:
+    """The flag, else as many latents `(C, h, w)` as a GPU has room for."""
+    return config.batch_size or min(MOST_DRAWN, max(1, DRAWN_VALUES // (shape[1] * shape[2])))
 
 
 def student_samplings(artist: Artist) -> Sequence[Sampling]:
