@@ -22,17 +22,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import train.trainer.setup
 from benchmarks._public_unets import SD15, SDXL
 from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
+from shared.cache.identity import Identity, Preprocessing, Shapes, TextIdentity, VaeIdentity
 from shared.cache.layout import TRAILER, Layout, cache_layout
-from shared.cache.manifest import (
-    CachePaths,
-    ChannelSums,
-    Shard,
-    UnitRecord,
-    commit_unit,
-    fold,
-    read_units,
-    write_manifest,
-)
+from shared.cache.manifest import commit_unit, fold, read_units, write_manifest
+from shared.cache.paths import CachePaths
+from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard, UnitRecord
 from shared.models.family import FAMILIES, force_zeros, load_config, resolve_model
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -202,7 +197,7 @@ def write_cache(source: Path, root: Path, resolution: int, count: int) -> Path:
     rng = np.random.default_rng(0)
     content = b"".join(sample(layout, i, resolution, rng) for i in range(count)) + TRAILER
     (root / "shards/random.tar").write_bytes(content)
-    shard = Shard("shards/random.tar", layout.to_json(), count, len(content), "")
+    shard = Shard("shards/random.tar", layout, count, len(content), "")
     channels = vae["latent_channels"]
     sums = ChannelSums(1, (0.0,) * channels, (1.0,) * channels)
     commit_unit(
@@ -214,14 +209,14 @@ def write_cache(source: Path, root: Path, resolution: int, count: int) -> Path:
     )
     save_conditioning(Conditioning(empty, (), empty[:0]), cache.conditioning, cache.tmp)
     model = resolve_model(str(source))
-    identity = {
-        "format": 1,
-        "family": model.family.name,
-        "latents": "mean",
-        "preprocessing": {"views": 1, "resolution": resolution},
-        "vae": {"channels": channels, "scaling_factor": vae["scaling_factor"], "fingerprint": ""},
-        "text": {"width": width, "length": length, "force_zeros": force_zeros(model)},
-    }
+    scale = vae["scaling_factor"]
+    identity = Identity(
+        1, model.family.name, model.source, "mean",
+        VaeIdentity("", channels, downscale=8, scaling_factor=scale, dtype="float32"),
+        TextIdentity((), length, width, force_zeros(model)),
+        Preprocessing(resolution, views=1, max_captions=1, center_crop=True),
+        Shapes(1, 1, "cpu"),
+    )  # fmt: skip
     write_manifest(cache, fold(identity, read_units(cache), {}))
     return root
 

@@ -24,7 +24,7 @@ import torch
 
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.layout import TRAILER, cache_layout
-from shared.cache.manifest import Shard
+from shared.cache.units import Shard
 from train.data.batch import Slot, allocate
 from train.data.bucket import Bucket
 from train.data.draws import DrawSpec
@@ -67,7 +67,7 @@ class Samples:
             file.write(TRAILER)
             file.flush()
             os.fsync(file.fileno())  # only clean pages can be evicted
-        return Shard(f"shards/{path.name}", LAYOUT.to_json(), count, path.stat().st_size, "")
+        return Shard(f"shards/{path.name}", LAYOUT, count, path.stat().st_size, "")
 
     def write_parquet(self, rows: int) -> None:
         """The first rows as parquet, a batch to a row group."""

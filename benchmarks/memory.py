@@ -91,8 +91,9 @@ def main() -> None:
     """Write the table between the document's head and its foot."""
     table = [row for name in MODELS for student in LADDERS for row in rows(name, student)]
     print("\n".join(table))
-    head, mark, _ = DOCUMENT.read_text().partition("|---|---|---|---|---|---|\n")
-    DOCUMENT.write_text(head + mark + "\n".join(table) + "\n")
+    head, mark, rest = DOCUMENT.read_text().partition("|---|---|---|---|---|---|\n")
+    _, gap, foot = rest.partition("\n\n")
+    DOCUMENT.write_text(head + mark + "\n".join(table) + gap + foot)
 
 
 if __name__ == "__main__":

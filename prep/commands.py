@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from prep import config
 from prep.cache import holdout
@@ -22,13 +22,21 @@ from prep.inspect.recorded import Originals
 from prep.rows.text_encoding import check_encoding
 from prep.sources.find import SourceOptions, Unit, find_units
 from prep.sources.folders.folder import repeats_in
-from shared.cache.identity import OtherSettings, generation_of, other_settings, read_identity
-from shared.cache.manifest import CachePaths, UnitRecord, read_units
+from shared.cache.identity import (
+    Identity,
+    OtherSettings,
+    Shapes,
+    claim_identity,
+    other_settings,
+    read_identity,
+)
+from shared.cache.manifest import read_units
+from shared.cache.paths import CachePaths
+from shared.cache.units import UnitRecord
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.machine import cpus
 from shared.models.family import Model, resolve_model
-from shared.storage.files import create_exclusively, dump_json
 from shared.storage.temporary import sweep
 
 T = TypeVar("T")
@@ -40,15 +48,15 @@ MOST_DECODERS = 8  # more do not help one device, and each holds a picture
 class Chosen:
     """With what is encoded."""
 
-    shapes: identity.Shapes
+    shapes: Shapes
     vae: identity.VaeChoice
     settings: Settings
     encoders: Encoders
     generation: int  # of the settings
-    stored: Mapping[str, Any]  # the cache's identity that they were chosen by; empty without one
+    stored: Identity | None  # the cache's own that they were chosen by, where it has one
     new: bool  # the settings are this command's, not those of a cache that is there
 
-    def identity(self, model: Model) -> dict[str, Any]:
+    def identity(self, model: Model) -> Identity:
         """What identity.json says of them."""
         parts = (model, self.encoders, self.settings, self.shapes)
         return identity.build_identity(*parts, self.generation)
@@ -91,7 +99,7 @@ def encode(config: config.EncodeConfig) -> None:
     holdout.ask(cache, config.holdout)
     drop(cache, todo.stale.gone)
     encoders = chosen.encoders
-    add_prompts(cache, model, encoders.text, config.preview_prompts, todo.captions)
+    add_prompts(cache, encoders.text, config.preview_prompts, todo.captions)
     job = engine.Job(
         cache, model, chosen.shapes, replace(chosen.vae, rescale=encoders.vae.rescale),
         chosen.settings, config.decode_workers or min(cpus.cpus(), MOST_DECODERS),
@@ -115,7 +123,7 @@ def encode(config: config.EncodeConfig) -> None:
         report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds, read)
 
 
-def choose(config: config.EncodeConfig, stored: Mapping[str, Any], model: Model) -> Chosen:
+def choose(config: config.EncodeConfig, stored: Identity | None, model: Model) -> Chosen:
     """Flags, else what the cache was begun with, else defaults; the encoders are loaded.
 
     With --overwrite the settings become new where they differ from those of the cache.
@@ -125,7 +133,7 @@ def choose(config: config.EncodeConfig, stored: Mapping[str, Any], model: Model)
     shapes = identity.choose_shapes(config, stored, device, settings.framing.resolution)
     vae = identity.choose_vae(config, stored, model, shapes.device)
     encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip, device)
-    generation = generation_of(stored)
+    generation = stored.generation if stored else 0
     chosen = Chosen(shapes, vae, settings, encoders, generation, stored, new=not stored)
     if not (stored and config.overwrite) or not other_settings(stored, chosen.identity(model)):
         return chosen  # replaced already: go on
@@ -162,12 +170,14 @@ def claim(cache: CachePaths, model: Model, chosen: Chosen) -> bool:
     cache has.
     """
     wanted = chosen.identity(model)
-    if chosen.new and chosen.stored:
-        return overwrite.begin(cache, chosen.stored, wanted)
+    if chosen.stored is None:
+        try:
+            claim_identity(cache, wanted, "")
+        except OtherSettings:
+            return False
+        return True
     if chosen.new:
-        if create_exclusively(dump_json(wanted), cache.identity, cache.tmp):
-            return True
-        return not other_settings(read_identity(cache), wanted)
+        return overwrite.begin(cache, chosen.stored, wanted)
     if read_identity(cache) != chosen.stored:
         return False
     if differing := other_settings(chosen.stored, wanted):

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from tests.support.damage import broken, other_values, replaced
 from train.state.checkpoint import read_progress

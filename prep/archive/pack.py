@@ -13,7 +13,9 @@ import zstandard
 
 from prep.archive.layout import SUFFIX, SUMS, refuse_names, refuse_strangers, write_sums
 from prep.config import PackConfig
-from shared.cache.manifest import CachePaths, Shard, open_manifest, read_units
+from shared.cache.manifest import open_manifest, read_units
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.machine import cpus

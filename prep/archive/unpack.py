@@ -13,7 +13,9 @@ from prep.archive.pack import copy_small, decompressed
 from prep.cache.retire import retire
 from prep.config import UnpackConfig
 from shared.cache.identity import claim_identity, read_identity
-from shared.cache.manifest import CachePaths, Manifest, Shard, open_manifest, parse_unit
+from shared.cache.manifest import Manifest, open_manifest, parse_unit
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.storage.files import file_sha256, free_bytes, guard, publish
@@ -50,7 +52,7 @@ def unpack(config: UnpackConfig) -> None:
     kept = len(manifest.shards) - len(wanted)
     were = f" ({counted(kept, 'shard')} {'was' if kept == 1 else 'were'} there already)"
     print(
-        f"{cache.root}: {counted(manifest.totals['written'], 'sample')} in "
+        f"{cache.root}: {counted(manifest.totals.written, 'sample')} in "
         f"{counted(len(manifest.shards), 'shard')}, every sha256 right{were if kept else ''}"
     )
 

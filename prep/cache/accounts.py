@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shared.cache.manifest import CachePaths, UnitRecord
+from shared.cache.paths import CachePaths
+from shared.cache.units import UnitRecord
 from shared.storage.reading import NotAFile, open_regular
 from shared.storage.urls import Place
 

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from shared.cache.layout import Layout
-from shared.cache.manifest import CachePaths, Manifest, Shard
+from shared.cache.manifest import Manifest
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard
 from shared.errors import UserError
 from shared.storage.files import dump_json, guard, parse_record
 from shared.storage.reading import read_if_there
@@ -64,7 +65,7 @@ def choose(cache: CachePaths, manifest: Manifest) -> None:
     Raises UserError where none would be left.
     """
     stored = held_out(cache)
-    count, total = stored.get("count", 0), manifest.totals["written"]
+    count, total = stored.get("count", 0), manifest.totals.written
     if not count or "keys" in stored:
         return
     if count >= total:
@@ -108,7 +109,7 @@ def keys_up_to(cache: CachePaths, shards: Sequence[Shard], last: str) -> list[li
 
 
 def _keys(cache: CachePaths, shard: Shard, last: str) -> Iterator[str]:
-    path, stride = cache.root / shard.file, Layout.from_json(shard.layout).stride
+    path, stride = cache.root / shard.file, shard.layout.stride
     try:
         with guard(path), path.open("rb", 0) as file:
             for number in range(shard.count):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.cache.manifest import Shard
+from shared.cache.units import Shard
 
 
 def places(shards: Sequence[Shard], count: int, seed: int) -> list[tuple[Shard, int]]:

@@ -7,7 +7,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import guard
 

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.cache.layout import Layout
-from shared.cache.manifest import CachePaths, UnitRecord
+from shared.cache.paths import CachePaths
+from shared.cache.units import UnitRecord
 from shared.storage.reading import read_if_there
 from shared.storage.urls import Place
 
@@ -82,7 +83,6 @@ class Known:
     def __init__(self, cache: CachePaths, records: Sequence[UnitRecord]) -> None:
         self.cache, self.records = cache, records
         self.shards = [shard for record in records for shard in record.shards]
-        self.layouts = [Layout.from_json(shard.layout) for shard in self.shards]
         self._indexes: tuple[Index, Index] | None = None
         self._time_ids = np.empty((0, 1, 6), np.int32)  # [pictures, views, 6]
         self._retries = array("i")
@@ -118,7 +118,7 @@ class Known:
             return None
         shard, sample, third = place
         path = self.cache.root / self.shards[shard].file
-        arrays = read_sample(path, self.layouts[shard], sample)
+        arrays = read_sample(path, self.shards[shard].layout, sample)
         return None if arrays is None else (third, arrays)
 
     def _build(self) -> tuple[Index, Index]:
@@ -128,7 +128,7 @@ class Known:
         for record in self.records:
             written = written_rows(self.cache, record)
             for _ in record.shards:
-                layout = self.layouts[shard]
+                layout = self.shards[shard].layout
                 for sample, row in enumerate(written[layout.latent_size]):
                     digest = bytes.fromhex(row["image_sha256"])[:DIGEST]
                     pictures.add(digest, (shard, sample, len(pictures.places) // 3))
@@ -137,7 +137,7 @@ class Known:
                     for slot, text in enumerate(row["captions"][: layout.captions]):
                         captions.add(caption_digest(text), (shard, sample, slot))
                 shard += 1
-        views = self.layouts[0].fields[0].shape[0]  # the same in the whole cache
+        views = self.shards[0].layout.fields[0].shape[0]  # the same in the whole cache
         self._time_ids = np.asarray(time_ids, np.int32).reshape(-1, views, 6)
         return Index.of(pictures), Index.of(captions)
 

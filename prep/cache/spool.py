@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.cache.layout import TRAILER, Layout
-from shared.cache.manifest import CachePaths, Shard
+from shared.cache.paths import CachePaths
 from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard
 from shared.storage.files import guard, move, staged, write_all
 from shared.storage.temporary import temporary
 
@@ -112,7 +113,7 @@ class Spool:
             move(file, cache.shards / name)
         count = len(self.keys)
         return Shard(
-            f"shards/{name}", self.layout.to_json(), count, self.layout.shard_bytes(count), digest,
+            f"shards/{name}", self.layout, count, self.layout.shard_bytes(count), digest,
             f"{min(self.keys.numbers):016x}",
         )  # fmt: skip
 

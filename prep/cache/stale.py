@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from prep.rows.unit import Unit
-from shared.cache.manifest import CachePaths, UnitRecord
+from shared.cache.paths import CachePaths
+from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.files import guard, sync_folder
 from shared.wording import counted

@@ -15,13 +15,15 @@ from prep.cache.retire import retire
 from prep.cache.reuse import NOTHING, Known
 from prep.cache.stale import refuse_mixture
 from prep.encode.pipeline import Encoders, Settings, Work, samples
-from prep.encode.settings import Shapes, VaeChoice
+from prep.encode.settings import VaeChoice
 from prep.encode.threads import mapped
 from prep.encode.writer import UnitWriter
 from prep.rows.unit import Counted
 from prep.sources.find import SourceError, Unit
-from shared.cache.identity import generation_of, read_identity
-from shared.cache.manifest import CachePaths, Manifest, UnitRecord, fold, read_units, write_manifest
+from shared.cache.identity import Shapes, read_identity
+from shared.cache.manifest import Manifest, fold, read_units, write_manifest
+from shared.cache.paths import CachePaths
+from shared.cache.units import UnitRecord
 from shared.cli.progress import Progress
 from shared.errors import UserError, on_one_line
 from shared.models.family import Model
@@ -137,14 +139,14 @@ def finish(cache: CachePaths) -> str:
             break
         units = now
     totals = manifest.totals
-    rejected = ", ".join(f"{count} {reason}" for reason, count in totals["rejected"].items())
-    long = totals["truncated_captions"]
+    rejected = ", ".join(f"{count} {reason}" for reason, count in totals.rejected.items())
+    long = totals.truncated_captions
     retries = sum(unit.notes.get("fp32_retries", 0) for unit in units)
     aside = f"; {counted(manifest.heldout, 'sample')} held out" if manifest.heldout else ""
     again = f"; {counted(retries, 'picture')} encoded again in float32" if retries else ""
     return (
-        f"{cache.root}: {counted(totals['written'], 'sample')} of {counted(totals['read'], 'row')}"
-        f"{f' ({rejected})' if rejected else ''}, {size_of(totals['bytes'])} in "
+        f"{cache.root}: {counted(totals.written, 'sample')} of {counted(totals.read, 'row')}"
+        f"{f' ({rejected})' if rejected else ''}, {size_of(totals.bytes)} in "
         f"{counted(len(manifest.shards), 'shard')}; {counted(long, 'caption')} "
         f"{'was' if long == 1 else 'were'} longer than the encoder reads{again}{aside}"
     )
@@ -155,9 +157,9 @@ def write_fold(cache: CachePaths, units: list[UnitRecord]) -> Manifest:
     if not units:
         raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
     identity = read_identity(cache)
-    if not identity:
+    if identity is None:
         raise UserError(f"{cache.identity} does not exist; restore it, or choose another --cache")
-    refuse_mixture(cache, units, generation_of(identity))
+    refuse_mixture(cache, units, identity.generation)
     refuse_nothing(cache, units)
     manifest = fold(identity, units, {name: version(name) for name in LIBRARIES})
     holdout.choose(cache, manifest)

@@ -10,46 +10,43 @@ it `finish` refuses until no former unit is left; the same command goes on in bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
 
 from prep.cache.retire import retire
 from prep.encode.pipeline import Encoders
 from prep.encoders.vae import VaeEncoder
-from shared.cache.identity import differences, generation_of
-from shared.cache.manifest import CachePaths
+from shared.cache.identity import Identity, differences
+from shared.cache.paths import CachePaths
 from shared.storage.files import dump_json, guard, parse_json, sync_folder
 from shared.storage.update import update
 
 
-def calibrated_anew(encoders: Encoders, stored: Mapping[str, Any]) -> Encoders:
+def calibrated_anew(encoders: Encoders, stored: Identity) -> Encoders:
     """The encoders, without the recorded scale where it is another VAE's or another dtype's."""
-    recorded = {name: value for name, value in stored["vae"].items() if name != "source"}
-    vae = encoders.vae
-    if not differences(recorded, vae.identity()):
+    vae, recorded = encoders.vae, replace(stored.vae, source=None)
+    if not differences(asdict(recorded), asdict(vae.identity())):
         return encoders
     return replace(encoders, vae=VaeEncoder(vae.source, vae.device, vae.batch_size, vae.dtype))
 
 
-def begin(cache: CachePaths, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+def begin(cache: CachePaths, stored: Identity, identity: Identity) -> bool:
     """Put `identity` in the place of `stored`; False where another part was faster."""
     began = False
 
     def change(content: bytes | None) -> bytes | None:
         nonlocal began
         there = {} if content is None else parse_json(content, cache.identity)
-        began = generation_of(there) == generation_of(stored)
+        began = there.get("generation", 0) == stored.generation
         if not began:
             return None
         with guard(cache.root):
             retire(cache, ())
             cache.manifest.unlink(missing_ok=True)
             # With the same text encoders the prompts that were added are still right.
-            if differences(stored["text"], identity["text"]):
+            if differences(asdict(stored.text), asdict(identity.text)):
                 cache.conditioning.unlink(missing_ok=True)
             sync_folder(cache.root)
-        return dump_json(identity)
+        return dump_json(identity.to_json())
 
     update(cache.identity, change, cache.tmp)
     return began

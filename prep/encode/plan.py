@@ -18,7 +18,8 @@ from prep.filters.filters import is_filter
 from prep.images.decode import HEIF_MISSING, reads_heif
 from prep.sources.find import SourceError, Unit, estimate_rows
 from shared.cache.layout import Layout
-from shared.cache.manifest import CachePaths, UnitRecord
+from shared.cache.paths import CachePaths
+from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.files import file_sizes, free_bytes
 from shared.wording import counted, duration, size_of

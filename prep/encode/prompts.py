@@ -8,11 +8,11 @@ from prep import config
 from prep.encode import settings
 from prep.encoders.text import TextEncoder
 from shared.cache.conditioning import Conditioning, dump_conditioning, parse_conditioning
-from shared.cache.identity import whole_identity
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.machine.device import pick_device, set_threads
-from shared.models.family import Model, recorded_model, resolve_model
+from shared.models.family import recorded_model, resolve_model
 from shared.storage.temporary import sweep
 from shared.storage.update import update
 from shared.wording import counted
@@ -22,7 +22,6 @@ PREVIEWS = 4  # taken from the data where none are named
 
 def add_prompts(
     cache: CachePaths,
-    model: Model,
     encoder: TextEncoder,
     prompts: Sequence[str],
     captions: Sequence[str] = (),
@@ -37,7 +36,7 @@ def add_prompts(
         nonlocal added
         wanted = dict.fromkeys(prompts)
         if content is None:
-            empty = settings.unconditional(model, encoder)
+            empty = encoder.unconditional()
             stored = Conditioning(empty, (), empty[0:0])
             wanted = wanted or dict.fromkeys(list(dict.fromkeys(captions))[:PREVIEWS])
         else:
@@ -55,20 +54,18 @@ def add_prompts(
 def embed(config: config.EmbedConfig) -> None:
     """Add prompts to a cache, with the text encoders it was made with."""
     cache = CachePaths(config.cache)
-    stored = whole_identity(cache, open_manifest(config.cache))
+    stored = open_manifest(config.cache).identity
     sweep(cache.tmp)
-    model = resolve_model(config.model or recorded_model(str(stored["model"])))
-    set_threads(settings.Shapes.from_json(stored["shapes"]).threads)
-    encoder = TextEncoder(
-        model, pick_device(config.device), stored["shapes"]["text_batch_size"],
-        stored["text"].get("clip_skip", 0),
-    )  # fmt: skip
-    if not settings.same_encoder(stored["text"], encoder.identity()):
+    model = resolve_model(config.model or recorded_model(stored.model))
+    set_threads(stored.shapes.threads)
+    device, batch_size = pick_device(config.device), stored.shapes.text_batch_size
+    encoder = TextEncoder(model, device, batch_size, stored.text.clip_skip)
+    if not settings.same_encoder(stored.text, encoder.identity()):
         raise UserError(
             f"{config.cache} was made with other text encoders than {model.source}'s; "
             "pass --model with the one it was made with"
         )
-    added = add_prompts(cache, model, encoder, config.prompts)
+    added = add_prompts(cache, encoder, config.prompts)
     there = len(set(config.prompts)) - added
     more = f", {there} {'was' if there == 1 else 'were'} there already" if there else ""
     print(f"{counted(added, 'prompt')} added{more}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,58 +14,39 @@ from prep.encoders.vae import VaeEncoder
 from prep.filters.filters import Filters
 from prep.images.buckets import choose_buckets
 from prep.images.crop import Framing
-from shared.cache.conditioning import TextEmbeds
-from shared.cache.identity import ADDED
+from shared.cache.identity import (
+    ADDED,
+    Identity,
+    Preprocessing,
+    Shapes,
+    TextIdentity,
+    VaeIdentity,
+)
 from shared.cache.layout import Layout, cache_layout
-from shared.cache.manifest import FORMAT
+from shared.cache.paths import FORMAT
 from shared.errors import UsageError, UserError
 from shared.machine import cpus
 from shared.machine.device import pick_device, set_threads
 from shared.models.family import (
     Model,
-    force_zeros,
     native_resolution,
     recorded_model,
     unet_config,
     vae_downscale,
 )
 
-
-@dataclass(frozen=True)
-class Shapes:
-    """Batch shapes and threads: with them the encoders give the same bytes every time.
-
-    `device` is the kind alone: which of a machine's GPUs it is makes no difference. `threads` are
-    a CPU's; where a GPU computes they decide nothing, and each process takes what it may use.
-    """
-
-    vae_batch_size: int
-    text_batch_size: int
-    threads: int | None
-    device: str
-
-    @staticmethod
-    def from_json(stored: Mapping[str, Any]) -> Shapes:
-        """As an identity records them."""
-        threads = stored.get("threads") if stored["device"] == "cpu" else None
-        return Shapes(
-            stored["vae_batch_size"], stored["text_batch_size"], threads, stored["device"]
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """For the cache's identity."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+SIGNS = ("fingerprint", "fingerprints", *ADDED)  # by which an encoder is known
 
 
-def choose_device(config: EncodeConfig, stored: Mapping[str, Any]) -> torch.device:
+def choose_device(config: EncodeConfig, stored: Identity | None) -> torch.device:
     """The flag, else the kind that the cache was begun on, else a GPU where there is one.
 
-    `stored` is what the cache's identity.json says, here and below; empty where there is none.
-    Raises UserError for a device that is not here.
+    `stored` is the cache's identity, here and below; None where there is none. Raises UserError for
+    a device that is not here.
     """
-    if config.device != "auto" or not stored:
+    if config.device != "auto" or stored is None:
         return pick_device(config.device)
-    kind = stored["shapes"]["device"]
+    kind = stored.shapes.device
     try:
         return pick_device(kind)
     except UserError:
@@ -78,32 +57,32 @@ def choose_device(config: EncodeConfig, stored: Mapping[str, Any]) -> torch.devi
 
 
 def choose_shapes(
-    config: EncodeConfig, stored: Mapping[str, Any], device: torch.device, resolution: int
+    config: EncodeConfig, stored: Identity | None, device: torch.device, resolution: int
 ) -> Shapes:
     """The flags, else what the cache was begun with, else defaults."""
-    begun = stored.get("shapes", {})
-    threads = config.threads or begun.get("threads") or config.cpus_per_worker or cpus.threads()
+    default = Shapes(default_vae_batch_size(device, resolution), 32, device.type)
+    begun = stored.shapes if stored else default
+    threads = config.threads or begun.threads or config.cpus_per_worker or cpus.threads()
     return Shapes(
-        config.vae_batch_size
-        or begun.get("vae_batch_size", default_vae_batch_size(device, resolution)),
-        config.text_batch_size or begun.get("text_batch_size", 32),
-        threads if device.type == "cpu" else None,
+        config.vae_batch_size or begun.vae_batch_size,
+        config.text_batch_size or begun.text_batch_size,
         device.type,
+        threads if device.type == "cpu" else None,
     )
 
 
-def taken_over(config: EncodeConfig, stored: Mapping[str, Any]) -> str:
+def taken_over(config: EncodeConfig, stored: Identity | None) -> str:
     """A line where the cache was begun on a machine so unlike this one that it is slow here."""
     if not stored:
         return ""
-    begun, here = stored["shapes"], cpus.threads()
-    if begun["device"] == "cpu" and config.device == "auto" and pick_device("auto").type != "cpu":
+    begun, here = stored.shapes, cpus.threads()
+    if begun.device == "cpu" and config.device == "auto" and pick_device("auto").type != "cpu":
         return (
             f"note: {config.cache} was begun on a CPU, which decides its bytes, so the GPU here "
             "is not used; a cache for it is another --cache, or begins with --overwrite --device"
         )
-    threads = begun.get("threads") or 0
-    if begun["device"] == "cpu" and config.threads is None and threads > here:
+    threads = begun.threads or 0
+    if begun.device == "cpu" and config.threads is None and threads > here:
         return (
             f"note: {config.cache} was begun with {threads} threads, which decide its bytes; they "
             f"share {here} here and are slow; for unlike machines begin a cache with "
@@ -129,18 +108,16 @@ class VaeChoice:
 
 
 def choose_vae(
-    config: EncodeConfig, stored: Mapping[str, Any], model: Model, device: str
+    config: EncodeConfig, stored: Identity | None, model: Model, device: str
 ) -> VaeChoice:
     """The flags, else what the cache was begun with, else the model's VAE."""
-    begun = stored.get("vae", {})
-    default = "float16" if device == "cuda" else "float32"
-    dtype = begun.get("dtype", default) if config.vae_dtype == "auto" else config.vae_dtype
-    return VaeChoice(
-        config.vae
-        or (recorded_model(str(begun["source"]), "--vae") if "source" in begun else model.source),
-        dtype,
-        begun.get("rescale") if dtype == begun.get("dtype") else None,
-    )
+    source, dtype, rescale = None, "float16" if device == "cuda" else "float32", None
+    if stored is not None:
+        source, dtype, rescale = stored.vae.source, stored.vae.dtype, stored.vae.rescale
+    recorded = recorded_model(source, "--vae") if source and not config.vae else model.source
+    if config.vae_dtype not in ("auto", dtype):
+        dtype, rescale = config.vae_dtype, None
+    return VaeChoice(config.vae or recorded, dtype, rescale)
 
 
 def load_encoders(
@@ -165,13 +142,14 @@ def load_encoders(
     return Encoders(encoder, TextEncoder(model, device, shapes.text_batch_size, clip_skip))
 
 
-def choose_settings(config: EncodeConfig, stored: Mapping[str, Any], model: Model) -> Settings:
+def choose_settings(config: EncodeConfig, stored: Identity | None, model: Model) -> Settings:
     """The flags, else what the cache was begun with, else the model's own.
 
     Raises UserError for those that do not go together.
     """
-    begun = {} if config.overwrite else stored.get("preprocessing", {})  # perhaps another model's
-    resolution = config.resolution or begun.get("resolution") or native_resolution(model)
+    # What is to be replaced may be another model's.
+    begun = stored.preprocessing.resolution if stored and not config.overwrite else None
+    resolution = config.resolution or begun or native_resolution(model)
     framing = choose_framing(config, resolution, vae_downscale(config.vae or model.source))
     filters = Filters(config.where, config.max_pwatermark)
     keep, shuffle = keep_logvar(config, stored), choose_shuffle(config)
@@ -196,12 +174,13 @@ def choose_shuffle(config: EncodeConfig) -> Shuffle | None:
     return Shuffle(separator, config.keep_tokens or 0, config.seed)
 
 
-def keep_logvar(config: EncodeConfig, stored: Mapping[str, Any]) -> bool:
+def keep_logvar(config: EncodeConfig, stored: Identity | None) -> bool:
     """Is the posterior's logvar stored? False where that is yet to be measured."""
     if config.latents not in ("auto", "mean", "posterior"):
         raise UserError(f"--latents {config.latents!r} is not one of auto, mean, posterior")
-    kind = stored.get("latents") if config.latents == "auto" else config.latents
-    return kind == "posterior"
+    if config.latents == "auto":
+        return stored is not None and stored.posterior
+    return config.latents == "posterior"
 
 
 def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Framing:
@@ -233,34 +212,27 @@ def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Fra
 
 def build_identity(
     model: Model, encoders: Encoders, settings: Settings, shapes: Shapes, generation: int = 0
-) -> dict[str, Any]:
+) -> Identity:
     """The content of identity.json; `generation` counts --overwrite (shared.cache.identity)."""
-    vae = encoders.vae.identity()
-    if encoders.vae.source != model.source:
-        vae["source"] = encoders.vae.source
-    return {
-        "format": FORMAT,
-        "family": model.family.name,
-        "model": model.source,
-        "vae": vae,
-        "text": {**encoders.text.identity(), "force_zeros": force_zeros(model)},
-        "latents": "posterior" if settings.keep_logvar else "mean",
-        "preprocessing": {
+    vae, own = encoders.vae, encoders.vae.source == model.source
+    return Identity(
+        FORMAT, model.family.name, model.source, "posterior" if settings.keep_logvar else "mean",
+        replace(vae.identity(), source=None if own else vae.source), encoders.text.identity(),
+        Preprocessing(
             **settings.framing.to_json(),
-            "max_captions": settings.max_captions,
-            "where": settings.filters.where,
-            "max_pwatermark": settings.filters.max_pwatermark,
-            **({"shuffle": settings.shuffle.to_json()} if settings.shuffle else {}),
-        },
-        "shapes": shapes.to_json(),
-        **({"generation": generation} if generation else {}),
-    }
+            max_captions=settings.max_captions,
+            where=settings.filters.where,
+            max_pwatermark=settings.filters.max_pwatermark,
+            shuffle=settings.shuffle and settings.shuffle.to_json(),
+        ),
+        shapes, generation,
+    )  # fmt: skip
 
 
-def same_encoder(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+def same_encoder(recorded: VaeIdentity | TextIdentity, here: VaeIdentity | TextIdentity) -> bool:
     """Are these the weights, tokenizers and settings that a cache records, as far as it does?"""
-    names = ("fingerprint", "fingerprints", *ADDED)
-    return all(recorded[name] == here[name] for name in names if name in recorded)
+    known = ((getattr(recorded, name, None), name) for name in SIGNS)
+    return all(getattr(here, name) == value for value, name in known if value is not None)
 
 
 def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
@@ -274,8 +246,3 @@ def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
         None if pooled is None else (settings.max_captions, pooled),
         micro_conditioning=pooled is not None,
     )
-
-
-def unconditional(model: Model, encoder: TextEncoder) -> TextEmbeds:
-    """The empty prompt's embedding as this model wants it, one row."""
-    return encoder.unconditional(force_zeros(model))

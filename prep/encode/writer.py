@@ -17,8 +17,10 @@ from prep.encode.pipeline import Sample, Settings, captions_kept
 from prep.filters.filters import is_filter
 from prep.sources.find import Row, Unit
 from shared.cache.layout import cache_layout
-from shared.cache.manifest import CachePaths, UnitRecord, commit_unit
+from shared.cache.manifest import commit_unit
+from shared.cache.paths import CachePaths
 from shared.cache.sums import ChannelSums
+from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.files import move, staged
 from shared.wording import counted

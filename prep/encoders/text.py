@@ -12,8 +12,9 @@ from transformers.utils import logging
 from prep.encoders.clip import load_clip
 from prep.encoders.tokens import tokenized, tokens_fingerprint
 from shared.cache.conditioning import TextEmbeds
+from shared.cache.identity import TextIdentity
 from shared.errors import UserError
-from shared.models.family import Model
+from shared.models.family import Model, force_zeros
 from shared.models.fingerprint import fingerprint
 
 logging.disable_progress_bar()  # one bar at a time
@@ -35,7 +36,7 @@ class TextEncoder:
         self, model: Model, device: torch.device, batch_size: int, clip_skip: int = 0
     ) -> None:
         self.family, self.device, self.batch_size = model.family, device, batch_size
-        self.clip_skip = clip_skip
+        self.clip_skip, self.force_zeros = clip_skip, force_zeros(model)
         self.tokenizers = []
         self.encoders = []
         for part in model.family.text_encoders:
@@ -66,22 +67,22 @@ class TextEncoder:
             return None
         return int(self.encoders[-1].config.projection_dim)
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> TextIdentity:
         """What the cache records of these encoders."""
         parts = self.family.text_encoders
         names = [part.replace("text_encoder", "tokenizer") for part in parts]
         tokens = [tokens_fingerprint(tokenizer, self.length) for tokenizer in self.tokenizers]
-        return {
-            "fingerprints": [fingerprint(encoder) for encoder in self.encoders],
-            "tokenizers": dict(zip(names, tokens, strict=True)),
-            "configs": dict(zip(parts, map(_configuration, self.encoders), strict=True)),
-            "hidden_state": self.family.hidden_state,
-            "clip_skip": self.clip_skip,
-            "length": self.length,
-            "width": self.width,
-            "pooled_width": self.pooled_width,
-            "dtype": "float32",
-        }
+        return TextIdentity(
+            fingerprints=tuple(map(fingerprint, self.encoders)),
+            length=self.length,
+            width=self.width,
+            force_zeros=self.force_zeros,
+            pooled_width=self.pooled_width,
+            hidden_state=self.family.hidden_state,
+            clip_skip=self.clip_skip,
+            configs=dict(zip(parts, map(_configuration, self.encoders), strict=True)),
+            tokenizers=dict(zip(names, tokens, strict=True)),
+        )
 
     def truncated(self, captions: Sequence[str]) -> list[bool]:
         """Of each caption: has it more tokens than the encoder reads?"""
@@ -121,10 +122,10 @@ class TextEncoder:
         )
         return embeds, tokens[0][1]
 
-    def unconditional(self, force_zeros: bool) -> TextEmbeds:
+    def unconditional(self) -> TextEmbeds:
         """The empty prompt's embedding, or zeros where the model's config says so."""
         empty, _ = self._encode([""], clip_skip=0)
-        if not force_zeros:
+        if not self.force_zeros:
             return empty
         pooled = empty.pooled_prompt_embeds
         return TextEmbeds(

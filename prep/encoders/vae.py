@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.cache.identity import VaeIdentity
 from shared.errors import UserError
 from shared.models.fingerprint import fingerprint
 from shared.models.rescale import encoder_peak, plain_vae, rescale_vae, scale_for
@@ -73,18 +74,17 @@ class VaeEncoder:
         """Pixels per latent, each way."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> VaeIdentity:
         """What the cache records of this encoder."""
-        return {
-            "fingerprint": fingerprint(self.vae),
-            "channels": self.channels,
-            "downscale": self.downscale,
-            # What its weights do not show.
-            "config": {name: self.vae.config[name] for name in ("act_fn", "norm_num_groups")},
-            "scaling_factor": float(self.vae.config.scaling_factor),
-            "dtype": self.dtype,
-            "rescale": self.rescale,
-        }
+        return VaeIdentity(
+            fingerprint=fingerprint(self.vae),
+            channels=self.channels,
+            downscale=self.downscale,
+            scaling_factor=float(self.vae.config.scaling_factor),
+            dtype=self.dtype,
+            rescale=self.rescale,
+            config={name: self.vae.config[name] for name in ("act_fn", "norm_num_groups")},
+        )
 
     def rescale_by(self, scale: float) -> None:
         """Compute with the encoder's stream multiplied by a power of two."""

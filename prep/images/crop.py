@@ -6,7 +6,6 @@ docs/images.md tells what is done, in order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 from prep.images.bare import bare
 from prep.images.buckets import Buckets, Size
 from prep.images.decode import UNDECODABLE, BadImage, opened, shown_size, upright_rgb
+from shared.cache.identity import Preprocessing
 
 __all__ = ["BadImage", "Framing", "Picture", "prepare"]
 
@@ -66,19 +66,18 @@ class Framing:
         }
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Framing:
-        """The inverse of `to_json`; what an older cache does not name has its default."""
-        value = {**Framing(0).to_json(), **value}
-        crop = "center" if value["center_crop"] else "corner"
-        buckets = value["buckets"]
+    def of(made: Preprocessing) -> Framing:
+        """The inverse of `to_json`."""
+        crop = "center" if made.center_crop else "corner"
+        buckets = made.buckets
         return Framing(
-            value["resolution"],
-            "random" if value["random_crop"] else crop,
-            value["random_flip"],
-            value["views"],
-            value["seed"],
-            value["min_size"],
-            None if buckets is None else Buckets.from_json(value["resolution"], buckets),
+            made.resolution,
+            "random" if made.random_crop else crop,
+            made.random_flip,
+            made.views,
+            made.seed,
+            made.min_size,
+            None if buckets is None else Buckets.from_json(made.resolution, buckets),
         )
 
 

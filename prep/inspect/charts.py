@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prep.cache.random_samples import places
-from shared.cache.layout import Layout
-from shared.cache.manifest import CachePaths, Shard
+from shared.cache.identity import VaeIdentity
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard
 
 LIMIT = 4.0  # standard deviations shown, each way
 BINS = 64
@@ -33,10 +33,10 @@ class Histogram:
 
 
 def histograms(
-    cache: CachePaths, identity: Mapping[str, Any], shards: Sequence[Shard], seed: int = 0
+    cache: CachePaths, vae: VaeIdentity, shards: Sequence[Shard], seed: int = 0
 ) -> list[Histogram]:
     """A histogram per channel over `SAMPLES` samples drawn at random, times the scaling factor."""
-    channels, scale = identity["vae"]["channels"], identity["vae"]["scaling_factor"]
+    channels, scale = vae.channels, vae.scaling_factor
     edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
     counts = np.zeros((channels, BINS))
     total, first, second = 0, np.zeros(channels), np.zeros(channels)
@@ -64,7 +64,7 @@ def histograms(
 
 def read_mean(cache: CachePaths, shard: Shard, index: int, channels: int) -> NDArray[np.float16]:
     """The first view's mean `[C, h * w]` of a sample, without reading the rest."""
-    layout = Layout.from_json(shard.layout)
+    layout = shard.layout
     latents = layout.fields[0]
     height, width = layout.latent_size
     with (cache.root / shard.file).open("rb", buffering=0) as file:

@@ -93,7 +93,7 @@ def check_pictures(psnrs: Sequence[float], no_pictures: str) -> Check:
 
 def check_latents(summary: Summary) -> Check:
     """Have the latents about the size that the networks expect?"""
-    scale = summary.identity["vae"]["scaling_factor"]
+    scale = summary.identity.vae.scaling_factor
     means, stds = summary.latents_mean, summary.latents_std
     if not means:
         return Check(BAD, "Latents", "There are none.")
@@ -124,10 +124,10 @@ def check_rejected(summary: Summary) -> Check:
 
 def check_captions(summary: Summary) -> Check:
     """How many captions are longer than the encoder reads?"""
-    length = summary.identity["text"].get("length")
+    length = summary.identity.text.length
     if not summary.truncated_captions:
         return Check(GOOD, "Captions", f"All fit in the encoder's {length} tokens.")
-    captions = summary.written * summary.identity["preprocessing"].get("max_captions", 1)
+    captions = summary.written * summary.identity.preprocessing.max_captions
     share = summary.truncated_captions / max(captions, 1)
     level = GOOD if share <= TRUNCATED_LOOK else LOOK
     return Check(

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 from prep.config import DecodeConfig
 from prep.inspect.originals import Pair, draw, pairs, vae_of
 from prep.inspect.recorded import Originals
-from shared.cache.identity import whole_identity
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import guard
 from shared.visible import visible
@@ -24,7 +24,7 @@ SHORTEST_SIDE = 192  # small pictures are enlarged by whole numbers up to here
 def decode(config: DecodeConfig) -> None:
     """Original and decoded latents side by side, with the PSNR between them."""
     cache, manifest = CachePaths(config.cache), open_manifest(config.cache)
-    identity = whole_identity(cache, manifest)
+    identity = manifest.identity
     vae = vae_of(identity, config)
     stored = draw(cache, manifest.shards, config.count, config.seed)
     originals = Originals(config.shards)

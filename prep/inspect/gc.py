@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prep.config import GcConfig
-from shared.cache.manifest import CachePaths, iterate_units, open_manifest
+from shared.cache.manifest import iterate_units, open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import file_sizes, guard
 from shared.storage.temporary import strays, sweep

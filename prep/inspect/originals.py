@@ -23,8 +23,10 @@ from prep.encode.writer import sample_key
 from prep.images.crop import Framing
 from prep.inspect.recorded import Originals
 from prep.sources.find import Row
-from shared.cache.layout import Layout
-from shared.cache.manifest import CachePaths, Shard, UnitRecord, read_unit
+from shared.cache.identity import Identity
+from shared.cache.manifest import read_unit
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from shared.machine.device import pick_device, set_threads
 from shared.models.family import recorded_model, resolve_model
@@ -74,19 +76,19 @@ class EncoderFlags(Protocol):
     def device(self) -> str: ...  # noqa: D102
 
 
-def settings_of(identity: Mapping[str, Any]) -> Settings:
+def settings_of(identity: Identity) -> Settings:
     """The settings a cache was encoded with."""
-    made = identity["preprocessing"]
+    made = identity.preprocessing
     return Settings(
-        framing=Framing.from_json(made),
-        keep_logvar=identity["latents"] == "posterior",
-        max_captions=made["max_captions"],
-        clip_skip=identity["text"].get("clip_skip", 0),
-        shuffle=Shuffle.from_json(made.get("shuffle")),
+        framing=Framing.of(made),
+        keep_logvar=identity.posterior,
+        max_captions=made.max_captions,
+        clip_skip=identity.text.clip_skip,
+        shuffle=Shuffle.from_json(made.shuffle),
     )
 
 
-def vae_of(identity: Mapping[str, Any], flags: EncoderFlags) -> AutoencoderKL:
+def vae_of(identity: Identity, flags: EncoderFlags) -> AutoencoderKL:
     """The VAE a cache was made with, from where the flags say or the identity does.
 
     Raises UserError where it cannot be loaded or is another one.
@@ -94,7 +96,7 @@ def vae_of(identity: Mapping[str, Any], flags: EncoderFlags) -> AutoencoderKL:
     source = vae_source(identity, flags)
     set_threads(None)
     vae = load_vae(source).to(pick_device(flags.device))
-    if vae_fingerprint(vae) != identity["vae"]["fingerprint"]:
+    if vae_fingerprint(vae) != identity.vae.fingerprint:
         raise UserError(
             f"the cache was made with another VAE than {source}'s; "
             "pass --model or --vae with the one it was made with"
@@ -102,12 +104,12 @@ def vae_of(identity: Mapping[str, Any], flags: EncoderFlags) -> AutoencoderKL:
     return vae
 
 
-def vae_source(identity: Mapping[str, Any], flags: EncoderFlags) -> str:
+def vae_source(identity: Identity, flags: EncoderFlags) -> str:
     """Where the VAE of a cache is: as flagged, else as recorded, else with the model."""
-    recorded = None if flags.model else identity["vae"].get("source")
+    recorded = None if flags.model else identity.vae.source
     if flags.vae or recorded:
-        return flags.vae or recorded_model(str(recorded), "--vae")
-    return resolve_model(flags.model or recorded_model(str(identity["model"]))).source
+        return flags.vae or recorded_model(recorded or "", "--vae")
+    return resolve_model(flags.model or recorded_model(identity.model)).source
 
 
 def draw(cache: CachePaths, shards: Sequence[Shard], count: int, seed: int) -> list[Stored]:
@@ -123,7 +125,7 @@ def draw(cache: CachePaths, shards: Sequence[Shard], count: int, seed: int) -> l
 
 def read_sample(cache: CachePaths, shard: Shard, index: int) -> Stored:
     """Sample `index` of a shard. Raises ValueError where the bytes there are none."""
-    layout = Layout.from_json(shard.layout)
+    layout = shard.layout
     key, record, arrays = layout.read(cache.root / shard.file, index)
     # A shard is named after its unit: NAME-HxW-SHA12.tar.
     unit = read_unit(cache, Path(shard.file).name.rsplit("-", 2)[0])
@@ -131,7 +133,7 @@ def read_sample(cache: CachePaths, shard: Shard, index: int) -> Stored:
 
 
 def pairs(
-    cache: CachePaths, identity: Mapping[str, Any], vae: AutoencoderKL, stored: Sequence[Stored],
+    cache: CachePaths, identity: Identity, vae: AutoencoderKL, stored: Sequence[Stored],
     originals: Originals, seconds: float = float("inf"),
 ) -> Iterator[Pair]:  # fmt: skip
     """Each sample's decoded latents beside its picture; ends early when `seconds` have passed."""
@@ -140,7 +142,7 @@ def pairs(
     for number, sample in enumerate(stored):
         if number and time.monotonic() > deadline:
             return
-        decoded = decode_latents(vae, sample.first_latents(identity["vae"]["channels"]))[0]
+        decoded = decode_latents(vae, sample.first_latents(identity.vae.channels))[0]
         original = None
         if sample.key in rows:
             original = pixels_of(decode_row(rows[sample.key], settings))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from prep.config import VerifyConfig
 from prep.encode import pipeline
 from prep.encode.captions import CaptionMemo
 from prep.encode.pipeline import Encoders, Sample, Settings
-from prep.encode.settings import Shapes, VaeChoice, load_encoders, same_encoder
+from prep.encode.settings import VaeChoice, load_encoders, same_encoder
 from prep.inspect.originals import Stored, draw, rows_of, settings_of, vae_source
 from prep.inspect.recorded import Originals
-from shared.cache.identity import whole_identity
-from shared.cache.manifest import CachePaths, Manifest
+from shared.cache.identity import Identity
+from shared.cache.manifest import Manifest
+from shared.cache.paths import CachePaths
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.machine.device import pick_device
@@ -37,7 +38,7 @@ def disagreements(
     UserError where the model is another one than the cache was made with.
     """
     cache = CachePaths(config.cache)
-    identity = whole_identity(cache, manifest)
+    identity = manifest.identity
     encoders = encoders_of(config, identity)
     settings = settings_of(identity)
     stored = draw(cache, manifest.shards, config.reencode, config.seed)
@@ -73,19 +74,18 @@ def disagreements(
         )
 
 
-def encoders_of(config: VerifyConfig, identity: Mapping[str, object]) -> Encoders:
+def encoders_of(config: VerifyConfig, identity: Identity) -> Encoders:
     """The cache's encoders, on this machine's device, with the recorded batch shapes."""
-    model = resolve_model(config.model or recorded_model(str(identity["model"])))
-    shapes = Shapes.from_json(identity["shapes"])  # type: ignore[arg-type]
-    made = identity["vae"]
-    assert isinstance(made, Mapping)
-    vae = VaeChoice(vae_source(identity, config), made["dtype"], made["rescale"])
-    device, clip_skip = pick_device(config.device), settings_of(identity).clip_skip
-    encoders = load_encoders(model, shapes, vae, clip_skip, device)
-    for part, wanted in (("vae", encoders.vae.identity()), ("text", encoders.text.identity())):
-        made = identity[part]
-        assert isinstance(made, Mapping)
-        if not same_encoder(made, wanted):
+    model = resolve_model(config.model or recorded_model(identity.model))
+    vae = VaeChoice(vae_source(identity, config), identity.vae.dtype, identity.vae.rescale)
+    device, clip_skip = pick_device(config.device), identity.text.clip_skip
+    encoders = load_encoders(model, identity.shapes, vae, clip_skip, device)
+    parts = {
+        "vae": same_encoder(identity.vae, encoders.vae.identity()),
+        "text": same_encoder(identity.text, encoders.text.identity()),
+    }
+    for part, same in parts.items():
+        if not same:
             raise UserError(
                 f"{config.cache} was made with another {part} encoder than {model.source}'s; "
                 "pass --model with the one it was made with"
@@ -125,10 +125,9 @@ def relative(stored: NDArray[np.generic], fresh: NDArray[np.generic]) -> float:
     return float(np.sqrt(((a - b) ** 2).mean() / max((a**2).mean(), 1e-12)))
 
 
-def tolerance(identity: Mapping[str, object], name: str) -> float:
+def tolerance(identity: Identity, name: str) -> float:
     """How far an array may be off, by the dtype its encoder ran in; time_ids not at all."""
     if name == "time_ids":
         return 0.0
-    part = identity["vae" if name in ("latents", "logvar") else "text"]
-    assert isinstance(part, Mapping)
-    return TOLERANCE.get(str(part["dtype"]), TOLERANCE["bfloat16"])
+    dtype = (identity.vae if name in ("latents", "logvar") else identity.text).dtype
+    return TOLERANCE.get(dtype, TOLERANCE["bfloat16"])

@@ -32,8 +32,8 @@ from prep.inspect.originals import EncoderFlags, Pair, draw, pairs, vae_of
 from prep.inspect.recorded import Originals, WrongShards
 from prep.inspect.stats import Summary, flat, speed, summarize
 from prep.rows.unit import Unit
-from shared.cache.identity import whole_identity
-from shared.cache.manifest import CachePaths, Manifest, check_shards, open_manifest
+from shared.cache.manifest import Manifest, check_shards, open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import dump_json, publish
 from shared.storage.temporary import sweep
@@ -68,7 +68,7 @@ def report(config: ReportConfig) -> None:
 
 def load_vae_for(cache: CachePaths, flags: EncoderFlags) -> AutoencoderKL | str:
     """The cache's VAE, or why it cannot be had. Raises UserError where there is no cache."""
-    identity = whole_identity(cache, open_manifest(cache.root, check_sizes=False))
+    identity = open_manifest(cache.root, check_sizes=False).identity
     try:
         return vae_of(identity, flags)
     except UserError as error:
@@ -101,7 +101,6 @@ def write_report(
     Looking for originals and decoding stops after `seconds`.
     """
     manifest = open_manifest(cache.root, check_sizes=False)
-    whole_identity(cache, manifest)
     summary = summarize(cache)
     contents = gather(cache, manifest, vae, originals, seconds)
     path = cache.root / "report.html"
@@ -116,7 +115,7 @@ def gather(
     """Pictures and histograms, or what is in their way."""
     try:
         check_shards(cache, manifest)
-        charts = histograms(cache, manifest.identity, manifest.shards)
+        charts = histograms(cache, manifest.identity.vae, manifest.shards)
         if isinstance(vae, str):
             return Contents(histograms=charts, no_pictures=vae)
         stored = draw(cache, manifest.shards, PICTURES, SEED)
@@ -159,7 +158,7 @@ def page(summary: Summary, contents: Contents) -> str:
         # The one style sheet that the page may use, by its hash; scripts and network: none.
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         s=summary, c=contents, checks=checks, level=level, sentence=sentence,
-        name=Path(summary.cache).resolve().name, groups=identity_groups(summary.identity),
+        name=Path(summary.cache).resolve().name, groups=identity_groups(summary.identity.to_json()),
         missing=missing_pictures(summary, contents),
         psnr=median(psnrs) if psnrs else None,
         most=max((bucket.samples for bucket in summary.buckets), default=1),

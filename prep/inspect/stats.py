@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 
 from prep.cache.accounts import account_batches
 from prep.config import StatsConfig
-from shared.cache.identity import read_identity
-from shared.cache.manifest import CachePaths, Manifest, UnitRecord, iterate_units, open_manifest
+from shared.cache.identity import Identity, read_identity
+from shared.cache.manifest import Manifest, iterate_units, open_manifest
+from shared.cache.paths import CachePaths
 from shared.cache.sums import ChannelSums
+from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.files import load_record
 from shared.storage.typed_json import typed
@@ -68,7 +70,7 @@ class Summary:
 
     cache: str
     state: str  # complete, or what is missing
-    identity: Mapping[str, Any]
+    identity: Identity
     versions: Mapping[str, str]
     units: int = 0
     read: int = 0
@@ -94,13 +96,14 @@ class Summary:
 def stats(config: StatsConfig) -> None:
     """Print the summary of a cache as a table or as JSON."""
     summary = summarize(CachePaths(config.cache))
-    print(json.dumps(asdict(summary), indent=2) if config.json else table(summary))
+    whole = {**asdict(summary), "identity": summary.identity.to_json()}
+    print(json.dumps(whole, indent=2) if config.json else table(summary))
 
 
 def summarize(cache: CachePaths) -> Summary:
     """Fold a cache's records. Raises UserError where the folder is no cache."""
     identity = read_identity(cache)
-    if not identity:
+    if identity is None:
         raise UserError(f"{cache.root} is not a cache (no identity.json)")
     finished = cache.manifest.exists()
     manifest = open_manifest(cache.root, check_sizes=False) if finished else None
@@ -119,7 +122,7 @@ def summarize(cache: CachePaths) -> Summary:
         source.units, source.read = source.units + 1, source.read + unit.read
         source.written += unit.written
         files += [shard.file for shard in unit.shards]
-        count_shards(unit, buckets, int(identity["vae"]["downscale"]))
+        count_shards(unit, buckets, identity.vae.downscale)
         count_rejections(cache, unit, rejected)
         for name, count in unit.notes.items():
             summary.notes[name] = summary.notes.get(name, 0) + count
@@ -157,8 +160,7 @@ def state_of(manifest: Manifest | None, files: list[str]) -> str:
 def count_shards(unit: UnitRecord, buckets: dict[tuple[int, int], Bucket], downscale: int) -> None:
     """Add a unit's shards to the buckets of their latent sizes."""
     for shard in unit.shards:
-        shape = next(f["shape"] for f in shard.layout["fields"] if f["name"] == "latents")
-        h, w = shape[-2:]
+        h, w = shard.layout.latent_size
         bucket = buckets.setdefault((h, w), Bucket(h, w, h * downscale, w * downscale))
         bucket.samples += shard.count
         bucket.shards += 1
@@ -185,7 +187,7 @@ def count_rejections(cache: CachePaths, unit: UnitRecord, rejected: dict[str, Re
 
 def table(summary: Summary) -> str:
     """The summary for a terminal."""
-    s, vae = summary, summary.identity["vae"]
+    s = summary
     lines = [
         f"{s.cache}: {s.state}",
         "",
@@ -204,7 +206,7 @@ def table(summary: Summary) -> str:
     ]  # fmt: skip
     heads = ("pixels (h x w)", "latents", "samples", "share", "shards", "bytes")
     lines += columns("buckets", heads, rows)
-    scale = vae["scaling_factor"]
+    scale = s.identity.vae.scaling_factor
     rows = [
         (str(number), f"{mean:.3f}", f"{std:.3f}", f"{mean * scale:.3f}", f"{std * scale:.3f}")
         for number, (mean, std) in enumerate(zip(s.latents_mean, s.latents_std, strict=True))
@@ -222,7 +224,7 @@ def table(summary: Summary) -> str:
     more = s.source_count - len(s.sources)
     title = f"sources ({s.source_count:,}{', the largest' if more else ''})"
     lines += columns(title, ("source", "units", "rows", "samples"), rows)
-    lines += ["", "identity", *(f"  {k:<32}  {v}" for k, v in flat(s.identity))]
+    lines += ["", "identity", *(f"  {k:<32}  {v}" for k, v in flat(s.identity.to_json()))]
     libraries = " ".join(f"{name} {number}" for name, number in s.versions.items())
     return "\n".join([*lines, "", f"libraries  {libraries or 'not recorded yet'}"])
 

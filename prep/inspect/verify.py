@@ -16,16 +16,9 @@ from prep.inspect.reencode import disagreements
 from shared.cache.conditioning import load_conditioning
 from shared.cache.identity import read_identity
 from shared.cache.layout import Layout
-from shared.cache.manifest import (
-    CachePaths,
-    Manifest,
-    Shard,
-    UnitRecord,
-    fold,
-    open_manifest,
-    parse_unit,
-    unit_files,
-)
+from shared.cache.manifest import Manifest, fold, open_manifest, parse_unit, unit_files
+from shared.cache.paths import CachePaths
+from shared.cache.units import Shard, UnitRecord
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.storage.files import NewerVersion, file_sha256, guard, sync_folder
@@ -46,7 +39,7 @@ def verify(config: VerifyConfig) -> int:
     manifest = open_manifest(config.cache, check_sizes=False)
     damaged: dict[Place, int] = {}  # a file that is to go, and how many damages say so
     units: list[UnitRecord] = []
-    with Progress("verify", manifest.totals["written"], "sample") as progress:
+    with Progress("verify", manifest.totals.written, "sample") as progress:
 
         def note(path: Place, damage: str) -> None:
             damaged[path] = damaged.get(path, 0) + 1
@@ -70,7 +63,7 @@ def verify(config: VerifyConfig) -> int:
         print(f"damaged: {stale}", file=sys.stderr)
     count = sum(damaged.values()) + bool(stale)
     verdict = counted(count, "damage") if count else "no damage"
-    print(f"{config.cache}: {counted(manifest.totals['written'], 'sample')} checked, {verdict}")
+    print(f"{config.cache}: {counted(manifest.totals.written, 'sample')} checked, {verdict}")
     if damaged:
         print(repair(cache, list(damaged)) if config.repair else remedy(config, manifest))
     return 1 if count else 0
@@ -80,7 +73,7 @@ def remedy(config: VerifyConfig, manifest: Manifest) -> str:
     """What to do about damage."""
     return (
         f"to mend it: `python -m prep verify --cache {config.cache} --repair`, then the "
-        f"`prep encode` that made the cache (model {manifest.identity['model']})"
+        f"`prep encode` that made the cache (model {manifest.identity.model})"
     )
 
 
@@ -129,7 +122,10 @@ def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRe
             "`prep encode`, or `prep finish` to take the units as they are"
         )
     stored = manifest.to_json()
-    added = fold(read_identity(cache), units, manifest.versions)
+    identity = read_identity(cache)
+    if identity is None:
+        return "identity.json is missing; restore it, or encode anew"
+    added = fold(identity, units, manifest.versions)
     folded = set_aside(cache, added).to_json()
     differing = [name for name in folded if stored.get(name) != folded[name]]
     if not differing:
@@ -182,7 +178,7 @@ def sha256_of(path: Place) -> str:
 def damages_of_shard(path: Place, shard: Shard) -> Iterator[str]:
     """A line for each sample whose bytes, checksum or values are wrong."""
     try:
-        layout = Layout.from_json(shard.layout)
+        layout = shard.layout
     except (ValueError, KeyError, TypeError) as error:
         yield f"{shard.file}: its record has no valid layout ({error})"
         return

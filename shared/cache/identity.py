@@ -1,4 +1,4 @@
-"""identity.json: what every sample of a cache has in common, claimed by whoever begins it.
+"""identity.json: what every sample of a cache has in common, claimed by whoever starts it.
 
 Settings never mix. `prep encode --overwrite` replaces them as a whole: `generation` counts how
 often that was done (it is missing where it never was), and a unit's record says which generation
@@ -8,44 +8,55 @@ made it. So the replacement of this one file makes every former unit stale at on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from shared.cache.manifest import CachePaths, Manifest, refuse_format
+from shared.cache.paths import CachePaths, refuse_format
 from shared.errors import UserError
-from shared.storage.files import create_exclusively, dump_json, load_record, parse_record
+from shared.storage.files import create_exclusively, dump_json, parse_record
 from shared.storage.reading import read_if_there
 from shared.storage.typed_json import record_of
 
 ADDED = ("config", "configs", "tokenizers")  # what older caches do not say of their encoders
+# What is left out of the file where there is none of it; all else is null there.
+OMITTED = ("source", "shuffle", "threads", "generation", "stored", *ADDED)
+REMEDY = "restore it, or choose another --cache"
 
 
 @dataclass(frozen=True)
-class _Vae:
+class VaeIdentity:
+    """The VAE that made the latents."""
+
     fingerprint: str
-    channels: int
-    downscale: int
+    channels: int  # C of the latents
+    downscale: int  # pixels per latent, each way
     scaling_factor: float
     dtype: str
-    rescale: float | None = None
-    source: str | None = None
-    config: Mapping[str, Any] | None = None
+    rescale: float | None = None  # of its stream; None until it is calibrated
+    source: str | None = None  # where it is another than the model's own
+    config: Mapping[str, Any] | None = None  # what its weights do not show
 
 
 @dataclass(frozen=True)
-class _Text:
+class TextIdentity:
+    """The text encoders that made the embeddings."""
+
     fingerprints: tuple[str, ...]
-    length: int
-    width: int
-    force_zeros: bool
-    pooled_width: int | None = None
+    length: int  # L, tokens
+    width: int  # D, of the joined states
+    force_zeros: bool  # is the unconditional embedding zeros?
+    pooled_width: int | None = None  # P
+    hidden_state: int | None = None
     clip_skip: int = 0
+    dtype: str = "float32"
     configs: Mapping[str, Any] | None = None
     tokenizers: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class _Preprocessing:
+class Preprocessing:
+    """What becomes of a picture and its captions, under the names of the flags."""
+
     resolution: int
     views: int
     max_captions: int
@@ -55,126 +66,144 @@ class _Preprocessing:
     seed: int = 0
     min_size: int = 0
     buckets: Mapping[str, int | bool] | None = None
+    where: str | None = None
+    max_pwatermark: float | None = None
+    shuffle: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class _Shapes:
+class Shapes:
+    """Batch shapes and threads: with them the encoders give the same bytes every time.
+
+    `device` is the kind alone: which of a machine's GPUs it is makes no difference. `threads` are
+    a CPU's; where a GPU computes they decide nothing, and each process takes what it may use.
+    """
+
     vae_batch_size: int
     text_batch_size: int
     device: str
-    threads: int | None = None  # of the CPU; on a GPU they decide nothing
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
-class _Identity:
-    """What every identity says, and of what type it is; there may be more."""
+class Identity:
+    """The content of identity.json."""
 
     format: int
     family: str
     model: str
-    latents: str
-    vae: _Vae
-    text: _Text
-    preprocessing: _Preprocessing
-    shapes: _Shapes
+    latents: str  # "mean" or "posterior"
+    vae: VaeIdentity
+    text: TextIdentity
+    preprocessing: Preprocessing
+    shapes: Shapes
     generation: int = 0
+    # As read from a file, with what this version does not know and without what older ones did not.
+    stored: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def posterior(self) -> bool:
+        """Do the latents hold the posterior's logvar beside its mean?"""
+        return self.latents == "posterior"
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the file it was read from, else as `prep encode` writes it."""
+        if self.stored is not None:
+            return dict(self.stored)
+        value = {**asdict(self), "stored": None}
+        value["text"]["fingerprints"] = list(self.text.fingerprints)
+        return _without_omitted(value)
+
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> Identity:
+        """The inverse of `to_json`. Raises ValueError, naming what is wrong, for no identity."""
+        known = {name: value for name, value in stored.items() if name != "stored"}
+        found = record_of(Identity, known, ignore_unknown=True)
+        made, vae, shapes = found.preprocessing, found.vae, found.shapes
+        numbers = (
+            vae.channels, vae.downscale, made.resolution, made.views, made.max_captions,
+            found.text.length, found.text.width, shapes.vae_batch_size, shapes.text_batch_size,
+            1 if shapes.threads is None else shapes.threads,
+        )  # fmt: skip
+        if min(numbers) < 1 or vae.scaling_factor <= 0 or found.generation < 0:
+            raise ValueError("a number in it is zero or below")
+        if found.latents not in ("mean", "posterior"):
+            raise ValueError(f"latents is {found.latents!r:.60}, neither mean nor posterior")
+        if shapes.device != "cpu":  # older caches record a CPU's threads all the same
+            shapes = replace(shapes, threads=None)
+        return replace(found, shapes=shapes, stored=dict(stored))
 
 
-OURS = {field.name for field in fields(_Identity)} - {"generation"}
+OURS = {field.name for field in fields(Identity)} - {"generation", "stored"}
+
+
+def _without_omitted(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_omitted(item) if isinstance(item, dict) else item
+        for name, item in value.items()
+        if item or name not in OMITTED
+    }
 
 
 class OtherSettings(UserError):
-    """The cache was begun with settings that differ."""
+    """The cache was made with settings that differ."""
 
 
-def claim_identity(cache: CachePaths, identity: Mapping[str, Any], remedy: str) -> None:
+def claim_identity(cache: CachePaths, identity: Identity, remedy: str) -> None:
     """Create `identity.json`, or check that the one there says the same.
 
     Model and VAE may lie elsewhere where their weights are the same. Raises OtherSettings that
     names what differs; `remedy` ends the sentence.
     """
-    if create_exclusively(dump_json(identity), cache.identity, cache.tmp):
+    if create_exclusively(dump_json(identity.to_json()), cache.identity, cache.tmp):
         return
-    stored = load_record(cache.identity, dict, "restore it, or choose another --cache")
-    if differing := other_settings(stored, identity):
+    stored = read_identity(cache)
+    if stored is not None and (differing := other_settings(stored, identity)):
         raise OtherSettings(f"{cache.root} was made with other settings: {differing}; {remedy}")
 
 
-def read_identity(cache: CachePaths) -> dict[str, Any]:
-    """What the cache was begun with; empty where there is none yet.
+def read_identity(cache: CachePaths) -> Identity | None:
+    """What the cache was started with; None where there is none yet.
 
     Raises UserError for a file of that name that is damaged, of another format, or not ours: none
     of these is ever to be replaced.
     """
     content = read_if_there(cache.identity)
     if content is None:
-        return {}
+        return None
 
-    def build(stored: Mapping[str, Any]) -> dict[str, Any]:
+    def build(stored: Mapping[str, Any]) -> Identity:
         if not stored.keys() >= OURS:
             raise UserError(
                 f"{cache.identity} is not one that `prep encode` writes; choose another --cache"
             )
         refuse_format(stored, cache.root)
-        check_identity(stored)
-        return dict(stored)
+        return Identity.from_json(stored)
 
-    return parse_record(content, cache.identity, build, "restore it, or choose another --cache")
-
-
-def whole_identity(cache: CachePaths, manifest: Manifest) -> Mapping[str, Any]:
-    """The manifest's identity. Raises UserError where it is not one that `prep encode` writes."""
-    try:
-        check_identity(manifest.identity)
-    except ValueError as error:
-        raise UserError(
-            f"{cache.manifest} is damaged (its identity: {error}); run `prep finish`"
-        ) from None
-    return manifest.identity
+    return parse_record(content, cache.identity, build, REMEDY)
 
 
-def check_identity(stored: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming what is wrong, for what is not the identity of a cache."""
-    found = record_of(_Identity, stored, ignore_unknown=True)
-    made, vae, shapes = found.preprocessing, found.vae, found.shapes
-    numbers = (vae.channels, vae.downscale, made.resolution, made.views, made.max_captions,
-               found.text.length, found.text.width, shapes.vae_batch_size, shapes.text_batch_size,
-               1 if shapes.threads is None else shapes.threads)  # fmt: skip
-    if min(numbers) < 1 or vae.scaling_factor <= 0 or found.generation < 0:
-        raise ValueError("a number in it is zero or below")
-    if found.latents not in ("mean", "posterior"):
-        raise ValueError(f"latents is {found.latents!r:.60}, neither mean nor posterior")
-
-
-def generation_of(identity: Mapping[str, Any]) -> int:
-    """How often the settings of this cache were replaced."""
-    return int(identity.get("generation", 0))
-
-
-def other_settings(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def other_settings(stored: Identity, wanted: Identity) -> str:
     """What differs, or an empty string; what decides no bytes does not count."""
-    return differences(_deciding(stored), _deciding(wanted))
+    return differences(_deciding(stored.to_json()), _deciding(wanted.to_json()))
 
 
 def _deciding(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Without the places where the same weights lie, and without the CPU's threads on a GPU."""
-    found = {**identity, "model": None}
-    if isinstance(vae := identity.get("vae"), Mapping):
-        found["vae"] = {name: value for name, value in vae.items() if name != "source"}
-    shapes = identity.get("shapes")
-    if isinstance(shapes, Mapping) and shapes.get("device") != "cpu":
-        # Older caches record them all the same.
-        found["shapes"] = {name: value for name, value in shapes.items() if name != "threads"}
-    return found
+    vae = {name: value for name, value in identity["vae"].items() if name != "source"}
+    shapes = identity["shapes"]
+    if shapes["device"] != "cpu":  # older caches record them all the same
+        shapes = {name: value for name, value in shapes.items() if name != "threads"}
+    return {**identity, "model": None, "vae": vae, "shapes": shapes}
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
-    """`latents.size: stored 64, wanted 32` for everything that differs, or an empty string."""
+    """`latents.size is 64 there, 32 here` for everything that differs, or an empty string."""
     found = []
     for name in sorted(stored.keys() | wanted.keys()):
-        if name in ADDED and not (name in stored and name in wanted):
-            continue  # one of them is too old to say
         old, new = stored.get(name), wanted.get(name)
+        if name in ADDED and None in (old, new):
+            continue  # one of them is too old to say
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             if nested := differences(old, new, f"{prefix}{name}."):
                 found.append(nested)

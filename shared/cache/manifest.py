@@ -7,75 +7,45 @@ is folded from the records and is all that the trainer opens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from unicodedata import normalize
 
+from shared.cache.identity import Identity
 from shared.cache.layout import Layout
+from shared.cache.paths import FORMAT, CachePaths, refuse_format
 from shared.cache.sums import ChannelSums
 from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from shared.storage.files import dump_json, file_sizes, parse_record, publish, read_all
 from shared.storage.reading import read_if_there
-from shared.storage.temporary import scratch
-from shared.storage.typed_json import not_negative, typed
+from shared.storage.typed_json import not_negative, record_of, typed
 from shared.storage.urls import Place
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
-class CachePaths:
-    """Where things are in a cache, which is a folder or behind a URL."""
+class Totals:
+    """What the units add up to."""
 
-    root: Place
-
-    @property
-    def identity(self) -> Place:  # noqa: D102
-        return self.root / "identity.json"
-
-    @property
-    def manifest(self) -> Place:  # noqa: D102
-        return self.root / "manifest.json"
-
-    @property
-    def conditioning(self) -> Place:  # noqa: D102
-        return self.root / "conditioning.safetensors"
-
-    @property
-    def holdout(self) -> Place:  # noqa: D102
-        return self.root / "holdout.json"
-
-    @property
-    def units(self) -> Place:  # noqa: D102
-        return self.root / "units"
-
-    @property
-    def shards(self) -> Place:  # noqa: D102
-        return self.root / "shards"
-
-    @property
-    def samples(self) -> Place:  # noqa: D102
-        return self.root / "samples"
-
-    @property
-    def tmp(self) -> Path:
-        """Folder for what is not published yet; of a remote cache a local one, by its URL."""
-        return self.root / "tmp" if isinstance(self.root, Path) else scratch(str(self.root))
+    written: int  # samples
+    read: int = 0  # rows
+    rejected: Mapping[str, int] = field(default_factory=dict)  # reason -> rows
+    units: int = 0
+    bytes: int = 0  # of all shards
+    truncated_captions: int = 0
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The whole cache at a glance."""
 
-    identity: Mapping[str, Any]
-    layouts: tuple[Layout, ...]
+    identity: Identity
+    layouts: tuple[Layout, ...]  # of the shards, each once
     shards: tuple[Shard, ...]
-    shard_layouts: tuple[int, ...]  # per shard, an index into `layouts`
-    totals: Mapping[str, Any]
-    statistics: Mapping[str, Any]
+    totals: Totals
+    statistics: Mapping[str, Sequence[float]]  # of the latents, per channel
     versions: Mapping[str, str]
     holdout: str = ""  # a hash over the keys of the samples that are held out, if there are any
 
@@ -86,19 +56,17 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """As stored in manifest.json."""
-        rows = [
-            {**s.to_json(), "layout": i}
-            for s, i in zip(self.shards, self.shard_layouts, strict=True)
-        ]
+        numbers = {layout: number for number, layout in enumerate(self.layouts)}
+        rows = [{**shard.to_json(), "layout": numbers[shard.layout]} for shard in self.shards]
         for row, shard in zip(rows, self.shards, strict=True):
             if shard.heldout:  # which versions that do not know it refuse
                 row["heldout"] = list(shard.heldout)
         return {
             "format": FORMAT,
-            "identity": dict(self.identity),
+            "identity": self.identity.to_json(),
             "layouts": [layout.to_json() for layout in self.layouts],
             "shards": rows,
-            "totals": dict(self.totals),
+            "totals": asdict(self.totals),
             "statistics": dict(self.statistics),
             "versions": dict(self.versions),
             **({"holdout": self.holdout} if self.holdout else {}),
@@ -147,13 +115,9 @@ def unit_files(cache: CachePaths) -> list[Place]:
     return [cache.units / name for name in file_sizes(cache.units) if name.endswith(".json")]
 
 
-def fold(
-    identity: Mapping[str, Any], units: list[UnitRecord], versions: Mapping[str, str]
-) -> Manifest:
+def fold(identity: Identity, units: list[UnitRecord], versions: Mapping[str, str]) -> Manifest:
     """The manifest that these units add up to."""
-    shards = [shard for unit in units for shard in unit.shards]
-    tables = {str(shard.layout): shard.layout for shard in shards}
-    keys = sorted(tables)
+    shards = tuple(shard for unit in units for shard in unit.shards)
     rejected: dict[str, int] = {}
     for unit in units:
         for reason, count in unit.rejected.items():
@@ -165,20 +129,23 @@ def fold(
     mean, std = sums.mean_std() if sums else ([], [])
     return Manifest(
         identity=identity,
-        layouts=tuple(Layout.from_json(tables[key]) for key in keys),
-        shards=tuple(shards),
-        shard_layouts=tuple(keys.index(str(shard.layout)) for shard in shards),
-        totals={
-            "units": len(units),
-            "read": sum(unit.read for unit in units),
-            "written": sum(unit.written for unit in units),
-            "rejected": dict(sorted(rejected.items())),
-            "truncated_captions": sum(unit.truncated_captions for unit in units),
-            "bytes": sum(shard.size for shard in shards),
-        },
+        layouts=tuple(sorted({shard.layout for shard in shards}, key=_by_json)),
+        shards=shards,
+        totals=Totals(
+            written=sum(unit.written for unit in units),
+            read=sum(unit.read for unit in units),
+            rejected=dict(sorted(rejected.items())),
+            units=len(units),
+            bytes=sum(shard.size for shard in shards),
+            truncated_captions=sum(unit.truncated_captions for unit in units),
+        ),
         statistics={"latents_mean": mean, "latents_std": std},
         versions=versions,
     )
+
+
+def _by_json(layout: Layout) -> str:
+    return json.dumps(layout.to_json(), sort_keys=True)
 
 
 def write_manifest(cache: CachePaths, manifest: Manifest) -> None:
@@ -207,35 +174,32 @@ def open_manifest(root: Place, check_sizes: bool = True) -> Manifest:
     return manifest
 
 
-def refuse_format(stored: Mapping[str, Any], root: Place) -> None:
-    """Raise UserError for a manifest or an identity of another format than this version's."""
-    if (found := stored.get("format")) != FORMAT:
-        newer = isinstance(found, int) and found > FORMAT
-        remedy = "update, a newer version wrote it" if newer else "encode anew"
-        raise UserError(
-            f"{root} has cache format {found!s:.40}, this version reads {FORMAT}: {remedy}"
-        )
-
-
 def _manifest(stored: Mapping[str, Any], root: Place) -> Manifest:
     refuse_format(stored, root)
-    tables = typed(stored["layouts"], list[Any], "layouts")
+    layouts = tuple(map(Layout.from_json, typed(stored["layouts"], list[Any], "layouts")))
     rows = typed(stored["shards"], tuple[Mapping[str, Any], ...], "shards")
-    layouts = tuple(map(Layout.from_json, tables))
     numbers = tuple(typed(row.get("layout"), int, "layout") for row in rows)
     not_negative(layout=min(numbers, default=0))
     shards = tuple(
-        Shard.from_json({**row, "layout": tables[number]})
+        Shard.from_json({**row, "layout": layouts[number]})
         for row, number in zip(rows, numbers, strict=True)
     )
-    totals = typed(stored["totals"], Mapping[str, Any], "totals")
-    not_negative(written=typed(totals["written"], int, "written"))
+    totals = record_of(Totals, stored["totals"], ignore_unknown=True)
+    not_negative(written=totals.written)
     return Manifest(
-        typed(stored["identity"], Mapping[str, Any], "identity"), layouts, shards, numbers, totals,
-        typed(stored["statistics"], Mapping[str, Any], "statistics"),
+        _identity(typed(stored["identity"], Mapping[str, Any], "identity")),
+        layouts, shards, totals,
+        typed(stored["statistics"], Mapping[str, list[float]], "statistics"),
         typed(stored["versions"], Mapping[str, str], "versions"),
         typed(stored.get("holdout", ""), str, "holdout"),
     )  # fmt: skip
+
+
+def _identity(stored: Mapping[str, Any]) -> Identity:
+    try:
+        return Identity.from_json(stored)
+    except ValueError as error:
+        raise ValueError(f"its identity is not one that `prep encode` writes: {error}") from None
 
 
 def check_shards(cache: CachePaths, manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ class Shard:
     """One shard file of a unit."""
 
     file: str  # relative to the cache
-    layout: Mapping[str, Any]  # Layout.to_json()
+    layout: Layout
     count: int
     size: int
     sha256: str
@@ -33,7 +33,7 @@ class Shard:
 
     def to_json(self) -> dict[str, Any]:
         """As stored in a unit's record."""
-        value = {**vars(self), "layout": dict(self.layout)}
+        value = {**vars(self), "layout": self.layout.to_json()}
         del value["heldout"]
         if not self.first_key:
             del value["first_key"]
@@ -41,8 +41,11 @@ class Shard:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Shard:
-        """The inverse of `to_json`. Raises ValueError for what no cache has."""
-        shard = record_of(Shard, value)
+        """The inverse of `to_json`, or with a Layout. Raises ValueError for what no cache has."""
+        layout = value.get("layout")
+        if not isinstance(layout, Layout):
+            layout = Layout.from_json(typed(layout, Mapping[str, Any], "layout"))
+        shard = record_of(Shard, {**value, "layout": layout})
         not_negative(count=shard.count, size=shard.size)
         inside("shards", shard.file)
         if any(not 0 <= number < shard.count for number in shard.heldout):
@@ -84,8 +87,6 @@ class UnitRecord:
     def from_json(value: Mapping[str, Any]) -> UnitRecord:
         """The inverse of `to_json`. Raises ValueError or NewerRecord for what is no record."""
         shards = [Shard.from_json(shard) for shard in typed(value.get("shards"), list, "shards")]
-        for shard in shards:
-            Layout.from_json(shard.layout)
         unit = record_of(UnitRecord, {**value, "shards": []})
         numbers = {name: getattr(unit, name) for name in ("read", "written", "truncated_captions")}
         not_negative(**numbers, generation=unit.generation, **unit.rejected)
@@ -99,7 +100,7 @@ def check_sums(sums: ChannelSums | None, shards: Sequence[Shard]) -> None:
     """Raise ValueError for sums that are not of the channels that the shards have."""
     if sums is None:
         return
-    channels = {field["shape"][1] for shard in shards for field in shard.layout["fields"][:1]}
+    channels = {shard.layout.fields[0].shape[1] for shard in shards}
     widths = channels | {count // 2 for count in channels}  # with a logvar beside each mean
     if (
         sums.count < 1

@@ -55,7 +55,8 @@ def typed(value: Any, hint: Any, name: str, ignore_unknown: bool = False) -> Any
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        return record_of(typing.cast(type[Any], hint), value, ignore_unknown)
+        kind = typing.cast(type[Any], hint)
+        return value if isinstance(value, kind) else record_of(kind, value, ignore_unknown)
     if origin in (typing.Union, types.UnionType):
         if type(value) in inner:
             return value

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from prep.cache import holdout
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from tests.support.sources import (
     accounts,

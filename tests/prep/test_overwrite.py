@@ -9,7 +9,8 @@ import pytest
 
 from prep.encode.writer import UnitWriter
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from tests.support.sources import (
     accounts,

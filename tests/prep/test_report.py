@@ -215,7 +215,7 @@ def test_a_damaged_cache_is_called_so(cache):
 def test_an_encode_waits_only_so_long_for_pictures(cache, monkeypatch):
     from prep.config import ReportConfig
     from prep.inspect import report
-    from shared.cache.manifest import CachePaths
+    from shared.cache.paths import CachePaths
 
     monkeypatch.setattr(report, "ENCODE_SECONDS", 0.0)
     paths = CachePaths(cache)

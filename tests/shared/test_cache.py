@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,10 +13,6 @@ from shared.cache.conditioning import Conditioning, TextEmbeds, load_conditionin
 from shared.cache.identity import claim_identity, differences
 from shared.cache.layout import cache_layout
 from shared.cache.manifest import (
-    CachePaths,
-    ChannelSums,
-    Shard,
-    UnitRecord,
     commit_unit,
     fold,
     open_manifest,
@@ -24,8 +20,12 @@ from shared.cache.manifest import (
     read_units,
     write_manifest,
 )
+from shared.cache.paths import CachePaths
+from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from shared.models.fingerprint import fingerprint
+from tests.support.identity import an_identity
 
 SMALL = cache_layout((1, 4, 8, 8), (1, 16, 64))
 WIDE = cache_layout((1, 4, 8, 16), (1, 16, 64))
@@ -40,7 +40,7 @@ def make_shard(cache: CachePaths, file: str, layout=SMALL, count: int = 3) -> Sh
     path = cache.root / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(layout.shard_bytes(count)))
-    return Shard(file, layout.to_json(), count, layout.shard_bytes(count), "0" * 64)
+    return Shard(file, layout, count, layout.shard_bytes(count), "0" * 64)
 
 
 def make_unit(name: str, shards=(), rejected=None, sums=None, truncated=0) -> UnitRecord:
@@ -70,19 +70,20 @@ def test_differences_name_both_sides():
 
 
 def test_the_first_to_claim_sets_the_identity(cache):
-    identity = {"model": "sd15", "vae": {"fingerprint": "f"}, "resolution": 512}
+    identity = an_identity(fingerprint="f", resolution=512)
     claim_identity(cache, identity, "do this")
     claim_identity(cache, identity, "do this")  # the same again is fine
     before = cache.identity.read_bytes()
-    claim_identity(cache, {**identity, "model": "./a/copy"}, "do this")  # so is another name
+    claim_identity(cache, replace(identity, model="./a/copy"), "do this")  # so is another name
+    other = an_identity(fingerprint="f", resolution=768)
     with pytest.raises(UserError) as error:
-        claim_identity(cache, {**identity, "resolution": 768}, "choose another --cache")
+        claim_identity(cache, other, "choose another --cache")
     assert str(error.value) == (
-        f"{cache.root} was made with other settings: resolution is 512 there, 768 here; "
-        "choose another --cache"
+        f"{cache.root} was made with other settings: preprocessing.resolution is 512 "
+        "there, 768 here; choose another --cache"
     )
     with pytest.raises(UserError, match=r"vae\.fingerprint is f there, g here"):
-        claim_identity(cache, {**identity, "vae": {"fingerprint": "g"}}, "")
+        claim_identity(cache, an_identity(fingerprint="g", resolution=512), "")
     assert cache.identity.read_bytes() == before
 
 
@@ -140,13 +141,13 @@ def test_a_manifest_is_what_its_units_add_up_to(cache):
         make_unit("c", [make_shard(cache, "shards/c.tar", SMALL, 1)],
                   sums=ChannelSums(10, (30.0,), (110.0,)), truncated=2),
     ]  # fmt: skip
-    manifest = fold({"family": "x"}, units, {"torch": "2"})
+    manifest = fold(an_identity(), units, {"torch": "2"})
     assert [shard.file for shard in manifest.shards] == [
         "shards/a-wide.tar", "shards/a.tar", "shards/c.tar",
     ]  # fmt: skip
-    assert [manifest.layouts[i] for i in manifest.shard_layouts] == [WIDE, SMALL, SMALL]
+    assert [shard.layout for shard in manifest.shards] == [WIDE, SMALL, SMALL]
     assert len(manifest.layouts) == 2
-    assert manifest.totals == {
+    assert asdict(manifest.totals) == {
         "units": 3, "read": 15, "written": 8, "rejected": {"corrupt": 4, "empty": 3},
         "truncated_captions": 3, "bytes": WIDE.shard_bytes(2) + SMALL.shard_bytes(5)
         + SMALL.shard_bytes(1),
@@ -156,17 +157,15 @@ def test_a_manifest_is_what_its_units_add_up_to(cache):
     write_manifest(cache, manifest)
     again = open_manifest(cache.root)
     assert again == manifest
-    assert fold({"family": "x"}, [], {}).statistics == {"latents_mean": [], "latents_std": []}
+    assert fold(an_identity(), [], {}).statistics == {"latents_mean": [], "latents_std": []}
 
 
 def test_the_real_manifest_opens_and_adds_up(tiny_cache, tiny_xl_cache):
     for root, count, fields in ((tiny_cache, 72, 2), (tiny_xl_cache, 24, 4)):
         manifest = open_manifest(root)
-        assert sum(shard.count for shard in manifest.shards) == count == manifest.totals["written"]
+        assert sum(shard.count for shard in manifest.shards) == count == manifest.totals.written
         assert len(manifest.layouts[0].fields) == fields
-        assert manifest.totals["bytes"] == sum(
-            p.stat().st_size for p in (root / "shards").iterdir()
-        )
+        assert manifest.totals.bytes == sum(p.stat().st_size for p in (root / "shards").iterdir())
         assert fold(manifest.identity, read_units(CachePaths(root)), manifest.versions) == manifest
         assert all(std > 0 for std in manifest.statistics["latents_std"])
 
@@ -174,7 +173,7 @@ def test_the_real_manifest_opens_and_adds_up(tiny_cache, tiny_xl_cache):
 @pytest.fixture
 def written(cache):
     shards = [make_shard(cache, f"shards/{name}.tar") for name in "ab"]
-    write_manifest(cache, fold({}, [make_unit("u", shards)], {}))
+    write_manifest(cache, fold(an_identity(), [make_unit("u", shards)], {}))
     return cache
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared.cache.layout import cache_layout
 from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError, exhausted, run_main
 from shared.storage import urls
@@ -138,7 +139,8 @@ def test_what_a_library_raises_is_no_mistake(monkeypatch):
 
 
 def test_a_shard_of_before_and_one_of_today_are_read():
-    row = {"file": "shards/a.tar", "layout": {}, "count": 1, "size": 1, "sha256": "0" * 64}
+    layout = cache_layout((1, 4, 8, 8), (1, 16, 64)).to_json()
+    row = {"file": "shards/a.tar", "layout": layout, "count": 1, "size": 1, "sha256": "0" * 64}
     assert Shard.from_json(row).to_json() == row
     today = row | {"first_key": "0123456789abcdef"}
     assert Shard.from_json(today).to_json() == today

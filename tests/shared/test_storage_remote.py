@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from shared.cli.config import parse, to_dict
 from shared.errors import UserError
 from shared.storage import files, urls

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run by path, so the repository is not on it
 
 from shared.cache.conditioning import load_conditioning  # noqa: E402
-from shared.cache.manifest import CachePaths, open_manifest  # noqa: E402
+from shared.cache.manifest import open_manifest  # noqa: E402
+from shared.cache.paths import CachePaths  # noqa: E402
 from shared.errors import UserError  # noqa: E402
 from shared.storage.files import dump_json  # noqa: E402
 from train.data.bucket import Bucket, open_buckets  # noqa: E402

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from shared.cli.config import to_dict
 from shared.models.family import FAMILIES
 from shared.storage.urls import place

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.cache.conditioning import load_conditioning, save_conditioning
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 
 
 @pytest.fixture

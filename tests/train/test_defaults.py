@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from shared.cli.defaults import default_cache
 from shared.errors import UserError
 from train.config import DistillConfig

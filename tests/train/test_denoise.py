@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shared.cache.conditioning import TextEmbeds, load_conditioning
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from shared.diffusion import schedule_from_config
 from shared.errors import UserError
 from train.config import DistillConfig, EvaluateConfig

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.cache.layout import cache_layout
-from shared.cache.manifest import Shard, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.units import Shard
 from train.data.bucket import first_samples, open_buckets
 from train.data.draws import DrawSpec, draw
 from train.data.order import Order
@@ -77,7 +78,7 @@ def test_world_1_2_1_serves_each_id_exactly_once():
 @settings(max_examples=60, deadline=None)
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=5), limit=st.integers(1, 60))
 def test_max_train_samples_takes_the_first_of_the_manifest(counts, limit):
-    layout = cache_layout((1, 4, 8, 8), (1, 77, 64)).to_json()
+    layout = cache_layout((1, 4, 8, 8), (1, 77, 64))
     shards = [Shard(f"{i}", layout, count, 0, "") for i, count in enumerate(counts)]
     whole = [(shard.file, i) for shard in shards for i in range(shard.count)]
     taken = [(shard.file, i) for shard in first_samples(shards, limit) for i in range(shard.count)]

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.models.vae import decode_latents, to_pixels
 from train.config import DistillConfig, EvaluateConfig, SampleConfig
@@ -209,7 +210,7 @@ def test_heldout_is_read_in_order_and_scaled(tiny_cache):
         part = shard[number * layout.stride : (number + 1) * layout.stride]
         _, record, arrays = layout.unpack(part)
         assert heldout.captions[number] == record["captions"][0]
-        scale = manifest.identity["vae"]["scaling_factor"]
+        scale = manifest.identity.vae.scaling_factor
         wanted = torch.from_numpy(arrays["latents"][0, :4].astype(np.float32)) * scale
         torch.testing.assert_close(heldout.latents[number], wanted)
         text = torch.from_numpy(arrays["prompt_embeds"][0].copy())

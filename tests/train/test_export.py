@@ -22,7 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.models.family import resolve_model
 from shared.models.vae import decode_latents
 from train.config import DistillConfig, SampleConfig

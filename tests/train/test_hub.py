@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from tests.support.hub import serve
 
 TOKEN = "hf_SecretOfTheTests"

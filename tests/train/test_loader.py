@@ -15,18 +15,12 @@ import webdataset
 
 from shared.cache.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
 from shared.cache.layout import TRAILER, cache_layout
-from shared.cache.manifest import (
-    CachePaths,
-    ChannelSums,
-    Shard,
-    UnitRecord,
-    commit_unit,
-    fold,
-    open_manifest,
-    read_units,
-    write_manifest,
-)
+from shared.cache.manifest import commit_unit, fold, open_manifest, read_units, write_manifest
+from shared.cache.paths import CachePaths
+from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
+from tests.support.identity import an_identity
 from train.data.batch import Batch
 from train.data.bucket import open_buckets
 from train.data.draws import DrawSpec, choose, draw
@@ -66,9 +60,7 @@ def make_cache(root, shards, xl=True, seed=0):
         content += TRAILER
         file = f"shards/unit{number}.tar"
         (root / file).write_bytes(content)
-        shard = Shard(
-            file, layout.to_json(), count, len(content), hashlib.sha256(content).hexdigest()
-        )
+        shard = Shard(file, layout, count, len(content), hashlib.sha256(content).hexdigest())
         sums = ChannelSums(1, (0.0,) * 4, (1.0,) * 4)
         commit_unit(cache, UnitRecord(f"unit{number}", file, {}, (shard,), "", "", count, count, {},
                                       sums=sums))  # fmt: skip
@@ -77,10 +69,7 @@ def make_cache(root, shards, xl=True, seed=0):
     if not xl:
         empty, nothing = TextEmbeds(empty.prompt_embeds), TextEmbeds(nothing.prompt_embeds)
     save_conditioning(Conditioning(empty, (), nothing), cache.conditioning, cache.tmp)
-    identity = {
-        "format": 1, "family": "x", "latents": "posterior", "preprocessing": {"views": VIEWS},
-        "vae": {"channels": 4, "scaling_factor": SCALE},
-    }  # fmt: skip
+    identity = an_identity(latents="posterior", views=VIEWS, scaling_factor=SCALE)
     write_manifest(cache, fold(identity, read_units(cache), {}))
     return root
 
@@ -90,16 +79,16 @@ def open_loader(root, batch_size=6, seed=5, **more) -> Loader:
     identity = manifest.identity
     spec = DrawSpec(
         seed=seed,
-        views=identity["preprocessing"]["views"],
+        views=identity.preprocessing.views,
         num_ddim_timesteps=50,
         w_min=1.0,
         w_max=5.0,
         proportion_empty_prompts=more.pop("drop", 0.0),
-        latent_noise=identity["latents"] == "posterior",
+        latent_noise=identity.posterior,
     )
     buckets = open_buckets(root, manifest)
     order = Order(tuple(map(len, buckets)), batch_size, seed)
-    latents = LatentSpec(identity["vae"]["channels"], identity["vae"]["scaling_factor"])
+    latents = LatentSpec(identity.vae.channels, identity.vae.scaling_factor)
     empty = load_conditioning(CachePaths(root).conditioning).unconditional
     return Loader(buckets, order, spec, latents, empty, **more)
 
@@ -128,8 +117,8 @@ def stock_samples(root, bucket: int = 0) -> list[dict]:
     """A bucket's samples as stock webdataset decodes them, in the order of the manifest."""
     manifest = open_manifest(root)
     samples = []
-    for shard, number in zip(manifest.shards, manifest.shard_layouts, strict=True):
-        if number == bucket:
+    for shard in manifest.shards:
+        if shard.layout == manifest.layouts[bucket]:
             samples += webdataset.WebDataset([str(root / shard.file)], shardshuffle=False).decode()
     return samples
 
@@ -145,7 +134,7 @@ def test_batches_hold_what_stock_webdataset_reads(cache, request):
     root = request.getfixturevalue(cache)
     loader = open_loader(root, batch_size=5)
     stock = stock_samples(root)
-    scale = open_manifest(root).identity["vae"]["scaling_factor"]
+    scale = open_manifest(root).identity.vae.scaling_factor
     batches = take(loader, 2 * len(stock) // 5)  # two passes
     for index, batch in enumerate(batches):
         _, ids, positions = loader.order.rank_batch(index, 0, 1)
@@ -307,7 +296,7 @@ def test_leaving_early_ends_the_threads(posterior):
 def sample_place(root, shard: int, number: int, name: str) -> tuple:
     """Path of a shard and the offset of a sample's field in it."""
     manifest = open_manifest(root)
-    layout = manifest.layouts[manifest.shard_layouts[shard]]
+    layout = manifest.shards[shard].layout
     return root / manifest.shards[shard].file, number * layout.stride + layout.offsets[name]
 
 
@@ -315,7 +304,7 @@ def sample_place(root, shard: int, number: int, name: str) -> tuple:
 def test_a_non_finite_sample_is_named(posterior, name):
     path, offset = sample_place(posterior, 2, 4, name)
     manifest = open_manifest(posterior)
-    field = manifest.layouts[manifest.shard_layouts[2]].field(name)
+    field = manifest.shards[2].layout.field(name)
     with path.open("r+b") as file:  # the whole field, so that every view and caption shows it
         file.seek(offset)
         file.write(np.full(field.shape, np.nan, field.dtype).tobytes())

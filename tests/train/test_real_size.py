@@ -14,16 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
 from shared.cache.layout import TRAILER, cache_layout
-from shared.cache.manifest import (
-    CachePaths,
-    ChannelSums,
-    Shard,
-    UnitRecord,
-    commit_unit,
-    fold,
-    read_units,
-    write_manifest,
-)
+from shared.cache.manifest import commit_unit, fold, read_units, write_manifest
+from shared.cache.paths import CachePaths
+from shared.cache.sums import ChannelSums
+from shared.cache.units import Shard, UnitRecord
+from tests.support.identity import an_identity
 from tests.support.models import SDXL, weightless
 from tests.support.sources import ROOT
 from train.networks.lora import lora_targets
@@ -80,18 +75,15 @@ def save_cache(root):
         content += layout.pack(f"{i:016x}", {"num_captions": 1}, arrays)
     content += TRAILER
     (root / "shards/some.tar").write_bytes(content)
-    shard = Shard("shards/some.tar", layout.to_json(), 2, len(content), "")
+    shard = Shard("shards/some.tar", layout, 2, len(content), "")
     sums = ChannelSums(2, (0.0,) * 4, (1.0,) * 4)
     commit_unit(cache, UnitRecord("some", "some", {}, (shard,), "", "", 2, 2, {}, sums=sums))
     empty = TextEmbeds(torch.zeros(1, 77, 2048), torch.zeros(1, 1280))
     nothing = TextEmbeds(torch.zeros(0, 77, 2048), torch.zeros(0, 1280))
     save_conditioning(Conditioning(empty, (), nothing), cache.conditioning, cache.tmp)
-    identity = {
-        "format": 1, "family": "sdxl", "latents": "mean",
-        "preprocessing": {"views": 1, "resolution": SIDE},
-        "vae": {"channels": 4, "scaling_factor": 0.13025, "fingerprint": ""},
-        "text": {"width": 2048, "force_zeros": True},
-    }  # fmt: skip
+    identity = an_identity(
+        family="sdxl", resolution=SIDE, scaling_factor=0.13025, width=2048, force_zeros=True
+    )
     write_manifest(cache, fold(identity, read_units(cache), {}))
 
 

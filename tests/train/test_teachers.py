@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from shared.cache.conditioning import TextEmbeds, load_conditioning
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.diffusion import add_noise, predicted_eps, predicted_x0, schedule_from_config
 from shared.errors import UserError
 from shared.models.family import resolve_model

@@ -15,7 +15,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from shared.cache.layout import BLOCK, Layout
-from shared.cache.manifest import Manifest, Shard
+from shared.cache.manifest import Manifest
+from shared.cache.units import Shard
 from shared.errors import UserError
 from train.data.local import LocalReader, Reader, Span
 from train.data.local_cache import KeepingReader, LocalCache
@@ -179,12 +180,12 @@ def open_buckets(
             raise UserError(f"--local-cache is for remote caches, {root} is local: leave it out")
         local = LocalCache(local_cache)
         print(local.announce(taken), file=sys.stderr)
-    shards: list[list[Shard]] = [[] for _ in manifest.layouts]
-    for shard, number in zip(taken, manifest.shard_layouts, strict=False):
-        shards[number].append(shard)
+    shards: dict[Layout, list[Shard]] = {layout: [] for layout in manifest.layouts}
+    for shard in taken:
+        shards[shard.layout].append(shard)
     return [
         Bucket(root, layout, mine, local, heldout)
-        for layout, mine in zip(manifest.layouts, shards, strict=True)
+        for layout, mine in shards.items()
         if sum(samples_of(shard, heldout) for shard in mine)
     ]
 

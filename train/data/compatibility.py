@@ -18,25 +18,18 @@ def check_fit(manifest: Manifest, family: str, unet: Mapping[str, Any], cache: A
     `family` and the config `unet` are the teacher's.
     """
     identity = manifest.identity
-    try:
-        pairs = {
-            "family": (identity["family"], family),
-            "latent channels": (identity["vae"]["channels"], unet["in_channels"]),
-            "embedding width": (identity["text"]["width"], unet["cross_attention_dim"]),
-        }
-        factor = {"mean": 1, "posterior": 2}[identity["latents"]]
-        views = int(identity["preprocessing"]["views"])
-        float(identity["vae"]["scaling_factor"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{cache}: its identity is not one that `prep encode` writes ({error!r}); encode anew"
-        ) from None
+    pairs = {
+        "family": (identity.family, family),
+        "latent channels": (identity.vae.channels, unet["in_channels"]),
+        "embedding width": (identity.text.width, unet["cross_attention_dim"]),
+    }
     for what, (here, wanted) in pairs.items():
         if here != wanted:
             raise UserError(
                 f"{cache} was made for another model: its {what} is {here}, "
                 f"the teacher wants {wanted}; pass the model it was made for, or encode anew"
             )
+    views, factor = identity.preprocessing.views, 2 if identity.posterior else 1
     for layout in manifest.layouts:
         for name, wanted_shape in wanted_shapes(layout, unet, views, factor).items():
             found = _describe(layout.field(name))
@@ -75,8 +68,8 @@ def _describe(field: Field | None) -> str:
 
 def check_shards(manifest: Manifest, cache: Any) -> None:
     """Raise UserError where a shard cannot hold as many samples as its row says."""
-    for shard, number in zip(manifest.shards, manifest.shard_layouts, strict=True):
-        expected = manifest.layouts[number].shard_bytes(shard.count)
+    for shard in manifest.shards:
+        expected = shard.layout.shard_bytes(shard.count)
         if shard.size != expected:
             raise UserError(
                 f"{cache}/{shard.file}: {shard.count} samples of its layout take {expected} "

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from shared.cache.manifest import Shard
+from shared.cache.units import Shard
 from shared.errors import UserError
 from shared.wording import size_of
 from train.data.local import OPEN_FILES, LocalReader, Span

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from train.config import EvaluateConfig

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds, load_conditioning
-from shared.cache.manifest import CachePaths, Manifest, open_manifest
+from shared.cache.manifest import Manifest, open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.urls import Place
 from shared.wording import counted
@@ -91,7 +92,7 @@ def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
             f"{root}: {counted(count, 'sample')}; a Fréchet distance needs at least 65, better 1000"
         )
     latents = bucket.layout.fields[0]
-    channels = manifest.identity["vae"]["channels"]
+    channels = manifest.identity.vae.channels
     rows = np.empty((count, *latents.shape[1:]), dtype=np.float16)
     text, pool = bucket.layout.field("prompt_embeds"), bucket.layout.field("pooled_prompt_embeds")
     assert text is not None
@@ -107,7 +108,7 @@ def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
             raise UserError(f"{bucket.name(number)} holds {wrong}; see `prep verify`")
     captions = tuple(caption_of(bucket, number) for number in range(count))
     bucket.close()
-    scale = manifest.identity["vae"]["scaling_factor"]
+    scale = manifest.identity.vae.scaling_factor
     return HeldOut(
         captions,
         TextEmbeds(torch.from_numpy(embeds), None if pooled is None else torch.from_numpy(pooled)),

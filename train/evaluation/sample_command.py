@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from shared.cache.conditioning import Conditioning, load_conditioning
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.models.vae import decode_latents
 from train.config import RunConfig, SampleConfig

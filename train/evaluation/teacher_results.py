@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from shared.cache.manifest import CachePaths
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import dump_json, load_record, publish
 from shared.storage.reading import read_file, read_if_there

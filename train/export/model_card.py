@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.models.family import Family, Model, native_resolution
 from shared.models.single_file import is_single_file
@@ -255,4 +256,4 @@ def resolution(origin: Provenance, family: Family) -> int:
         manifest = open_manifest(origin.cache, check_sizes=False)
     except (OSError, UserError):
         return native_resolution(own)
-    return int(manifest.identity["preprocessing"]["resolution"])
+    return manifest.identity.preprocessing.resolution

@@ -16,7 +16,7 @@ def check_fit(manifest: Manifest, model: Model, cache: Place) -> None:
     """Raise UserError, naming both sides, where the cache was made for another kind of teacher."""
     unet = unet_config(model.source)
     compatibility.check_fit(manifest, model.family.name, unet, cache)
-    here, wanted = manifest.identity["text"]["force_zeros"], force_zeros(model)
+    here, wanted = manifest.identity.text.force_zeros, force_zeros(model)
     if here != wanted:
         kinds = {True: "zeros", False: "the encoded empty prompt"}
         raise UserError(
@@ -28,11 +28,10 @@ def check_fit(manifest: Manifest, model: Model, cache: Place) -> None:
 
 def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Place, source: str) -> None:
     """Raise UserError where the latents come from another VAE than the one at `source`."""
-    identity = manifest.identity["vae"]
-    stored, present = identity["fingerprint"], vae_fingerprint(vae)
-    if stored != present:
-        other = f"--vae {identity['source']}" if "source" in identity else "the model"
+    recorded, present = manifest.identity.vae, vae_fingerprint(vae)
+    if recorded.fingerprint != present:
+        other = f"--vae {recorded.source}" if recorded.source else "the model"
         raise UserError(
-            f"{cache} was encoded by another VAE ({stored}) than {source}'s ({present}); "
-            f"pass {other} it was made with, or encode anew"
+            f"{cache} was encoded by another VAE ({recorded.fingerprint}) than {source}'s "
+            f"({present}); pass {other} it was made with, or encode anew"
         )

@@ -102,9 +102,7 @@ def open_previews(
     source = config.vae or model.source
     vae = load_vae(source).to(device)
     check_vae(manifest, vae, config.cache, source)
-    layout = max(
-        zip(manifest.shards, manifest.shard_layouts, strict=True), key=lambda pair: pair[0].count
-    )[1]
+    layout = max(manifest.shards, key=lambda shard: shard.count).layout
     return Previews(
         folder=config.run / "previews",
         prompts=tuple(prompts),
@@ -113,7 +111,7 @@ def open_previews(
         vae=vae,
         config=config,
         scheduler_config=load_config(model.source, "scheduler/scheduler_config.json"),
-        shape=(manifest.identity["vae"]["channels"], *manifest.layouts[layout].latent_size),
+        shape=(manifest.identity.vae.channels, *layout.latent_size),
         guidance_scale=model.family.guidance_scale,
         device=device,
     )

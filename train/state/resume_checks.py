@@ -67,15 +67,18 @@ def divide(
 
 
 def run_invariants(
-    config: RunConfig, manifest: Manifest, model: Model, student: Student
+    config: RunConfig, manifest: Manifest | None, model: Model, student: Student
 ) -> dict[str, Any]:
-    """What a checkpoint remembers and a resume must repeat; `student` is as it was built."""
-    shards = [
-        [shard.file, shard.count, *([shard.heldout] if shard.heldout else [])]
-        for shard in manifest.shards
+    """What a checkpoint remembers and a resume must repeat; `student` is as it was built.
+
+    An export, which reads no cache, has no manifest.
+    """
+    shards = manifest.shards if manifest else ()
+    named = [
+        [shard.file, shard.count, *([shard.heldout] if shard.heldout else [])] for shard in shards
     ]
-    content = dump_json([manifest.identity["family"], shards])
-    samples = sum(shard.count for shard in manifest.shards)
+    content = dump_json([manifest and manifest.identity.family, named])
+    samples = sum(shard.count for shard in shards)
     scheduler = load_config(model.source, "scheduler/scheduler_config.json")
     flags = to_dict(config)
     unet = student.networks()[-1]
@@ -84,7 +87,7 @@ def run_invariants(
         **{name: flags[name] for name in INVARIANT_FLAGS + objective_of(config).flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
-        **({"holdout": manifest.holdout} if manifest.holdout else {}),
+        **({"holdout": manifest.holdout} if manifest and manifest.holdout else {}),
         "samples": samples,  # to say of another cache how it differs
         **{name: scheduler.get(name, default) for name, default in SCHEDULE.items()},
         # A full fine-tuning has no teacher beside it, but weights that it began with.

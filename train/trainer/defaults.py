@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from shared.cache.manifest import CachePaths, open_manifest
+from shared.cache.manifest import open_manifest
+from shared.cache.paths import CachePaths
 from shared.cli.defaults import CACHES, MODEL, RUNS, default_cache
 from shared.errors import UserError
 from shared.machine.device import pick_device
@@ -58,7 +59,7 @@ def model_of(cache: Place) -> str:
 
     What someone else's cache names is not asked of the hub: raises UserError, with the flag.
     """
-    recorded = str(open_manifest(cache, check_sizes=False).identity.get("model"))
+    recorded = open_manifest(cache, check_sizes=False).identity.model
     name = model_name(recorded)
     if name in FAMILIES or Path(recorded).exists():
         return name if name in FAMILIES else recorded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.cache.manifest import Manifest
 from shared.errors import UserError
 from shared.models.family import resolve_model
 from shared.storage.files import guard
@@ -24,8 +23,6 @@ from train.state.owner import owning
 from train.state.restore import restore_networks
 from train.state.resume_checks import run_invariants
 from train.state.run_config import run_config
-
-NO_CACHE = Manifest({"family": None}, (), (), (), {}, {}, {})
 
 
 def export(config: ExportConfig) -> None:
@@ -51,7 +48,7 @@ def export_checkpoint(run: Path, config: ExportConfig) -> Path:
     origin = of_recorded(stored, config.model, before.step)
     model = resolve_model(origin.teacher)
     student = build_student(model.source, stored)
-    invariants = run_invariants(stored, NO_CACHE, model, student)
+    invariants = run_invariants(stored, None, model, student)
     # Its cache may have grown or be gone: an export does not need it.
     cache = before.terms.get("cache")
     check_invariants(checkpoint, before.terms, {**invariants, "cache": cache})

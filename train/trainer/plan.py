@@ -99,7 +99,7 @@ def print_memory(
     """
     if distributed.device.type != "cuda":
         return
-    sizes = [manifest.layouts[number].latent_size for number in set(manifest.shard_layouts)]
+    sizes = [layout.latent_size for layout in manifest.layouts]
     if not sizes:
         return
     from train.memory.advice import memory_line  # which takes torch's slower tools

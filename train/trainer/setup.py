@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from shared.cache.conditioning import TextEmbeds, load_conditioning
-from shared.cache.manifest import CachePaths, Manifest, open_manifest
+from shared.cache.manifest import Manifest, open_manifest
+from shared.cache.paths import CachePaths
 from shared.cli.config import to_dict
 from shared.errors import UserError
 from shared.machine.device import set_threads
@@ -179,15 +180,15 @@ def build_loader(
         Order(tuple(map(len, buckets)), batch_size, config.seed),
         DrawSpec(
             seed=config.seed,
-            views=identity["preprocessing"]["views"],
+            views=identity.preprocessing.views,
             num_ddim_timesteps=intervals,
             w_min=w_min,
             w_max=w_max,
             proportion_empty_prompts=config.proportion_empty_prompts,
-            latent_noise=identity["latents"] == "posterior",
+            latent_noise=identity.posterior,
             noise_offset=config.noise_offset,
         ),
-        LatentSpec(identity["vae"]["channels"], identity["vae"]["scaling_factor"]),
+        LatentSpec(identity.vae.channels, identity.vae.scaling_factor),
         empty,
         start=position // batch_size,
         rank=distributed.rank,

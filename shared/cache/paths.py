@@ -1,0 +1,64 @@
+"""Where things are in a cache, and which format this version reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+from shared.storage.temporary import scratch
+from shared.storage.urls import Place
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CachePaths:
+    """Where things are in a cache, which is a folder or behind a URL."""
+
+    root: Place
+
+    @property
+    def identity(self) -> Place:  # noqa: D102
+        return self.root / "identity.json"
+
+    @property
+    def manifest(self) -> Place:  # noqa: D102
+        return self.root / "manifest.json"
+
+    @property
+    def conditioning(self) -> Place:  # noqa: D102
+        return self.root / "conditioning.safetensors"
+
+    @property
+    def holdout(self) -> Place:  # noqa: D102
+        return self.root / "holdout.json"
+
+    @property
+    def units(self) -> Place:  # noqa: D102
+        return self.root / "units"
+
+    @property
+    def shards(self) -> Place:  # noqa: D102
+        return self.root / "shards"
+
+    @property
+    def samples(self) -> Place:  # noqa: D102
+        return self.root / "samples"
+
+    @property
+    def tmp(self) -> Path:
+        """Folder for what is not published yet; of a remote cache a local one, by its URL."""
+        return self.root / "tmp" if isinstance(self.root, Path) else scratch(str(self.root))
+
+
+def refuse_format(stored: Mapping[str, Any], root: Place) -> None:
+    """Raise UserError for a manifest or an identity of another format than this version's."""
+    if (found := stored.get("format")) != FORMAT:
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "update, a newer version wrote it" if newer else "encode anew"
+        raise UserError(
+            f"{root} has cache format {found!s:.40}, this version reads {FORMAT}: {remedy}"
+        )
