@@ -15,28 +15,15 @@ import tyro
 from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
 from shared.cli.ranges import Count, Numbers
 from shared.storage.urls import Place
-from train.flag_groups import (
-    ArtistFlags,
-    CheckpointFlags,
-    DataFlags,
-    DiffusionLossFlags,
-    FullStudentFlags,
-    LoraFlags,
-    MachineFlags,
-    ModelFlags,
-    OptimizerFlags,
-    PublishFlags,
-    ReportFlags,
-    SolverFlags,
-    SpeedFlags,
-    TrainingFlags,
-)
+from train import flag_groups as groups
 
 
 @dataclass(frozen=True)
 class DistillConfig(
-    PublishFlags, MachineFlags, ReportFlags, CheckpointFlags, SpeedFlags, DataFlags, LoraFlags,
-    DiffusionLossFlags, FullStudentFlags, SolverFlags, OptimizerFlags, TrainingFlags, ModelFlags,
+    groups.PublishFlags, groups.MachineFlags, groups.ReportFlags, groups.CheckpointFlags,
+    groups.SpeedFlags, groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags,
+    groups.FullStudentFlags, groups.SolverFlags, groups.OptimizerFlags, groups.TrainingFlags,
+    groups.ModelFlags,
 ):  # fmt: skip
     """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 
@@ -57,7 +44,7 @@ class RunConfig(DistillConfig):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(MachineFlags, ArtistFlags):
+class EvaluateConfig(groups.MachineFlags, groups.ArtistFlags):
     """Compare student and teacher: one table and one picture."""
 
     eval_cache: PlaceFlag | None = None
@@ -73,7 +60,7 @@ class EvaluateConfig(MachineFlags, ArtistFlags):
 
 
 @dataclass(frozen=True)
-class SampleConfig(MachineFlags, ArtistFlags):
+class SampleConfig(groups.MachineFlags, groups.ArtistFlags):
     """Draw pictures with a student, for prompts whose embeddings are in its cache."""
 
     prompt: tuple[str, ...] = ()
@@ -88,7 +75,7 @@ class SampleConfig(MachineFlags, ArtistFlags):
 
 
 @dataclass(frozen=True)
-class ExportConfig(PublishFlags):
+class ExportConfig(groups.PublishFlags):
     """Write a checkpoint's student in diffusers format (`distill` does it at its end)."""
 
     run: LocalPath | None = None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from shared.errors import UserError
 from train.state import checkpoint
+from train.state.resume_checks import check_invariants
 from train.trainer import loop
 from train.trainer.run import Distillation
 
@@ -221,14 +222,12 @@ def test_a_checkpoint_by_its_step(tmp_path, name):
 def test_a_cache_that_grew_is_told_with_a_way_on():
     before = {"cache": "a", "samples": 64, "seed": 0}
     with pytest.raises(UserError) as error:
-        checkpoint.check_invariants(
-            Path("step-3"), before, {"cache": "b", "samples": 96, "seed": 0}
-        )
+        check_invariants(Path("step-3"), before, {"cache": "b", "samples": 96, "seed": 0})
     said = str(error.value)
     assert "a run on 64 samples, and the cache has grown by 32 to 96 since" in said
     assert "another --run" in said
     assert "another --cache" in said
-    checkpoint.check_invariants(Path("step-3"), {"cache": "a"}, {"cache": "a", "samples": 96})
+    check_invariants(Path("step-3"), {"cache": "a"}, {"cache": "a", "samples": 96})
 
 
 # ---- The real command.

@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from shared.cache.identity import differences
 from shared.errors import UserError, first_line
 from shared.storage import ownership
 from shared.storage.files import (
@@ -257,32 +256,6 @@ def read_progress(folder: Path) -> TrainingState:
         return progressed
 
     return load_record(folder / STATE, build, REMEDY)
-
-
-def check_invariants(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UserError, naming what differs, where a run would not be the same run.
-
-    An older version remembered fewer of them: what only one side has is not compared.
-    """
-    both = (stored.keys() & wanted.keys()) - {"samples"}
-    before, here = ({name: invariants[name] for name in both} for invariants in (stored, wanted))
-    if differing := differences(before, here):
-        then, now = (invariants.get("samples") for invariants in (stored, wanted))
-        if before.get("cache") != here.get("cache") and then and now and then != now:
-            raise UserError(f"{folder} belongs to a run on {other_samples(then, now)}")
-        raise UserError(
-            f"{folder} belongs to another run: {differing}; give the same flags, or another --run"
-        )
-
-
-def other_samples(then: int, now: int) -> str:
-    """How a cache has changed since a run began, and how to go on."""
-    changed = f"grown by {now - then:,}" if now > then else f"shrunk by {then - now:,}"
-    return (
-        f"{then:,} samples, and the cache has {changed} to {now:,} since; a run keeps the data it "
-        "began with: train another --run on these, or encode the former --shards into another "
-        "--cache and give this run that one"
-    )
 
 
 def load_networks(folder: Path) -> dict[str, Tensor]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from shared.cache.identity import differences
 from shared.cache.manifest import Manifest
 from shared.cli.config import to_dict
 from shared.diffusion import SCHEDULE
@@ -93,6 +95,32 @@ def run_invariants(
         # A full fine-tuning has no teacher beside it, but weights that it began with.
         **({"teacher": signs(frozen)} if frozen else {"model": signs(unet.parameters())}),
     }
+
+
+def check_invariants(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise UserError, naming what differs, where a run would not be the same run.
+
+    An older version remembered fewer of them: what only one side has is not compared.
+    """
+    both = (stored.keys() & wanted.keys()) - {"samples"}
+    before, here = ({name: invariants[name] for name in both} for invariants in (stored, wanted))
+    if differing := differences(before, here):
+        then, now = (invariants.get("samples") for invariants in (stored, wanted))
+        if before.get("cache") != here.get("cache") and then and now and then != now:
+            raise UserError(f"{folder} belongs to a run on {other_samples(then, now)}")
+        raise UserError(
+            f"{folder} belongs to another run: {differing}; give the same flags, or another --run"
+        )
+
+
+def other_samples(then: int, now: int) -> str:
+    """How a cache has changed since a run began, and how to go on."""
+    changed = f"grown by {now - then:,}" if now > then else f"shrunk by {then - now:,}"
+    return (
+        f"{then:,} samples, and the cache has {changed} to {now:,} since; a run keeps the data it "
+        "began with: train another --run on these, or encode the former --shards into another "
+        "--cache and give this run that one"
+    )
 
 
 def signs(parameters: Iterable[nn.Parameter]) -> str:

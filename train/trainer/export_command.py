@@ -14,14 +14,13 @@ from train.export.provenance import of_recorded
 from train.export.student import publish_export, write_export
 from train.networks.build import build_student
 from train.state.checkpoint import (
-    check_invariants,
     find_checkpoint,
     latest_checkpoint,
     read_progress,
 )
 from train.state.owner import owning
 from train.state.restore import restore_networks
-from train.state.resume_checks import run_invariants
+from train.state.resume_checks import check_invariants, run_invariants
 from train.state.run_config import run_config
 
 

@@ -37,7 +37,7 @@ from train.sampling.preview import open_previews
 from train.state import checkpoint, owner
 from train.state.optim import base_learning_rate, build_optimizer
 from train.state.restore import restore_networks, restore_optimizer
-from train.state.resume_checks import run_invariants
+from train.state.resume_checks import check_invariants, run_invariants
 from train.state.run_paths import to_keep
 from train.trainer.defaults import with_precision
 from train.trainer.distributed import Distributed, as_launched
@@ -137,7 +137,7 @@ def check_resumed(
     config: RunConfig,
 ) -> None:
     """Raise UserError where a checkpoint is another run's, or further than this one is to go."""
-    checkpoint.check_invariants(folder, before.terms, invariants)
+    check_invariants(folder, before.terms, invariants)
     if before.step > config.max_train_steps:
         raise UserError(
             f"{folder} has {counted(before.step, 'step')} behind it, more than --max-train-steps "
