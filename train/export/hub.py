@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # type: ignore[attr-defined]
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from shared.errors import UserError, first_line
 from train.flag_groups import PublishFlags

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def folded_adapter(unet: Denoiser) -> dict[str, Tensor]:
     scaling = {
         path: layer.scaling["default"]
         for path, layer in unet.named_modules()
-        if isinstance(layer, BaseTunerLayer)
+        if isinstance(layer, LoraLayer)
     }
     folded = {}
     for name, tensor in get_peft_model_state_dict(unet).items():

@@ -93,10 +93,10 @@ class LCD:
         self, teacher: tuple[Tensor, Tensor], z: Tensor, start: Tensor, end: Tensor, w: Tensor
     ) -> Tensor:
         """One DDIM step of the guided teacher from `start` to `end` (eq. 13, 14)."""
-        alpha, sigma = self.schedule.alpha_sigma(start)
-        kind = self.schedule.prediction_type
-        x0 = guided(*(predicted_x0(output, z, alpha, sigma, kind) for output in teacher), w)
-        eps = guided(*(predicted_eps(output, z, alpha, sigma, kind) for output in teacher), w)
+        cond, uncond = teacher
+        at = (z, *self.schedule.alpha_sigma(start), self.schedule.prediction_type)
+        x0 = guided(predicted_x0(cond, *at), predicted_x0(uncond, *at), w)
+        eps = guided(predicted_eps(cond, *at), predicted_eps(uncond, *at), w)
         return ddim_step(x0, eps, *self.schedule.alpha_sigma(end))
 
 

@@ -109,7 +109,7 @@ def draw_latents(
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     scheduler.set_timesteps(steps, device=device)
-    z = randn_tensor((len(seeds), *shape), generator=generators, device=device)
+    z: Tensor = randn_tensor((len(seeds), *shape), generator=generators, device=device)
     z = z * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         output = predict(scheduler.scale_model_input(z, t), t.expand(len(seeds)))

@@ -122,7 +122,7 @@ def learning_rate_factor(step: int, config: DistillConfig, base: float) -> float
             return half_cosine(config.lr_num_cycles * done % 1.0) if done < 1 else 0.0
         case "polynomial":
             end = POLYNOMIAL_END / base
-            return (1 - end) * (1 - done) ** config.lr_power + end
+            return (1 - end) * math.pow(1 - done, config.lr_power) + end
         case _:
             return 1.0
 

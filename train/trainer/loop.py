@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -113,16 +113,9 @@ def due(step: int, every: int, config: RunConfig) -> bool:
 
 def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
     """A batch in `count` equal parts, so that accumulation leaves the sample stream as it is."""
-    fields = {name: split(value, count) for name, value in vars(batch).items()}
+    parts = {name: tensor.chunk(count) for name, tensor in batch.tensors().items()}
     for number in range(count):
-        yield Batch(**{name: parts[number] for name, parts in fields.items()})
-
-
-def split(value: Tensor | None, count: int) -> list[Tensor | None]:
-    """Equal parts along the first axis."""
-    if value is None:
-        return list(itertools.repeat(None, count))
-    return list(value.chunk(count))
+        yield replace(batch, **{name: tensors[number] for name, tensors in parts.items()})
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from train.state.run_config import run_config
 from train.state.tensor_files import is_whole
 
 # Flags that may differ, since the student does not depend on them. That cache, teacher and VAE are
-# the same wherever they lie, their contents tell (state/resume_checks.py, networks/teacher.py).
+# the same wherever they lie, their contents tell (state/resume_checks.py, networks/cache_checks.py).
 FREE = frozenset({
     "model", "cache", "run", "vae", "resume_from_checkpoint", "take_over", "dry_run",
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_prompts",
@@ -51,9 +50,10 @@ def as_left(config: RunConfig) -> RunConfig:
     if changed := changes(stored, config):
         kept = {*INVARIANT_FLAGS, *objective_of(config).flags}
         free = saved and not changed.keys() & kept
+        before, here = ({name: pair[side] for name, pair in changed.items()} for side in (0, 1))
         way = "--resume-from-checkpoint latest goes on with these" if free else "give the former"
         raise UserError(
-            f"{config.run} was begun with other flags: {described(changed)}; {way}, "
+            f"{config.run} was begun with other flags: {differences(before, here)}; {way}, "
             "or choose another --run"
         )
     return replace(config, resume_from_checkpoint=LATEST)
@@ -76,12 +76,6 @@ def changes(stored: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     if config.num_train_epochs is not None:
         names -= {"max_train_steps"}  # follows from the cache
     return {name: (before[name], wanted[name]) for name in names if before[name] != wanted[name]}
-
-
-def described(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """The changes in words."""
-    before, here = ({name: pair[side] for name, pair in changed.items()} for side in (0, 1))
-    return differences(before, here)
 
 
 def finished_message(config: RunConfig) -> str:
