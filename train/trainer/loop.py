@@ -38,22 +38,12 @@ def distill(run: Distillation) -> int:
 
 def take_steps(run: Distillation) -> int:
     """Take optimizer steps from where the run stands; save, and export where it is finished."""
-    config, student = run.config, run.student
-    saved = run.step
+    config, saved = run.config, run.step
     with Stop(run.distributed) as stop:
         with closing(run.loader.batches()) as batches, run.recorder:
             while run.step < config.max_train_steps and not stop.asked():
-                seed_dropout(config.seed, run.step + 1, run.distributed.rank)
-                rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, config)
-                loss, norm = backward(run, next(batches))
-                taken = update(run.optimizer, run.scaler)
-                run.position += run.loader.order.batch_size
-                if not taken:
+                if not take_step(run, batches):
                     continue  # an fp16 overflow: the same step again, with the next samples
-                run.step += 1
-                student.after_step()
-                batch = run.position // run.loader.order.batch_size - 1
-                run.recorder.record(run.step, batch, loss, norm, rate)
                 # Pictures first: killed before it has saved, a run draws them again.
                 if due(run.step, config.validation_steps, config):
                     run.preview()
@@ -72,6 +62,21 @@ def take_steps(run: Distillation) -> int:
         command = "the same command" if same else f"--resume-from-checkpoint {LATEST}"
         print(f"stopped after step {run.step}; {command} goes on from there", file=sys.stderr)
     return INTERRUPTED if stop.interrupted else 0
+
+
+def take_step(run: Distillation, batches: Iterator[Batch]) -> bool:
+    """Take one optimizer step with the next batch; False where fp16 gradients overflowed."""
+    seed_dropout(run.config.seed, run.step + 1, run.distributed.rank)
+    rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, run.config)
+    loss, norm = backward(run, next(batches))
+    taken = update(run.optimizer, run.scaler)
+    run.position += run.loader.order.batch_size
+    if taken:
+        run.step += 1
+        run.student.after_step()
+        number = run.position // run.loader.order.batch_size - 1
+        run.recorder.record(run.step, number, loss, norm, rate)
+    return taken
 
 
 def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
