@@ -161,15 +161,9 @@ def random_weights(device: torch.device) -> Iterator[None]:
     with ExitStack() as patches:
         for name, value in (
             ("train.trainer.setup.build_student", build_there),
-<<<<<<< HEAD:benchmarks/_models.py
-            *(
-                (f"train.networks.{name}.load_unet", build_unet)
-                for name in ("build", "full", "lora")
-            ),
-=======
+            ("train.networks.build.load_unet", build_unet),
             ("train.networks.full.load_unet", build_unet),
             ("train.networks.lora.load_unet", build_unet),
->>>>>>> main:benchmarks/common/models.py
             ("prep.encoders.vae.load_vae", lambda source: random_vae(source, device)),
             ("prep.encoders.clip.CLIPTextModel", TextEncoders),
             ("prep.encoders.clip.CLIPTextModelWithProjection", TextEncoders),

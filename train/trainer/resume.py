@@ -21,8 +21,8 @@ from train.state.resume_checks import INVARIANT_FLAGS
 from train.state.run_config import run_config
 from train.state.tensor_files import is_whole
 
-# Flags that may differ, since the student does not depend on them. That cache, teacher and VAE are
-# the same wherever they lie, their contents tell (state/resume_checks.py, networks/cache_checks.py).
+# Flags that may differ, since the student does not depend on them. Cache, teacher and VAE are known
+# by their contents, wherever they lie (state/resume_checks.py, networks/cache_checks.py).
 FREE = frozenset({
     "model", "cache", "run", "vae", "resume_from_checkpoint", "take_over", "dry_run",
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_prompts",
