@@ -91,28 +91,24 @@ def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
         raise UserError(
             f"{root}: {counted(count, 'sample')}; a Fréchet distance needs at least 65, better 1000"
         )
-    latents = bucket.layout.fields[0]
     channels = manifest.identity.vae.channels
-    rows = np.empty((count, *latents.shape[1:]), dtype=np.float16)
-    text, pool = bucket.layout.field("prompt_embeds"), bucket.layout.field("pooled_prompt_embeds")
-    assert text is not None
-    embeds = np.empty((count, *text.shape[1:]), dtype=np.float16)
-    pooled = None if pool is None else np.empty((count, *pool.shape[1:]), dtype=np.float16)
+    arrays = {
+        field.name: np.empty((count, *field.shape[1:]), dtype=np.float16)
+        for field in bucket.layout.fields  # the latents first
+        if field.name in ("latents", "prompt_embeds", "pooled_prompt_embeds")
+    }
     for number in range(count):
-        bucket.read(number, "latents", 0, rows[number])
-        bucket.read(number, "prompt_embeds", 0, embeds[number])
-        if pooled is not None:
-            bucket.read(number, "pooled_prompt_embeds", 0, pooled[number])
-        read = [rows[number], embeds[number], *([] if pooled is None else [pooled[number]])]
-        if wrong := fault(read, channels):
+        for name, array in arrays.items():
+            bucket.read(number, name, 0, array[number])
+        if wrong := fault([array[number] for array in arrays.values()], channels):
             raise UserError(f"{bucket.name(number)} holds {wrong}; see `prep verify`")
     captions = tuple(caption_of(bucket, number) for number in range(count))
     bucket.close()
-    scale = manifest.identity.vae.scaling_factor
+    means = arrays.pop("latents")[:, :channels].astype(np.float32)
     return HeldOut(
         captions,
-        TextEmbeds(torch.from_numpy(embeds), None if pooled is None else torch.from_numpy(pooled)),
-        torch.from_numpy(rows[:, :channels].astype(np.float32)) * scale,
+        TextEmbeds(**{name: torch.from_numpy(array) for name, array in arrays.items()}),
+        torch.from_numpy(means) * manifest.identity.vae.scaling_factor,
         load_conditioning(CachePaths(root).conditioning, manifest.layouts).unconditional,
     )
 

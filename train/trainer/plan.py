@@ -97,7 +97,7 @@ def print_memory(
 
     Raises UserError where not even the weights have room.
     """
-    if distributed.device.type != "cuda":
+    if distributed.device.type != "cuda" or not distributed.main:
         return
     sizes = [layout.latent_size for layout in manifest.layouts]
     if not sizes:

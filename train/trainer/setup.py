@@ -32,7 +32,6 @@ from train.networks.denoiser import load_schedule
 from train.networks.precision import check_speed, speed_up
 from train.networks.student import Student
 from train.objectives import objective_of
-from train.objectives.objective import Loss
 from train.sampling.preview import open_previews
 from train.state import checkpoint, owner
 from train.state.optim import base_learning_rate, build_optimizer
@@ -68,9 +67,9 @@ def prepare(config: RunConfig) -> Distillation:
     batch_size, accumulation = batches(config, distributed, len(manifest.layouts), before)
     config = with_steps(config, batch_size, sum(shard.trained for shard in manifest.shards))
     check_speed(config, distributed.device, distributed.fsdp, len(manifest.layouts))
-    if distributed.main:
-        print_memory(config, accumulation, model, manifest, distributed)
-    objective = build_objective(config, model, distributed.device)
+    print_memory(config, accumulation, model, manifest, distributed)
+    schedule = load_schedule(model.source).to(distributed.device)
+    objective = objective_of(config).build(config, schedule)
     student = build_student(model.source, config)
     invariants = run_invariants(config, manifest, model, student)
     speed_up(student.networks(), config, distributed.device)
@@ -108,10 +107,8 @@ def prepare(config: RunConfig) -> Distillation:
     )
     if distributed.main:
         note_small_buckets(loader)
-        print(
-            plan(config, parameters, loader, resumed, distributed.world, learning_rate),
-            file=sys.stderr,
-        )
+        lines = plan(config, parameters, loader, resumed, distributed.world, learning_rate)
+        print(lines, file=sys.stderr)
         if not config.dry_run:
             run.branch = start_run_folder(config, model, resumed, latest)
     distributed.wait()
@@ -157,11 +154,6 @@ def go_on(
     restore_optimizer(optimizer, student.trainable(), folder)
     if before.scaler:  # empty where the run was not in fp16 before
         scaler.load_state_dict(dict(before.scaler))
-
-
-def build_objective(config: RunConfig, model: Model, device: torch.device) -> Loss:
-    """The loss that the flags ask for, with the teacher's schedule."""
-    return objective_of(config).build(config, load_schedule(model.source).to(device))
 
 
 def build_loader(
