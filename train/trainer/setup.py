@@ -86,7 +86,6 @@ def prepare(config: RunConfig) -> Distillation:
         config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
         begun.position, distributed,
     )  # fmt: skip
-    learning_rate = base_learning_rate(config, batch_size)
     run = Distillation(
         config=config,
         distributed=distributed,
@@ -97,7 +96,7 @@ def prepare(config: RunConfig) -> Distillation:
         optimizer=optimizer,
         scaler=scaler,
         parameters=parameters,
-        learning_rate=learning_rate,
+        learning_rate=base_learning_rate(config, batch_size),
         accumulation=accumulation,
         step=begun.step,
         position=begun.position,
@@ -107,7 +106,7 @@ def prepare(config: RunConfig) -> Distillation:
     )
     if distributed.main:
         note_small_buckets(loader)
-        lines = plan(config, parameters, loader, resumed, distributed.world, learning_rate)
+        lines = plan(config, parameters, loader, resumed, distributed.world, run.learning_rate)
         print(lines, file=sys.stderr)
         if not config.dry_run:
             run.branch = start_run_folder(config, model, resumed, latest)
