@@ -93,16 +93,16 @@ def kept_reference(
     """
 
     def build(stored: Mapping[str, Any]) -> tuple[float, list[Result]]:
-        rows = typed(stored["rows"], list[Result], "rows")
-        if [(row.sampler, row.steps) for row in rows] != list(TEACHER_SAMPLINGS):
+        results = typed(stored["rows"], list[Result], "rows")
+        if [(one.sampler, one.steps) for one in results] != list(TEACHER_SAMPLINGS):
             raise ValueError("the rows are others than the teacher's")
-        return typed(stored["sharpness"], float, "sharpness"), rows
+        return typed(stored["sharpness"], float, "sharpness"), results
 
     try:
         content = read_if_there(path)
         if content is None:
             return None
-        sharpness, rows = load_record(path.with_suffix(".json"), build, "delete it")
+        sharpness, results = load_record(path.with_suffix(".json"), build, "delete it")
         tensors = load(content)
         mean, covariance, solution = (tensors[name] for name in ("mean", "covariance", "solution"))
         shapes = [list(tensor.shape) for tensor in (mean, covariance, solution)]
@@ -114,7 +114,7 @@ def kept_reference(
         print(f"note: {path} is damaged ({error}); the teacher is drawn anew", file=sys.stderr)
         return None
     real = Gaussian(mean.numpy(), covariance.numpy())
-    return Judge(real, heldout.captions, scorer, solution, sharpness), rows
+    return Judge(real, heldout.captions, scorer, solution, sharpness), results
 
 
 def best_spacing(

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written beside, fsynced, renamed; only then the old go.
 
 A run that goes on from an older checkpoint begins a branch. The branch's number, which is in each
-state.json, comes before the step where `latest` and the oldest are told.
+state.json, comes before the step where `latest` and the oldest are looked for.
 """
 
 from __future__ import annotations

@@ -39,13 +39,13 @@ def divide(
     A resumed run keeps its global batch whatever the number of processes, so that it stays the
     same run. Raises UserError where it cannot be divided.
     """
-    share = config.train_batch_size * world
-    batch_size = share * config.gradient_accumulation_steps
+    micro_batch = config.train_batch_size * world
+    batch_size = micro_batch * config.gradient_accumulation_steps
     if before is not None:
         batch_size = before.batch_size
     batch_size = config.global_batch_size or batch_size
-    if batch_size % share:
-        nearest = max(batch_size // share, 1) * share
+    if batch_size % micro_batch:
+        nearest = max(batch_size // micro_batch, 1) * micro_batch
         fitting = [
             n for n in range(1, config.train_batch_size + 1) if batch_size % (n * world) == 0
         ]
@@ -65,7 +65,7 @@ def divide(
             f"--global-batch-size {batch_size}: the run stands at sample {before.position}, which "
             "is no whole number of such batches; choose one that divides it"
         )
-    return batch_size, batch_size // share
+    return batch_size, batch_size // micro_batch
 
 
 def run_invariants(

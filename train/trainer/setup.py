@@ -81,10 +81,10 @@ def prepare(config: RunConfig) -> Distillation:
         check_resumed(resumed, before, invariants, config)
         go_on(resumed, before, student, optimizer, scaler)
     conditioning = load_conditioning(CachePaths(config.cache).conditioning, manifest.layouts)
-    begun = before or checkpoint.TrainingState(0, 0, batch_size, invariants)
+    start = before or checkpoint.TrainingState(0, 0, batch_size, invariants)
     loader = build_loader(
         config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
-        begun.position, distributed,
+        start.position, distributed,
     )  # fmt: skip
     run = Distillation(
         config=config,
@@ -98,10 +98,10 @@ def prepare(config: RunConfig) -> Distillation:
         parameters=parameters,
         learning_rate=base_learning_rate(config, batch_size),
         accumulation=accumulation,
-        step=begun.step,
-        position=begun.position,
+        step=start.step,
+        position=start.position,
         invariants=invariants,
-        recorder=Recorder(config, distributed, loader, begun.step),
+        recorder=Recorder(config, distributed, loader, start.step),
         previews=open_previews(config, model, manifest, conditioning, distributed.device),
     )
     if distributed.main:
