@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.encode.pipeline import Encoders, Sample, Settings, decoded
+from prep.encode.decode import decode_rows
+from prep.encode.networks import Encoders
+from prep.encode.samples import Decoded
+from prep.encode.settings import Settings
 from prep.filters.evidence import Evidence
 from prep.filters.filters import is_filter
 from prep.images.decode import HEIF_MISSING, reads_heif
@@ -83,24 +86,8 @@ def estimate(
     local = isinstance(cache.root, Path)
     peak = (total + largest if local else 2 * largest) * layout.stride
     seconds = None if seconds_per_row is None else total * seconds_per_row
-    free = free_bytes(cache.root if isinstance(cache.root, Path) else cache.tmp)
+    free = free_bytes(cache.disk)
     return Estimate(len(units), total, total * layout.stride, peak, seconds, free)
-
-
-def refuse_full_disk(work: Estimate, cache: CachePaths) -> None:
-    """Raise UserError where the cache would not fit."""
-    if work.peak_bytes <= work.free:
-        return
-    needed, free = size_of(work.peak_bytes), f"{size_of(work.free)} are free"
-    if isinstance(cache.root, Path):
-        raise UserError(
-            f"{cache.root}: the cache needs about {needed} while it is written, and {free}; "
-            "free some space or choose another --cache"
-        )
-    raise UserError(
-        f"{cache.tmp}: the largest unit needs about {needed} before it is uploaded, and {free}; "
-        "free some space or set TMPDIR to a folder with more"
-    )
 
 
 def probe(
@@ -113,7 +100,7 @@ def probe(
     """
     found = usable(units, settings, encoders.vae.batch_size)
     pixels = [sample.pictures[0].pixels for sample in found]
-    captions = [sample.captions[0] for sample in found]
+    captions = [sample.row.captions[0] for sample in found]
     encoders.vae.calibrate(pixels)
     moments = encoders.vae.encode(pixels)
     encoders.text.encode(captions)
@@ -124,7 +111,7 @@ def probe(
     return captions, moments, views * (time.perf_counter() - start) / len(found)
 
 
-def usable(units: Sequence[Unit], settings: Settings, count: int) -> list[Sample]:
+def usable(units: Sequence[Unit], settings: Settings, count: int) -> list[Decoded]:
     """Up to `count` samples with pictures, from the first unit in which some are found.
 
     Every unit's beginning is looked at before any is read further, and then `SEARCHED_ROWS` more
@@ -160,13 +147,13 @@ class Search:
         self.damage: SourceError | None = None
         self.unread: list[Unit] = []  # units that go on after what was looked at
 
-    def look(self, unit: Unit, limit: int) -> list[Sample]:
+    def look(self, unit: Unit, limit: int) -> list[Decoded]:
         """Usable samples among the unit's first `limit` rows that the filters leave."""
-        found: list[Sample] = []
+        found: list[Decoded] = []
         seen = 0
         noted = self.evidence.noting(unit.rows())
         try:
-            with closing(decoded(noted, self.settings, 2, self.count)) as rows:
+            with closing(decode_rows(noted, self.settings, 2, self.count)) as rows:
                 for sample in rows:
                     if sample.pictures:
                         found.append(sample)
@@ -183,7 +170,7 @@ class Search:
             return []
         return found
 
-    def _note(self, unit: Unit, sample: Sample) -> None:
+    def _note(self, unit: Unit, sample: Decoded) -> None:
         self.reasons[sample.reason] += 1
         self.examples.setdefault(sample.reason, f"{sample.row.key!r} of {unit.source}")
 

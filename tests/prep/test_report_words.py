@@ -4,7 +4,8 @@ import pytest
 
 from prep.inspect.checks import check_rejected
 from prep.inspect.stats import Rejection, Summary
-from shared.visible import share_of, visible
+from shared.text import visible
+from shared.wording import percent
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ from shared.visible import share_of, visible
     ],
 )
 def test_shares_never_hide_a_rest(part, whole, wanted):
-    assert share_of(part, whole) == wanted
+    assert percent(part, whole) == wanted
 
 
 def test_visible_cuts_before_it_spells_out():

@@ -12,13 +12,13 @@ import torch
 from accelerate.utils import InitProcessGroupKwargs
 
 from prep.config import EncodeConfig
-from prep.encode.pipeline import Settings, embedded
-from prep.encode.settings import choose_device, choose_shapes
-from prep.images.crop import Framing
+from prep.encode.captions import embed_captions
+from prep.encode.networks import choose_device, choose_shapes
 from shared.errors import UserError
 from shared.machine.device import pick_device, use_device
+from tests.support.identity import an_identity
 from train.data.prefetch import Ring
-from train.trainer.distributed import Team
+from train.trainer.distributed import Distributed
 
 
 @pytest.fixture
@@ -74,20 +74,18 @@ def test_a_thread_is_sent_to_the_device_of_its_work(two_gpus):
 
 def test_captions_are_encoded_in_a_thread_on_their_device(two_gpus):
     encoder = SimpleNamespace(device=torch.device("cuda", 1))
-    settings = Settings(Framing(64), keep_logvar=False, max_captions=1)
-    chunks = embedded([[], []], SimpleNamespace(encoder=encoder), settings)
-    assert list(chunks) == [[], []]
+    assert list(embed_captions([[], []], SimpleNamespace(encoder=encoder), 1)) == []
     assert two_gpus == [("cuda:1", "captions_0")]
 
 
 def test_a_cache_records_the_kind_of_device_alone(two_gpus, tmp_path):
     """Which of a machine's GPUs it is must not make it another cache."""
     config = EncodeConfig(("some.tar",), "tiny-sd", tmp_path, device="cuda:1")
-    device = choose_device(config, {})
+    device = choose_device(config, None)
     assert device == torch.device("cuda", 1)
-    shapes = choose_shapes(config, {}, device, 512)
+    shapes = choose_shapes(config, None, device, 512)
     assert shapes.device == "cuda"
-    stored = {"shapes": shapes.to_json()}
+    stored = replace(an_identity(), shapes=shapes)
     assert choose_device(config, stored) == device
     assert choose_device(replace(config, device="auto"), stored) == torch.device("cuda")
 
@@ -99,9 +97,9 @@ def test_a_cache_records_the_kind_of_device_alone(two_gpus, tmp_path):
 )  # fmt: skip
 def test_as_many_pictures_at_once_as_a_gpu_has_room_for(tmp_path, kind, resolution, pictures):
     config = EncodeConfig(("some.tar",), "tiny-sd", tmp_path)
-    shapes = choose_shapes(config, {}, torch.device(kind), resolution)
+    shapes = choose_shapes(config, None, torch.device(kind), resolution)
     assert shapes.vae_batch_size == pictures
-    more = choose_shapes(replace(config, vae_batch_size=9), {}, torch.device(kind), resolution)
+    more = choose_shapes(replace(config, vae_batch_size=9), None, torch.device(kind), resolution)
     assert more.vae_batch_size == 9
 
 
@@ -116,8 +114,8 @@ def test_processes_of_a_launcher_wait_for_each_other_and_share_the_gpus_out(two_
     monkeypatch.setattr("train.trainer.distributed.Accelerator", accelerator)
     for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
-    assert Team("cuda").device == torch.device("cuda", 1)
+    assert Distributed("cuda").device == torch.device("cuda", 1)
     group = next(h for h in made[0]["kwargs_handlers"] if isinstance(h, InitProcessGroupKwargs))
     assert group.to_kwargs() == {"timeout": timedelta(hours=6)}
     with pytest.raises(UserError, match="--device cuda:1: each of 2 processes takes a GPU of its"):
-        Team("cuda:1")
+        Distributed("cuda:1")
