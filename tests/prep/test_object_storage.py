@@ -160,7 +160,7 @@ def test_mistakes_are_one_line(url, server, monkeypatch):
 
 
 def test_little_room_for_the_scratch_is_told(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("prep.encode.plan.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("shared.cache.paths.free_bytes", lambda folder: 1000)
     line = refusal(*words(url))
     assert line.startswith(f"{tmp_path}/distillery-")
     assert line.endswith("free some space or set TMPDIR to a folder with more")
