@@ -119,7 +119,7 @@ def test_every_command_takes_the_url(url, local, tmp_path):
     assert objects(other) == local
     assert prep("embed", "--cache", url, "--prompts", "a red fox").status == 0
     assert "a red fox" in load_conditioning(place(url) / "conditioning.safetensors").prompts
-    assert open_manifest(place(url)).totals["written"] == 14
+    assert open_manifest(place(url)).totals.written == 14
 
 
 def test_damage_is_found_and_mended(url, local):
