@@ -10,6 +10,7 @@ from typing import Any
 from prep.images.kinds import NO_PICTURE
 from prep.rows.text_encoding import UnreadableText, decode_json_text, is_blank
 from shared.errors import UserError
+from shared.text import storable
 
 # Usual ones of pictures that are read, which is told by content; the first that a row has counts.
 IMAGE_EXTENSIONS = (
@@ -95,9 +96,5 @@ def as_captions(value: Any) -> tuple[str, ...]:
     Those that show nothing (blanks, marks of width and direction) are none.
     """
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(_text(text) for text in values if isinstance(text, str) and not is_blank(text))
-
-
-def _text(value: str) -> str:
-    """Lone surrogates, which JSON allows, are no text."""
-    return value.strip().encode("utf-8", "replace").decode()
+    texts = (text for text in values if isinstance(text, str) and not is_blank(text))
+    return tuple(storable(text.strip()) for text in texts)

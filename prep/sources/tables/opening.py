@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prep.files.blame import raised_in
 from prep.sources.tables.linked import Home, home_of, local_folders
-from shared.errors import UserError
+from shared.errors import UserError, words_of
 from shared.text import printable
 
 if TYPE_CHECKING:
@@ -165,5 +165,4 @@ def told(source: str, kind: type[UserError]) -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, OSError) or raised_in(error, *LIBRARIES)):
             raise
-        words = " ".join(str(error).split())[:300] or type(error).__name__
-        raise kind(f"{source} cannot be read: {words}") from None
+        raise kind(f"{source} cannot be read: {words_of(error)}") from None

@@ -27,6 +27,7 @@ from prep.rows.row import (
 )
 from prep.rows.unit import SourceOptions
 from prep.sources.tars.tar_rows import CAPTION_FILES, Member, Together, row_of, split_name
+from shared.errors import words_of
 
 HEADER_BYTES = 1 << 20  # of a long name or of PAX keywords; more is damage or an attack
 SAMPLE_BYTES = 4 << 20  # read of a tar, packed or not, to estimate its rows
@@ -179,9 +180,8 @@ class TarReader:
         except (tarfile.TarError, EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
             if told := not_a_source(head, self.stream.remedy):
                 raise SourceError(f"{self.stream.source} is not a whole tar but {told}") from None
-            words = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(
-                f"{self.stream.source} is not a whole tar ({words}); {self.stream.remedy}"
+                f"{self.stream.source} is not a whole tar ({words_of(error)}); {self.stream.remedy}"
             ) from None
 
 
