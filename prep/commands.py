@@ -19,7 +19,7 @@ from prep.encode.settings import Settings, choose_settings
 from prep.encoders.vae import posterior_matters
 from prep.filters.filters import Filters
 from prep.inspect import report
-from prep.inspect.recorded import Originals
+from prep.inspect.find_originals import Originals
 from prep.rows.text_encoding import check_encoding
 from prep.sources.find import SourceOptions, Unit, find_units
 from prep.sources.folders.folder import repeats_in
@@ -72,7 +72,7 @@ class Todo:
     stale: Stale
     known: Sequence[UnitRecord]
     captions: Sequence[str]  # of the first pictures, where the cache has no prompts yet
-    work: plan.Estimate
+    work: plan.Plan
 
 
 def encode(config: config.EncodeConfig) -> None:
@@ -80,8 +80,8 @@ def encode(config: config.EncodeConfig) -> None:
     config = with_cache(config)
     check_flags(config)
     units = find_units(config.shards, source_options(config))
-    if said := repeats_in(units):
-        print(said, file=sys.stderr)
+    if note := repeats_in(units):
+        print(note, file=sys.stderr)
     model = resolve_model(config.model)
     assert config.cache is not None
     cache = CachePaths(config.cache)
@@ -165,7 +165,7 @@ def look_ahead(
     records = read_units(cache)
     stale = find_stale(cache, records, units, config.prune, chosen.generation)
     known = of_generation(records, chosen.generation)
-    todo = plan.pending(cache, share(units, config.part), known)
+    todo = plan.pending(cache, part_of(units, config.part), known)
     captions: list[str] = []
     seconds = None
     if chosen.new or not cache.conditioning.exists():
@@ -174,7 +174,7 @@ def look_ahead(
         if config.latents == "auto" and not chosen.stored:
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = expected_layout(chosen.encoders, settings)
-    work = plan.estimate(todo, layout, seconds, cache)
+    work = plan.make_plan(todo, layout, seconds, cache)
     return replace(chosen, settings=settings), Todo(todo, stale, known, captions, work)
 
 
@@ -193,7 +193,7 @@ def claim(cache: CachePaths, model: Model, chosen: Chosen) -> bool:
             return False
         return True
     if chosen.new:
-        return overwrite.begin(cache, chosen.stored, wanted)
+        return overwrite.replace_identity(cache, chosen.stored, wanted)
     if read_identity(cache) != chosen.stored:
         return False
     if differing := other_settings(chosen.stored, wanted):
@@ -223,8 +223,8 @@ def encode_units(
         return engine.add_up(outcomes, len(units), progress)
 
 
-def share(items: Sequence[T], part: str | None) -> list[T]:
-    """The I-th of N shares of a list. Raises UserError for anything but I/N with I < N."""
+def part_of(items: Sequence[T], part: str | None) -> list[T]:
+    """Take the I-th of N parts of a list. Raises UserError for anything but I/N with I < N."""
     if part is None:
         return list(items)
     index, _, count = part.partition("/")

@@ -73,10 +73,10 @@ def choose(cache: CachePaths, manifest: Manifest) -> None:
             f"--holdout {count}: the cache has {counted(total, 'sample')}, and some must be left "
             "to train on; `prep finish --holdout N` sets fewer aside"
         )
-    share, keys = 0.0, list[str]()
+    bound, keys = 0.0, list[str]()
     while len(keys) < count:
-        share = min(1.0, 2 * share or (count + 4 * count**0.5) / total)
-        found = keys_up_to(cache, manifest.shards, f"{min(int(share * 2**64), LARGEST):016x}")
+        bound = min(1.0, 2 * bound or (count + 4 * count**0.5) / total)
+        found = keys_up_to(cache, manifest.shards, f"{min(int(bound * 2**64), LARGEST):016x}")
         keys = sorted(key for some in found for key in some)
     chosen = dump_json({"count": count, "keys": keys[:count]})
 

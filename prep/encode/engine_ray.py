@@ -137,12 +137,12 @@ def dispatched(
     waiting, idle, losses = deque(units), list[Any](), Counter[str]()
     busy = dict[Any, tuple[Any, Unit | None, int]]()
 
-    def begin(failures: int) -> None:
+    def start_worker(failures: int) -> None:
         worker = start()
         busy[worker.ready.remote()] = (worker, None, failures)
 
     for _ in range(count):
-        begin(0)
+        start_worker(0)
     while waiting or any(unit for _, unit, _ in busy.values()):
         (call,), _ = ray.wait(list(busy))
         worker, unit, failures = busy.pop(call)
@@ -152,7 +152,7 @@ def dispatched(
             raise UserError(str(error.cause)) from None
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             if unit is not None:
-                begin(0)
+                start_worker(0)
                 waiting.append(unit)
                 losses[unit.name] += 1
                 progress.write(f"lost a worker in {unit.source}; another one takes it")
@@ -163,7 +163,7 @@ def dispatched(
                         "give a worker more memory, or see what --engine local says of it"
                     ) from None
             elif failures + 1 < MOST_LOSSES:
-                begin(failures + 1)
+                start_worker(failures + 1)
             else:
                 progress.write(f"a worker does not get ready ({cause(error)}); on without it")
                 if not (busy or idle):

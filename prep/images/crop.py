@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.images.bare import bare
 from prep.images.buckets import Buckets, Size
 from prep.images.decode import UNDECODABLE, BadImage, opened, shown_size, upright_rgb
+from prep.images.strip_metadata import strip_metadata
 from shared.cache.identity import Preprocessing
 
 __all__ = ["BadImage", "Framing", "Picture", "prepare"]
@@ -104,7 +104,7 @@ def prepare(data: bytes, framing: Framing) -> tuple[Picture, ...]:
     try:
         return _prepared(data, framing)
     except BadImage as error:
-        pixels = bare(data) if str(error) == UNDECODABLE else None
+        pixels = strip_metadata(data) if str(error) == UNDECODABLE else None
         if pixels is None:
             raise
     return _prepared(pixels, framing)

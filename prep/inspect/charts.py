@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.cache.random_samples import places
+from prep.cache.random_samples import draw_indices
 from shared.cache.identity import VaeIdentity
 from shared.cache.paths import CachePaths
 from shared.cache.units import Shard
@@ -27,7 +27,7 @@ class Histogram:
     channel: int
     mean: float
     std: float
-    outside: float  # share of the values beyond the chart
+    outside: float  # fraction of the values beyond the chart
     area: str
     normal: str
 
@@ -40,7 +40,7 @@ def histograms(
     edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
     counts = np.zeros((channels, BINS))
     total, first, second = 0, np.zeros(channels), np.zeros(channels)
-    for shard, index in places(shards, SAMPLES, seed):
+    for shard, index in draw_indices(shards, SAMPLES, seed):
         values = read_mean(cache, shard, index, channels).astype(np.float64) * scale
         total += values.shape[1]
         first += values.sum(1)

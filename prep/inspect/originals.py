@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from prep.cache.accounts import accounts
-from prep.cache.random_samples import places
+from prep.cache.random_samples import draw_indices
 from prep.config import OriginalsFlags
 from prep.encode.decode import decode_row
 from prep.encode.samples import Decoded
@@ -24,7 +24,7 @@ from prep.encode.settings import Settings
 from prep.encode.shuffle import Shuffle
 from prep.encode.writer import sample_key
 from prep.images.crop import Framing
-from prep.inspect.recorded import Originals
+from prep.inspect.find_originals import Originals
 from prep.sources.find import Row
 from shared.cache.identity import Identity
 from shared.cache.manifest import read_unit
@@ -110,7 +110,7 @@ def draw(cache: CachePaths, shards: Sequence[Shard], count: int, seed: int) -> l
     Raises UserError where a shard is missing or the bytes drawn are not a sample.
     """
     try:
-        return [read_sample(cache, shard, i) for shard, i in places(shards, count, seed)]
+        return [read_sample(cache, shard, i) for shard, i in draw_indices(shards, count, seed)]
     except (OSError, ValueError) as error:
         raise UserError(f"{cache.root} is damaged ({error}); `prep verify` lists where") from None
 

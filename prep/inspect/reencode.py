@@ -17,8 +17,8 @@ from prep.encode.identity import same_encoder
 from prep.encode.networks import Encoders, VaeChoice, load_encoders
 from prep.encode.samples import Decoded, Encoded
 from prep.encode.settings import Settings
+from prep.inspect.find_originals import Originals
 from prep.inspect.originals import Stored, draw, rows_of, settings_of, vae_source
-from prep.inspect.recorded import Originals
 from shared.cache.identity import Identity
 from shared.cache.manifest import Manifest
 from shared.cache.paths import CachePaths
@@ -69,7 +69,7 @@ def disagreements(
     progress.write(
         f"encoded again: {counted(len(fresh), 'sample')}; largest relative difference: {largest}"
     )
-    if unasked := originals.told():
+    if unasked := originals.unasked_note():
         progress.write(f"not compared: {unasked}")
     if missing := len(stored) - len(fresh) - originals.unasked.total():
         progress.write(

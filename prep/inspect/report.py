@@ -27,9 +27,9 @@ from PIL import Image
 
 from prep.config import OriginalsFlags, ReportConfig
 from prep.inspect.charts import HEIGHT, LIMIT, WIDTH, Histogram, histograms
-from prep.inspect.checks import Check, check_all, told, verdict
+from prep.inspect.checks import Check, check_all, one_line, verdict
+from prep.inspect.find_originals import Originals, WrongShards
 from prep.inspect.originals import Pair, draw, pairs, vae_of
-from prep.inspect.recorded import Originals, WrongShards
 from prep.inspect.stats import Summary, flat, speed, summarize
 from prep.rows.unit import Unit
 from shared.cache.manifest import Manifest, check_shards, open_manifest
@@ -105,7 +105,7 @@ def write_report(
     contents = gather(cache, manifest, vae, originals, seconds)
     path = cache.root / "report.html"
     publish([page(summary, contents).encode("utf-8", "backslashreplace")], path, cache.tmp)
-    return f"{path}: {told(checks_of(summary, contents))}"
+    return f"{path}: {one_line(checks_of(summary, contents))}"
 
 
 def gather(
@@ -120,7 +120,7 @@ def gather(
             return Contents(histograms=charts, no_pictures=vae)
         stored = draw(cache, manifest.shards, PICTURES, SEED)
         found = list(pairs(cache, manifest.identity, vae, stored, originals, seconds))
-        return Contents(found, charts, unasked=originals.told())
+        return Contents(found, charts, unasked=originals.unasked_note())
     except WrongShards:
         raise
     except UserError as error:

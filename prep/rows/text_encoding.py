@@ -86,10 +86,10 @@ def _decoded(data: bytes, encoding: str) -> str:
         return data.decode(encoding)
     except UnicodeError:
         if encoding == UTF8:
-            told = "not UTF-8; save as UTF-8, or say --caption-encoding cp1252 or what it is"
+            reason = "not UTF-8; save as UTF-8, or say --caption-encoding cp1252 or what it is"
         else:
-            told = f"not {encoding}; save as UTF-8"
-        raise UnreadableText(told) from None
+            reason = f"not {encoding}; save as UTF-8"
+        raise UnreadableText(reason) from None
 
 
 def _is_wide(encoding: str | None) -> bool:

@@ -175,13 +175,13 @@ def _local(path: Path, options: SourceOptions) -> list[Unit]:
 
 
 def _refuse_other_files(path: Path, file: LocalFile, head: bytes) -> None:
-    told = not_a_source(head)
+    what = not_a_source(head)
     if head.startswith(b"ARROW1"):
-        told = f"an Arrow file; name it {path.stem}.arrow"
-    if not told and path.suffix.lower() in TEXTS:
-        told = "a text; if it describes pictures, pass the folder that they are in"
-    if told:
-        raise UserError(f"{file.source} is {told}")
+        what = f"an Arrow file; name it {path.stem}.arrow"
+    if not what and path.suffix.lower() in TEXTS:
+        what = "a text; if it describes pictures, pass the folder that they are in"
+    if what:
+        raise UserError(f"{file.source} is {what}")
 
 
 def _folder(path: Path, options: SourceOptions) -> list[Unit]:

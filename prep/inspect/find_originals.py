@@ -54,7 +54,7 @@ class Originals:
             return [unit for unit in units if unit.name == record.name] or units
         return []
 
-    def told(self) -> str:
+    def unasked_note(self) -> str:
         """A sentence on the sources that were not asked, or nothing."""
         if not self.unasked:
             return ""
