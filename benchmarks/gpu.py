@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmarks._gpu_rows import Bench, Row, matmul_tflops, measure, release, share_of_matmul
-from benchmarks._machine import save
+from benchmarks.common.gpu_rows import Bench, Row, matmul_tflops, measure, release, share_of_matmul
+from benchmarks.common.machine import save
 from shared.machine.device import pick_device
 from train.networks.precision import DTYPES
 

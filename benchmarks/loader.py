@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import _readers as readers
-from benchmarks._machine import record
+from benchmarks.common import readers
+from benchmarks.common.machine import record
 from shared.cli.paths import local_argument
 
 PLAIN = ("mmap, random", "preadv, 1 thread", "preadv, 4 threads", "preadv, 16 threads")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks._public_unets import SD15, SDXL
+from benchmarks.common.public_unets import SD15, SDXL
 from train.config import DistillConfig
 from train.memory.advice import ROOM
 from train.memory.estimate import Estimate, estimate

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks._machine import record
+from benchmarks.common.machine import record
 from prep import commands
 from prep.config import EncodeConfig
 from prep.encode import networks

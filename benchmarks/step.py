@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from benchmarks._machine import record, save
-from benchmarks._memory import peak_bytes
-from benchmarks._models import model_folder, write_cache
-from benchmarks._online import Online, TwoCalls, build_teacher
-from benchmarks._steps import Cached, compare, flops, open_run
+from benchmarks.common.machine import record, save
+from benchmarks.common.memory import peak_bytes
+from benchmarks.common.models import model_folder, write_cache
+from benchmarks.common.online import Online, TwoCalls, build_teacher
+from benchmarks.common.steps import Cached, compare, flops, open_run
 from shared.machine.device import pick_device
 
 REPO = Path(__file__).resolve().parent.parent

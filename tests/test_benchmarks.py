@@ -1,7 +1,6 @@
 """The benchmarks measure what they say: real sizes, an equal loss, counted work, every row."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,9 +9,10 @@ import pytest
 import torch
 
 import train.trainer.setup
-from benchmarks import _gpu_rows, gpu
-from benchmarks._gpu_rows import Row
-from benchmarks._models import (
+from benchmarks import gpu
+from benchmarks.common import gpu_rows
+from benchmarks.common.gpu_rows import Row
+from benchmarks.common.models import (
     model_folder,
     random_text_encoder,
     random_unet,
@@ -20,10 +20,11 @@ from benchmarks._models import (
     random_weights,
     write_cache,
 )
-from benchmarks._online import Online, TwoCalls, build_encoders, build_teacher
-from benchmarks._steps import Cached, compare, flops, open_run
+from benchmarks.common.online import Online, TwoCalls, build_encoders, build_teacher
+from benchmarks.common.steps import Cached, compare, flops, open_run
 from prep.encoders.text import TextEncoder
 from shared.models.family import resolve_model
+from tests.support import warm
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -146,13 +147,13 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch, tmp_path):
             raise torch.OutOfMemoryError
         return {}
 
-    monkeypatch.setattr(_gpu_rows, "training", training)
+    monkeypatch.setattr(gpu_rows, "training", training)
     bench = gpu.open_bench(False, CPU, tmp_path, 1)
     fits = 2
-    assert _gpu_rows.measure(Row("sd15", "full", "bf16"), bench, 1.0) == {"batch": 2}
+    assert gpu_rows.measure(Row("sd15", "full", "bf16"), bench, 1.0) == {"batch": 2}
     assert tried == [8, 4, 2]
     fits = 0
-    assert _gpu_rows.measure(Row("sd15", "full", "bf16"), bench, 1.0) == {"out_of_memory": True}
+    assert gpu_rows.measure(Row("sd15", "full", "bf16"), bench, 1.0) == {"out_of_memory": True}
 
 
 def test_a_row_that_fails_costs_no_other(monkeypatch, tmp_path):
@@ -220,10 +221,10 @@ def test_a_compiled_row_is_measured_in_a_process_of_its_own(answers, monkeypatch
     bench = answers('echo compiling; echo \'{"batch": 4, "samples_per_second": 8.0}\'')
     found = gpu.in_child(COMPILED, bench, 20)
     assert found == {"batch": 4, "samples_per_second": 8.0}
-    assert _gpu_rows.share_of_matmul(COMPILED, bench, found, 100.0) == {}
+    assert gpu_rows.share_of_matmul(COMPILED, bench, found, 100.0) == {}
     bench.work["tiny-sd", "lora"] = 2.5  # counted in an eager row
     share = {"tflop_per_sample": 2.5, "of_matmul": 0.2}
-    assert _gpu_rows.share_of_matmul(COMPILED, bench, found, 100.0) == share
+    assert gpu_rows.share_of_matmul(COMPILED, bench, found, 100.0) == share
     assert gpu.in_child(COMPILED, answers("exit 3"), 20) == {"failed": "exit 3"}
     # And the child's own side.
     monkeypatch.setattr(gpu, "measure", lambda row, bench, ceiling: {"row": row.name})
@@ -252,8 +253,7 @@ def test_the_estimate_of_memory_decides_nothing_here(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_one_line_and_a_clean_exit(repo):
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu"]
-    answer = subprocess.run(command, cwd=repo, capture_output=True, text=True)
+    answer = warm.run(["-m", "benchmarks.gpu"], repo)
     assert answer.returncode == 0
     assert answer.stdout.count("\n") == 1
     assert "no CUDA device" in answer.stdout
@@ -261,6 +261,6 @@ def test_without_a_gpu_one_line_and_a_clean_exit(repo):
 
 def test_a_separate_teacher_is_measured_in_a_process_of_its_own(repo, tmp_path):
     words = ["separate_teacher", "tiny-sd", "64", "1", "1", str(tmp_path), "cpu"]
-    command = [sys.executable, "-m", "benchmarks.step", "--child", *words]
-    answer = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
+    answer = warm.run(["-m", "benchmarks.step", "--child", *words], repo)
+    assert answer.returncode == 0, answer.stderr
     assert 0.1 < json.loads(answer.stdout)["peak_gb"] < 4

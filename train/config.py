@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 import tyro
 
 from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
-from shared.cli.ranges import BelowOne, Count, Natural, NotNegative, Numbers, Positive, Seed, Share
+from shared.cli.ranges import (
+    BelowOne,
+    Count,
+    Fraction,
+    Natural,
+    NotNegative,
+    Numbers,
+    Positive,
+    Seed,
+)
 
 ExportDtype = Literal["both", "fp32", "fp16"]
 Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1
@@ -94,8 +103,8 @@ class DistillConfig:
     lora_dropout: BelowOne = 0.0
     lora_target_modules: str | None = None
     """Ends of the names of the layers to adapt, comma-separated; LCM's fourteen unless given."""
-    proportion_empty_prompts: Share = 0.0
-    """Share of captions replaced by the unconditional embedding."""
+    proportion_empty_prompts: Fraction = 0.0
+    """Fraction of captions replaced by the unconditional embedding."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     attention: Literal["sdpa", "xformers"] = "sdpa"

@@ -10,7 +10,7 @@ from typing import Any
 
 from shared.machine import cpus
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def record(name: str, figures: dict[str, Any]) -> Path:

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from benchmarks._models import random_weights
+from benchmarks.common.models import random_weights
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.state.optim import set_learning_rate

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks._memory import peak_bytes
-from benchmarks._models import model_folder, random_weights, write_cache
-from benchmarks._online import Online
-from benchmarks._steps import Cached, compare, flops, open_run, seconds, synchronize
+from benchmarks.common.memory import peak_bytes
+from benchmarks.common.models import model_folder, random_weights, write_cache
+from benchmarks.common.online import Online
+from benchmarks.common.steps import Cached, compare, flops, open_run, seconds, synchronize
 from prep.encoders.text import TextEncoder
 from prep.encoders.vae import VaeEncoder
 from shared.models.family import load_config, resolve_model

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-from benchmarks._models import random_text_encoder, random_unet, random_vae
+from benchmarks.common.models import random_text_encoder, random_unet, random_vae
 from shared.cache.conditioning import TextEmbeds
 from shared.models.family import resolve_model
 from train.data.batch import Batch

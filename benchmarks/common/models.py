@@ -20,7 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import train.trainer.setup
-from benchmarks._public_unets import SD15, SDXL
+from benchmarks.common.public_unets import SD15, SDXL
 from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
 from shared.cache.identity import Identity, Preprocessing, Shapes, TextIdentity, VaeIdentity
 from shared.cache.layout import TRAILER, Layout, cache_layout
@@ -30,7 +30,7 @@ from shared.cache.sums import ChannelSums
 from shared.cache.units import Shard, UnitRecord
 from shared.models.family import FAMILIES, force_zeros, load_config, resolve_model
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 TOKENS = 77
 VAE: dict[str, Any] = {
     "in_channels": 3,
@@ -161,10 +161,11 @@ def random_weights(device: torch.device) -> Iterator[None]:
     with ExitStack() as patches:
         for name, value in (
             ("train.trainer.setup.build_student", build_there),
-            ("train.networks.student.load_unet", build_unet),
+            ("train.networks.full.load_unet", build_unet),
+            ("train.networks.lora.load_unet", build_unet),
             ("prep.encoders.vae.load_vae", lambda source: random_vae(source, device)),
-            ("prep.encoders.text.CLIPTextModel", TextEncoders),
-            ("prep.encoders.text.CLIPTextModelWithProjection", TextEncoders),
+            ("prep.encoders.clip.CLIPTextModel", TextEncoders),
+            ("prep.encoders.clip.CLIPTextModelWithProjection", TextEncoders),
         ):
             patches.enter_context(patch(name, value))
         yield
