@@ -162,7 +162,7 @@ def page(summary: Summary, contents: Contents) -> str:
         missing=missing_pictures(summary, contents),
         psnr=median(psnrs) if psnrs else None,
         most=max((bucket.samples for bucket in summary.buckets), default=1),
-        share=percent, infinity=math.inf, plot={"width": WIDTH, "height": HEIGHT, "limit": LIMIT},
+        percent=percent, infinity=math.inf, plot={"width": WIDTH, "height": HEIGHT, "limit": LIMIT},
     )  # fmt: skip
 
 
