@@ -39,13 +39,13 @@ def pack(config: PackConfig) -> None:
     if output.resolve() == cache.root.resolve():
         raise UserError("--output must be another folder than --cache")
     refuse_strangers(output, {f"{unit.name}.json" for unit in units}, cache.root, "--output")
-    small = [cache.identity, cache.conditioning, cache.manifest]
-    small += [cache.holdout] if cache.holdout.exists() else []
-    small += [cache.units / f"{unit.name}.json" for unit in units]
-    small += [cache.root / unit.samples for unit in units]
+    names = [path.name for path in (cache.identity, cache.conditioning, cache.manifest)]
+    names += [cache.holdout.name] if cache.holdout.exists() else []
+    names += [f"units/{unit.name}.json" for unit in units]
+    names += [unit.samples for unit in units]
+    small = [cache.root / name for name in names]
     if missing := [path for path in small if not path.is_file()]:
         raise UserError(f"{missing[0]} is missing; `prep verify --repair` tells how to mend it")
-    names = [str(path.relative_to(cache.root)) for path in small]
     refuse_names([*names, *(shard.file + SUFFIX for shard in manifest.shards)])
     with guard(output):
         output.mkdir(parents=True, exist_ok=True)

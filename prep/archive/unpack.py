@@ -42,7 +42,9 @@ def unpack(config: UnpackConfig) -> None:
     sizes = [shard.size for shard in wanted]  # of a remote cache one lies here at a time
     local = isinstance(cache.root, Path)
     refuse_full_disk(cache, sum(sizes) if local else max(sizes, default=0))
-    claim_identity(cache, read_identity(CachePaths(archive)), "choose another --cache")
+    identity = read_identity(CachePaths(archive))
+    assert identity is not None  # one of the small files
+    claim_identity(cache, identity, "choose another --cache")
     with Progress("unpack", len(wanted), "shard") as progress:
         for shard in wanted:
             packed = archive / (shard.file + SUFFIX)

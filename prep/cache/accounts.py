@@ -50,5 +50,5 @@ def is_ours(column: pa.Field) -> bool:
     """Is a column of the type that `prep encode` gives it: text, or for captions lists of it?"""
     kind = column.type
     if column.name == "captions":
-        return pa.types.is_list(kind) and pa.types.is_string(kind.value_type)
+        return bool(pa.types.is_list(kind) and pa.types.is_string(kind.value_type))
     return bool(pa.types.is_string(kind))

@@ -73,7 +73,9 @@ def encode_with_ray(
         raise UserError(EXTRA) from None
     try:
         connect(ray, address)
-        needs = {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
+        needs: dict[str, Any] = (
+            {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
+        )
         remote = ray.remote(**needs)(Worker)  # restarted by us, who count how often
         sent, folder = ray.put(job), os.getcwd()  # held to the end: later workers read it, too
         count = min(slots(ray, **needs), len(units))
@@ -149,7 +151,7 @@ def dispatched(
         try:
             outcome = ray.get(call)
         except UserError as error:  # with a traceback in front
-            raise UserError(str(error.cause)) from None
+            raise UserError(str(getattr(error, "cause", error))) from None
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             if unit is not None:
                 start_worker(0)

@@ -36,7 +36,7 @@ def build_identity(
             max_captions=settings.max_captions,
             where=settings.filters.where,
             max_pwatermark=settings.filters.max_pwatermark,
-            shuffle=settings.shuffle and settings.shuffle.to_json(),
+            shuffle=settings.shuffle.to_json() if settings.shuffle else None,
         ),
         shapes, generation,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from shared.errors import UserError
 from shared.models.family import Model, force_zeros
 from shared.models.fingerprint import fingerprint
 
-logging.disable_progress_bar()  # one bar at a time
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar at a time
 # A batch of captions is tokenized sooner than further threads wake up, which others keep busy.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -42,7 +42,7 @@ class TextEncoder:
         for part in model.family.text_encoders:
             tokenizer, encoder = load_clip(model, part)
             self.tokenizers.append(tokenizer)
-            self.encoders.append(encoder.to(device).eval().requires_grad_(False))
+            self.encoders.append(encoder.to(device).eval().requires_grad_(False))  # type: ignore[arg-type]
         layers = min(int(encoder.config.num_hidden_layers) for encoder in self.encoders)
         most = layers + model.family.hidden_state
         if clip_skip > most:

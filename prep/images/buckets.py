@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -67,7 +68,7 @@ class Buckets:
         }
 
     @staticmethod
-    def from_json(resolution: int, value: dict[str, int | bool]) -> Buckets:
+    def from_json(resolution: int, value: Mapping[str, int | bool]) -> Buckets:
         """The inverse of `to_json`."""
         return Buckets(
             resolution,

@@ -144,10 +144,11 @@ def _cut_and_enlarge(
 ) -> Image.Image:
     """`box` of the picture as if it had been resized to `covering`."""
     scale = max(covering[0] / image.height, covering[1] / image.width)
-    sides = zip(box, 2 * image.size, strict=True)
-    part = tuple(min(edge / scale, side) for edge, side in sides)
+    left, top, right, bottom = (
+        min(edge / scale, side) for edge, side in zip(box, 2 * image.size, strict=True)
+    )
     size = (box[2] - box[0], box[3] - box[1])
-    return image.resize(size, Image.Resampling.LANCZOS, box=part)
+    return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
 
 
 def _place(

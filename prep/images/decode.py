@@ -12,7 +12,14 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, TiffImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    ExifTags,
+    Image,
+    ImageCms,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from prep.images.kinds import HEAD_BYTES, Sort, kind_of, why_no_picture
 
@@ -77,7 +84,7 @@ def _open(data: bytes) -> Image.Image:
     with _pillows_errors():
         try:
             return Image.open(io.BytesIO(data), formats=_formats())
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             kind = kind_of(data[:HEAD_BYTES])
             if kind is not None and kind.name == "Targa":  # which any bytes may look like
                 return Image.open(io.BytesIO(data), formats=("TGA",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -58,8 +58,8 @@ class Unit:
     # Units that share a source and may share keys count their occurrences from different numbers.
     first_occurrence: int = 0
 
-    def rows(self) -> Iterator[Row]:
-        """The rows in source order. Raises SourceError where the source is damaged."""
+    def rows(self) -> Generator[Row, None, None]:
+        """Read the rows in source order. Raises SourceError where the source is damaged."""
         seen: dict[str, int] = {}
         for row in self.reader.rows():
             occurrence = seen.get(row.key, self.first_occurrence)

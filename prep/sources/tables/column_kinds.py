@@ -49,4 +49,4 @@ def is_list(kind: pa.DataType) -> bool:
     """Is it a list of one of Arrow's five kinds?"""
     types = pa.types
     plain = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return plain or types.is_list_view(kind) or types.is_large_list_view(kind)
+    return bool(plain or types.is_list_view(kind) or types.is_large_list_view(kind))

@@ -269,4 +269,5 @@ class ParquetReader:
 
 def _batch_rows(group: pq.RowGroupMetaData) -> int:
     """How many rows of a row group are held at a time."""
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+    rows, size = int(group.num_rows), int(group.total_byte_size)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
