@@ -59,7 +59,7 @@ class Chosen:
     new: bool  # the settings are this command's, not those of a cache that is there
 
     def identity(self, model: Model) -> Identity:
-        """What identity.json says of them."""
+        """Describe them as identity.json does."""
         parts = (model, self.encoders, self.settings, self.shapes)
         return build_identity(*parts, self.generation)
 
@@ -140,7 +140,7 @@ def with_cache(config: config.EncodeConfig) -> config.EncodeConfig:
 
 
 def choose(config: config.EncodeConfig, stored: Identity | None, model: Model) -> Chosen:
-    """Flags, else what the cache was begun with, else defaults; the encoders are loaded.
+    """Take flags, else what the cache was started with, else defaults; load the encoders.
 
     With --overwrite the settings become new where they differ from those of the cache.
     """
@@ -160,7 +160,7 @@ def choose(config: config.EncodeConfig, stored: Identity | None, model: Model) -
 def look_ahead(
     config: config.EncodeConfig, cache: CachePaths, units: Sequence[Unit], chosen: Chosen
 ) -> tuple[Chosen, Todo]:
-    """What is to be done, and, of a new cache, the settings with what was measured for them."""
+    """Plan what is to be done; for a new cache, complete its settings by what is measured."""
     settings = chosen.settings
     records = read_units(cache)
     stale = find_stale(cache, records, units, config.prune, chosen.generation)
@@ -243,7 +243,7 @@ def check_flags(config: config.EncodeConfig) -> None:
 
 
 def source_options(config: config.EncodeConfig) -> SourceOptions:
-    """The flags about sources. A `pipe:` may run: `parse` takes one from the command line only."""
+    """Collect the flags about sources; `pipe:` may run, for only the command line has it."""
     return SourceOptions(
         folder_units=config.folder_units,
         image_column=config.image_column,

@@ -91,7 +91,7 @@ def pack_shard(cache: CachePaths, shard: Shard, output: Path, level: int, thread
 
 
 def compressed(path: Place, shard: Shard, compressor: zstandard.ZstdCompressor) -> Iterator[bytes]:
-    """The compressed bytes, after whose last the shard is known to be whole."""
+    """Compress a shard; when the last bytes have come, the shard is known to be whole."""
     digest = hashlib.sha256()
     stream = compressor.compressobj(size=shard.size)
     try:
@@ -119,7 +119,7 @@ def is_packed(target: Path, shard: Shard) -> bool:
 
 
 def decompressed(path: Path) -> Iterator[bytes]:
-    """The content of a zstd file, as far as it goes; ZstdError where it is damaged.
+    """Yield the content of a zstd file. Raises ZstdError where it is damaged.
 
     A cut is no error to zstd, so whoever reads compares size or hash. A block is never longer than
     `BLOCK`, whatever the file claims to hold.

@@ -102,7 +102,7 @@ def in_place(cache: CachePaths, shard: Shard) -> bool:
 
 
 def checked(packed: Path, shard: Shard) -> Iterator[bytes]:
-    """The shard's bytes; UserError before the end where they are not those recorded."""
+    """Yield the shard's bytes. Raises UserError before the end where others were recorded."""
     digest, count = hashlib.sha256(), 0
     try:
         for block in decompressed(packed):
@@ -118,5 +118,5 @@ def checked(packed: Path, shard: Shard) -> Iterator[bytes]:
 
 
 def damaged(path: Path) -> UserError:
-    """The error for a file that is not what was packed."""
+    """Make the error for a file that is not what was packed."""
     return UserError(f"{path} is damaged; copy it again, then run the same command")

@@ -183,7 +183,7 @@ def dispatched(
 
 
 def cause(error: Exception) -> str:
-    """The last line of what Ray tells of a death: the exception, where there was one."""
+    """Take the last line of what Ray says of a death: the exception, where there was one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -26,7 +26,7 @@ SIGNS = ("fingerprint", "fingerprints", *ADDED)  # by which an encoder is known
 def build_identity(
     model: Model, encoders: Encoders, settings: Settings, shapes: Shapes, generation: int = 0
 ) -> Identity:
-    """The content of identity.json; `generation` counts --overwrite (shared.cache.identity)."""
+    """Build the content of identity.json; `generation` counts --overwrite."""
     vae, own = encoders.vae, encoders.vae.source == model.source
     return Identity(
         FORMAT, model.family.name, model.source, "posterior" if settings.keep_logvar else "mean",
@@ -49,7 +49,7 @@ def same_encoder(recorded: VaeIdentity | TextIdentity, here: VaeIdentity | TextI
 
 
 def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
-    """What samples of these settings will look like; with buckets, those that are square."""
+    """Derive the layout of samples of these settings; with buckets, of the square ones."""
     channels = encoders.vae.channels * (2 if settings.keep_logvar else 1)
     side = settings.framing.resolution // encoders.vae.downscale
     pooled = encoders.text.pooled_width

@@ -22,7 +22,7 @@ from shared.storage.update import update
 
 
 def calibrated_anew(encoders: Encoders, stored: Identity) -> Encoders:
-    """The encoders, without the recorded scale where it is another VAE's or another dtype's."""
+    """Drop the recorded scale where it is another VAE's or another dtype's."""
     vae, recorded = encoders.vae, replace(stored.vae, source=None)
     if not differences(asdict(recorded), asdict(vae.identity())):
         return encoders

@@ -53,7 +53,7 @@ class Plan:
 
 
 def pending(cache: CachePaths, units: Sequence[Unit], known: Sequence[UnitRecord]) -> list[Unit]:
-    """The units that are not committed for their present source, with all files in place.
+    """Find the units that are not committed for their present source with all files in place.
 
     So are those with pictures that could not be read for want of a package that is there by now.
     `known` are the records that count, of the present settings.

@@ -82,7 +82,7 @@ class VaeEncoder:
         return downscale_of(self.vae.config)
 
     def identity(self) -> VaeIdentity:
-        """What the cache records of this encoder."""
+        """Describe the encoder as a cache records it."""
         return VaeIdentity(
             fingerprint=fingerprint(self.vae),
             channels=self.channels,
@@ -179,7 +179,7 @@ class VaeEncoder:
 
 
 def _clamped(parameters: Tensor) -> Tensor:
-    """The logvar kept to what diffusers clamps it to."""
+    """Clamp the logvar as diffusers does."""
     mean, logvar = parameters.chunk(2, dim=1)
     return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], 1)
 

@@ -42,7 +42,7 @@ class Framing:
         return self.crop == "random" or self.random_flip
 
     def size(self, height: int, width: int) -> Size:
-        """What a picture of this size is cropped to. Raises BadImage for one that is too small."""
+        """Choose what a picture of this size is cropped to. Raises BadImage for a smaller one."""
         if min(height, width) < self.min_size:
             raise BadImage("smaller than --min-size")
         if self.buckets is None:
@@ -67,7 +67,7 @@ class Framing:
 
     @staticmethod
     def of(made: Preprocessing) -> Framing:
-        """The inverse of `to_json`."""
+        """Invert `to_json`."""
         crop = "center" if made.center_crop else "corner"
         buckets = made.buckets
         return Framing(
@@ -134,7 +134,7 @@ def _prepared(data: bytes, framing: Framing) -> tuple[Picture, ...]:
 
 
 def _covering(size: Size, target: Size) -> Size:
-    """The smallest size of the same shape that `target` fits into."""
+    """Compute the smallest size of the same shape that `target` fits into."""
     scale = max(target[0] / size[0], target[1] / size[1])
     return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 

@@ -62,7 +62,7 @@ class BadImage(Exception):
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """The picture before its pixels are decoded, of whatever kind its bytes are.
+    """Open a picture of whatever kind its bytes are; its pixels are not decoded yet.
 
     Raises BadImage, also where the body runs out of memory.
     """
@@ -97,7 +97,7 @@ def _open(data: bytes) -> Image.Image:
 
 @contextmanager
 def _pillows_errors() -> Iterator[None]:
-    """What Pillow's readers raise, as BadImage. Stands around calls of theirs only."""
+    """Raise what Pillow's readers raise as BadImage. Stands around calls of theirs only."""
     try:
         yield
     except (Image.DecompressionBombError, MemoryError):
@@ -172,7 +172,7 @@ def upright_rgb(image: Image.Image, short: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of more bits, or of floating point numbers, as one of 8, rounded.
+    """Round a grey picture of more bits, or of floating point numbers, to 8 bits.
 
     16 bits are a range of 65,535. Otherwise the numbers tell which they are meant to fill: 0 to 1,
     0 to 255 or 0 to 65,535. Raises BadImage where they do not.
@@ -205,7 +205,7 @@ def _white(levels: NDArray[np.float32]) -> float:
 
 
 def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The picture's colours converted from its profile, its alpha kept."""
+    """Convert the picture's colours from its profile, and keep its alpha."""
     mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     transform = _transform(profile, mode)
     if transform is None:

@@ -37,13 +37,13 @@ class Check:
 
 
 def verdict(checks: Sequence[Check]) -> tuple[str, str]:
-    """The worst level and what it means."""
+    """Find the worst level and what it means."""
     worst = max((check.level for check in checks), key=(GOOD, LOOK, BAD).index)
     return worst, VERDICTS[worst]
 
 
 def one_line(checks: Sequence[Check]) -> str:
-    """The verdict in a line, with what it rests on unless all is good."""
+    """Write the verdict in a line, with what it rests on unless all is good."""
     worst, _ = verdict(checks)
     why = " ".join(f"{check.title}: {check.detail}" for check in checks if check.level == worst)
     return {GOOD: VERDICTS[GOOD], LOOK: f"worth a look. {why}", BAD: f"something is wrong. {why}"}[

@@ -44,7 +44,7 @@ def decode(config: DecodeConfig) -> None:
 
 
 def tile(pair: Pair) -> NDArray[np.uint8]:
-    """The pair with a line of text below it."""
+    """Draw the pair with a line of text below it."""
     zoom = max(1, SHORTEST_SIDE // min(pair.decoded.shape[:2]))
     right = pair.decoded.repeat(zoom, 0).repeat(zoom, 1)
     left = np.full_like(right, 128)

@@ -49,7 +49,7 @@ class Stored:
     unit: UnitRecord | None  # None where its record is gone
 
     def first_latents(self, channels: int) -> torch.Tensor:
-        """The raw mean of the first view, fp32 `[1, C, h, w]`."""
+        """Take the raw mean of the first view, fp32 `[1, C, h, w]`."""
         return torch.from_numpy(self.arrays["latents"][:1, :channels].astype(np.float32))
 
 
@@ -69,7 +69,7 @@ class Pair:
 
 
 def settings_of(identity: Identity) -> Settings:
-    """The settings a cache was encoded with."""
+    """Read the settings that a cache was encoded with."""
     made = identity.preprocessing
     return Settings(
         framing=Framing.of(made),
@@ -81,7 +81,7 @@ def settings_of(identity: Identity) -> Settings:
 
 
 def vae_of(identity: Identity, flags: OriginalsFlags) -> AutoencoderKL:
-    """The VAE a cache was made with, from where the flags say or the identity does.
+    """Load the VAE a cache was made with, from where the flags say or the identity does.
 
     Raises UserError where it cannot be loaded or is another one.
     """
@@ -145,7 +145,7 @@ def pairs(
 
 
 def pixels_of(sample: Decoded) -> NDArray[np.uint8] | None:
-    """The first view of the prepared picture, or None where the row was rejected."""
+    """Take the first view of the prepared picture; None where the row was rejected."""
     return sample.pictures[0].pixels if sample.pictures else None
 
 
@@ -153,7 +153,7 @@ def rows_of(
     cache: CachePaths, stored: Sequence[Stored], originals: Originals,
     deadline: float = float("inf"),
 ) -> dict[str, Row]:  # fmt: skip
-    """The source row of each sample by key; without those that are gone, changed or not asked for.
+    """Find the source row of each sample by key, but for those gone, changed or not asked for.
 
     Each source is read once, as far as needed, and until `deadline` (`time.monotonic`).
     """

@@ -35,7 +35,7 @@ TOLERANCE = {"float32": 0.005, "float16": 0.02, "bfloat16": 0.1}
 def disagreements(
     config: VerifyConfig, manifest: Manifest, progress: Progress
 ) -> Iterator[tuple[str, str]]:
-    """Unit and a line for each of `config.reencode` random samples that does not come out again.
+    """Yield unit and a line for each of `config.reencode` samples that does not come out again.
 
     Samples whose source is gone or has changed are counted and said, which is no damage. Raises
     UserError where the model is another one than the cache was made with.
@@ -78,7 +78,7 @@ def disagreements(
 
 
 def encoders_of(config: VerifyConfig, identity: Identity) -> Encoders:
-    """The cache's encoders, on this machine's device, with the recorded batch shapes."""
+    """Load the cache's encoders on this machine's device, with the recorded batch shapes."""
     model = resolve_model(config.model or recorded_model(identity.model))
     vae = VaeChoice(vae_source(identity, config), identity.vae.dtype, identity.vae.rescale)
     device, clip_skip = pick_device(config.device), identity.text.clip_skip

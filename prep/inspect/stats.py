@@ -143,7 +143,7 @@ def summarize(cache: CachePaths) -> Summary:
 
 
 def throughput_of(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What the last `prep encode` said of its speed. Raises ValueError for anything else."""
+    """Read what the last `prep encode` said of its speed. Raises ValueError for anything else."""
     kinds = {"images": int, "seconds": float, "device": str}
     return {name: typed(stored[name], kind, name) for name, kind in kinds.items()}
 
@@ -186,7 +186,7 @@ def count_rejections(cache: CachePaths, unit: UnitRecord, rejected: dict[str, Re
 
 
 def table(summary: Summary) -> str:
-    """The summary for a terminal."""
+    """Format the summary for a terminal."""
     s = summary
     lines = [
         f"{s.cache}: {s.state}",

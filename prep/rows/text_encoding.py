@@ -28,7 +28,7 @@ class UnreadableText(Exception):
 
 
 def decode_text(data: bytes, encoding: str | None = None) -> str:
-    """The text: a byte order mark decides, else `encoding`, else it is UTF-8.
+    """Decode text: a byte order mark decides, else `encoding`, else it is UTF-8.
 
     Raises UnreadableText where it is not, also for UTF-16 without a mark, which is UTF-8 by
     chance.

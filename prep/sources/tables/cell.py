@@ -57,7 +57,7 @@ def _list(values: list[Any] | tuple[Any, ...]) -> Cell:
 
 
 def _text(text: str) -> Cell:
-    """A name, unless it is a picture written as text."""
+    """Take text for a name, unless it is a picture written as text."""
     if text[:5].lower() == "data:":
         mime, comma, content = text.partition(",")
         if not comma:

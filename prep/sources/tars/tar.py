@@ -43,7 +43,7 @@ class StrictInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> StrictInfo:
-        """The next header. Raises ReadError unless it is one, or the end mark."""
+        """Read the next header. Raises ReadError unless it is one, or the end mark."""
         try:
             info = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -166,7 +166,7 @@ class TarReader:
 
     @contextlib.contextmanager
     def _open(self, seek: bool = False) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
-        """The tar, and the file that it is packed in, if it is."""
+        """Open the tar, and the file that it is packed in, if it is."""
         head = b""
         try:
             with self.stream.open() as raw, decompressed(raw) as file:
