@@ -173,7 +173,7 @@ def _is_account(columns: Sequence[str]) -> bool:
 
 
 def record_of(found: pa.RecordBatch | pa.Table) -> dict[str, Any]:
-    """Read the one row's values; text that is no UTF-8 as bytes, or nothing where it lies deeper."""
+    """Read the one row's values; text that is no UTF-8 as bytes, nothing where it lies deeper."""
     try:
         (record,) = found.to_pylist()
         return dict(record)
