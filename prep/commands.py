@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from prep import config
@@ -244,18 +244,8 @@ def check_flags(config: config.EncodeConfig) -> None:
 
 def source_options(config: config.EncodeConfig) -> SourceOptions:
     """Collect the flags about sources; `pipe:` may run, for only the command line has it."""
-    return SourceOptions(
-        folder_units=config.folder_units,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        caption_encoding=config.caption_encoding,
-        key_column=config.key_column,
-        streaming=config.streaming,
-        dataset_config_name=config.dataset_config_name,
-        max_image_bytes=config.max_image_bytes,
-        allow_external_images=config.allow_external_images,
-        pipes=True,
-    )
+    names = [field.name for field in fields(SourceOptions) if field.name != "pipes"]
+    return SourceOptions(**{name: getattr(config, name) for name in names}, pipes=True)
 
 
 def finish(config: config.FinishConfig) -> None:

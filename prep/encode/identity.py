@@ -6,19 +6,10 @@ from dataclasses import replace
 
 from prep.encode.networks import Encoders
 from prep.encode.settings import Settings
-from shared.cache.identity import (
-    ADDED,
-    Identity,
-    Preprocessing,
-    Shapes,
-    TextIdentity,
-    VaeIdentity,
-)
+from shared.cache.identity import ADDED, Identity, Preprocessing, Shapes, TextIdentity, VaeIdentity
 from shared.cache.layout import Layout, cache_layout
 from shared.cache.paths import FORMAT
-from shared.models.family import (
-    Model,
-)
+from shared.models.family import Model
 
 SIGNS = ("fingerprint", "fingerprints", *ADDED)  # by which an encoder is known
 

@@ -9,18 +9,11 @@ import torch
 from prep.config import EncodeConfig
 from prep.encoders.text import TextEncoder
 from prep.encoders.vae import VaeEncoder
-from shared.cache.identity import (
-    Identity,
-    Shapes,
-)
+from shared.cache.identity import Identity, Shapes
 from shared.errors import UserError
 from shared.machine import cpus
 from shared.machine.device import pick_device, set_threads
-from shared.models.family import (
-    Model,
-    recorded_model,
-    unet_config,
-)
+from shared.models.family import Model, recorded_model, unet_config
 
 
 @dataclass(frozen=True)

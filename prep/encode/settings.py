@@ -10,15 +10,9 @@ from prep.filters.filters import Filters
 from prep.images.buckets import choose_buckets
 from prep.images.crop import Framing
 from prep.rows.row import Row
-from shared.cache.identity import (
-    Identity,
-)
+from shared.cache.identity import Identity
 from shared.errors import UsageError, UserError
-from shared.models.family import (
-    Model,
-    native_resolution,
-    vae_downscale,
-)
+from shared.models.family import Model, native_resolution, vae_downscale
 
 
 @dataclass(frozen=True)

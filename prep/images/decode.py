@@ -12,14 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import (
-    AvifImagePlugin,
-    ExifTags,
-    Image,
-    ImageCms,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from prep.images.kinds import HEAD_BYTES, Sort, kind_of, why_no_picture
 

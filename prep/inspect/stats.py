@@ -204,7 +204,7 @@ def table(summary: Summary) -> str:
          percent(b.samples, s.written), f"{b.shards:,}", size_of(b.bytes))
         for b in s.buckets
     ]  # fmt: skip
-    heads = ("pixels (h x w)", "latents", "samples", "share", "shards", "bytes")
+    heads = ("pixels (h x w)", "latents", "samples", "percent", "shards", "bytes")
     lines += columns("buckets", heads, rows)
     scale = s.identity.vae.scaling_factor
     rows = [
