@@ -112,7 +112,7 @@ class EncodeConfig:
     cpus_per_worker: Count | None = None
     """CPU cores, and so threads, of a Ray worker without a GPU; as many as --threads."""
     part: str | None = None
-    """I/N: only the I-th of N shares of the units (0/N .. N-1/N); `prep finish` after the last."""
+    """I/N: only the I-th of N parts of the units (0/N .. N-1/N); `prep finish` after the last."""
     prune: bool = False
     """Drop the cache's units whose source is no longer listed in --shards."""
     overwrite: bool = False

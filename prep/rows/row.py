@@ -47,7 +47,7 @@ class Row:
     weight: int = 0  # bytes of memory until it is decoded, about
 
     def unburdened(self) -> Row:
-        """The row without what nobody needs once it is decoded: all but key, captions and url."""
+        """Drop what nobody needs once the row is decoded: all but key, captions and url."""
         url = {"url": str(self.metadata["url"])} if "url" in self.metadata else {}
         return replace(self, image=None, metadata=url)
 
@@ -60,7 +60,7 @@ def make_row(
     problem: str = "",
     metadata_weight: int = 0,
 ) -> Row:
-    """The row, with its problem if it lacks a picture or a caption or has an endless one."""
+    """Make a row, with its problem if it lacks a picture or a caption or has an endless one."""
     if any(len(caption) > MAX_CAPTION for caption in captions):
         captions, problem = (), problem or LONG_CAPTION
     if not problem and image is None:
@@ -72,7 +72,7 @@ def make_row(
 
 
 def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """The captions under the first key that has any."""
+    """Take the captions under the first key that has any."""
     for name in CAPTION_KEYS:
         if found := as_captions(metadata.get(name)):
             return found
@@ -80,7 +80,7 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def record_in(content: bytes, encoding: str | None) -> tuple[Mapping[str, Any], str]:
-    """The object in a json, and why it cannot be read; one that is no JSON says nothing."""
+    """Read the object in a json, or say why it cannot be read; one that is no JSON says nothing."""
     try:
         value = json.loads(decode_json_text(content, encoding))
     except UnreadableText as error:
@@ -91,7 +91,7 @@ def record_in(content: bytes, encoding: str | None) -> tuple[Mapping[str, Any], 
 
 
 def as_captions(value: Any) -> tuple[str, ...]:
-    """A string, or the strings of a list, without blanks around them.
+    """Take a string, or the strings of a list, without blanks around them.
 
     Those that show nothing (blanks, marks of width and direction) are none.
     """

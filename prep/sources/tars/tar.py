@@ -44,7 +44,7 @@ class StrictInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> StrictInfo:
-        """The next header. Raises ReadError unless it is one, or the end mark."""
+        """Read the next header. Raises ReadError unless it is one, or the end mark."""
         try:
             info = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -61,7 +61,7 @@ class StrictInfo(tarfile.TarInfo):
         return info
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> StrictInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> StrictInfo:
         """One header's fields."""
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0 or (info.type in EXTENDED and info.size > HEADER_BYTES):
@@ -110,7 +110,7 @@ class TarReader:
         found = 0
         with contextlib.suppress(SourceError), self._open(seek=True) as (tar, packed):
             while (info := tar.next()) is not None:
-                tar.members = []
+                _forget_members(tar)
                 read = info.offset if packed is None else packed.tell()
                 enough = read > SAMPLE_BYTES or info.offset > SAMPLE_UNPACKED
                 if enough and not self._seekable:
@@ -130,7 +130,7 @@ class TarReader:
         """Every regular file that is no litter. Raises SourceError where the tar is cut or none."""
         with self._open() as (tar, _):
             while (info := tar.next()) is not None:
-                tar.members = []  # tarfile would remember them all
+                _forget_members(tar)
                 if info.isfile() and split_name(info.name)[1] and not is_litter(info.name):
                     yield info.name, self._read(tar, info)
                 _skip_to(tar, tar.offset)
@@ -167,7 +167,7 @@ class TarReader:
 
     @contextlib.contextmanager
     def _open(self, seek: bool = False) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
-        """The tar, and the file that it is packed in, if it is."""
+        """Open the tar, and the file that it is packed in, if it is."""
         head = b""
         try:
             with self.stream.open() as raw, decompressed(raw) as file:
@@ -191,3 +191,8 @@ def _skip_to(tar: tarfile.TarFile, offset: int) -> None:
     while (left := offset - tar.fileobj.tell()) > 0:
         if not tar.fileobj.read(min(left, BUFFER_BYTES)):
             raise tarfile.ReadError("unexpected end of data")
+
+
+def _forget_members(tar: tarfile.TarFile) -> None:
+    """Keep memory flat: tarfile remembers every header it has read."""
+    tar.members = []  # type: ignore[attr-defined]
