@@ -31,7 +31,7 @@ from shared.cache.identity import (
     read_identity,
 )
 from shared.cache.manifest import read_units
-from shared.cache.paths import CachePaths
+from shared.cache.paths import CachePaths, refuse_full_disk
 from shared.cache.units import UnitRecord
 from shared.cli.progress import Progress
 from shared.errors import UserError
@@ -85,7 +85,7 @@ def encode(config: config.EncodeConfig) -> None:
         chosen = choose(config, read_identity(cache), model)
         chosen, todo = look_ahead(config, cache, units, chosen)
         print(todo.work, file=sys.stderr)
-        plan.refuse_full_disk(todo.work, cache)
+        refuse_full_disk(cache, todo.work.peak_bytes)
         if config.dry_run:
             return
         sweep(cache.tmp)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from prep.rows.row import MAX_IMAGE_BYTES
 from shared.cli.defaults import MODEL
 from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag
-from shared.cli.ranges import Count, Natural, Numbers, Share
+from shared.cli.ranges import Count, Fraction, Natural, Numbers
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class EncodeConfig:
     """Read pictures that the rows of a table name outside the table's folder, host or bucket."""
     where: str | None = None
     """Keep rows of which this holds or is unknown: "similarity > 0.3 and license != 'nc'"."""
-    max_pwatermark: Share | None = None
+    max_pwatermark: Fraction | None = None
     """Reject rows whose pwatermark (LAION's) is above; rows without it are kept."""
-    max_reject_fraction: Share = 0.5
+    max_reject_fraction: Fraction = 0.5
     """Stop when more than this share of a unit is rejected."""
     device: str = "auto"
     """cuda, cpu, or auto."""

@@ -40,17 +40,17 @@ class Schedule:
         return len(self.alphas_cumprod)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Schedule:
-        """The same schedule elsewhere."""
+        """Return the same schedule elsewhere."""
         return Schedule(self.alphas_cumprod.to(device, dtype), self.prediction_type)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t at integer timesteps `t` `[B]`, each `[B]`."""
+        """Return alpha_t and sigma_t at integer timesteps `t` `[B]`, each `[B]`."""
         abar = self.alphas_cumprod[t]
         return abar.sqrt(), (1 - abar).sqrt()
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
-    """The schedule in a diffusers `scheduler_config.json`.
+    """Read the schedule in a diffusers `scheduler_config.json`.
 
     Raises ValueError for a scheduler without betas, for a beta schedule or a prediction type that
     is not known here, and for noise prediction with zero terminal SNR: there z is the noise itself,
@@ -96,24 +96,24 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """`[B]` to `[B, 1, 1, 1]`, ready to multiply `like`."""
+    """Reshape `[B]` to `[B, 1, 1, 1]`, ready to multiply `like`."""
     return coefficient.view(-1, *[1] * (like.ndim - 1))
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """z_t = alpha_t x0 + sigma_t eps (LCM, eq. 2)."""
+    """Return z_t = alpha_t x0 + sigma_t eps (LCM, eq. 2)."""
     return expand(alpha, x0) * x0 + expand(sigma, x0) * noise
 
 
 def velocity(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """v = alpha_t eps - sigma_t x0 (arXiv 2202.00512, appendix D)."""
+    """Return v = alpha_t eps - sigma_t x0 (arXiv 2202.00512, appendix D)."""
     return expand(alpha, x0) * noise - expand(sigma, x0) * x0
 
 
 def predicted_x0(
     output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:
-    """The clean latents an output implies: (z - sigma eps) / alpha, or alpha z - sigma v."""
+    """Return the clean latents an output implies: (z - sigma eps) / alpha, or alpha z - sigma v."""
     alpha, sigma = expand(alpha, z), expand(sigma, z)
     if prediction_type == "epsilon":
         return (z - sigma * output) / alpha
@@ -123,24 +123,24 @@ def predicted_x0(
 def predicted_eps(
     output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:
-    """The noise a network's output implies: eps itself, or alpha v + sigma z."""
+    """Return the noise a network's output implies: eps itself, or alpha v + sigma z."""
     if prediction_type == "epsilon":
         return output
     return expand(alpha, z) * output + expand(sigma, z) * z
 
 
 def guided(cond: Tensor, uncond: Tensor, w: Tensor) -> Tensor:
-    """cond + w (cond - uncond), w `[B]` (LCM, eq. 13); diffusers' guidance_scale is w + 1."""
+    """Return cond + w (cond - uncond), w `[B]` (LCM, eq. 13); diffusers says w + 1."""
     return cond + expand(w, cond) * (cond - uncond)
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma_prev: Tensor) -> Tensor:
-    """The deterministic DDIM step to the earlier time (DDIM, eq. 12 with eta = 0)."""
+    """Return the deterministic DDIM step to the earlier time (DDIM, eq. 12 with eta = 0)."""
     return expand(alpha_prev, x0) * x0 + expand(sigma_prev, x0) * eps
 
 
 def solver_timesteps(index: Tensor, num_ddim_timesteps: int, total: int) -> tuple[Tensor, Tensor]:
-    """t_{n+k} and t_n of solver interval `index` in 0..N-1.
+    """Return t_{n+k} and t_n of solver interval `index` in 0..N-1.
 
     k = T / N; t_{n+k} = k (index + 1) - 1 and t_n = max(t_{n+k} - k, 0), where abar[0] is used.
     """
@@ -152,7 +152,7 @@ def solver_timesteps(index: Tensor, num_ddim_timesteps: int, total: int) -> tupl
 def boundary_scalings(
     t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out, each `[B]` (LCM, appendix C), so that f(z, 0) = z.
+    """Return c_skip and c_out, each `[B]` (LCM, appendix C), so that f(z, 0) = z.
 
     With s = timestep_scaling * t: c_skip = sd^2 / (s^2 + sd^2), c_out = s / sqrt(s^2 + sd^2).
     """
@@ -162,12 +162,12 @@ def boundary_scalings(
 
 
 def consistency(z: Tensor, x0: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
-    """f(z, t) = c_skip z + c_out x0 (LCM, eq. 9)."""
+    """Return f(z, t) = c_skip z + c_out x0 (LCM, eq. 9)."""
     return expand(c_skip, z) * z + expand(c_out, z) * x0
 
 
 def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
-    """[sin, cos](1000 w 10000^(-j / (dim/2 - 1))), `[B, dim]`, as diffusers' LCM pipelines do."""
+    """Return [sin, cos](1000 w 10000^(-j / (dim/2 - 1))), `[B, dim]`, as diffusers' LCM does."""
     half = dim // 2
     frequency = torch.exp(
         torch.arange(half, dtype=w.dtype, device=w.device) * (-math.log(10000.0) / (half - 1))
@@ -177,10 +177,10 @@ def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
 
 
 def l2_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference, a scalar."""
+    """Return mean squared difference, a scalar."""
     return ((a - b) ** 2).mean()
 
 
 def huber_distance(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """Mean pseudo-Huber distance sqrt(d^2 + c^2) - c, a scalar (arXiv 2310.14189, eq. 8)."""
+    """Return mean pseudo-Huber distance sqrt(d^2 + c^2) - c, a scalar (arXiv 2310.14189, eq. 8)."""
     return (((a - b) ** 2 + c**2).sqrt() - c).mean()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from shared.text import on_one_line
+
 # What to do where the operating system refuses.
 REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
@@ -108,7 +110,7 @@ def _drop_unwritten() -> None:
 
 
 def system_error(error: OSError) -> str:
-    """An error of the operating system in a line: which file, what is wrong, what to do."""
+    """Return an error of the operating system in a line: which file, what is wrong, what to do."""
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     remedies = REMEDIES | TROUBLE
     if not isinstance(error.errno, int) or error.errno not in remedies:
@@ -119,7 +121,7 @@ def system_error(error: OSError) -> str:
 
 
 def unreadable(error: OSError) -> str:
-    """Why a file cannot be read, and what to do about it."""
+    """Return why a file cannot be read, and what to do about it."""
     why = error.strerror or first_line(error)
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTDIR, *TROUBLE):
         return f"({why}): {(REMEDIES | TROUBLE)[error.errno]}"
@@ -128,28 +130,20 @@ def unreadable(error: OSError) -> str:
 
 
 def exhausted(error: BaseException) -> str:
-    """Which memory is full, or an empty string where the error says nothing of the kind."""
+    """Return which memory is full, or an empty string where the error says nothing of the kind."""
     if isinstance(error, MemoryError):
         return "the memory is full"
     torch = sys.modules.get("torch")  # which takes a while to load
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full"
-    said = str(error)
-    if any(words in said for words in NO_MEMORY):
+    text = str(error)
+    if any(words in text for words in NO_MEMORY):
         return "the memory is full"
-    return "the system allows no more threads (ulimit -u)" if NO_THREADS in said else ""
-
-
-def on_one_line(text: str) -> str:
-    """`text` with line ends, control characters and lone surrogates, as names have, spelled out."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    return "the system allows no more threads (ulimit -u)" if NO_THREADS in text else ""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """Return the first line of what an error says, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

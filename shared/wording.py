@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def counted(count: int, what: str, plural: str = "") -> str:
-    """`1 file`, `2,000 files`; the plural is `what` with an s unless given."""
+    """Say `1 file`, `2,000 files`; the plural is `what` with an s unless given."""
     return f"{count:,} {what if count == 1 else plural or what + 's'}"
 
 
 def size_of(count: float) -> str:
-    """Bytes: `12.3 MB`."""
+    """Say bytes: `12.3 MB`."""
     if round(count) < 1000:
         return counted(round(count), "byte")
     for unit in ("kB", "MB", "GB"):
@@ -20,7 +20,7 @@ def size_of(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.3 s`, `45 s`, `12 min`, `3.4 h`, `2.1 days`; something never reads as nothing."""
+    """Say `0.3 s`, `45 s`, `12 min`, `3.4 h`, `2.1 days`; something never reads as nothing."""
     for size, unit, least in ((86400, "days", 2), (3600, "h", 2), (60, "min", 2)):
         if (amount := seconds / size) >= least:
             return f"{amount:.0f} {unit}" if amount >= 10 else f"{amount:.1f} {unit}"
@@ -32,7 +32,19 @@ def duration(seconds: float) -> str:
 
 
 def rate(per_second: float, what: str) -> str:
-    """`1,234 pictures/s`, `3.4 pictures/s`; below one a second what each takes: `2.5 s/picture`."""
+    """Say `1,234 pictures/s`, `3.4 pictures/s`; below one a second `2.5 s/picture`."""
     if per_second < 0.95:
         return f"{duration(1 / per_second)}/{what}"
     return f"{per_second:,.{0 if per_second >= 9.95 else 1}f} {what}s/s"
+
+
+def percent(part: float, whole: float) -> str:
+    """Say `12.5%`; something never reads as nothing, nor nearly all as all."""
+    if not whole or not part:
+        return "0%"
+    amount = 100 * part / whole
+    if amount < 0.1:
+        return "<0.1%"
+    if 99.9 < amount < 100:
+        return ">99.9%"
+    return f"{amount:.1f}%" if amount < 99.95 else "100%"

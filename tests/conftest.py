@@ -5,7 +5,6 @@ import importlib
 import io
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.support import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +23,11 @@ def pytest_configure(config):
     chosen = config.option.markexpr
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish():
+    """What the tests test is imported now, and nothing has run: the moment to fork from."""
+    warm.fork_server()
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +54,9 @@ def encode_some(model: str, latents: str, count: int, folder: Path) -> Path:
         for member in source.getmembers()[: 3 * count]:  # KEY.jpg, KEY.txt, KEY.json
             some.addfile(member, source.extractfile(member))
     words = f"--shards some.tar --model {model} --cache cache --latents {latents} --threads 1"
-    command = [sys.executable, "-m", "prep", "encode", *words.split()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    warm.run(
+        ["-m", "prep", "encode", *words.split()], folder, OMP_NUM_THREADS="1"
+    ).check_returncode()
     return folder / "cache"
 
 

@@ -1,7 +1,6 @@
 """The benchmarks measure what they say: real sizes, an equal loss, counted work, every row."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from benchmarks.common.online import Online, TwoCalls, build_encoders, build_tea
 from benchmarks.common.steps import Cached, compare, flops, open_run
 from prep.encoders.text import TextEncoder
 from shared.models.family import resolve_model
+from tests.support import warm
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -253,8 +253,7 @@ def test_the_estimate_of_memory_decides_nothing_here(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_one_line_and_a_clean_exit(repo):
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu"]
-    answer = subprocess.run(command, cwd=repo, capture_output=True, text=True)
+    answer = warm.run(["-m", "benchmarks.gpu"], repo)
     assert answer.returncode == 0
     assert answer.stdout.count("\n") == 1
     assert "no CUDA device" in answer.stdout
@@ -262,6 +261,6 @@ def test_without_a_gpu_one_line_and_a_clean_exit(repo):
 
 def test_a_separate_teacher_is_measured_in_a_process_of_its_own(repo, tmp_path):
     words = ["separate_teacher", "tiny-sd", "64", "1", "1", str(tmp_path), "cpu"]
-    command = [sys.executable, "-m", "benchmarks.step", "--child", *words]
-    answer = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
+    answer = warm.run(["-m", "benchmarks.step", "--child", *words], repo)
+    assert answer.returncode == 0, answer.stderr
     assert 0.1 < json.loads(answer.stdout)["peak_gb"] < 4

@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.support import warm
 
 USAGE = [
     ("prep", ["encodee"], "did you mean encode?"),
@@ -117,10 +117,7 @@ def test_bash_completes(tmp_path, line, completed):
     """By the script that the command prints, in a bash of its own."""
     program = line.split()[0]
     stage = program.removeprefix("distillery-")
-    script = subprocess.run(
-        [sys.executable, "-m", stage, "--print-completion", "bash"], cwd=tmp_path, check=True,
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    ).stdout  # fmt: skip
+    script = warm.run(["-m", stage, "--print-completion", "bash"], tmp_path).stdout
     (tmp_path / "script").write_text(script)
     words = line.split()
     asked = (

@@ -6,7 +6,16 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
-from shared.cli.ranges import BelowOne, Count, Natural, NotNegative, Numbers, Positive, Seed, Share
+from shared.cli.ranges import (
+    BelowOne,
+    Count,
+    Fraction,
+    Natural,
+    NotNegative,
+    Numbers,
+    Positive,
+    Seed,
+)
 
 ExportDtype = Literal["both", "fp32", "fp16"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -141,8 +150,8 @@ class LoraFlags:
 class DataFlags:
     """What is read of the cache, and how."""
 
-    proportion_empty_prompts: Share = 0.0
-    """Share of captions replaced by the unconditional embedding."""
+    proportion_empty_prompts: Fraction = 0.0
+    """Fraction of captions replaced by the unconditional embedding."""
     dataloader_num_workers: Count = 4
     """Reader threads. A remote cache has one for each batch that it reads ahead."""
     max_train_samples: Count | None = None

@@ -126,7 +126,7 @@ def ours(samples: Samples, threads: int) -> Read:
             for at, number in enumerate(ids[index * BATCH :][:BATCH]):
                 into = [views["latents"][at], views["prompt_embeds"][at]]
                 spans += samples.bucket.spans(number, rows, into)
-            samples.bucket.finish(samples.bucket.begin(spans))
+            samples.bucket.finish(samples.bucket.start(spans))
 
         with closing(Ring(fill, memory, threads).run(0)) as stream:
             for _ in range(0, len(ids), BATCH):

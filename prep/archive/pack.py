@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,10 @@ from shared.cache.units import Shard
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.machine import cpus
-from shared.storage.files import copy_durably, file_sha256, guard, publish, sync_folder
+from shared.storage.files import copy_durably, file_sha256, free_bytes, guard, publish, sync_folder
 from shared.storage.temporary import sweep
 from shared.storage.urls import Place
-from shared.visible import share_of
-from shared.wording import counted, size_of
+from shared.wording import counted, percent, size_of
 
 BLOCK = 1 << 20
 
@@ -55,7 +53,7 @@ def pack(config: PackConfig) -> None:
         sync_folder(output)
         sweep(output / "tmp")
     total = sum(shard.size for shard in manifest.shards)
-    if (free := shutil.disk_usage(output).free) < total:
+    if (free := free_bytes(output)) < total:
         print(f"{size_of(free)} free for up to {size_of(total)} of shards", file=sys.stderr)
     threads = config.threads or cpus.cpus()
     sums: dict[str, str] = {}
@@ -76,7 +74,7 @@ def pack(config: PackConfig) -> None:
     original = total + sum(path.stat().st_size for path in small)
     print(
         f"{output}: {counted(len(sums), 'file')}, {size_of(packed)}, "
-        f"{share_of(packed, original)} of the cache"
+        f"{percent(packed, original)} of the cache"
     )
 
 

@@ -14,14 +14,14 @@ from prep.cache.retire import retire
 from prep.config import UnpackConfig
 from shared.cache.identity import claim_identity, read_identity
 from shared.cache.manifest import Manifest, open_manifest, parse_unit
-from shared.cache.paths import CachePaths
+from shared.cache.paths import CachePaths, refuse_full_disk
 from shared.cache.units import Shard
 from shared.cli.progress import Progress
 from shared.errors import UserError
-from shared.storage.files import file_sha256, free_bytes, guard, publish
+from shared.storage.files import file_sha256, guard, publish
 from shared.storage.reading import read_file
 from shared.storage.temporary import sweep
-from shared.wording import counted, size_of
+from shared.wording import counted
 
 
 def unpack(config: UnpackConfig) -> None:
@@ -39,7 +39,9 @@ def unpack(config: UnpackConfig) -> None:
     refuse_strangers(cache.root, records, archive, "--cache")
     sweep(cache.tmp)
     wanted = [shard for shard in manifest.shards if not in_place(cache, shard)]
-    refuse_full_disk(cache, [shard.size for shard in wanted])
+    sizes = [shard.size for shard in wanted]  # of a remote cache one lies here at a time
+    local = isinstance(cache.root, Path)
+    refuse_full_disk(cache, sum(sizes) if local else max(sizes, default=0))
     claim_identity(cache, read_identity(CachePaths(archive)), "choose another --cache")
     with Progress("unpack", len(wanted), "shard") as progress:
         for shard in wanted:
@@ -84,18 +86,6 @@ def check_shards(archive: Path, manifest: Manifest, sums: dict[str, str]) -> Non
     packed = {name.removesuffix(SUFFIX) for name in sums if name.endswith(SUFFIX)}
     if named != {s.file: s.sha256 for s in manifest.shards} or named.keys() != packed:
         raise UserError(f"{archive}: manifest, units and shards do not agree; pack it again")
-
-
-def refuse_full_disk(cache: CachePaths, sizes: list[int]) -> None:
-    """Raise UserError where shards of these sizes would not fit."""
-    local = isinstance(cache.root, Path)
-    folder = cache.root if isinstance(cache.root, Path) else cache.tmp
-    needed, free = sum(sizes) if local else max(sizes, default=0), free_bytes(folder)
-    if needed > free:
-        raise UserError(
-            f"{folder}: {size_of(needed)} are needed and {size_of(free)} are free; "
-            f"free some space or {'choose another --cache' if local else 'set TMPDIR'}"
-        )
 
 
 def in_place(cache: CachePaths, shard: Shard) -> bool:

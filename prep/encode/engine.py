@@ -25,8 +25,9 @@ from shared.cache.manifest import Manifest, fold, read_units, write_manifest
 from shared.cache.paths import CachePaths
 from shared.cache.units import UnitRecord
 from shared.cli.progress import Progress
-from shared.errors import UserError, on_one_line
+from shared.errors import UserError
 from shared.models.family import Model
+from shared.text import on_one_line
 from shared.wording import counted, size_of
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")

@@ -83,24 +83,8 @@ def estimate(
     local = isinstance(cache.root, Path)
     peak = (total + largest if local else 2 * largest) * layout.stride
     seconds = None if seconds_per_row is None else total * seconds_per_row
-    free = free_bytes(cache.root if isinstance(cache.root, Path) else cache.tmp)
+    free = free_bytes(cache.disk)
     return Estimate(len(units), total, total * layout.stride, peak, seconds, free)
-
-
-def refuse_full_disk(work: Estimate, cache: CachePaths) -> None:
-    """Raise UserError where the cache would not fit."""
-    if work.peak_bytes <= work.free:
-        return
-    needed, free = size_of(work.peak_bytes), f"{size_of(work.free)} are free"
-    if isinstance(cache.root, Path):
-        raise UserError(
-            f"{cache.root}: the cache needs about {needed} while it is written, and {free}; "
-            "free some space or choose another --cache"
-        )
-    raise UserError(
-        f"{cache.tmp}: the largest unit needs about {needed} before it is uploaded, and {free}; "
-        "free some space or set TMPDIR to a folder with more"
-    )
 
 
 def probe(

@@ -23,6 +23,7 @@ from shared.cache.sums import ChannelSums
 from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.files import move, staged
+from shared.text import storable
 from shared.wording import counted
 
 ROW_GROUP = 4096  # rows of the accounts that are sorted and compressed at once
@@ -85,7 +86,7 @@ class UnitWriter:
     def _add(self, sample: Sample) -> dict[str, Any]:
         """Spool a sample unless it is rejected; returns its row of the accounts."""
         key = sample_key(self.unit.source, sample.row)
-        source_key = _printable(sample.row.key)
+        source_key = storable(sample.row.key)
         latents, time_ids = (sample.arrays.get(name) for name in ("latents", "time_ids"))
         if sample.reason:
             self.rejected[sample.reason] += 1
@@ -100,7 +101,7 @@ class UnitWriter:
             "source_key": source_key,
             "status": "rejected" if sample.reason else "written",
             "reason": sample.reason,
-            "captions": [_printable(text) for text in sample.captions],
+            "captions": [storable(text) for text in sample.captions],
             "image_sha256": sample.image_sha256,
             "latent_size": [] if latents is None else list(latents.shape[-2:]),
             "time_ids": [] if time_ids is None else time_ids.ravel().tolist(),
@@ -122,15 +123,15 @@ class UnitWriter:
 
     def _record(self, sample: Sample) -> dict[str, Any]:
         captions = captions_kept(sample, self.settings)
-        key = _printable(sample.row.key)
+        key = storable(sample.row.key)
         return {
-            "source": _printable(self.unit.source),
+            "source": storable(self.unit.source),
             **({"source_key": key} if len(key) <= LONGEST_KEY else {}),
-            "captions": [_printable(text) for text in captions],
+            "captions": [storable(text) for text in captions],
             "num_captions": len(captions),
             "sha256": sample.image_sha256,
             "original_size": sample.arrays["time_ids"][0, :2].tolist(),
-            "url": _printable(str(sample.row.metadata.get("url", ""))),
+            "url": storable(str(sample.row.metadata.get("url", ""))),
         }
 
     def commit(self, max_reject_fraction: float, handed: int) -> UnitRecord:
@@ -192,8 +193,3 @@ class UnitWriter:
             name = f"{self.unit.name}-{digest[:12]}.parquet"
             move(file, self.cache.samples / name)
         return f"samples/{name}", digest
-
-
-def _printable(text: str) -> str:
-    """Without the lone surrogates that undecodable file names carry."""
-    return text.encode("utf-8", "replace").decode("utf-8")

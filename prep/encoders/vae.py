@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shared.cache.identity import VaeIdentity
 from shared.errors import UserError
+from shared.models.family import downscale_of
 from shared.models.fingerprint import fingerprint
 from shared.models.rescale import encoder_peak, plain_vae, rescale_vae, scale_for
 from shared.models.vae import load_vae
@@ -72,7 +73,7 @@ class VaeEncoder:
     @property
     def downscale(self) -> int:
         """Pixels per latent, each way."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return downscale_of(self.vae.config)
 
     def identity(self) -> VaeIdentity:
         """What the cache records of this encoder."""

@@ -19,7 +19,7 @@ class Strayed(PermissionError):
 
 
 def origin(url: str) -> tuple[str, ...] | None:
-    """Whom an address asks: host and port, bucket, or repository; None where that is unclear."""
+    """Return whom an address asks: host and port, bucket, repository; None where it is unclear."""
     try:
         parts = urlsplit(url)
         port = parts.port if parts.scheme in WEB else None
@@ -37,12 +37,12 @@ def origin(url: str) -> tuple[str, ...] | None:
 
 
 def strayed(error: BaseException) -> bool:
-    """Is it for a redirect? fsspec wraps what it is told."""
+    """Is it for a redirect? fsspec wraps what it catches."""
     return isinstance(error, Strayed) or isinstance(error.__cause__, Strayed)
 
 
 def web_options(stay: bool) -> Mapping[str, Any]:
-    """fsspec's, to fetch pictures: nobody is waited for long, and `stay` follows no redirect away.
+    """Return fsspec's options for pictures: none is waited for long, `stay` allows no redirect.
 
     A redirect within a host, also from http to https, is followed.
     """
@@ -50,9 +50,9 @@ def web_options(stay: bool) -> Mapping[str, Any]:
 
 
 async def _stay(_: Any, __: Any, answer: aiohttp.TraceRequestRedirectParams) -> None:
-    told = answer.response.headers.get("Location") or answer.response.headers.get("URI") or ""
+    target = answer.response.headers.get("Location") or answer.response.headers.get("URI") or ""
     here = str(answer.url)
-    if origin(there := urljoin(here, told)) != origin(here):
+    if origin(there := urljoin(here, target)) != origin(here):
         raise Strayed(f"it redirects to {urlsplit(there).netloc}")
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import glob
 import io
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, BinaryIO, ClassVar
+from functools import partial
+from typing import Any, BinaryIO, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -20,18 +20,14 @@ from prep.files.addresses import strayed
 from prep.files.blame import is_failure
 from prep.rows.row import SourceError
 from shared.errors import UserError
-from shared.storage.errors import (
-    cause_of,
-    is_permanent,
-    known_protocol,
-    status_of,
-    without_password,
-)
+from shared.storage.errors import cause_of, known_protocol, status_of, without_password
+from shared.storage.retry import TRIES, with_retries, worth_another_try
+from shared.storage.urls import RangedFile
+
+T = TypeVar("T")
 
 BLOCK_BYTES = 8 << 20  # of a ranged read; the next block is fetched while one is read
 BLOCKS_KEPT = 4
-RETRIES = 5
-FIRST_WAIT = 0.5  # seconds, doubled after each failure
 LOOKUPS = 16  # at a time
 LISTED = 64  # names in one folder from which on listing the folder is quicker than asking for each
 VERSIONS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "Last-Modified", "last_modified",
@@ -52,7 +48,7 @@ class RemoteFile:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The bytes, as a file that can be read in order and sought in."""
+        """Yield the bytes, as a file that can be read in order and sought in."""
         with RetryingFile(self.url) as raw, io.BufferedReader(raw, 1 << 16) as file:
             yield file
 
@@ -67,7 +63,7 @@ class Found:
 
 
 def find_remote(patterns: Sequence[str]) -> list[Found]:
-    """What URLs and globs of URLs stand for. Raises UserError for whatever is not there."""
+    """Find what URLs and globs of URLs stand for. Raises UserError for whatever is not there."""
     found: list[tuple[str, Mapping[str, Any] | None]] = []
     for pattern in patterns:
         found += _glob(pattern) if _has_magic(pattern) else [(pattern, None)]
@@ -99,7 +95,7 @@ def _has_magic(url: str) -> bool:
 def _glob(pattern: str) -> list[tuple[str, Mapping[str, Any] | None]]:
     filesystem, path = _filesystem(pattern)
     try:
-        infos = filesystem.glob(path, detail=True)
+        infos = with_retries(lambda: filesystem.glob(path, detail=True))
     except Exception as error:  # each file system raises what its library does
         if not is_failure(error):
             raise
@@ -114,7 +110,7 @@ def _glob(pattern: str) -> list[tuple[str, Mapping[str, Any] | None]]:
 
 
 def _infos(urls: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Details of each URL: by folder where many lie together, else several at a time."""
+    """Return the details of each URL: by folder where many lie together, else several at a time."""
     known: dict[str, Mapping[str, Any]] = {}
     folders = defaultdict(list)
     for url in urls:
@@ -123,11 +119,12 @@ def _infos(urls: Sequence[str]) -> list[Mapping[str, Any]]:
         if len(members) >= LISTED and urlsplit(folder).scheme not in ("http", "https"):
             filesystem, path = _filesystem(folder)
             try:
-                listed = {info["name"]: info for info in filesystem.ls(path, detail=True)}
+                infos = with_retries(partial(filesystem.ls, path, detail=True))
             except Exception as error:  # a folder that may be read but not listed
                 if not is_failure(error):
                     raise
                 continue
+            listed = {info["name"]: info for info in infos}
             names = {url: filesystem._strip_protocol(url) for url in members}
             known |= {url: listed[name] for url, name in names.items() if name in listed}
     with ThreadPoolExecutor(LOOKUPS, thread_name_prefix="lookup") as pool:
@@ -136,19 +133,15 @@ def _infos(urls: Sequence[str]) -> list[Mapping[str, Any]]:
 
 def _info(url: str) -> Mapping[str, Any]:
     filesystem, path = _filesystem(url)
-    for attempt in range(RETRIES + 1):
-        try:
-            return dict(filesystem.info(path))
-        except Exception as error:
-            if not is_failure(error):
-                raise
-            if is_permanent(error) or attempt == RETRIES:
-                raise UserError(
-                    f"--shards: {RemoteFile(url).source} cannot be read ({cause_of(error)}); "
-                    "check the address and your access to it"
-                ) from None
-            time.sleep(FIRST_WAIT * 2**attempt)
-    raise AssertionError
+    try:
+        return dict(with_retries(lambda: filesystem.info(path)))
+    except Exception as error:
+        if not is_failure(error):
+            raise
+        raise UserError(
+            f"--shards: {RemoteFile(url).source} cannot be read ({cause_of(error)}); "
+            "check the address and your access to it"
+        ) from None
 
 
 def _filesystem(url: str, options: Mapping[str, Any] | None = None) -> tuple[Any, str]:
@@ -171,89 +164,75 @@ class Unreadable(SourceError):
         self.strayed = strayed(error)
 
 
-class RetryingFile(io.RawIOBase):
+class RetryingFile(RangedFile):
     """A remote file that is opened again where reading it broke off.
 
-    Raises Unreadable, naming URL and cause, when `retries` more attempts in a row have failed.
+    Raises Unreadable, naming URL and cause, when `tries` attempts in a row have failed.
     """
 
     def __init__(
-        self, url: str, retries: int = RETRIES, options: Mapping[str, Any] | None = None,
+        self, url: str, tries: int = TRIES, options: Mapping[str, Any] | None = None,
         ranges: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.url, self.retries, self.options = url, retries, options
+        super().__init__(self.read_range, self.size)
+        self.url, self.tries, self.options = url, tries, options
         self._file: Any = None
+        self._at = 0  # where the open file stands
         self._size: int | None = None
-        self._position = 0
         self._ranges = ranges  # until the server turns out not to know them
 
-    def readable(self) -> bool:
-        """Yes."""
-        return True
+    def size(self) -> int:
+        """Return the file's bytes, as the server says. Raises Unreadable."""
+        self._attempt(lambda: self._open(self.position))
+        assert self._size is not None, self.url
+        return self._size
 
-    def seekable(self) -> bool:
-        """Yes: reading goes on elsewhere."""
-        return True
-
-    def tell(self) -> int:
-        """Where the next read begins."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As for any file."""
-        if whence == io.SEEK_END:
-            self._attempt(self._open)
-            assert self._size is not None, self.url
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size or 0}
-        position = start[whence] + offset
-        if position != self._position:
-            self._position = position
-            if self._ranges and self._file is not None:
-                self._file.seek(position)
-            else:
-                self._drop()
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill as much of `buffer` as comes at once; 0 at the end."""
-        data = self._attempt(lambda: self._read(len(buffer)))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    def read_range(self, start: int, end: int) -> bytes:
+        """Return bytes from `start` on, `end` at most. Raises Unreadable."""
+        return self._attempt(lambda: self._read(start, end - start))
 
     def close(self) -> None:
         """Let go of the connection."""
         self._drop()
         super().close()
 
-    def _read(self, count: int) -> bytes:
-        self._open()
+    def _read(self, start: int, count: int) -> bytes:
+        self._open(start)
         data = bytes(self._file.read(count))
-        if not data and self._size is not None and self._position < self._size:
-            raise OSError(f"ended after {self._position} of {self._size} bytes")
+        if not data and self._size is not None and start < self._size:
+            raise OSError(f"ended after {start} of {self._size} bytes")
+        self._at += len(data)
         return data
 
-    def _attempt(self, act: Any) -> Any:
-        for attempt in range(self.retries + 1):
-            try:
-                return act()
-            except UserError:  # an address that cannot be used
+    def _attempt(self, act: Callable[[], T]) -> T:
+        try:
+            return with_retries(lambda: self._once(act), self.tries)
+        except UserError:  # an address that cannot be used
+            raise
+        except Exception as error:
+            if not is_failure(error):
                 raise
-            except Exception as error:  # each file system raises what its library does
-                self._drop()
-                if not is_failure(error):
-                    raise
-                if isinstance(error, ValueError) and self._ranges:
-                    self._ranges = False  # the answer was the whole file, not the range
-                elif (lost := is_permanent(error) or strayed(error)) or attempt == self.retries:
-                    tries = 1 if lost else self.retries + 1
-                    raise Unreadable(self.url, error, tries) from None
-                else:
-                    time.sleep(FIRST_WAIT * 2**attempt)
-        raise AssertionError
+            tries = self.tries if worth_another_try(error) else 1
+            raise Unreadable(self.url, error, tries) from None
 
-    def _open(self) -> None:
+    def _once(self, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except Exception as error:  # each file system raises what its library does
+            self._drop()
+            if not (isinstance(error, ValueError) and self._ranges and is_failure(error)):
+                raise
+        self._ranges = False  # the answer was the whole file, not the range
+        return self._once(act)
+
+    def _open(self, start: int) -> None:
+        """Let the file stand at `start`."""
+        if self._file is not None and start != self._at:
+            if self._ranges:
+                self._file.seek(start)
+            else:
+                self._drop()
+        self._at = start
         if self._file is not None:
             return
         filesystem, path = _filesystem(self.url, self.options)
@@ -262,10 +241,10 @@ class RetryingFile(io.RawIOBase):
                 path, "rb", block_size=BLOCK_BYTES, cache_type="background",
                 cache_options={"maxblocks": BLOCKS_KEPT},
             )  # fmt: skip
-            self._file.seek(self._position)
+            self._file.seek(start)
         else:
             self._file = filesystem.open(path, "rb", block_size=0)
-            left = self._position
+            left = start
             while left and (skipped := self._file.read(min(left, BLOCK_BYTES))):
                 left -= len(skipped)
         self._size = getattr(self._file, "size", None)

@@ -17,7 +17,7 @@ from typing import BinaryIO, ClassVar, Protocol, cast
 import zstandard
 
 from prep.rows.row import SourceError
-from prep.rows.unit import printable
+from shared.text import printable
 
 PATIENCE = 5.0  # seconds that a command has to end when it is asked to
 ZSTD, GZIP = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"
@@ -33,7 +33,7 @@ class Stream(Protocol):
         """What the user typed, for messages and records."""
 
     def open(self) -> AbstractContextManager[BinaryIO]:
-        """The bytes. Raises OSError or SourceError where they cannot be had."""
+        """Return the bytes. Raises OSError or SourceError where they cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LocalFile:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The file."""
+        """Yield the file."""
         with open(self.path, "rb") as file:
             yield file
 
@@ -69,7 +69,7 @@ class Command:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Its output. Whoever reads to the end gets SourceError if the command failed."""
+        """Yield its output. Whoever reads to the end gets SourceError if the command failed."""
         process = subprocess.Popen(
             self.command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             start_new_session=True,
@@ -118,7 +118,7 @@ class _Output(io.RawIOBase):
 
 @contextmanager
 def decompressed(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The content of `file`, which may be plain, zstd or gzip: its first bytes tell."""
+    """Yield the content of `file`, which may be plain, zstd or gzip: its first bytes tell."""
     head = cast(io.BufferedReader, file).peek(4)[:4]
     if head == ZSTD:
         with zstandard.ZstdDecompressor().stream_reader(

@@ -9,7 +9,7 @@ from statistics import median
 
 from prep.filters.filters import is_filter
 from prep.inspect.stats import Summary
-from shared.visible import share_of
+from shared.wording import percent
 
 GOOD, LOOK, BAD = "good", "look", "bad"
 VERDICTS = {
@@ -117,8 +117,7 @@ def check_rejected(summary: Summary) -> Check:
     read = summary.read - filtered
     share = count / read
     level = GOOD if share <= REJECTED_LOOK else LOOK if share <= REJECTED_BAD else BAD
-    percent = share_of(count, read)
-    told = f"{count:,} of {read:,} rows ({percent}), mostly for: {unusable[0].reason}."
+    told = f"{count:,} of {read:,} rows ({percent(count, read)}), mostly for: {unusable[0].reason}."
     return Check(level, "Rejected", told + more)
 
 
@@ -132,6 +131,6 @@ def check_captions(summary: Summary) -> Check:
     level = GOOD if share <= TRUNCATED_LOOK else LOOK
     return Check(
         level, "Captions",
-        f"{summary.truncated_captions:,} ({share_of(summary.truncated_captions, captions)}) are "
+        f"{summary.truncated_captions:,} ({percent(summary.truncated_captions, captions)}) are "
         f"longer than {length} tokens; the encoder does not read the rest.",
     )  # fmt: skip

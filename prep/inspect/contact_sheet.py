@@ -13,7 +13,7 @@ from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import guard
-from shared.visible import visible
+from shared.text import visible
 from shared.wording import counted
 
 GAP = 4

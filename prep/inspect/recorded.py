@@ -19,7 +19,7 @@ from prep.sources.tables.opening import HUB
 from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.urls import is_url
-from shared.visible import visible
+from shared.text import visible
 
 HASH = re.compile(r"-[0-9a-f]{8}$")  # of the full source, at the end of a unit's name
 SHOWN = 80  # characters of a source

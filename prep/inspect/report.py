@@ -37,8 +37,8 @@ from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import dump_json, publish
 from shared.storage.temporary import sweep
-from shared.visible import share_of, visible
-from shared.wording import size_of
+from shared.text import visible
+from shared.wording import percent, size_of
 
 PICTURES = 12
 SEED = 0  # every report of a cache shows the same samples
@@ -162,7 +162,7 @@ def page(summary: Summary, contents: Contents) -> str:
         missing=missing_pictures(summary, contents),
         psnr=median(psnrs) if psnrs else None,
         most=max((bucket.samples for bucket in summary.buckets), default=1),
-        share=share_of, infinity=math.inf, plot={"width": WIDTH, "height": HEIGHT, "limit": LIMIT},
+        share=percent, infinity=math.inf, plot={"width": WIDTH, "height": HEIGHT, "limit": LIMIT},
     )  # fmt: skip
 
 

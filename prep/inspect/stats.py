@@ -25,8 +25,8 @@ from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.files import load_record
 from shared.storage.typed_json import typed
-from shared.visible import share_of, visible
-from shared.wording import counted, duration, rate, size_of
+from shared.text import visible
+from shared.wording import counted, duration, percent, rate, size_of
 
 SOURCES_SHOWN = 10
 
@@ -201,7 +201,7 @@ def table(summary: Summary) -> str:
         lines.append(f"  last run    {speed(s.throughput)}")
     rows: list[tuple[str, ...]] = [
         (f"{b.height}x{b.width}", f"{b.latent_height}x{b.latent_width}", f"{b.samples:,}",
-         share_of(b.samples, s.written), f"{b.shards:,}", size_of(b.bytes))
+         percent(b.samples, s.written), f"{b.shards:,}", size_of(b.bytes))
         for b in s.buckets
     ]  # fmt: skip
     heads = ("pixels (h x w)", "latents", "samples", "share", "shards", "bytes")

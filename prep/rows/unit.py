@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from prep.rows.row import MAX_IMAGE_BYTES, Row
+from shared.text import printable
 
 NAME_BYTES = 100  # of a unit's name that come from its source; file names may have 255
 UNIT_ROWS = 1024  # of a folder or table, about
@@ -101,11 +102,6 @@ def stem(path: str) -> str:
     name = PurePosixPath(path).name
     ending = max((end for end in SUFFIXES if name.endswith(end)), key=len, default="")
     return name.removesuffix(ending)
-
-
-def printable(source: str) -> str:
-    """A path as text: bytes that are not UTF-8 are spelled out, so different paths stay so."""
-    return source.encode("utf-8", "backslashreplace").decode()
 
 
 def caption_flags(options: SourceOptions) -> dict[str, str]:

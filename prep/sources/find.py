@@ -18,16 +18,7 @@ from prep.files.remote import Found, RemoteFile, find_remote
 from prep.files.stream import Command, LocalFile
 from prep.images.kinds import HEAD_BYTES, not_a_source
 from prep.rows.row import MAX_IMAGE_BYTES, Row, SourceError
-from prep.rows.unit import (
-    UNIT_ROWS,
-    Reader,
-    SourceOptions,
-    Unit,
-    caption_flags,
-    printable,
-    stem,
-    unit_name,
-)
+from prep.rows.unit import UNIT_ROWS, Reader, SourceOptions, Unit, caption_flags, stem, unit_name
 from prep.sources.braces import expand_braces
 from prep.sources.folders.folder import FolderReader, folder_units
 from prep.sources.folders.listing import list_folder
@@ -38,6 +29,7 @@ from prep.sources.tables.opening import HUB, is_saved_dataset
 from prep.sources.tables.parquet import ParquetReader
 from prep.sources.tars.tar import TarReader
 from shared.errors import UserError
+from shared.text import printable
 
 PIPE = "pipe:"
 TEXTS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".md", ".log", ".toml", ".yaml", ".yml")

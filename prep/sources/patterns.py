@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 
 from prep.files.litter import is_litter
-from prep.rows.unit import printable
 from prep.sources.tables.opening import HUB
 from shared.cli.paths import local_text
 from shared.errors import UserError
+from shared.text import printable
 
 FILE = "file://"
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.zst")

@@ -42,7 +42,7 @@ class TextEmbeds:
         return TextEmbeds(self.prompt_embeds[rows], None if pooled is None else pooled[rows])
 
     def expand(self, count: int) -> TextEmbeds:
-        """One row as `count`, without a copy. (An index would be sent to the GPU, which waits.)"""
+        """Repeat one row, without a copy. (An index would be sent to the GPU, which waits.)"""
         pooled = self.pooled_prompt_embeds
         return TextEmbeds(
             self.prompt_embeds.expand(count, -1, -1),
@@ -50,7 +50,7 @@ class TextEmbeds:
         )
 
     def to(self, device: torch.device) -> TextEmbeds:
-        """The same on a device."""
+        """Return the same on a device."""
         pooled = self.pooled_prompt_embeds
         return TextEmbeds(
             self.prompt_embeds.to(device), None if pooled is None else pooled.to(device)
@@ -74,7 +74,7 @@ class Conditioning:
     embeds: TextEmbeds
 
     def find(self, prompts: Sequence[str], cache: object = "CACHE") -> TextEmbeds:
-        """The embeddings of these prompts, of those in `cache`.
+        """Return the embeddings of these prompts, of those in `cache`.
 
         Raises UserError, with the command that adds what is missing.
         """
@@ -87,14 +87,14 @@ class Conditioning:
         return self.embeds[[self.prompts.index(prompt) for prompt in prompts]]
 
     def with_prompts(self, prompts: Sequence[str], embeds: TextEmbeds) -> Conditioning:
-        """The same with more prompts."""
+        """Return the same with more prompts."""
         return Conditioning(
             self.unconditional, self.prompts + tuple(prompts), TextEmbeds.cat([self.embeds, embeds])
         )
 
 
 def dump_conditioning(conditioning: Conditioning) -> bytes:
-    """The file's content: fp16 safetensors."""
+    """Return the file's content: fp16 safetensors."""
     tensors = {}
     for name, embeds in (("prompts", conditioning.embeds), ("empty", conditioning.unconditional)):
         tensors[f"{name}.prompt_embeds"] = embeds.prompt_embeds
@@ -118,7 +118,7 @@ def load_conditioning(path: Place, layouts: Sequence[Layout] = ()) -> Conditioni
 
 
 def parse_conditioning(data: bytes, path: Place, layouts: Sequence[Layout] = ()) -> Conditioning:
-    """The same of the file's content.
+    """Return the same of the file's content.
 
     Raises UserError, naming it, where it is damaged, or where its embeddings do not have the shape
     of those in the cache's shards, whose `layouts` are given.

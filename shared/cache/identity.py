@@ -107,7 +107,7 @@ class Identity:
         return self.latents == "posterior"
 
     def to_json(self) -> dict[str, Any]:
-        """As in the file it was read from, else as `prep encode` writes it."""
+        """Return it as in the file it was read from, else as `prep encode` writes it."""
         if self.stored is not None:
             return dict(self.stored)
         value = {**asdict(self), "stored": None}
@@ -116,7 +116,7 @@ class Identity:
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> Identity:
-        """The inverse of `to_json`. Raises ValueError, naming what is wrong, for no identity."""
+        """Invert `to_json`. Raises ValueError, naming what is wrong, for no identity."""
         known = {name: value for name, value in stored.items() if name != "stored"}
         found = record_of(Identity, known, ignore_unknown=True)
         made, vae, shapes = found.preprocessing, found.vae, found.shapes
@@ -163,7 +163,7 @@ def claim_identity(cache: CachePaths, identity: Identity, remedy: str) -> None:
 
 
 def read_identity(cache: CachePaths) -> Identity | None:
-    """What the cache was started with; None where there is none yet.
+    """Return what the cache was started with; None where there is none yet.
 
     Raises UserError for a file of that name that is damaged, of another format, or not ours: none
     of these is ever to be replaced.
@@ -184,12 +184,12 @@ def read_identity(cache: CachePaths) -> Identity | None:
 
 
 def other_settings(stored: Identity, wanted: Identity) -> str:
-    """What differs, or an empty string; what decides no bytes does not count."""
+    """Return what differs, or an empty string; what decides no bytes does not count."""
     return differences(_deciding(stored.to_json()), _deciding(wanted.to_json()))
 
 
 def _deciding(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the places where the same weights lie, and without the CPU's threads on a GPU."""
+    """Leave out where the same weights lie, and the CPU's threads on a GPU."""
     vae = {name: value for name, value in identity["vae"].items() if name != "source"}
     shapes = identity["shapes"]
     if shapes["device"] != "cpu":  # older caches record them all the same
@@ -198,7 +198,7 @@ def _deciding(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
-    """`latents.size is 64 there, 32 here` for everything that differs, or an empty string."""
+    """Return `latents.size is 64 there, 32 here` for all that differs, or an empty string."""
     found = []
     for name in sorted(stored.keys() | wanted.keys()):
         old, new = stored.get(name), wanted.get(name)

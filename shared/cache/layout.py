@@ -78,7 +78,7 @@ class Layout:
         return offsets
 
     def field(self, name: str) -> Field | None:
-        """The field of that name, or None where this layout has none."""
+        """Return the field of that name, or None where this layout has none."""
         return next((field for field in self.fields if field.name == name), None)
 
     @property
@@ -99,7 +99,7 @@ class Layout:
     def pack(
         self, key: str, record: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> bytes:
-        """One sample's `stride` bytes. Arrays must have the layout's shapes; dtypes are cast."""
+        """Pack a sample into `stride` bytes. Arrays have the layout's shapes; dtypes are cast."""
         parts = [_header(f"{key}.json", self.record_bytes), fit_record(record, self.record_bytes)]
         parts.append(_padding(self.record_bytes))
         for field in self.fields:
@@ -115,7 +115,7 @@ class Layout:
     def unpack(
         self, sample: bytes | memoryview
     ) -> tuple[str, dict[str, Any], dict[str, NDArray[Any]]]:
-        """Key, record and arrays (read-only views) of one sample's bytes.
+        """Return key, record and arrays (read-only views) of one sample's bytes.
 
         Raises ValueError where the bytes are not a sample of this layout.
         """
@@ -140,8 +140,8 @@ class Layout:
         """Of a sample: the record and its header."""
         return BLOCK + self.record_bytes
 
-    def unpack_head(self, head: bytes | memoryview) -> tuple[str, dict[str, Any]]:
-        """Key and record of a sample, from its first `head_bytes`.
+    def unpack_head(self, head: bytes | bytearray | memoryview) -> tuple[str, dict[str, Any]]:
+        """Return key and record of a sample, from its first `head_bytes`.
 
         Raises ValueError where they are not the beginning of a sample of this layout.
         """
@@ -156,13 +156,13 @@ class Layout:
         return key, record
 
     def read(self, shard: Place, index: int) -> tuple[str, dict[str, Any], dict[str, NDArray[Any]]]:
-        """Sample `index` of a shard, as `unpack` gives it. Raises OSError and ValueError."""
+        """Read sample `index` of a shard, as `unpack` gives it. Raises OSError and ValueError."""
         with shard.open("rb", buffering=0) as file:  # this sample's bytes and no others
             file.seek(index * self.stride)
             return self.unpack(file.read(self.stride))
 
     def crc32(self, arrays: Mapping[str, NDArray[Any]]) -> int:
-        """Checksum of a sample's arrays as they are stored, one field after the other."""
+        """Return the checksum of a sample's arrays as stored, one field after the other."""
         crc = 0
         for field in self.fields:
             data = np.ascontiguousarray(arrays[field.name], dtype=field.dtype)
@@ -170,11 +170,11 @@ class Layout:
         return crc
 
     def shard_bytes(self, count: int) -> int:
-        """Size of a shard of `count` samples."""
+        """Return the bytes of a shard of `count` samples."""
         return count * self.stride + len(TRAILER)
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest: the table of fields with their offsets, and the stride."""
+        """Return the manifest's entry: the table of fields with their offsets, and the stride."""
         return {
             "fields": [
                 {
@@ -191,7 +191,7 @@ class Layout:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Layout:
-        """The inverse of `to_json`.
+        """Return the inverse of `to_json`.
 
         Raises ValueError for what no cache has, and where stored offsets disagree with ours.
         """
@@ -219,7 +219,7 @@ def cache_layout(
     pooled_prompt_embeds: Sequence[int] | None = None,
     micro_conditioning: bool = False,
 ) -> Layout:
-    """The layout of cache format 1 for these shapes.
+    """Return the layout of cache format 1 for these shapes.
 
     latents `[views, C or 2C, h, w]`, prompt_embeds `[captions, L, D]`, pooled_prompt_embeds
     `[captions, P]`, all fp16; `time_ids` `[views, 6]` int32 with micro-conditioning.
@@ -242,7 +242,7 @@ def _padding(size: int) -> bytes:
 
 
 def _header(name: str, size: int) -> bytes:
-    """A member's header: mode 644, owner 0, time 0."""
+    """Return a member's header: mode 644, owner 0, time 0."""
     written = name.encode()
     assert len(written) <= NAME_BYTES, name
     nameless, total = _nameless_header(size)
@@ -252,7 +252,7 @@ def _header(name: str, size: int) -> bytes:
 
 @cache
 def _nameless_header(size: int) -> tuple[bytes, int]:
-    """What follows the name, with a mark for the checksum, and the sum of all bytes without it.
+    """Return what follows the name, with a mark for the checksum, and the sum of all other bytes.
 
     tarfile takes a tenth of a millisecond for each, which is much where a picture takes two.
     """
@@ -264,7 +264,7 @@ def _nameless_header(size: int) -> tuple[bytes, int]:
 
 
 def _check_member(view: memoryview, start: int, suffix: str, size: int) -> str:
-    """The key of the member whose header lies at `start`; ValueError for any other member."""
+    """Return the key of the member with a header at `start`; raises ValueError for any other."""
     try:
         info = tarfile.TarInfo.frombuf(bytes(view[start : start + BLOCK]), "utf-8", "strict")
     except tarfile.HeaderError as error:

@@ -8,15 +8,17 @@ is folded from the records and is all that the trainer opens.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 from unicodedata import normalize
 
 from shared.cache.identity import Identity
 from shared.cache.layout import Layout
 from shared.cache.paths import FORMAT, CachePaths, refuse_format
-from shared.cache.sums import ChannelSums
 from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from shared.storage.files import dump_json, file_sizes, parse_record, publish, read_all
@@ -55,7 +57,7 @@ class Manifest:
         return sum(len(shard.heldout) for shard in self.shards)
 
     def to_json(self) -> dict[str, Any]:
-        """As stored in manifest.json."""
+        """Return it as stored in manifest.json."""
         numbers = {layout: number for number, layout in enumerate(self.layouts)}
         rows = [{**shard.to_json(), "layout": numbers[shard.layout]} for shard in self.shards]
         for row, shard in zip(rows, self.shards, strict=True):
@@ -79,19 +81,19 @@ def commit_unit(cache: CachePaths, record: UnitRecord) -> None:
 
 
 def read_unit(cache: CachePaths, name: str) -> UnitRecord | None:
-    """A unit's record, or None where it has not been committed. Raises UserError for damage."""
+    """Return a unit's record, None where none is committed. Raises UserError for damage."""
     path = cache.units / f"{name}.json"
     content = read_if_there(path)
     return None if content is None else parse_unit(content, path)
 
 
 def read_units(cache: CachePaths) -> list[UnitRecord]:
-    """All records, in the order of their names."""
+    """Return all records, in the order of their names."""
     return list(iterate_units(cache))
 
 
 def iterate_units(cache: CachePaths) -> Iterator[UnitRecord]:
-    """The same with few in memory at a time. Raises UserError, naming it, for one that is none."""
+    """Yield all records, few in memory at a time. Raises UserError as `parse_unit`."""
     paths = unit_files(cache)
     for path, content in zip(paths, read_all(paths), strict=True):
         if content is not None:  # else dropped since the folder was listed
@@ -99,7 +101,7 @@ def iterate_units(cache: CachePaths) -> Iterator[UnitRecord]:
 
 
 def parse_unit(content: bytes, path: Place) -> UnitRecord:
-    """The record in a file's content. Raises UserError, naming the file, where it is none."""
+    """Parse the record in a file's content. Raises UserError, naming the file, where it is none."""
     remedy = "delete it and run the same `prep encode`, which makes its unit again"
     unit = parse_record(content, path, UnitRecord.from_json, remedy)
     if normalize("NFC", unit.name) != normalize("NFC", path.name.removesuffix(".json")):
@@ -111,22 +113,18 @@ def parse_unit(content: bytes, path: Place) -> UnitRecord:
 
 
 def unit_files(cache: CachePaths) -> list[Place]:
-    """The files of all records, by name."""
+    """Return the files of all records, by name."""
     return [cache.units / name for name in file_sizes(cache.units) if name.endswith(".json")]
 
 
 def fold(identity: Identity, units: list[UnitRecord], versions: Mapping[str, str]) -> Manifest:
-    """The manifest that these units add up to."""
+    """Return the manifest that these units add up to."""
     shards = tuple(shard for unit in units for shard in unit.shards)
-    rejected: dict[str, int] = {}
+    rejected = Counter[str]()
     for unit in units:
-        for reason, count in unit.rejected.items():
-            rejected[reason] = rejected.get(reason, 0) + count
-    sums: ChannelSums | None = None
-    for unit in units:
-        if unit.sums is not None:
-            sums = unit.sums if sums is None else sums + unit.sums
-    mean, std = sums.mean_std() if sums else ([], [])
+        rejected.update(unit.rejected)
+    sums = [unit.sums for unit in units if unit.sums is not None]
+    mean, std = reduce(add, sums).mean_std() if sums else ([], [])
     return Manifest(
         identity=identity,
         layouts=tuple(sorted({shard.layout for shard in shards}, key=_by_json)),

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+from shared.storage.files import free_bytes
 from shared.storage.temporary import scratch
 from shared.storage.urls import Place
+from shared.wording import size_of
 
 FORMAT = 1
 
@@ -52,6 +54,23 @@ class CachePaths:
     def tmp(self) -> Path:
         """Folder for what is not published yet; of a remote cache a local one, by its URL."""
         return self.root / "tmp" if isinstance(self.root, Path) else scratch(str(self.root))
+
+    @property
+    def disk(self) -> Path:
+        """Folder on whose disk files take room: of a remote cache where they await their upload."""
+        return self.root if isinstance(self.root, Path) else self.tmp
+
+
+def refuse_full_disk(cache: CachePaths, needed: int) -> None:
+    """Raise UserError where the disk that the cache is written to has no `needed` bytes free."""
+    if (free := free_bytes(cache.disk)) < needed:
+        other = "choose another --cache"
+        if not isinstance(cache.root, Path):
+            other = "set TMPDIR to a folder with more"
+        raise UserError(
+            f"{cache.disk}: about {size_of(needed)} are needed at a time and {size_of(free)} "
+            f"are free; free some space or {other}"
+        )
 
 
 def refuse_format(stored: Mapping[str, Any], root: Place) -> None:

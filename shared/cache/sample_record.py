@@ -12,7 +12,7 @@ DROP_ORDER = ("source", "url", "original_size", "sha256", "captions", "source_ke
 
 
 def fit_record(record: Mapping[str, Any], size: int) -> bytes:
-    """JSON of `record` padded with spaces to `size` bytes.
+    """Return JSON of `record` padded with spaces to `size` bytes.
 
     What does not fit goes in `DROP_ORDER`; captions are shortened at code points.
     """
@@ -30,7 +30,7 @@ def fit_record(record: Mapping[str, Any], size: int) -> bytes:
 
 
 def _cut_captions(record: dict[str, Any], size: int) -> dict[str, Any]:
-    """The longest captions shortened until the record fits; of very many, the first few."""
+    """Return the longest captions shortened until the record fits; of very many, the first few."""
     kept = [text[:size] for text in record.get("captions", ())][:size]
     cut = record | {"captions": kept, "captions_cut": True}
     while len(_compact(cut)) > size and kept:

@@ -18,7 +18,7 @@ class ChannelSums:
 
     @staticmethod
     def of(latents: NDArray[np.float16]) -> ChannelSums:
-        """Sums over `[..., C, h, w]`."""
+        """Return sums over `[..., C, h, w]`."""
         values = latents.astype(np.float64).reshape(-1, *latents.shape[-3:])
         return ChannelSums(
             values[:, 0].size,
@@ -34,7 +34,7 @@ class ChannelSums:
         )
 
     def mean_std(self) -> tuple[list[float], list[float]]:
-        """Per-channel mean and standard deviation."""
+        """Return per-channel mean and standard deviation."""
         mean = np.asarray(self.total) / self.count
         variance = np.asarray(self.squares) / self.count - mean**2
         return mean.tolist(), np.sqrt(np.maximum(variance, 0)).tolist()

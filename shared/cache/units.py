@@ -32,7 +32,7 @@ class Shard:
         return self.count - len(self.heldout)
 
     def to_json(self) -> dict[str, Any]:
-        """As stored in a unit's record."""
+        """Return it as stored in a unit's record."""
         value = {**vars(self), "layout": self.layout.to_json()}
         del value["heldout"]
         if not self.first_key:
@@ -41,7 +41,7 @@ class Shard:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Shard:
-        """The inverse of `to_json`, or with a Layout. Raises ValueError for what no cache has."""
+        """Invert `to_json`; the layout may be a Layout. Raises ValueError for what no cache has."""
         layout = value.get("layout")
         if not isinstance(layout, Layout):
             layout = Layout.from_json(typed(layout, Mapping[str, Any], "layout"))
@@ -77,7 +77,7 @@ class UnitRecord:
         assert self.written + sum(self.rejected.values()) == self.read, self
 
     def to_json(self) -> dict[str, Any]:
-        """As stored in units/NAME.json."""
+        """Return it as stored in units/NAME.json."""
         value = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
         if self.generation == 0:
             del value["generation"]
@@ -85,7 +85,7 @@ class UnitRecord:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> UnitRecord:
-        """The inverse of `to_json`. Raises ValueError or NewerRecord for what is no record."""
+        """Invert `to_json`. Raises ValueError or NewerRecord for what is no record."""
         shards = [Shard.from_json(shard) for shard in typed(value.get("shards"), list, "shards")]
         unit = record_of(UnitRecord, {**value, "shards": []})
         numbers = {name: getattr(unit, name) for name in ("read", "written", "truncated_captions")}

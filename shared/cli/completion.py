@@ -18,7 +18,7 @@ SHELLS = ("bash", "zsh", "fish")
 def completion_script(
     prog: str, kinds: Mapping[str, type[Any]], shell: str, hidden: str = ""
 ) -> str:
-    """What a shell evaluates to complete `prog`'s commands and their flags, in bash paths as well.
+    """Return what a shell evaluates to complete `prog`'s commands and flags, in bash paths as well.
 
     `kinds` are the dataclasses of the commands by name, of which the field `hidden` is no
     flag. Raises UsageError for another shell.
@@ -38,7 +38,7 @@ def completion_script(
 
 
 def _tidy(spec: str, hidden: str) -> str:
-    """tyro's table of flags with each help text in one line, since a line is one completion.
+    """Return tyro's table of flags with each help text in one line, since a line is one completion.
 
     tyro lists suppressed fields, too; that of the name `hidden` is left out.
     """

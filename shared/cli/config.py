@@ -62,20 +62,20 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
 
 
 def _parse_words(kind: type[T], words: Sequence[str], prog: str, default: T) -> T:
-    """The words over the `default`. Raises UsageError with the text of tyro's box, in one line."""
-    said = io.StringIO()
+    """Read the words over the `default`. Raises UsageError with tyro's box in one line."""
+    printed = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
             warnings.filterwarnings("ignore", module="tyro")  # of types: the file's are checked
             return tyro.cli(kind, args=words, prog=prog, description=kind.__doc__, default=default)
     except SystemExit as end:
         if not end.code:
             raise
-        raise UsageError(f"{unboxed(said.getvalue())}; {prog} --help lists the flags") from None
+        raise UsageError(f"{unboxed(printed.getvalue())}; {prog} --help lists the flags") from None
 
 
 def unboxed(box: str) -> str:
-    """The first part of one of tyro's boxes below its title, plain and in one line.
+    """Return the first part of one of tyro's boxes below its title, plain and in one line.
 
     Where the terminal asks for it a box has colours, and frames of other characters.
     """
@@ -90,12 +90,12 @@ def _is_rule(line: str) -> bool:
 
 
 def flags_of(kind: type[Any]) -> set[str]:
-    """The names of a dataclass's fields that are flags."""
+    """Return the names of a dataclass's fields that are flags."""
     return {field.name for field in dataclasses.fields(kind)} - {TYPED}
 
 
 def named(word: str) -> list[str]:
-    """The fields that a word of the command line may stand for: `--no-x` is x, or a flag no_x."""
+    """Return the fields that a word may stand for: `--no-x` is x, or a flag no_x."""
     if not word.startswith("--"):
         return []
     name = word[2:].partition("=")[0].replace("-", "_")
@@ -103,7 +103,7 @@ def named(word: str) -> list[str]:
 
 
 def _read_file(kind: type[Any], path: Path) -> dict[str, Any]:
-    """A file's settings in our names, each of its field's type; paths are as they are written."""
+    """Read a file's settings in our names, each of its field's type, paths as they are written."""
     stored, translation = read_settings(path), Translation(flags_of(kind))
     if unknown := sorted(name for name in stored if translation.is_unknown(name)):
         near = translation.closest(unknown[0]) if len(unknown) == 1 else ""
@@ -145,7 +145,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def coerce(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values from TOML or JSON with the paths and tuples that the dataclass `kind` wants."""
+    """Return values from TOML or JSON with the paths and tuples that the dataclass `kind` wants."""
     hints = typing.get_type_hints(kind)
     return {name: _coerce(value, hints[name]) for name, value in values.items()}
 
@@ -158,7 +158,7 @@ def _coerce(value: Any, hint: Any) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as JSON values; paths become strings.
+    """Return the configuration as JSON values; paths become strings.
 
     Fields that repr hides are left out: secrets, such as tokens, and what is no flag.
     """
@@ -200,7 +200,7 @@ def dispatch(
 
 
 def _version() -> str:
-    """That of the installed package; a checkout that is not installed has none."""
+    """Return that of the installed package; a checkout that is not installed has none."""
     try:
         return version("latent-distillery")
     except PackageNotFoundError:

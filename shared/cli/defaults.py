@@ -11,7 +11,7 @@ CACHES, RUNS = Path("caches"), Path("runs")
 
 
 def default_cache(model: str) -> Place:
-    """`caches/MODEL`, where both stages look unless told otherwise."""
+    """Return `caches/MODEL`, where both stages look unless told otherwise."""
     from shared.models.family import model_name  # slow to import, so only now
 
     return CACHES / model_name(model)

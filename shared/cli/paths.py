@@ -49,7 +49,7 @@ class PathKind(tyro.constructors.PrimitiveConstructorSpec[Any]):
 
 
 def read_paths(kind: type[Any], values: Mapping[str, Any], text: type[str] = str) -> dict[str, Any]:
-    """Those of a dataclass's `values` that are paths, given as `text`, as what they stand for.
+    """Return the paths among a dataclass's `values`, given as `text`, as what they stand for.
 
     Raises UsageError that names the flag.
     """
@@ -69,20 +69,20 @@ def read_paths(kind: type[Any], values: Mapping[str, Any], text: type[str] = str
 
 
 def path_kind(hint: Any) -> PathKind | None:
-    """What kind of path a type is, also as `LocalPath | None` or `tuple[SourceFlag, ...]`."""
+    """Return a type's kind of path, also of `LocalPath | None` or `tuple[SourceFlag, ...]`."""
     inner = [getattr(one, "__metadata__", ()) for one in (hint, *typing.get_args(hint))]
     return next((one for extras in inner for one in extras if isinstance(one, PathKind)), None)
 
 
 def local_path(text: str) -> Path:
-    """A file or folder of this machine."""
+    """Return a file or folder of this machine."""
     return Path(
         local_text(_whole(text), "use a local path, and copy it where it shall be afterwards")
     )
 
 
 def any_place(text: str) -> Place:
-    """A folder, or a URL that fsspec knows."""
+    """Return a folder, or a URL that fsspec knows."""
     text = _whole(text)
     if not _is_remote(text):
         return Path(local_text(text))
@@ -92,14 +92,14 @@ def any_place(text: str) -> Place:
 
 
 def source(text: str) -> str:
-    """One of `--shards`, as it is: what its braces stand for is read by `local_text`."""
+    """Return one of `--shards`, as it is: what its braces stand for is read by `local_text`."""
     if _is_remote(_whole(text)) and "://" not in text:
         raise UserError(NO_URL.format(text))
     return text
 
 
 def name_or_path(text: str) -> str:
-    """A name such as a preset or a hub id, or a local path."""
+    """Return a name such as a preset or a hub id, or a local path."""
     text = _whole(text)
     return local_text(
         text, "give its name on the hub (owner/name), or download it and give its path"
@@ -107,7 +107,7 @@ def name_or_path(text: str) -> str:
 
 
 def local_argument(text: str) -> Path:
-    """`local_path` as argparse's `type`."""
+    """Be `local_path` as argparse's `type`."""
     try:
         return local_path(text)
     except UserError as error:
@@ -121,7 +121,7 @@ NameOrPath = Annotated[str, PathKind("NAME|PATH", name_or_path)]
 
 
 def local_text(text: str, remedy: str = "") -> str:
-    """The path itself, as `open` takes it; a pattern stays one.
+    """Return the path itself, as `open` takes it; a pattern stays one.
 
     Raises UserError for a URL, with `remedy`, for an unknown user and for an unset variable.
     """
@@ -142,7 +142,7 @@ def local_text(text: str, remedy: str = "") -> str:
 
 
 def _whole(text: str) -> str:
-    """The text, if it can be a path at all."""
+    """Return the text, if it can be a path at all."""
     if not text.strip():
         raise UserError(f"{text!r} is empty; give a path, or leave the flag out")
     if "\0" in text:

@@ -56,7 +56,7 @@ class Numbers(tyro.constructors.PrimitiveConstructorSpec[Any]):
         return self.metavar
 
     def words(self) -> str:
-        """As people say it: `at least 1`."""
+        """Return it as people say it: `at least 1`."""
         if self.high == math.inf:
             return f"{'above' if self.above else 'at least'} {self.low}"
         first = "above" if self.above else "from"
@@ -68,7 +68,7 @@ Natural = Annotated[int, Numbers(int, 0)]  # of steps between two events: 0 for 
 Seed = Annotated[int, Numbers(int, 0, 2**63 - 1)]  # what torch and NumPy take
 Positive = Annotated[float, Numbers(float, 0, above=True)]
 NotNegative = Annotated[float, Numbers(float, 0)]
-Share = Annotated[float, Numbers(float, 0, 1)]
+Fraction = Annotated[float, Numbers(float, 0, 1)]
 BelowOne = Annotated[float, Numbers(float, 0, 1, below=True)]
 
 
@@ -82,6 +82,6 @@ def check_numbers(config: Any) -> None:
 
 
 def numbers_of(hint: Any) -> Numbers | None:
-    """The range that a type names, also as one of `int | None`."""
+    """Return the range that a type names, also as one of `int | None`."""
     inner = [getattr(one, "__metadata__", ()) for one in (hint, *typing.get_args(hint))]
     return next((one for extras in inner for one in extras if isinstance(one, Numbers)), None)

@@ -36,7 +36,7 @@ def split_config(argv: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The file's settings as they stand there, those that JSON says are null left out.
+    """Return the file's settings as they stand there, those that JSON says are null left out.
 
     Raises UsageError for a file that is missing, malformed, in sections or in YAML.
     """
@@ -61,14 +61,14 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def yaml_hint(text: str) -> str:
-    """What to do with a file in YAML."""
+    """Return what to do with a file in YAML."""
     if any(name in text for name in LAUNCHER):
         return LAUNCHER_HINT
     return "settings are in TOML (name = value) or JSON; rename the file once it is either"
 
 
 def sections_hint(name: str) -> str:
-    """What to do with a file in sections, as kohya's are."""
+    """Return what to do with a file in sections, as kohya's are."""
     known = {
         "datasets": "of kohya's data sets every subset's image_dir is one of `prep encode`'s "
         'shards = ["FOLDER", ...]',

@@ -17,10 +17,10 @@ PROC = Path("/proc/self")
 
 
 def cpus(environment: Mapping[str, str] = os.environ) -> int:
-    """Processors for this process and all it does, at least one.
+    """Return processors for this process and all it does, at least one.
 
     The least of affinity, cgroup quota and Slurm's grant, of which each of the processes that a
-    launcher has started on this machine takes its share.
+    launcher has started on this machine takes its part.
     """
     granted = min(_affinity(), _quota(PROC))
     per_task = _number(environment.get("SLURM_CPUS_PER_TASK"))
@@ -33,16 +33,16 @@ def cpus(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def threads(environment: Mapping[str, str] = os.environ) -> int:
-    """Threads for the networks of this process: its processors, or fewer if OMP_NUM_THREADS says.
+    """Return threads for this process's networks: its processors, fewer if OMP_NUM_THREADS says so.
 
     That variable means one process already; torchrun and accelerate set it so.
     """
-    told = environment.get("OMP_NUM_THREADS", "").partition(",")[0]  # a number for each level
-    return min(cpus(environment), _number(told) or cpus(environment))
+    named = environment.get("OMP_NUM_THREADS", "").partition(",")[0]  # a number for each level
+    return min(cpus(environment), _number(named) or cpus(environment))
 
 
 def _number(text: str | None) -> int | None:
-    """A number above zero, or None for anything else."""
+    """Return a number above zero, or None for anything else."""
     text = (text or "").strip()
     return int(text) if text.isdecimal() and int(text) > 0 else None
 
@@ -55,21 +55,21 @@ def _ranks_are_tasks(environment: Mapping[str, str]) -> bool:
 
 
 def _affinity() -> int:
-    """Processors that the scheduler may put this process on."""
+    """Return processors that the scheduler may put this process on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # not Linux
 
 
 def _quota(proc: Path) -> int:
-    """Whole processors' worth of time that cgroups allow, of version 1 or 2."""
+    """Return whole processors' worth of time that cgroups allow, of version 1 or 2."""
     limits = [_limit(folder) for folder in _cgroups(proc)]
     least = min((limit for limit in limits if limit is not None), default=float(1 << 20))
     return max(int(least), 1)
 
 
 def _limit(folder: Path) -> float | None:
-    """Processors' worth of time that one cgroup allows, or None where it allows all."""
+    """Return processors' worth of time that one cgroup allows, or None where it allows all."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
@@ -82,7 +82,7 @@ def _limit(folder: Path) -> float | None:
 
 
 def _cgroups(proc: Path) -> Iterator[Path]:
-    """The folders of the cgroups this process is in, and of those around them: each may limit it.
+    """Yield the folders of this process's cgroups and of those around them: each may limit it.
 
     A container may see its own cgroup as the root of what is mounted, while /proc/self/cgroup
     tells the path outside: then the root is looked at.
@@ -100,7 +100,7 @@ def _cgroups(proc: Path) -> Iterator[Path]:
 
 
 def _memberships(text: str) -> Iterator[tuple[str, str]]:
-    """Controller ("cpu" of version 1, "" of version 2) and path, of /proc/self/cgroup."""
+    """Yield controller ("cpu" of version 1, "" of version 2) and path, of /proc/self/cgroup."""
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
         if "cpu" in controllers.split(","):
@@ -110,10 +110,10 @@ def _memberships(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _mounts(text: str) -> Iterator[tuple[str, str, Path]]:
-    """Controller, root and mount point of the mounted hierarchies, of /proc/self/mountinfo."""
+    """Yield controller, root and mount point of each hierarchy, of /proc/self/mountinfo."""
     for line in text.splitlines():
-        place, _, kind = line.partition(" - ")
-        root, mount = (_unescaped(word) for word in place.split(" ")[3:5])
+        before, _, kind = line.partition(" - ")
+        root, mount = (_unescaped(word) for word in before.split(" ")[3:5])
         name, _, options = kind.split(" ", 2)
         if name == "cgroup2":
             yield "", root, Path(mount)

@@ -9,7 +9,7 @@ from shared.machine import cpus
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; `cuda:1` becomes this thread's current device.
+    """Choose a device: `auto` is a GPU if there is one; `cuda:1` becomes this thread's own.
 
     Raises UserError for a device that is not here.
     """
@@ -41,7 +41,7 @@ def use_device(device: torch.device) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of the networks: as many as this process may use (cpus.py) unless told.
+    """Set the CPU threads of the networks: as many as this process may use (cpus.py) unless told.
 
     Raises UserError below 1.
     """

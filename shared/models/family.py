@@ -74,7 +74,7 @@ class Model:
 
 
 def resolve_model(name: str) -> Model:
-    """A preset, a local diffusers folder, a hub id or one file, recognised by its UNet's config.
+    """Find a preset, local diffusers folder, hub id or one file, recognised by its UNet's config.
 
     Raises UserError where it does not exist or is of no known family.
     """
@@ -104,7 +104,7 @@ class _Unet:
 
 
 def unet_config(source: str) -> dict[str, Any]:
-    """A model's `unet/config.json`, with diffusers' own numbers where it is silent.
+    """Return a model's `unet/config.json`, with diffusers' own numbers where it is silent.
 
     Raises UserError as `load_config`, and for a number that is none.
     """
@@ -122,7 +122,7 @@ def unet_config(source: str) -> dict[str, Any]:
 
 
 def recorded_model(name: str, flag: str = "--model") -> str:
-    """Where the model is that a record names: a path on this machine, or the hub's local copy.
+    """Find the model that a record names: a path on this machine, or the hub's local copy.
 
     A record may come from anybody, so nobody else is asked. Raises UserError where it is not here;
     `flag` is the one by which the user names it.
@@ -161,7 +161,7 @@ def refuse_mistyped(name: str, source: str) -> None:
 
 
 def nearest(source: str) -> str:
-    """The preset, folder or file whose name is most like this one, or an empty string."""
+    """Return the preset, folder or file whose name is most like this one, or an empty string."""
     turned = source.replace("\\", "/")
     if turned != source and Path(turned).exists():
         return turned
@@ -180,7 +180,7 @@ def nearest(source: str) -> str:
 
 
 def model_name(name: str) -> str:
-    """What folders are called after a MODEL: the preset, or the last part of its path or hub id.
+    """Name folders after a MODEL: the preset, or the last part of its path or hub id.
 
     The hub's own folders (models--OWNER--NAME/snapshots/REVISION) go by their repository's name.
     """
@@ -198,7 +198,7 @@ def model_name(name: str) -> str:
 
 
 def native_resolution(model: Model) -> int:
-    """Pixels of a side at which the model draws: its UNet's `sample_size` times the VAE's factor.
+    """Return a side in pixels as the model draws: its UNet's `sample_size` times the VAE's factor.
 
     Models of one family differ here (SD 2.1 and 2.1-base, SDXL and its Turbo).
     """
@@ -211,16 +211,21 @@ def native_resolution(model: Model) -> int:
 
 
 def vae_downscale(source: str) -> int:
-    """Pixels per latent, each way."""
+    """Return pixels per latent, each way."""
     try:
         config = load_config(source, "vae/config.json")
     except UserError:  # it is given with --vae
         return DOWNSCALE
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    return downscale_of(config)
+
+
+def downscale_of(vae_config: Mapping[str, Any]) -> int:
+    """Return the pixels per latent, each way: every block of a VAE but the last halves."""
+    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
 def family_of_unet(config: Mapping[str, Any], source: str) -> Family:
-    """The family whose text conditioning the UNet takes."""
+    """Return the family whose text conditioning the UNet takes."""
     width = config.get("cross_attention_dim")
     micro = config.get("addition_embed_type") == "text_time"
     for family in FAMILIES.values():
@@ -240,7 +245,7 @@ def force_zeros(model: Model) -> bool:
 
 
 def load_config(source: str, file: str) -> dict[str, Any]:
-    """A JSON file of a model in diffusers format: `unet/config.json`, `model_index.json`.
+    """Read a JSON file of a model in diffusers format: `unet/config.json`, `model_index.json`.
 
     Raises UserError for a folder or repository that is not there, naming what to check.
     """

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 def fingerprint(module: nn.Module) -> str:
-    """16 hex digits over names, shapes and fp32 values, so an fp16 copy that was cast up agrees."""
+    """Hash names, shapes and fp32 values to 16 hex digits: an fp16 copy that was cast up agrees."""
     return tensors_fingerprint(module.state_dict())
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """The same over tensors by name."""
+    """Return the same over tensors by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -19,7 +19,7 @@ PATIENCE = 5.0  # seconds; a slow answer takes one
 
 @cache
 def unreachable() -> str:
-    """Why the hub is not asked for anything, or an empty string."""
+    """Return why the hub is not asked for anything, or an empty string."""
     from huggingface_hub import constants  # slow to import, so only now
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
@@ -45,7 +45,7 @@ def unreachable() -> str:
 
 
 def hub_file(repository: str, file: str) -> Path:
-    """A file of a model's repository, downloaded or found where earlier downloads are kept.
+    """Get a file of a model's repository, downloaded or found where earlier downloads are kept.
 
     Raises UserError that says what to do: for a name that is not there, a repository that wants a
     login, a hub that cannot be reached.
@@ -80,7 +80,7 @@ def hub_file(repository: str, file: str) -> Path:
 
 
 def page(repository: str) -> str:
-    """Where people read about a repository."""
+    """Return where people read about a repository."""
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{repository}"

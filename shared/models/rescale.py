@@ -49,7 +49,7 @@ class Scales:
 
 
 @dataclass
-class Stream:
+class StreamLayers:
     """Who has to do with the residual stream of an encoder or a decoder."""
 
     writers: list[nn.Conv2d | nn.Linear] = field(default_factory=list)  # only write to it
@@ -64,14 +64,14 @@ class Float32GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """The normalised input, in the input's dtype."""
+        """Return the normalised input, in the input's dtype."""
         weight, bias = self.weight.float(), self.bias.float()
         normal = nn.functional.group_norm(input.float(), self.num_groups, weight, bias, self.eps)
         return normal.to(input.dtype)
 
 
 def rescale_vae(vae: AutoencoderKL, encoder_scale: float, decoder_scale: float) -> AutoencoderKL:
-    """A copy whose residual streams are scaled by powers of two; in fp32 it computes the same bits.
+    """Copy a VAE, its residual streams scaled by powers of two; in fp32 it computes the same bits.
 
     Scaling a scaled VAE multiplies the scales. The copy's `force_upcast` is off, so that diffusers'
     pipelines leave it in fp16. Raises UserError for a VAE that is not built as AutoencoderKL is.
@@ -80,11 +80,11 @@ def rescale_vae(vae: AutoencoderKL, encoder_scale: float, decoder_scale: float) 
     scaled = copy.deepcopy(vae)
     for stack, scale in ((scaled.encoder, encoder_scale), (scaled.decoder, decoder_scale)):
         check_scale(scale)
-        stream = stream_of(stack)
+        layers = stream_layers(stack)
         with torch.no_grad():
-            for writer in stream.writers:
+            for writer in layers.writers:
                 writer.weight.mul_(scale)
-            for part in [*stream.writers, *stream.mappers]:
+            for part in [*layers.writers, *layers.mappers]:
                 if part.bias is not None:
                     part.bias.mul_(scale)
     scales = Scales(former.encoder * encoder_scale, former.decoder * decoder_scale)
@@ -95,19 +95,19 @@ def rescale_vae(vae: AutoencoderKL, encoder_scale: float, decoder_scale: float) 
 
 
 def scales_of(vae: AutoencoderKL) -> Scales:
-    """How a VAE's streams are scaled; 1 and 1 for an ordinary one."""
+    """Return how a VAE's streams are scaled; 1 and 1 for an ordinary one."""
     scales: Scales = vae.__dict__.get("rescale", Scales())
     return scales
 
 
 def plain_vae(vae: AutoencoderKL) -> AutoencoderKL:
-    """The VAE as it was before it was rescaled, with the same weights bit for bit."""
+    """Return the VAE as it was before it was rescaled, with the same weights bit for bit."""
     scales = scales_of(vae)
     return vae if scales == Scales() else rescale_vae(vae, 1 / scales.encoder, 1 / scales.decoder)
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:
-    """The fingerprint of the unscaled weights: VAEs that compute the same have the same."""
+    """Return the fingerprint of the unscaled weights: VAEs that compute the same have the same."""
     return fingerprint(plain_vae(vae))
 
 
@@ -127,12 +127,12 @@ def calibrate(vae: AutoencoderKL, images: Tensor) -> Scales:
 
 
 def encoder_peak(vae: AutoencoderKL, images: Tensor) -> float:
-    """The largest magnitude in the encoder's stream; inf or nan where it is not finite."""
+    """Return the largest magnitude in the encoder's stream; inf or nan where it is not finite."""
     return stream_peak(vae.encoder, partial(vae.encode, images))
 
 
 def scale_for(peak: float) -> float:
-    """The largest power of two, at most 1, that brings `peak` below 2**12."""
+    """Return the largest power of two, at most 1, that brings `peak` below 2**12."""
     if not math.isfinite(peak):
         raise UserError(
             "the VAE's activations are not finite in float32: its weights are damaged, "
@@ -146,8 +146,8 @@ def scale_for(peak: float) -> float:
 
 @torch.inference_mode()
 def stream_peak(stack: nn.Module, run: Callable[[], object]) -> float:
-    """The largest magnitude in the stream of `stack` (an encoder or decoder) while `run` goes."""
-    stream = stream_of(stack)
+    """Measure the largest magnitude in the stream of `stack`, an encoder or decoder, in `run`."""
+    layers = stream_layers(stack)
     seen: list[Tensor] = []
 
     def note(values: Tensor) -> None:
@@ -155,10 +155,10 @@ def stream_peak(stack: nn.Module, run: Callable[[], object]) -> float:
 
     handles = [
         part.register_forward_hook(lambda _, __, output: note(output))
-        for part in [*stream.writers, *stream.mappers]
+        for part in [*layers.writers, *layers.mappers]
     ] + [
         part.register_forward_pre_hook(lambda _, inputs: note(inputs[0]))
-        for part in [*stream.mappers, *stream.norms]
+        for part in [*layers.mappers, *layers.norms]
     ]
     try:
         run()
@@ -211,57 +211,57 @@ def check_scale(scale: float) -> None:
 
 def _adjust_norms(vae: AutoencoderKL, encoder_scale: float, decoder_scale: float) -> None:
     for stack, scale in ((vae.encoder, encoder_scale), (vae.decoder, decoder_scale)):
-        for norm in stream_of(stack).norms:
+        for norm in stream_layers(stack).norms:
             norm.eps *= scale * scale
             norm.__class__ = Float32GroupNorm  # the same parameters, another forward
 
 
-def stream_of(stack: nn.Module) -> Stream:
+def stream_layers(stack: nn.Module) -> StreamLayers:
     """Find all that writes, maps or reads the stream of an AutoencoderKL's encoder or decoder.
 
     Raises UserError at the first module of a class, or with a setting, that is not known to let
     the stream be scaled.
     """
-    stream = Stream()
-    _collect(stack, stream)
-    for part in [*stream.writers, *stream.mappers]:
+    layers = StreamLayers()
+    _collect(stack, layers)
+    for part in [*layers.writers, *layers.mappers]:
         _expect(type(part) in (nn.Conv2d, nn.Linear), part, "where a convolution is expected")
-    for norm in stream.norms:
+    for norm in layers.norms:
         _expect(type(norm) in (nn.GroupNorm, Float32GroupNorm), norm, "where GroupNorm is expected")
         _expect(norm.affine, norm, "without weights")
-    return stream
+    return layers
 
 
-def _collect(module: Any, stream: Stream) -> None:
+def _collect(module: Any, layers: StreamLayers) -> None:
     kind = type(module)
     if kind in (Encoder, Decoder):
-        stream.writers.append(module.conv_in)
+        layers.writers.append(module.conv_in)
         blocks = module.down_blocks if kind is Encoder else module.up_blocks
         for block in [*blocks, module.mid_block]:
-            _collect(block, stream)
-        stream.norms.append(module.conv_norm_out)
+            _collect(block, layers)
+        layers.norms.append(module.conv_norm_out)
     elif kind in (DownEncoderBlock2D, UpDecoderBlock2D, UNetMidBlock2D):
         for name in ("resnets", "attentions", "downsamplers", "upsamplers"):
             for part in getattr(module, name, None) or ():
                 if part is not None:  # the middle block of a VAE without attention
-                    _collect(part, stream)
+                    _collect(part, layers)
     elif kind is ResnetBlock2D:
         _expect(module.output_scale_factor == 1, module, "with output_scale_factor")
         _expect(module.time_emb_proj is None, module, "with a time embedding")
         _expect(not module.up and not module.down, module, "that resamples")
-        stream.norms += [module.norm1, module.norm2]
-        stream.writers += [module.conv1, module.conv2]  # conv1 writes what norm2 reads
+        layers.norms += [module.norm1, module.norm2]
+        layers.writers += [module.conv1, module.conv2]  # conv1 writes what norm2 reads
         if module.conv_shortcut is not None:
-            stream.mappers.append(module.conv_shortcut)
+            layers.mappers.append(module.conv_shortcut)
     elif kind is Attention:
         _expect(module.rescale_output_factor == 1, module, "with rescale_output_factor")
         _expect(module.residual_connection, module, "without residual connection")
         _expect(module.spatial_norm is None, module, "with a spatial norm")
-        stream.norms.append(module.group_norm)
-        stream.writers.append(module.to_out[0])
+        layers.norms.append(module.group_norm)
+        layers.writers.append(module.to_out[0])
     elif kind in (Downsample2D, Upsample2D):
         _expect(module.norm is None, module, "with a norm")
-        stream.mappers.append(module.conv)
+        layers.mappers.append(module.conv)
     else:
         _expect(False, module, "which is not known here")
 

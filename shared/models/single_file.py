@@ -37,7 +37,7 @@ def is_single_file(source: str) -> bool:
 
 
 def config_folder(source: str, file: str) -> Path:
-    """The folder in diffusers format where `file`, such as `unet/config.json`, stands for `source`.
+    """Find the folder in diffusers format where `file` (`unet/config.json` ...) is for `source`.
 
     Raises UserError for a file that holds no model of a known family.
     """
@@ -46,7 +46,7 @@ def config_folder(source: str, file: str) -> Path:
 
 
 def single_file_config(source: str, file: str) -> dict[str, Any]:
-    """What a diffusers folder with the same model would have as `file`.
+    """Return what a diffusers folder with the same model would have as `file`.
 
     The keys `v_pred` and `ztsnr` mark SDXL models that predict v, with zero terminal SNR. A
     scheduler's config beside the file goes first; what it does not say is the family's.
@@ -65,7 +65,7 @@ def single_file_config(source: str, file: str) -> dict[str, Any]:
 
 
 def family_name(source: str) -> str:
-    """sd15, sd21 or sdxl, by the names and shapes of the weights."""
+    """Return sd15, sd21 or sdxl, by the names and shapes of the weights."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
     shapes = _shapes(source)
@@ -86,7 +86,7 @@ def family_name(source: str) -> str:
 
 @cache
 def _shapes(source: str) -> dict[str, list[int]]:
-    """Names and shapes of the weights, from the file's header alone."""
+    """Return names and shapes of the weights, from the file's header alone."""
     try:
         with open_regular(Path(source)), safe_open(source, "pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
@@ -95,7 +95,7 @@ def _shapes(source: str) -> dict[str, list[int]]:
 
 
 def load_part(kind: Any, source: str, part: str, dtype: torch.dtype = torch.float32) -> Any:
-    """One diffusers model of the file: its `unet` or `vae`.
+    """Load one diffusers model of the file: its `unet` or `vae`.
 
     Raises UserError where the file lacks it or does not fit its configuration.
     """
@@ -116,7 +116,7 @@ def load_part(kind: Any, source: str, part: str, dtype: torch.dtype = torch.floa
 
 
 def whole(model: M, source: str, part: str) -> M:
-    """The model. Raises UserError where weights were not in the file, or are not finite."""
+    """Return the model. Raises UserError where weights were not in the file, or are not finite."""
     missing = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if missing:
         raise UserError(

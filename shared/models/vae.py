@@ -24,7 +24,7 @@ DECODED_VALUES = 128 * 128  # of one channel, over all of them
 
 
 def load_vae(source: str) -> AutoencoderKL:
-    """A VAE, fp32, frozen, channels last: a model's own (folder, hub id, one file), or a VAE's.
+    """Load a VAE, fp32, frozen, channels last: a model's (folder, hub id, one file), or a VAE's.
 
     One that `save_rescaled` wrote comes back as it was. Raises UserError where there is none.
     """
@@ -64,7 +64,7 @@ def _ready(vae: AutoencoderKL, source: str) -> AutoencoderKL:
 
 
 def _subfolder(source: str) -> str:
-    """`vae` in a whole model, nothing where `source` itself is a VAE."""
+    """Return `vae` in a whole model, nothing where `source` itself is a VAE."""
     if _find(source, "vae", "config.json") is not None:
         return "vae"
     config = _find(source, "", "config.json")
@@ -77,7 +77,7 @@ def _subfolder(source: str) -> str:
 
 
 def _find(source: str, folder: str, name: str) -> Path | None:
-    """A file of a model, here or on the hub; None where it has none of that name."""
+    """Return a file of a model, here or on the hub; None where it has none of that name."""
     if Path(source).is_dir():
         local = Path(source, folder, name)
         return local if local.is_file() else None
@@ -89,14 +89,14 @@ def _find(source: str, folder: str, name: str) -> Path | None:
 
 @torch.inference_mode()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> NDArray[np.uint8]:
-    """Raw, unscaled latents `[N, C, h, w]` to RGB pixels `[N, H, W, 3]`, a few at a time."""
+    """Decode raw, unscaled latents `[N, C, h, w]` to RGB pixels `[N, H, W, 3]`, a few at a time."""
     parts = torch.split(latents, decoded_at_once(latents.shape[-2], latents.shape[-1]))
     decoded = (vae.decode(part.to(vae.device, vae.dtype)).sample for part in parts)
     return np.concatenate([to_pixels(images) for images in decoded])
 
 
 def decoded_at_once(height: int, width: int) -> int:
-    """How many latents of a size: 25 small ones, 4 of 64 x 64, one of 128 x 128.
+    """Return how many latents of a size: 25 small ones, 4 of 64 x 64, one of 128 x 128.
 
     In fp32 a picture of 1024 px takes some 4 GB while it is decoded.
     """
@@ -104,7 +104,7 @@ def decoded_at_once(height: int, width: int) -> int:
 
 
 def to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """`[N, 3, H, W]` in [-1, 1] to uint8 `[N, H, W, 3]`, as diffusers' image processor rounds."""
+    """Turn `[N, 3, H, W]` in [-1, 1] into uint8 `[N, H, W, 3]`, rounded as diffusers does."""
     unit = (images.float() / 2 + 0.5).clamp(0, 1)
     pixels: NDArray[np.uint8] = (
         (unit * 255).round().permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()

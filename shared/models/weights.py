@@ -27,22 +27,22 @@ UNUSABLE = (
 
 
 def load_whole(load: Callable[..., Any], source: str, part: str, **options: Any) -> Any:
-    """The model that a library's `from_pretrained` reads from `source`, with all its weights.
+    """Load the model that a library's `from_pretrained` reads from `source`, with all its weights.
 
     Raises UserError where there is none, or where it would have weights that no file gave it.
     """
     try:
         with _silent("diffusers", "transformers"):
-            model, told = load(source, output_loading_info=True, **options)
+            model, info = load(source, output_loading_info=True, **options)
     except UNUSABLE as error:  # nothing of ours is called in there
         raise UserError(f"no {part} can be read from {source!r} ({first_line(error)})") from None
-    check_loaded(told, source, part)
+    check_loaded(info, source, part)
     return check_finite(model, source, part)
 
 
 @contextmanager
 def _silent(*libraries: str) -> Iterator[None]:
-    """Their warnings of what is refused here, in tables of many lines, are not shown."""
+    """Silence their warnings, tables of many lines, of what is refused here."""
     loggers = [logging.getLogger(library) for library in libraries]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -54,10 +54,10 @@ def _silent(*libraries: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def check_loaded(told: Mapping[str, Any], source: str, part: str) -> None:
+def check_loaded(info: Mapping[str, Any], source: str, part: str) -> None:
     """Raise UserError for weights that were missing, or of another shape."""
-    missing = sorted(told.get("missing_keys", ()))
-    odd = sorted(entry[0] for entry in told.get("mismatched_keys", ()))  # name and both shapes
+    missing = sorted(info.get("missing_keys", ()))
+    odd = sorted(entry[0] for entry in info.get("mismatched_keys", ()))  # name and both shapes
     if missing or odd:
         name = [*missing, *odd][0]
         raise UserError(
@@ -67,7 +67,7 @@ def check_loaded(told: Mapping[str, Any], source: str, part: str) -> None:
 
 
 def check_finite(model: M, source: str, part: str) -> M:
-    """The model. Raises UserError, naming the first, for weights that are not finite."""
+    """Return the model. Raises UserError, naming the first, for weights that are not finite."""
     for name, tensor in model.named_parameters():
         if not is_finite(tensor):
             raise UserError(

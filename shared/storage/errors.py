@@ -13,7 +13,7 @@ KEYLESS = ("NoCredentialsError", "PartialCredentialsError")  # of botocore, whic
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
+    """Return the URL as it may be shown."""
     return re.sub(r"(?<=://)[^/@]*@", "", url)
 
 
@@ -49,6 +49,8 @@ def is_permanent(error: BaseException) -> bool:
     if status is not None:
         return 400 <= status < 500 and status not in (408, 409, 429)
     inner = error.__cause__
+    if isinstance(inner, PermissionError):
+        return True
     if isinstance(error, FileNotFoundError) and not isinstance(inner, KeyError | None):
         return False  # fsspec's HTTP says so of a connection that broke, too; memory:// looks up
     return type(error).__name__ in KEYLESS or isinstance(
@@ -64,20 +66,20 @@ def is_absence(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error is about; botocore keeps it in the answer's metadata."""
+    """Return the HTTP status that an error is about; botocore keeps it in the answer's metadata."""
     answer = getattr(error.__cause__ or error, "response", None)
-    told = answer.get("ResponseMetadata", {}) if isinstance(answer, Mapping) else {}
-    status = told.get("HTTPStatusCode")
+    metadata = answer.get("ResponseMetadata", {}) if isinstance(answer, Mapping) else {}
+    status = metadata.get("HTTPStatusCode")
     return status if isinstance(status, int) else _http_status(error)
 
 
 def cause_of(error: BaseException) -> str:
-    """What went wrong, in a few words."""
+    """Return what went wrong, in a few words."""
     if status := _http_status(error):
         return f"HTTP {status}"
-    told = error.__cause__ or error
-    words = " ".join(str(told).split())[:200]
-    return f"{type(told).__name__}: {words}" if words else type(told).__name__
+    cause = error.__cause__ or error
+    words = " ".join(str(cause).split())[:200]
+    return f"{type(cause).__name__}: {words}" if words else type(cause).__name__
 
 
 def _http_status(error: BaseException) -> int | None:

@@ -78,7 +78,7 @@ def staged(chunks: Iterable[bytes | memoryview], tmp: Path) -> Iterator[tuple[Pa
 
 @contextmanager
 def workshop(tmp: Path, label: str) -> Iterator[Path]:
-    """A fresh folder in `tmp` to build something in; what is still in it at the end is removed.
+    """Yield a fresh folder in `tmp` to build something in; what is left in it is removed.
 
     Raises UserError, of `tmp`'s parent, when the disk is full or not writable.
     """
@@ -122,7 +122,7 @@ def create_exclusively(content: bytes, path: Place, tmp: Path) -> bool:
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """`os.write` until everything is written."""
+    """Call `os.write` until everything is written."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -140,7 +140,7 @@ def sync_folder(folder: Place) -> None:
 
 
 def dump_json(value: Any) -> bytes:
-    """JSON that is the same for the same value: sorted keys, two spaces, a final newline.
+    """Return JSON that is the same for the same value: sorted keys, two spaces, a final newline.
 
     Names that are not UTF-8 are written as JSON escapes them, and read back as they were.
     """
@@ -148,13 +148,8 @@ def dump_json(value: Any) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def load_json(path: Place) -> Any:
-    """Parse a JSON file. Raises UserError, naming the file, where it is missing or damaged."""
-    return parse_json(read_file(path), path)
-
-
 def parse_json(content: bytes, path: Place, remedy: str = "restore it or build it anew") -> Any:
-    """What a JSON file holds. Raises UserError, naming it and the remedy, where it is damaged."""
+    """Parse a JSON file. Raises UserError, naming it and the remedy, where it is damaged."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -162,7 +157,7 @@ def parse_json(content: bytes, path: Place, remedy: str = "restore it or build i
 
 
 def load_record(path: Place, build: Callable[[Mapping[str, Any]], T], remedy: str) -> T:
-    """What `build` makes of a file that holds one JSON object.
+    """Build something of a file that holds one JSON object.
 
     Raises UserError, naming the file and the remedy, where it is missing, damaged or of another
     shape: `build` may stumble over it in any of the ways that Python has for that.
@@ -173,7 +168,7 @@ def load_record(path: Place, build: Callable[[Mapping[str, Any]], T], remedy: st
 def parse_record(
     content: bytes, path: Place, build: Callable[[Mapping[str, Any]], T], remedy: str
 ) -> T:
-    """The same of a file's content that has been read already."""
+    """Return the same of a file's content that has been read already."""
     value = parse_json(content, path, remedy)
     if not isinstance(value, dict):
         kind = JSON_KINDS[type(value)]
@@ -189,7 +184,7 @@ def parse_record(
 
 
 def read_all(paths: Sequence[Place]) -> Iterator[bytes | None]:
-    """The contents of many small files, in their order, several being read at a time.
+    """Yield the contents of many small files, in their order, several being read at a time.
 
     None for one that is gone.
     """
@@ -199,7 +194,7 @@ def read_all(paths: Sequence[Place]) -> Iterator[bytes | None]:
 
 
 def file_sizes(folder: Place) -> dict[str, int]:
-    """Name and size of each file in a folder, by name; nothing where there is no folder."""
+    """Return name and size of each file in a folder, by name; nothing for no folder."""
     if not isinstance(folder, Path):
         return dict(sorted(folder.file_sizes().items()))
     files = [path for path in sorted(folder.iterdir()) if path.is_file()] if folder.is_dir() else []
@@ -213,7 +208,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def file_sha256(path: Place) -> str:
-    """sha256 of a file's bytes, in hex. Raises UserError for what is no file or cannot be read."""
+    """Return a file's sha256 in hex. Raises UserError for what is no file or cannot be read."""
     with open_regular(path) if isinstance(path, Path) else path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ taken: dict[Path, Callable[[], None]] = {}
 
 
 def absolute(path: Path) -> Path:
-    """A path that stays the same wherever the process goes; links are left as they are."""
+    """Return a path that stays the same wherever the process goes; links are left as they are."""
     return Path(os.path.abspath(path))
 
 

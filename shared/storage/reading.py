@@ -18,7 +18,7 @@ class NotAFile(UserError):
 
 
 def read_file(path: Place) -> bytes:
-    """A file's content. Raises UserError, naming it, where it is missing or cannot be read."""
+    """Read a file. Raises UserError, naming it, where it is missing or cannot be read."""
     content = read_if_there(path)
     if content is None:
         raise UserError(f"{path} does not exist")
@@ -26,7 +26,7 @@ def read_file(path: Place) -> bytes:
 
 
 def read_if_there(path: Place) -> bytes | None:
-    """A file's content, or None where there is none.
+    """Read a file; None where there is none.
 
     Raises UserError for what is no file (a pipe would be waited for), or may not be read.
     """
@@ -41,7 +41,7 @@ def read_if_there(path: Place) -> bytes | None:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """A local file's bytes. Raises UserError for what is no file or may not be read.
+    """Yield a local file's bytes. Raises UserError for what is no file or may not be read.
 
     FileNotFoundError where there is nothing.
     """
@@ -61,7 +61,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 
 
 def kind_of(mode: int) -> str:
-    """What `st_mode` says that something is, which is no file."""
+    """Return what `st_mode` says that something is, which is no file."""
     if stat.S_ISDIR(mode):
         return "a folder"
     return "a named pipe" if stat.S_ISFIFO(mode) else "a device or socket"

@@ -39,7 +39,7 @@ HELD = re.compile(r"held-([0-9a-f]{12})-[0-9a-f]{12}")
 
 @contextmanager
 def temporary(tmp: Path, label: str = "") -> Iterator[Path]:
-    """A fresh name in `tmp` for a file or folder, which no sweep touches while it is in use.
+    """Yield a fresh name in `tmp` for a file or folder, which no sweep touches while it is in use.
 
     What is still there in the end, since it was not moved to its place, is removed.
     """
@@ -52,7 +52,7 @@ def temporary(tmp: Path, label: str = "") -> Iterator[Path]:
 
 
 def scratch(url: str) -> Path:
-    """The local folder for what is on its way to a URL, in the system's temporary folder.
+    """Return the local folder for what is on its way to a URL, in the system's temporary folder.
 
     Others may write there, too, and its name is no secret: it is made for this user alone. Raises
     UserError where something that is not this user's own folder has the name.
@@ -83,7 +83,7 @@ def scratch(url: str) -> Path:
 
 
 def strays(tmp: Path, young: bool = False) -> Iterator[Path]:
-    """What dead processes left in `tmp`; with `young` also what is not known to be a living one's.
+    """Yield what dead processes left in `tmp`; with `young` all not known to be a living one's.
 
     For the user who says that nothing is running: then nobody need wait for a day.
     """
@@ -128,14 +128,14 @@ class _Desks:
         self.mutex = threading.Lock()
 
     def forget_parents(self) -> None:
-        """A child has folders of its own. It must not keep its parent's alive."""
+        """Let a child have folders of its own, and not keep its parent's alive."""
         for desk in self.held.values():
             os.close(desk.lock)
         self.forget()
 
     @contextmanager
     def open(self, tmp: Path) -> Iterator[Path]:
-        """This process's folder in `tmp`, which is there as long as anybody uses it."""
+        """Yield this process's folder in `tmp`, which is there as long as anybody uses it."""
         key = tmp.absolute()
         with self.mutex:
             if key not in self.held:
@@ -182,7 +182,7 @@ def _take(tmp: Path) -> _Desk:
 
 
 def _create(path: Path) -> int:
-    """A new file, open; its folder goes again where that is refused."""
+    """Return a new file, open; its folder goes again where that is refused."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError:
@@ -249,14 +249,14 @@ def _owner_of(path: Path, young: bool) -> Iterator[_Owner]:
 
 
 def _reach(folder: Path) -> str:
-    """Names where a lock in `folder` is seen for sure: in this kernel, through the same mount."""
+    """Name where a lock in `folder` is seen for sure: in this kernel, through the same mount."""
     where = f"{_kernel()} {folder.stat().st_dev}"
     return hashlib.sha256(where.encode()).hexdigest()[:12]
 
 
 @cache
 def _kernel() -> str:
-    """What all containers of a machine have in common, from one start to the next."""
+    """Return what all containers of a machine have in common, from one start to the next."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # not Linux
@@ -264,7 +264,7 @@ def _kernel() -> str:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the file, or anything in the folder, was changed."""
+    """Return seconds since the file, or anything in the folder, was changed."""
     inside = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
     changed: float = max(found.lstat().st_mtime for found in (path, *inside))
     return time.time() - changed

@@ -25,7 +25,7 @@ ALIGNMENT = 8  # of the first tensor
 def tensor_chunks(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: its header, then one tensor after the other.
+    """Yield the bytes of a safetensors file: its header, then one tensor after the other.
 
     Tensors of wide types come first, so that each lies aligned, otherwise they go by name; all keys
     of the header are sorted.
@@ -43,21 +43,21 @@ def tensor_chunks(
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    told += b" " * (-len(told) % ALIGNMENT)
-    yield len(told).to_bytes(8, "little") + told
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % ALIGNMENT)
+    yield len(head).to_bytes(8, "little") + head
     for name in names:
         yield tensor_bytes(tensors[name])
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a file that safetensors can open; nothing where it has none."""
+    """Return the metadata of a file that safetensors can open; nothing where it has none."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return dict(header.get("__metadata__", {}))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values in order, without a copy where they lie so in the CPU's memory."""
+    """Return the values in order, without a copy where they lie so in the CPU's memory."""
     values = tensor.detach().cpu().contiguous().reshape(-1)
     return values.view(torch.uint8).numpy().data

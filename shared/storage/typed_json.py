@@ -18,7 +18,7 @@ class NewerRecord(ValueError):
 
 
 def record_of(kind: type[T], value: Any, ignore_unknown: bool = False) -> T:
-    """The dataclass `kind` from a JSON object.
+    """Return the dataclass `kind` from a JSON object.
 
     Lists become tuples where those are declared. Raises NewerRecord for fields that `kind` does
     not have, unless they are to be ignored, and ValueError for those that are missing or of another
@@ -40,14 +40,14 @@ def record_of(kind: type[T], value: Any, ignore_unknown: bool = False) -> T:
 
 @cache
 def _declared(kind: Any) -> tuple[dict[str, Any], set[str]]:
-    """The types of a dataclass's fields, and which of them have no default."""
+    """Return the types of a dataclass's fields, and which of them have no default."""
     fields = dataclasses.fields(kind)
     needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
     return typing.get_type_hints(kind), needed
 
 
 def typed(value: Any, hint: Any, name: str, ignore_unknown: bool = False) -> Any:
-    """A JSON value that is to be of the type `hint`. Raises ValueError, naming it, where it isn't.
+    """Check that a JSON value is of the type `hint`. Raises ValueError, naming it, where it isn't.
 
     Numbers are finite, and whole ones no booleans. Records in it are built by `record_of`.
     """
@@ -81,7 +81,7 @@ def not_negative(**numbers: int) -> None:
 
 
 def inside(folder: str, name: str) -> str:
-    """`name`, which is to be that of a file in `folder`, relative to the cache.
+    """Return `name`, which is to be that of a file in `folder`, relative to the cache.
 
     Raises ValueError for any other, such as one that leads out of it.
     """

@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,16 +18,15 @@ from shared.storage.errors import (
     cause_of,
     is_absence,
     is_mistake,
-    is_permanent,
     known_protocol,
     status_of,
     without_password,
 )
+from shared.storage.retry import with_retries
 
 T = TypeVar("T")
 
 TRIES = 3  # of a call; object storage's own libraries have tried several times in each
-FIRST_WAIT = 0.5  # seconds, doubled after each failure
 BEYOND_END = 416  # the HTTP status of a range that begins where a file has ended
 CHANGED = (409, 412)  # of a conditional write that comes too late
 BLOCK_BYTES = 4 << 20  # of a file that is read from beginning to end
@@ -45,7 +43,7 @@ class RemotePlace(ProxyUPath):
     __slots__ = ()
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
-        """Size and times; FileNotFoundError where there is nothing."""
+        """Return the size and times; FileNotFoundError where there is nothing."""
         return self._attempt(super().stat)
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
@@ -64,7 +62,7 @@ class RemotePlace(ProxyUPath):
             return False
 
     def file_sizes(self) -> dict[str, int]:
-        """Name and size of each file in a folder; nothing where there is no folder."""
+        """Return the name and size of each file in a folder; nothing where there is no folder."""
         try:
             found = self._attempt(lambda: self.fs.ls(self.path, detail=True))
         except FileNotFoundError:
@@ -73,17 +71,17 @@ class RemotePlace(ProxyUPath):
         return {info["name"].rpartition("/")[2]: info["size"] for info in files}
 
     def glob(self, pattern: str) -> Iterator[RemotePlace]:  # type: ignore[override]
-        """The folder's files whose names match."""
+        """Yield the folder's files whose names match."""
         for name in self.file_sizes():
             if fnmatchcase(name, pattern):
                 yield self / name
 
     def read_bytes(self) -> bytes:
-        """The whole file."""
+        """Return the whole file."""
         return self.read_range(0, None)  # with a start s3fs does not ask for the size first
 
     def read_range(self, start: int, end: int | None) -> bytes:
-        """Bytes `start` to `end`, in one request; fewer where the file ends before."""
+        """Return bytes `start` to `end`, in one request; fewer where the file ends before."""
         return bytes(self._attempt(lambda: self._range(start, end)))
 
     def _range(self, start: int, end: int | None) -> bytes:
@@ -95,9 +93,9 @@ class RemotePlace(ProxyUPath):
             raise
 
     def open(self, mode: str = "rb", buffering: int = BLOCK_BYTES) -> BinaryIO:  # type: ignore[override]
-        """The bytes as a file: read by the block, or exactly what is asked for with 0."""
+        """Return the bytes as a file: read by the block, or exactly what is asked for with 0."""
         assert mode == "rb", "files are published, see shared.storage.files"
-        raw = _Ranges(self)
+        raw = RangedFile(self.read_range, lambda: int(self.stat().st_size))
         return cast(BinaryIO, io.BufferedReader(raw, buffering) if buffering else raw)
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -130,7 +128,7 @@ class RemotePlace(ProxyUPath):
         return True
 
     def tag(self) -> str | None:
-        """What S3 tells one content of this file from another by; None elsewhere, or without it."""
+        """Return by what S3 tells contents of this file apart; None elsewhere or for no file."""
         try:
             info = self._attempt(lambda: self.fs.info(self.path))
         except FileNotFoundError:
@@ -165,20 +163,16 @@ class RemotePlace(ProxyUPath):
             raise self._refused(error) from None
 
     def _attempt(self, act: Callable[[], T]) -> T:
-        for number in range(TRIES):
-            try:
-                return act()
-            except FileExistsError:  # the answer to `create`
+        try:
+            return with_retries(act, TRIES)
+        except FileExistsError:  # the answer to `create`
+            raise
+        except Exception as error:  # each file system raises what its library does
+            if is_mistake(error):
                 raise
-            except Exception as error:  # each file system raises what its library does
-                if is_mistake(error):
-                    raise
-                if is_absence(error):
-                    raise self._absent() from error
-                if is_permanent(error) or number == TRIES - 1:
-                    raise self._refused(error) from None
-                time.sleep(FIRST_WAIT * 2**number)
-        raise AssertionError
+            if is_absence(error):
+                raise self._absent() from error
+            raise self._refused(error) from None
 
     def _absent(self) -> FileNotFoundError:
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
@@ -193,29 +187,34 @@ class RemotePlace(ProxyUPath):
 Place = Path | RemotePlace
 
 
-class _Ranges(io.RawIOBase):
-    """A remote file as Python's files are: each read is one request."""
+class RangedFile(io.RawIOBase):
+    """A remote file as Python's files are: `read` gives bytes START to END, `size` the end."""
 
-    def __init__(self, place: RemotePlace) -> None:
+    def __init__(self, read: Callable[[int, int], bytes], size: Callable[[], int]) -> None:
         super().__init__()
-        self.place, self.position = place, 0
+        self._read_range, self._size_of_all, self.position = read, size, 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True: reading goes on elsewhere."""
         return True
 
     def tell(self) -> int:
+        """Return where the next read starts."""
         return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = self.place.stat().st_size if whence == io.SEEK_END else 0
+        """Move where the next read starts, as in any file."""
+        start = self._size_of_all() if whence == io.SEEK_END else 0
         self.position = offset + (self.position if whence == io.SEEK_CUR else start)
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        data = self.place.read_range(self.position, self.position + len(buffer))
+        """Fill as much of `buffer` as comes at once; 0 at the end."""
+        data = self._read_range(self.position, self.position + len(buffer))
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
@@ -227,7 +226,7 @@ def is_url(text: str) -> bool:
 
 
 def place(text: str) -> Place:
-    """The place that a text stands for. Raises UserError for a URL that cannot be used.
+    """Return the place that a text stands for. Raises UserError for a URL that cannot be used.
 
     What people type is read by `shared.cli.paths.any_place`.
     """

@@ -10,6 +10,7 @@ from prep.files import remote
 from prep.sources.find import find_units
 from prep.sources.tables import hf_dataset, opening
 from shared.errors import UserError
+from shared.storage import retry
 from tests.support.sources import encode, write_folder
 
 BUGS = (TypeError("ours"), AttributeError("ours"), NameError("ours"), AssertionError("ours"))
@@ -18,7 +19,7 @@ BUGS = (TypeError("ours"), AttributeError("ours"), NameError("ours"), AssertionE
 @pytest.fixture
 def patience():
     """Nobody may wait for a mistake to go away."""
-    with mock.patch.object(remote.time, "sleep", side_effect=AssertionError("tried again")):
+    with mock.patch.object(retry.time, "sleep", side_effect=AssertionError("tried again")):
         yield
 
 
@@ -46,11 +47,11 @@ def test_reading_a_remote_file(memory, patience, bug):
 
 def test_what_the_file_system_raises_is_tried_again(memory):
     waits = []
-    with mock.patch.object(remote.time, "sleep", waits.append), \
+    with mock.patch.object(retry.time, "sleep", waits.append), \
          mock.patch.object(type(memory), "info", side_effect=TimeoutError("slow")), \
          pytest.raises(UserError, match="slow"):  # fmt: skip
         find_units(["memory://bucket/a.tar"])
-    assert len(waits) == remote.RETRIES
+    assert len(waits) == retry.TRIES - 1
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: type(bug).__name__)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import warm
 from tests.support.sources import ROOT, captioned, encode, manifest, tree, units, write_tar
 
 DRIVER = Path(__file__).parents[1] / "support" / "crash.py"
@@ -31,12 +32,8 @@ def memory() -> Iterator[Path]:
 def drive(folder: Path, scenarios: list[str], *flags: object) -> dict[str, Any]:
     folder.mkdir()
     words = [*scenarios, "--work", folder, "--lanes", min(2, os.cpu_count() or 1), *flags]
-    answer = subprocess.run(
-        [sys.executable, DRIVER, *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-    )
+    settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    answer = warm.run([DRIVER, *words], ROOT, **settings)
     assert answer.returncode == 0, answer.stderr[-3000:]
     return dict(json.loads(answer.stdout))
 

@@ -1,19 +1,15 @@
-"""What is encoded is right: against plain diffusers, plain transformers, and PIL used by hand."""
-
-import io
+"""What is encoded is right: against plain diffusers and plain transformers."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from PIL import Image
 from safetensors.numpy import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from prep.encoders.text import TextEncoder
-from prep.images.crop import Framing, prepare
+from tests.support.framing import exif, squared, stored
 from tests.support.sources import (
-    SIDE,
     TINY_SD,
     TINY_XL,
     accounts,
@@ -26,30 +22,6 @@ from tests.support.sources import (
 )
 
 HALF = 2.0**-11  # the relative rounding error of fp16
-
-
-def exif(orientation):
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
-
-
-def stored(image, orientation):
-    """`image` as a camera stores it that says `orientation`; the list is EXIF's own."""
-    pixels = np.asarray(image)  # row 0 is the top of what is shown
-    turned = {
-        1: pixels,
-        2: pixels[:, ::-1],
-        3: pixels[::-1, ::-1],
-        4: pixels[::-1],
-        5: pixels.transpose(1, 0, 2),
-        6: np.rot90(pixels, 1),  # the camera's 0th row is the shown right side
-        7: pixels[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(pixels, -1),
-    }[orientation]
-    return Image.fromarray(np.ascontiguousarray(turned))
-
-
 # key -> (what a viewer shows, the file, its caption)
 WIDE, TALL = photo(1, 150, 90), photo(2, 70, 100)
 TURNED, TINY = photo(3, 48, 80), photo(4, 21, 30)
@@ -69,15 +41,6 @@ TIME_IDS = {
     "turned": [80, 48, 21, 0, 64, 64],  # shown upright; resized to 64 x 107
     "tiny": [30, 21, 13, 0, 64, 64],  # enlarged to 64 x 91
 }
-
-
-def squared(image, side=SIDE, corner=False):
-    """Short side to `side`, then the central (or top left) square."""
-    scale = side / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
-    top, left = (0, 0) if corner else ((height - side) // 2, (width - side) // 2)
-    return pixels[top : top + side, left : left + side]
 
 
 def posterior(model, pixels):
@@ -231,80 +194,3 @@ def test_equal_captions_of_a_unit_are_encoded_once(tmp_path, monkeypatch, rememb
     for number in range(3, 12):
         embeds = found[f"{number:02d}"].arrays["prompt_embeds"]
         assert (embeds == found[f"{number % 3:02d}"].arrays["prompt_embeds"]).all()
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation):
-    shown = photo(5, 90, 70)
-    content = file_of(stored(shown, orientation), exif=exif(orientation))
-    (picture,) = prepare(content, Framing(SIDE))
-    assert picture.original_size == (70, 90)
-    assert (picture.pixels == squared(shown)).all()
-
-
-def test_a_large_jpeg_may_be_decoded_smaller_but_looks_the_same():
-    content = file_of(photo(6, 1000, 700), "JPEG", quality=95)
-    (picture,) = prepare(content, Framing(SIDE))
-    assert picture.original_size == (700, 1000)
-    whole = squared(Image.open(io.BytesIO(content)).convert("RGB"))
-    difference = np.abs(picture.pixels.astype(int) - whole.astype(int))
-    assert difference.mean() < 1
-    assert difference.max() < 12
-
-
-GREY = np.linspace(0, 255, SIDE * SIDE).reshape(SIDE, SIDE)
-HALF_RED = np.dstack([np.full((SIDE, SIDE), c, np.uint8) for c in (255, 0, 0, 128)])
-CMYK_RED = Image.new("CMYK", (SIDE, SIDE), (0, 255, 255, 0))
-
-
-def palette(**options):
-    image = Image.new("P", (SIDE, SIDE))
-    image.putpalette([255, 0, 0, 0, 0, 255])
-    image.paste(1, (0, 0, SIDE // 2, SIDE))
-    return file_of(image, "PNG", **options)
-
-
-def two_halves(left, right):
-    pixels = np.empty((SIDE, SIDE, 3), np.uint8)
-    pixels[:, : SIDE // 2], pixels[:, SIDE // 2 :] = left, right
-    return pixels
-
-
-@pytest.mark.parametrize(
-    ("content", "shown"),
-    [
-        pytest.param(
-            file_of(Image.fromarray(GREY.astype(np.uint8))), GREY.astype(np.uint8), id="grey"
-        ),
-        pytest.param(
-            file_of(Image.fromarray((GREY * 257).astype(np.uint16))), GREY, id="16-bit grey PNG"
-        ),
-        pytest.param(
-            file_of(Image.fromarray((GREY * 257).astype(np.uint16)), "TIFF"), GREY, id="16-bit TIFF"
-        ),
-        pytest.param(file_of(Image.fromarray(HALF_RED)), (255, 127, 127), id="alpha on white"),
-        pytest.param(
-            file_of(Image.new("LA", (SIDE, SIDE), (0, 0))), (255, 255, 255), id="transparent grey"
-        ),
-        pytest.param(palette(), two_halves((0, 0, 255), (255, 0, 0)), id="palette"),
-        pytest.param(
-            palette(transparency=0), two_halves((0, 0, 255), (255, 255, 255)), id="transparent"
-        ),
-        pytest.param(file_of(Image.new("1", (SIDE, SIDE), 1)), (255, 255, 255), id="1 bit"),
-        pytest.param(file_of(CMYK_RED, "TIFF"), (255, 0, 0), id="CMYK TIFF"),
-        pytest.param(file_of(CMYK_RED, "JPEG", quality=100), (255, 0, 0), id="CMYK JPEG"),
-    ],
-)
-def test_every_kind_of_picture_becomes_8_bit_rgb(content, shown):
-    (picture,) = prepare(content, Framing(SIDE))
-    if np.ndim(shown) == 2:
-        shown = np.repeat(np.asarray(shown)[..., None], 3, axis=2)
-    expected = np.broadcast_to(np.asarray(shown, dtype=float), (SIDE, SIDE, 3))
-    assert picture.pixels.dtype == np.uint8
-    assert np.abs(picture.pixels - expected).max() <= 2
-
-
-def test_the_first_frame_of_an_animation():
-    first, second = photo(8), photo(9)
-    content = file_of(first, "WEBP", save_all=True, append_images=[second], lossless=True)
-    assert (prepare(content, Framing(SIDE))[0].pixels == squared(first)).all()

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prep.files import remote
 from prep.files.litter import HIDDEN
 from prep.sources.find import SourceOptions, find_units
 from prep.sources.tables.linked import MISSING, OUTSIDE, UNREACHABLE
+from shared.storage import retry
 from tests.support.sources import accounts, encode, png, refusal
 
 PNG = png(1)
@@ -24,7 +24,7 @@ STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
 
 
 def table(path, names, kind="struct"):

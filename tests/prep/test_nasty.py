@@ -422,7 +422,7 @@ def damaged(whole):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("prep.files.remote.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("shared.storage.retry.FIRST_WAIT", 0.01)
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server

@@ -8,10 +8,9 @@ from unittest.mock import ANY
 
 import pytest
 
-from prep.files import remote
 from shared.cache.conditioning import load_conditioning
 from shared.cache.manifest import open_manifest
-from shared.storage import urls
+from shared.storage import retry
 from shared.storage.urls import place
 from tests.support.s3 import bucket, forget, objects, serving
 from tests.support.sources import captioned, prep, refusal, tree, write_tar
@@ -21,8 +20,7 @@ SOURCES = "s3://bucket/source/{a,b}.tar"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch, tmp_path):
-    monkeypatch.setattr(urls, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 

@@ -4,9 +4,6 @@ Any number of processes, in any order and at any moment, on unlike machines, on 
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +11,12 @@ import pytest
 from prep.encode import engine as prep_engine
 from shared.cache.conditioning import load_conditioning
 from shared.storage.urls import place
+from tests.support import warm
 from tests.support.s3 import bucket, objects, serving
 from tests.support.sources import captioned, encode, manifest, prep, refusal, tree, units, write_tar
 
-DRIVER = Path(__file__).parents[1] / "support" / "parts.py"
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER = ROOT / "tests/support/parts.py"
 TARS, PICTURES = 6, 2  # fewer tars than parts: some have nothing to do
 
 
@@ -33,12 +32,8 @@ def together(folder, sources, *flags, cache=None, encode=()):
     """The rounds' caches, once all their processes have ended with 0."""
     words = ["--cache", cache or folder / "cache", "--logs", folder / "logs", *flags, "--"]
     words += ["--shards", sources, "--model", "tiny-sd", *encode]
-    answer = subprocess.run(
-        [sys.executable, DRIVER, *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-    )
+    settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    answer = warm.run([DRIVER, *words], ROOT, **settings)
     assert answer.returncode == 0, answer.stderr[-3000:]
     rounds = json.loads(answer.stdout)
     for played in rounds:
@@ -116,11 +111,8 @@ def test_prompts_of_several_parts_and_commands_are_all_kept(tmp_path, sources):
         "    children.append(child)\n"
         "sys.exit(any(os.waitpid(child, 0)[1] for child in children))\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "TOKENIZERS_PARALLELISM": "false"}
     preload = "import torch, prep.commands; torch.set_num_threads(1)\n"
-    command = [sys.executable, "-c", preload + script, cache]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    answer = warm.run(["-c", preload + script, cache], ROOT, TOKENIZERS_PARALLELISM="false")
     assert answer.returncode == 0, answer.stderr
     prompts = load_conditioning(cache / "conditioning.safetensors").prompts
     assert {f"prompt {n}" for n in range(4)} <= set(prompts)

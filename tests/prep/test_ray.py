@@ -199,7 +199,7 @@ def test_a_unit_that_every_worker_dies_of_ends_the_command_and_is_named(ray, tar
 @pytest.mark.slow
 def test_workers_that_do_not_see_the_cache_refuse(ray, tars, tmp_path, monkeypatch):
     """One machine sees it or does not, so the command is made to go on without creating it."""
-    monkeypatch.setattr("prep.encode.settings.claim_identity", lambda *_: None)
+    monkeypatch.setattr("prep.commands.claim", lambda *_: True)
     line = refusal("encode", "--cache", tmp_path / "c", *words(tars[:1], *RAY_FLAGS))
     assert f"{socket.gethostname()} does not see {tmp_path / 'c' / 'identity.json'}" in line
     assert line.endswith("must be on a file system that all workers see")

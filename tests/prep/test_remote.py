@@ -16,6 +16,7 @@ import zstandard
 from prep.files import remote
 from prep.sources.find import SourceError, SourceOptions, estimate_rows, find_units
 from shared.errors import UserError
+from shared.storage import retry
 from tests.support.sources import (
     captioned,
     encode,
@@ -31,7 +32,7 @@ from tests.support.sources import (
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote, "BLOCK_BYTES", 20_000)  # several blocks in a small tar
 
 
@@ -252,7 +253,7 @@ def test_a_server_that_does_not_recover(server, tar, fault):
         list(unit.rows())
     line = str(caught.value)
     assert f"{server.url}/a.tar" in line
-    assert f"{remote.RETRIES + 1} times" in line
+    assert f"{retry.TRIES} times" in line
     assert "\n" not in line
     assert ("HTTP 500" in line) == (fault == 500)
 

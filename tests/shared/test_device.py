@@ -17,6 +17,7 @@ from prep.encode.settings import choose_device, choose_shapes
 from prep.images.crop import Framing
 from shared.errors import UserError
 from shared.machine.device import pick_device, use_device
+from tests.support.identity import an_identity
 from train.data.prefetch import Ring
 from train.trainer.distributed import Distributed
 
@@ -83,11 +84,11 @@ def test_captions_are_encoded_in_a_thread_on_their_device(two_gpus):
 def test_a_cache_records_the_kind_of_device_alone(two_gpus, tmp_path):
     """Which of a machine's GPUs it is must not make it another cache."""
     config = EncodeConfig(("some.tar",), "tiny-sd", tmp_path, device="cuda:1")
-    device = choose_device(config, {})
+    device = choose_device(config, None)
     assert device == torch.device("cuda", 1)
-    shapes = choose_shapes(config, {}, device, 512)
+    shapes = choose_shapes(config, None, device, 512)
     assert shapes.device == "cuda"
-    stored = {"shapes": shapes.to_json()}
+    stored = replace(an_identity(), shapes=shapes)
     assert choose_device(config, stored) == device
     assert choose_device(replace(config, device="auto"), stored) == torch.device("cuda")
 
@@ -99,9 +100,9 @@ def test_a_cache_records_the_kind_of_device_alone(two_gpus, tmp_path):
 )  # fmt: skip
 def test_as_many_pictures_at_once_as_a_gpu_has_room_for(tmp_path, kind, resolution, pictures):
     config = EncodeConfig(("some.tar",), "tiny-sd", tmp_path)
-    shapes = choose_shapes(config, {}, torch.device(kind), resolution)
+    shapes = choose_shapes(config, None, torch.device(kind), resolution)
     assert shapes.vae_batch_size == pictures
-    more = choose_shapes(replace(config, vae_batch_size=9), {}, torch.device(kind), resolution)
+    more = choose_shapes(replace(config, vae_batch_size=9), None, torch.device(kind), resolution)
     assert more.vae_batch_size == 9
 
 

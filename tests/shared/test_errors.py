@@ -1,6 +1,7 @@
 """What the machine refuses ends in one line, and a mistake in the program in a traceback."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -13,9 +14,9 @@ import torch
 from shared.cache.layout import cache_layout
 from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError, exhausted, run_main
-from shared.storage import urls
+from shared.storage import retry, urls
 from shared.storage.errors import is_mistake
-from shared.storage.files import dump_json, load_json
+from shared.storage.files import dump_json
 
 
 def said(raised, capsys) -> str:
@@ -108,12 +109,12 @@ def test_names_that_are_not_utf8_are_printed_and_kept(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(dump_json({"name": odd}))
     path.read_bytes().decode("utf-8")  # any reader of JSON takes it
-    assert load_json(path) == {"name": odd}
+    assert json.loads(path.read_bytes()) == {"name": odd}
 
 
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError, AssertionError, KeyError])
 def test_a_mistake_passes_as_it_is_and_at_once(kind, monkeypatch):
-    monkeypatch.setattr(urls.time, "sleep", lambda _: pytest.fail("a mistake was tried again"))
+    monkeypatch.setattr(retry.time, "sleep", lambda _: pytest.fail("a mistake was tried again"))
     place = urls.place("memory://bucket/file")
 
     def act():
@@ -125,7 +126,7 @@ def test_a_mistake_passes_as_it_is_and_at_once(kind, monkeypatch):
 
 
 def test_what_a_library_raises_is_no_mistake(monkeypatch):
-    monkeypatch.setattr(urls.time, "sleep", lambda _: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
     place = urls.place("memory://bucket/file")
 
     class ClientError(KeyError):

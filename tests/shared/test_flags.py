@@ -248,7 +248,7 @@ WRONG = [
     ("prep encode", ["--resolution", "a,b"], "is not a number of pixels"),
     ("train distill", ["--optimizer_type", "Lion"], "AdamW and AdamW8bit are"),
     ("train distill", ["--network_module", "lycoris.kohya"], "networks.lora is, as --student lora"),
-    ("train distill", ["--lr_warmup_steps", "0.1"], "is a share of the steps"),
+    ("train distill", ["--lr_warmup_steps", "0.1"], "is a fraction of the steps"),
     ("train distill", ["--optimizer_type"], "--optimizer_type wants a value"),
     ("train distill", ["--optimizer_type", "--seed", "1"], "--optimizer_type wants a value"),
     ("train distill", ["--xformers=1"], "--xformers is a switch"),

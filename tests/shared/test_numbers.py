@@ -10,7 +10,7 @@ from typing import Annotated
 import pytest
 
 from shared.cli.config import parse
-from shared.cli.ranges import BelowOne, Count, Natural, Numbers, Positive, Share, numbers_of
+from shared.cli.ranges import BelowOne, Count, Fraction, Natural, Numbers, Positive, numbers_of
 from shared.errors import UsageError, UserError
 
 
@@ -24,7 +24,7 @@ class Settings:
     rate: Positive = 1.0
     gamma: Positive | None = None
     decay: BelowOne = 0.9
-    share: Share = 0.5
+    share: Fraction = 0.5
     level: Annotated[int, Numbers(int, 1, 19)] = 3
 
 

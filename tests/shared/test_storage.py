@@ -202,7 +202,7 @@ def test_json_is_the_same_for_the_same_value(tmp_path):
     value = {"text": "naïve ☃", "number": 1e-8, "nothing": None}
     (tmp_path / "x.json").write_bytes(files.dump_json(value))
     assert (
-        files.load_json(tmp_path / "x.json")
+        files.load_record(tmp_path / "x.json", dict, "restore it")
         == value
         == json.loads((tmp_path / "x.json").read_text())
     )
@@ -210,9 +210,9 @@ def test_json_is_the_same_for_the_same_value(tmp_path):
 
 def test_json_that_is_missing_or_damaged_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"x\.json does not exist"):
-        files.load_json(tmp_path / "x.json")
+        files.load_record(tmp_path / "x.json", dict, "restore it")
     for content in (b"{", b"\xff\xfe", b""):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.json is not valid JSON") as error:
-            files.load_json(tmp_path / "x.json")
+            files.load_record(tmp_path / "x.json", dict, "restore it")
         assert "\n" not in str(error.value)

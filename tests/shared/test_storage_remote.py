@@ -11,7 +11,7 @@ import pytest
 from shared.cache.paths import CachePaths
 from shared.cli.config import parse, to_dict
 from shared.errors import UserError
-from shared.storage import files, urls
+from shared.storage import files, retry, urls
 from shared.storage.errors import known_protocol
 from shared.storage.urls import RemotePlace, place
 from tests.support.s3 import bucket, forget, serving
@@ -20,7 +20,7 @@ from train.config import DistillConfig, SampleConfig
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(urls, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from prep import __main__ as main  # noqa: E402
 from prep import commands  # noqa: E402
 from prep.encode import settings  # noqa: E402
 from shared.machine import cpus  # noqa: E402
-from shared.storage import urls  # noqa: E402
+from shared.storage import retry  # noqa: E402
 
 LIMIT = 300.0  # seconds that no process takes
 
@@ -136,7 +136,7 @@ def run() -> None:
     parser.add_argument("flags", nargs="*")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    urls.FIRST_WAIT = 0.05
+    retry.FIRST_WAIT = 0.05
     args.logs.mkdir(exist_ok=True)
     print(json.dumps([play(args, number, args.logs) for number in range(args.rounds)]))
 

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
+from tests.support import warm
 from train.config import DistillConfig
 from train.state import checkpoint
 from train.trainer import loop
@@ -25,12 +24,8 @@ KINDS = ["lora", "full"]
 
 
 def drive(folder: Path, scenarios: list[str], *flags: object) -> dict[str, Any]:
-    answer = subprocess.run(
-        [sys.executable, DRIVER, *scenarios, "--work", folder, *map(str, flags)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    words = [DRIVER, *scenarios, "--work", folder, *flags]
+    answer = warm.run(words, DRIVER.parents[2], OMP_NUM_THREADS="1")
     assert answer.returncode == 0, answer.stderr[-3000:]
     return dict(json.loads(answer.stdout))
 

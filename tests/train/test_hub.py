@@ -1,11 +1,8 @@
 """Model cards whose lines run, and publishing them, against a hub on loopback."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,9 +12,18 @@ from PIL import Image
 
 from shared.cache.conditioning import load_conditioning
 from shared.cache.paths import CachePaths
+from tests.support import warm
 from tests.support.hub import serve
 
 TOKEN = "hf_SecretOfTheTests"
+# Makes this project one that is not installed, and every hub one that is out of reach.
+STRANGER = """
+import sys, huggingface_hub.constants
+for name in [n for n in sys.modules if n.partition(".")[0] in ("prep", "train", "shared")]:
+    del sys.modules[name]
+sys.modules.update(prep=None, train=None, shared=None)
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +52,11 @@ def distil(cli, model, cache, run, *words):
 def run(request, tiny_sd, tiny_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "my-student"
     words = f"--student {request.param} --max-train-steps 2 --train-batch-size 4"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "train", "distill", "--model", tiny_sd, "--cache", tiny_cache,
-         "--run", folder, "--validation-steps", "2", "--threads", "1", *words.split()],
-        check=True, capture_output=True, env=environment, cwd=tiny_sd.parents[1],
-    )  # fmt: skip
+    warm.run(
+        ["-m", "train", "distill", "--model", tiny_sd, "--cache", tiny_cache, "--run", folder,
+         "--validation-steps", "2", "--threads", "1", *words.split()],
+        tiny_sd.parents[1], OMP_NUM_THREADS="1",
+    ).check_returncode()  # fmt: skip
     return folder, request.param
 
 
@@ -81,15 +86,12 @@ def test_the_card_tells_what_the_student_is(run, tiny_sd):
 
 
 def test_the_cards_lines_draw_with_stock_diffusers(run, tmp_path, tiny_cache):
-    """Run as they stand, in a process that knows nothing of this project."""
+    """Run as they stand, in a process that has nothing of this project."""
     folder, _ = run
     (code,) = re.findall(r"```python\n(.*?)```", card_of(folder)[1], re.DOTALL)
     prompt = load_conditioning(CachePaths(tiny_cache).conditioning).prompts[0]
     assert f'"{prompt}"' in code
-    answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    answer = warm.run(["-c", STRANGER + code], tmp_path, OMP_NUM_THREADS="1")
     assert answer.returncode == 0, answer.stderr[-3000:]
     picture = np.asarray(Image.open(tmp_path / "picture.png"))
     assert picture.shape == (64, 64, 3)

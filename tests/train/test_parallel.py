@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from shared.errors import UserError
+from tests.support import warm
 from train.config import DistillConfig
 from train.state import checkpoint
 from train.trainer.distributed import Distributed, as_launched
@@ -39,13 +41,28 @@ def launch(repo, tiny_cache, tiny_sd, tmp_path):
         given = {k: v for k, v in (base | LCM | flags).items() if v is not None}
         wanted = {"flags": given, "spied": f"{run}-spied", "double": double}
         (tmp_path / "flags.json").write_text(json.dumps(wanted))
-        answer = torchrun(repo, world, ["tests.support.ranks", tmp_path / "flags.json"],
-                          environment)  # fmt: skip
-        assert answer.returncode == 0, answer.stderr
-        assert world == 1 or f"over {world} processes" in answer.stderr
+        words = ["-m", "tests.support.ranks", tmp_path / "flags.json"]
+        told = {"OMP_NUM_THREADS": "1", **(environment or {})}
+        ranks = [warm.start(words, repo, **told, **place) for place in as_torchrun_does(world)]
+        ended = [(*process.communicate(), process.returncode) for process in ranks]
+        assert [status for *_, status in ended] == [0] * world, ended
+        assert world == 1 or f"over {world} processes" in ended[0][1]
         return run
 
     return start
+
+
+def as_torchrun_does(world: int) -> list[dict[str, str]]:
+    """The variables of each process. `torchrun` itself starts those of the tests below."""
+    if world == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world,
+              "LOCAL_WORLD_SIZE": world}  # fmt: skip
+    ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
+    return [{name: str(value) for name, value in rank.items()} for rank in ranks]
 
 
 def torchrun_in_background(repo: Path, words, environment=None, world: int = 2):

@@ -12,6 +12,7 @@ from upath import UPath
 
 from shared.cache.manifest import open_manifest
 from shared.errors import UserError
+from shared.storage import retry
 from tests.train.test_loader import equal, joined_by_size, make_cache, open_loader, take
 from train.data import remote
 from train.data.bucket import open_buckets
@@ -21,7 +22,7 @@ from train.data.local_cache import LocalCache
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_only_the_view_and_the_caption_are_read(cache, memory, monkeypatch):
     loader.buckets = [bucket for bucket in loader.buckets if bucket.layout.latent_size == (8, 8)]
     bucket = loader.buckets[0]
     into = bytearray(2 * 4 * 2 * 8 * 8)
-    bucket.finish(bucket.begin(bucket.spans(3, (("latents", 1),), [memoryview(into)])))
+    bucket.finish(bucket.start(bucket.spans(3, (("latents", 1),), [memoryview(into)])))
     assert asked == {"bytes": len(into), "samples": 1}
 
 

@@ -58,7 +58,7 @@ class Bucket:
         return self.ends[-1]
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Shard and byte offset of a sample."""
+        """Return the shard and byte offset of a sample."""
         shard = bisect_right(self.ends, number)
         index = number - (self.ends[shard - 1] if shard else 0)
         if self.picked is not None:
@@ -68,7 +68,7 @@ class Bucket:
         return shard, index * self.layout.stride
 
     def spans(self, number: int, rows: Rows, views: Sequence[memoryview]) -> list[Span]:
-        """Where these rows of a sample's fields lie; `views` is the memory that each goes to."""
+        """Find where these rows of a sample's fields lie; each goes to its memory in `views`."""
         shard, start = self.locate(number)
         return [
             Span(shard, start + offset, nbytes,
@@ -76,46 +76,48 @@ class Bucket:
             for offset, nbytes, parts in self._runs(rows)
         ]  # fmt: skip
 
-    def begin(self, spans: Sequence[Span]) -> list[Span]:
+    def start(self, spans: Sequence[Span]) -> list[Span]:
         """Start reading without waiting; returns what `finish` must still be given."""
-        return self._reader.begin(spans)
+        return self._reader.start(spans)
 
     def finish(self, spans: Sequence[Span]) -> None:
         """Wait until all is filled. Raises UserError, naming the sample, where it cannot be."""
         self._reader.finish(spans)
 
     def read(self, number: int, name: str, row: int, into: NDArray[Any]) -> None:
-        """Row `row` of a sample's field into a contiguous array. Raises UserError as `finish`."""
-        view = memoryview(into).cast("B")
-        self.finish(self.begin(self.spans(number, ((name, row),), [view])))
+        """Read a row of a sample's field into a contiguous array. Raises UserError as `finish`."""
+        view = into.data.cast("B")
+        self.finish(self.start(self.spans(number, ((name, row),), [view])))
 
     def heads(self, shards: Sequence[int]) -> list[bytearray]:
-        """Header and record of the first sample of these shards. Raises UserError as `finish`."""
+        """Read header and record of these shards' first samples. Raises UserError as `finish`."""
         found = [bytearray(self.layout.head_bytes) for _ in shards]
         pairs = zip(shards, found, strict=True)
         self._reader.peek([Span(n, 0, len(head), (memoryview(head),)) for n, head in pairs])
         return found
 
     def records(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Samples' KEY.json. Raises UserError where one is damaged."""
+        """Read samples' KEY.json. Raises UserError where one is damaged."""
         found = [bytearray(self.layout.record_bytes) for _ in numbers]
         spans = []
         for number, record in zip(numbers, found, strict=True):
             shard, start = self.locate(number)
             spans.append(Span(shard, start + BLOCK, len(record), (memoryview(record),)))
-        self.finish(self.begin(spans))
+        self.finish(self.start(spans))
         return [self._parsed(*pair) for pair in zip(numbers, found, strict=True)]
 
     def num_captions(self, numbers: Sequence[int]) -> list[int]:
-        """How many captions these samples have. Raises UserError as `records` does."""
-        found = [record.get("num_captions") for record in self.records(numbers)]
-        for number, count in zip(numbers, found, strict=True):
+        """Return how many captions these samples have. Raises UserError as `records` does."""
+        found: list[int] = []
+        for number, record in zip(numbers, self.records(numbers), strict=True):
+            count = record.get("num_captions")
             if type(count) is not int or not 1 <= count <= self.layout.captions:
                 raise self._damaged_record(number)
+            found.append(count)
         return found
 
     def record(self, number: int) -> dict[str, Any]:
-        """A sample's KEY.json."""
+        """Read a sample's KEY.json."""
         return self.records([number])[0]
 
     def _parsed(self, number: int, record: bytearray) -> dict[str, Any]:
@@ -130,7 +132,7 @@ class Bucket:
         )
 
     def name(self, number: int) -> str:
-        """How errors call a sample."""
+        """Return how errors call a sample."""
         shard, start = self.locate(number)
         return f"{self.paths[shard]} sample {start // self.layout.stride}"
 
@@ -140,7 +142,7 @@ class Bucket:
 
 
 def runs(layout: Layout, rows: Rows) -> list[tuple[int, int, list[int | memoryview]]]:
-    """What lies together of these rows: offset, bytes, and which rows; gaps have memory instead."""
+    """Return what of these rows lies together: offset, bytes, rows; gaps have memory instead."""
     found: list[tuple[int, int, list[int | memoryview]]] = []
     for part, (name, row) in enumerate(rows):
         field = layout.field(name)
@@ -165,7 +167,7 @@ def open_buckets(
     max_samples: int | None = None,
     heldout: bool = False,
 ) -> list[Bucket]:
-    """A bucket for each layout of the manifest that has samples, in its order.
+    """Return a bucket for each layout of the manifest that has samples, in its order.
 
     With `heldout` those that are set aside, otherwise all the others.
 
@@ -191,7 +193,7 @@ def open_buckets(
 
 
 def largest_bucket(root: Any, manifest: Manifest, heldout: bool = False) -> Bucket:
-    """The bucket with the most samples. Raises UserError for a cache that has none."""
+    """Return the bucket with the most samples. Raises UserError for a cache that has none."""
     buckets = open_buckets(root, manifest, heldout=heldout)
     if not buckets:
         raise UserError(f"{root} holds no samples")
@@ -199,7 +201,7 @@ def largest_bucket(root: Any, manifest: Manifest, heldout: bool = False) -> Buck
 
 
 def first_samples(shards: Sequence[Shard], count: int | None) -> list[Shard]:
-    """The shards that hold the first `count` samples, the last of them with fewer samples.
+    """Return the shards that hold the first `count` samples, the last of them with fewer samples.
 
     Those that are held out do not count.
     """
@@ -215,7 +217,7 @@ def first_samples(shards: Sequence[Shard], count: int | None) -> list[Shard]:
 
 
 def samples_of(shard: Shard, heldout: bool) -> int:
-    """How many samples of a shard are held out, or are not."""
+    """Return how many samples of a shard are held out, or are not."""
     return len(shard.heldout) if heldout else shard.trained
 
 

@@ -44,8 +44,10 @@ def check_fit(manifest: Manifest, family: str, unet: Mapping[str, Any], cache: A
 def wanted_shapes(
     layout: Layout, unet: Mapping[str, Any], views: int, factor: int
 ) -> dict[str, str]:
-    """What each field of a layout must look like for this UNet; sizes that are free are its own."""
-    captions, length = layout.field("prompt_embeds").shape[:2]
+    """Say what each field of a layout must look like for this UNet; free sizes are its own."""
+    text = layout.field("prompt_embeds")
+    assert text is not None  # every layout has it
+    captions, length = text.shape[:2]
     height, width = layout.latent_size
     channels = factor * unet["in_channels"]
     wanted = {

@@ -42,7 +42,7 @@ def check_heads(buckets: Sequence[Bucket]) -> None:
 
 
 def first_keys(bucket: Bucket, shards: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Number and first key of these shards of a bucket. Raises UserError where there is none."""
+    """Yield number and first key of these shards. Raises UserError where there is no sample."""
     parts = [shards[start : start + TOGETHER] for start in range(0, len(shards), TOGETHER)]
     with ThreadPoolExecutor(THREADS, thread_name_prefix="heads") as pool:
         for part, heads in zip(parts, pool.map(bucket.heads, parts), strict=True):

@@ -1,5 +1,15 @@
 """Batches from a cache: threads read exactly the bytes a step wants, straight into batch slots.
 
+The stages of a batch; threads go through them several batches ahead of training (prefetch.py):
+
+1. which samples: this rank's slice of a global batch (`Order.rank_batch`);
+2. what of each: view, caption, dropout, timestep and guidance, drawn by position (`choose`);
+3. where it lies: a span of bytes per run of neighbouring fields (`Bucket.spans`);
+4. reading starts (`Bucket.start`), and while the disk works the noise is drawn (`_draw`);
+5. reading ends (`Bucket.finish`), and what no encoder gives is refused (`_check`);
+6. x0 is sampled from the posterior, if that is stored, and scaled (`finish_latents`);
+7. the batch is copied to the device, beside the step before it (`_fill_and_send`).
+
 No worker processes and no mmap: both were measured several times slower (docs/loader.md).
 """
 
@@ -41,8 +51,8 @@ class LatentSpec:
 
 
 @dataclass
-class RingPlace:
-    """One place of the ring: a slot for each bucket, all in the same memory."""
+class RingEntry:
+    """An entry of the ring: a slot for each bucket, all in the same memory."""
 
     slots: list[Slot]
     copied: torch.cuda.Event | None = None  # when the last copy to the device has ended
@@ -76,8 +86,10 @@ class Loader:
         remote = any(bucket.remote for bucket in buckets)
         self.ahead = ahead or (REMOTE_AHEAD if remote else AHEAD)
         self.threads = max(threads, self.ahead) if remote else threads
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ring: Ring[RingPlace, tuple[Batch, torch.cuda.Event | None]] | None = None
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._ring: Ring[RingEntry, tuple[Batch, torch.cuda.Event | None]] | None = None
 
     @property
     def waited(self) -> float:
@@ -88,10 +100,10 @@ class Loader:
         return self.batches()
 
     def batches(self) -> Generator[Batch, None, None]:
-        """The endless stream; closing it ends the threads."""
-        places = [RingPlace(self._allocate()) for _ in range(self.ahead + 1)]
-        begin = partial(use_device, self.device)
-        self._ring = Ring(self._fill_and_send, places, self.threads, begin)
+        """Yield the endless stream; closing it ends the threads."""
+        entries = [RingEntry(self._allocate()) for _ in range(self.ahead + 1)]
+        initializer = partial(use_device, self.device)
+        self._ring = Ring(self._fill_and_send, entries, self.threads, initializer)
         stream = self._ring.run(self.start)
         try:
             for batch, copied in stream:
@@ -107,21 +119,21 @@ class Loader:
                 bucket.close()
 
     def names(self, index: int) -> list[str]:
-        """How errors call the samples of global batch `index`."""
+        """Return how errors call the samples of global batch `index`."""
         bucket, ids = self.order.batch(index)
         return [self.buckets[bucket].name(int(sample)) for sample in ids]
 
-    def _fill_and_send(self, index: int, place: RingPlace) -> tuple[Batch, torch.cuda.Event | None]:
+    def _fill_and_send(self, index: int, entry: RingEntry) -> tuple[Batch, torch.cuda.Event | None]:
         """Read a batch and start its copy to the device; with the event at the copy's end."""
-        if place.copied is not None:
-            place.copied.synchronize()  # the pinned memory is still being read until then
-        batch = self.fill(index, place.slots)
+        if entry.copied is not None:
+            entry.copied.synchronize()  # the pinned memory is still being read until then
+        batch = self.fill(index, entry.slots)
         if self._copies is None:
             return batch.to(self.device), None
         with torch.cuda.stream(self._copies):
             sent = batch.to(self.device, non_blocking=True)
-            place.copied = self._copies.record_event()
-        return sent, place.copied
+            entry.copied = self._copies.record_event()
+        return sent, entry.copied
 
     def fill(self, index: int, slots: Sequence[Slot]) -> Batch:
         """Read global batch `index` into its bucket's slot. Raises UserError for damage."""
@@ -137,7 +149,7 @@ class Loader:
             rows = wanted_rows(bucket.layout, choice)
             views = [slot.views[name][at] for name, _ in rows]
             spans += bucket.spans(sample, rows, views)
-        rest = bucket.begin(spans)
+        rest = bucket.start(spans)
         # The noise is drawn while the disk works.
         latent_noises = [self._draw(slot, row, *pair) for row, pair in enumerate(drawn)]
         bucket.finish(rest)
@@ -152,7 +164,7 @@ class Loader:
     def _draw(
         self, slot: Slot, row: int, rng: np.random.Generator, choice: Choice
     ) -> NDArray[np.float32] | None:
-        """Everything that is not read; the VAE's noise, if any, is returned."""
+        """Draw everything that is not read; returns the VAE's noise, if there is any."""
         slot.arrays["index"][row] = choice.index
         slot.arrays["w"][row] = choice.w
         for name in ("pooled_prompt_embeds", "prompt_embeds"):
@@ -177,12 +189,12 @@ class Loader:
 
     def _allocate(self) -> list[Slot]:
         layouts = [bucket.layout for bucket in self.buckets]
-        share = self.order.batch_size // self.world
-        return allocate(layouts, self.latents.channels, share, pinned=self._copies is not None)
+        per_rank = self.order.batch_size // self.world
+        return allocate(layouts, self.latents.channels, per_rank, pinned=self._copies is not None)
 
 
 def wanted_rows(layout: Layout, choice: Choice) -> Rows:
-    """What must be read of a sample."""
+    """Return what must be read of a sample."""
     rows = {
         "latents": choice.view,
         "pooled_prompt_embeds": None if choice.drop_caption else choice.caption,
@@ -194,7 +206,7 @@ def wanted_rows(layout: Layout, choice: Choice) -> Rows:
 
 
 def all_finite(values: NDArray[np.float16]) -> bool:
-    """Whether a contiguous fp16 array holds neither infinities nor NaN.
+    """Return whether a contiguous fp16 array holds neither infinities nor NaN.
 
     Compares bits: ten times faster than NumPy's and torch's tests of fp16.
     """
@@ -202,7 +214,7 @@ def all_finite(values: NDArray[np.float16]) -> bool:
 
 
 def fault(arrays: Sequence[NDArray[np.float16]], channels: int) -> str:
-    """What is wrong with the numbers of a sample, its latents first, or an empty string.
+    """Return what is wrong with the numbers of a sample, its latents first, or an empty string.
 
     They are finite, and no array is one value alone, such as zeros. (The latents' means, that is:
     a logvar may be clamped.)
@@ -214,7 +226,7 @@ def fault(arrays: Sequence[NDArray[np.float16]], channels: int) -> str:
 
 
 def is_constant(values: NDArray[np.float16]) -> bool:
-    """Whether an array of several numbers holds one value alone, such as zeros.
+    """Return whether an array of several numbers holds one value alone, such as zeros.
 
     Its ends are compared first: they differ in all but one of thousands.
     """
@@ -228,11 +240,11 @@ def finish_latents(
     scaling_factor: float,
     into: Tensor,
 ) -> None:
-    """x0 `[C, h, w]` from the stored mean, or mean and logvar: sampled and scaled in fp32."""
+    """Make x0 `[C, h, w]` of the stored mean, or mean and logvar: sampled and scaled in fp32."""
     values: NDArray[np.float16] | NDArray[np.float32] = raw
     if noise is not None:
         mean, logvar = np.split(raw.astype(np.float32), 2)
         values = mean + np.exp(0.5 * logvar) * noise
-    parts = torch.from_numpy(values).flatten().split(GRAIN)
-    for x0, part in zip(into.flatten().split(GRAIN), parts, strict=True):
+    parts = torch.split(torch.from_numpy(values).flatten(), GRAIN)
+    for x0, part in zip(torch.split(into.flatten(), GRAIN), parts, strict=True):
         x0.copy_(part).mul_(scaling_factor)

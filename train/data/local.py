@@ -1,6 +1,6 @@
 """Bytes of local shards into memory: what the page cache holds at once, the rest side by side.
 
-`begin` and `finish` are two calls so that the disk works while the caller does something else.
+`start` and `finish` are two calls so that the disk works while the caller does something else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Span(NamedTuple):
     nbytes: int
     views: tuple[memoryview, ...]
 
-    def put(self, data: bytes | memoryview) -> None:
+    def put(self, data: bytes | bytearray | memoryview) -> None:
         """Fill the views from `nbytes` bytes."""
         view, start = memoryview(data), 0
         for into in self.views:
@@ -37,7 +37,7 @@ class Span(NamedTuple):
 class Reader(Protocol):
     """Reads spans of a bucket's shards; safe to use from several threads."""
 
-    def begin(self, spans: Sequence[Span]) -> list[Span]:
+    def start(self, spans: Sequence[Span]) -> list[Span]:
         """Start reading without waiting; returns the spans that `finish` must still be given."""
 
     def finish(self, spans: Sequence[Span]) -> None:
@@ -63,7 +63,7 @@ class LocalReader:
         # A file closes itself when it has left this cache and no thread reads it any more.
         self._file = lru_cache(OPEN_FILES)(lambda shard: _File(self.paths[shard]))
 
-    def begin(self, spans: Sequence[Span]) -> list[Span]:
+    def start(self, spans: Sequence[Span]) -> list[Span]:
         """Fill what lies in the page cache; ask the disk for everything else at once."""
         rest = list(spans) if NOWAIT is None else self._fill_from_page_cache(spans, NOWAIT)
         if hasattr(os, "posix_fadvise"):
@@ -108,7 +108,7 @@ class LocalReader:
 
     def peek(self, spans: Sequence[Span]) -> None:
         """Read, the page cache first."""
-        self.finish(self.begin(spans))
+        self.finish(self.start(spans))
 
     def _name(self, span: Span) -> str:
         return f"{self.paths[span.shard]} sample {span.offset // self.stride}"

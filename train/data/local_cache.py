@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from shared.cache.units import Shard
 from shared.errors import UserError
+from shared.storage.files import free_bytes
 from shared.wording import size_of
 from train.data.local import OPEN_FILES, LocalReader, Span
 from train.data.remote import RemoteReader
@@ -41,18 +41,18 @@ class LocalCache:
         self._lock, self._syncing = threading.Lock(), threading.Lock()
 
     def path(self, shard: Shard) -> Path:
-        """Where a shard's samples are kept."""
+        """Return where a shard's samples are kept."""
         assert shard.sha256, shard
         return self.folder / f"{shard.sha256}.samples"
 
     def announce(self, shards: Sequence[Shard]) -> str:
-        """How much room the cache's samples may take, in one line."""
+        """Say how much room the cache's samples may take, in one line."""
         total = sum(shard.size for shard in shards)
         kept = 0
         for shard in shards:
             with contextlib.suppress(FileNotFoundError):
                 kept += self.path(shard).stat().st_blocks * 512
-        free = shutil.disk_usage(self.folder).free
+        free = free_bytes(self.folder)
         return (
             f"local cache {self.folder}: up to {size_of(total)}, {size_of(kept)} of them "
             f"there, {size_of(free)} free"
@@ -143,10 +143,10 @@ class KeepingReader:
         paths = [local.path(shard) for shard in shards]
         self._kept = LocalReader(paths, stride, f"delete {local.folder} and resume")
 
-    def begin(self, spans: Sequence[Span]) -> list[Span]:
+    def start(self, spans: Sequence[Span]) -> list[Span]:
         """Fill what the local cache holds in memory."""
         here, elsewhere = self._split(spans)
-        return self._kept.begin(here) + elsewhere
+        return self._kept.start(here) + elsewhere
 
     def finish(self, spans: Sequence[Span]) -> None:
         """Read the rest from the local cache or from afar."""
@@ -155,8 +155,8 @@ class KeepingReader:
         if self.local.full:
             self.remote.finish(elsewhere)
             return
-        wanted = dict.fromkeys(self._place(span) for span in elsewhere)
-        samples = {place: bytearray(self.stride) for place in wanted}
+        wanted = dict.fromkeys(self._position(span) for span in elsewhere)
+        samples = {position: bytearray(self.stride) for position in wanted}
         self.remote.finish(
             [
                 Span(shard, sample * self.stride, self.stride, (memoryview(data),))
@@ -167,18 +167,18 @@ class KeepingReader:
             self.local.keep(self.shards[shard], sample, data)
         for span in elsewhere:
             start = span.offset % self.stride
-            data = memoryview(samples[self._place(span)])
-            span.put(data[start : start + span.nbytes])
+            whole = memoryview(samples[self._position(span)])
+            span.put(whole[start : start + span.nbytes])
 
     def peek(self, spans: Sequence[Span]) -> None:
         """Read from afar, these bytes alone, and keep nothing."""
         self.remote.peek(spans)
 
-    def _place(self, span: Span) -> tuple[int, int]:
+    def _position(self, span: Span) -> tuple[int, int]:
         return span.shard, span.offset // self.stride
 
     def _split(self, spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
-        """Those that the local cache holds, and the others."""
+        """Return those that the local cache holds, and the others."""
         held = [self.local.holds(self.shards[s.shard], s.offset // self.stride) for s in spans]
         return (
             [span for span, here in zip(spans, held, strict=True) if here],

@@ -8,47 +8,48 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-Place = TypeVar("Place")
+Entry = TypeVar("Entry")
 Result = TypeVar("Result")
 
 
-class Ring(Generic[Place, Result]):
-    """Yields fill(start, place), fill(start + 1, place) and so on, without end.
+class Ring(Generic[Entry, Result]):
+    """Yields fill(start, entry), fill(start + 1, entry) and so on, without end.
 
-    One place is in use by the consumer, the others are being filled. A place is filled again when
+    One entry is in use by the consumer, the others are being filled. An entry is filled again when
     the consumer asks for the next result. An exception comes where its result would have come.
-    `waited` counts the seconds that the consumer has waited. Each thread calls `begin` first.
+    `waited` counts the seconds that the consumer has waited. Each thread calls `initializer` first.
     """
 
     def __init__(
         self,
-        fill: Callable[[int, Place], Result],
-        places: Sequence[Place],
+        fill: Callable[[int, Entry], Result],
+        entries: Sequence[Entry],
         threads: int,
-        begin: Callable[[], None] | None = None,
+        initializer: Callable[[], None] | None = None,
     ) -> None:
-        assert len(places) > 1
-        self.fill, self.places, self.threads, self.begin = fill, places, threads, begin
+        assert len(entries) > 1
+        self.fill, self.entries = fill, entries
+        self.threads, self.initializer = threads, initializer
         self.waited = 0.0
 
     def run(self, start: int) -> Generator[Result, None, None]:
         """The stream from `start` on; closing it ends the threads."""
         waiting: deque[Future[Result]] = deque()
-        with ThreadPoolExecutor(self.threads, "loader", initializer=self.begin) as pool:
+        with ThreadPoolExecutor(self.threads, "loader", initializer=self.initializer) as pool:
 
             def submit(index: int) -> None:
-                place = self.places[index % len(self.places)]
-                waiting.append(pool.submit(self.fill, index, place))
+                entry = self.entries[index % len(self.entries)]
+                waiting.append(pool.submit(self.fill, index, entry))
 
             try:
-                ahead = start + len(self.places) - 1
+                ahead = start + len(self.entries) - 1
                 for index in range(start, ahead):
                     submit(index)
                 while True:
-                    began = time.perf_counter()
+                    asked = time.perf_counter()
                     result = waiting.popleft().result()
-                    self.waited += time.perf_counter() - began
-                    # The place of the result that was in use until now is free again.
+                    self.waited += time.perf_counter() - asked
+                    # The entry of the result that was in use until now is free again.
                     submit(ahead)
                     ahead += 1
                     yield result

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from fsspec.asyn import AsyncFileSystem
 
 from shared.errors import UserError, first_line
-from shared.storage.errors import is_mistake, is_permanent, without_password
+from shared.storage.errors import is_mistake, without_password
+from shared.storage.retry import TRIES, with_retries, worth_another_try
 from train.data.local import Span
 
-ATTEMPTS = 6
-PAUSE = 0.5  # seconds before the second attempt; doubled from one to the next
 TIMEOUT = 60.0  # seconds for all ranges of one call
 
 
@@ -26,34 +24,54 @@ class RemoteReader:
         # Only asynchronous file systems can be told how long to wait.
         self._options = {"timeout": TIMEOUT} if isinstance(fs, AsyncFileSystem) else {}
 
-    def begin(self, spans: Sequence[Span]) -> list[Span]:
-        """Nothing can be had without waiting."""
+    def start(self, spans: Sequence[Span]) -> list[Span]:
+        """Return all: nothing can be had without waiting."""
         return list(spans)
 
     def finish(self, spans: Sequence[Span]) -> None:
         """Fetch and fill. Raises UserError after several attempts, or for what is not there."""
-        for attempt in range(1, ATTEMPTS + 1):
-            answers = self._ask(spans)
-            failed = []
-            for span, answer in zip(spans, answers, strict=True):
-                if isinstance(answer, bytes) and len(answer) == span.nbytes:
-                    span.put(answer)
-                else:
-                    failed.append((span, answer))
-            if not failed:
-                return
-            self._check_final(failed, attempt)
-            if attempt == 2:
+        failed = [(span, Exception()) for span in spans]
+
+        def fetch() -> None:
+            failed[:] = self._fetch([span for span, _ in failed])
+            if failed:
+                raise failed[0][1]
+
+        def note(number: int) -> None:
+            if number == 2:
                 print(f"note: {self._complaint(*failed[0])}; trying again", file=sys.stderr)
-            time.sleep(PAUSE * 2 ** (attempt - 1))
-            spans = [span for span, _ in failed]
+
+        try:
+            with_retries(fetch, failed=note)
+        except Exception as error:
+            if is_mistake(error):
+                raise
+            why = self._complaint(failed[0][0], error)
+            if not worth_another_try(error):
+                raise UserError(f"{why}; is the cache complete?") from None
+            raise UserError(
+                f"{why}, in {TRIES} attempts; check the network and the shard, then resume"
+            ) from None
 
     def peek(self, spans: Sequence[Span]) -> None:
         """Fetch and fill, as `finish` does."""
         self.finish(spans)
 
-    def _ask(self, spans: Sequence[Span]) -> list[Any]:
-        """For each span its bytes, or the exception that came instead."""
+    def _fetch(self, spans: Sequence[Span]) -> list[tuple[Span, Exception]]:
+        """Fill what comes; returns what does not, and why, what no other try will mend first."""
+        failed = []
+        for span, answer in zip(spans, self._ask(spans), strict=True):
+            if isinstance(answer, Exception):
+                failed.append((span, answer))
+            elif len(answer) == span.nbytes:
+                span.put(answer)
+            else:
+                why = f"{len(answer)} bytes came where {span.nbytes} were asked for"
+                failed.append((span, OSError(why)))
+        return sorted(failed, key=lambda pair: worth_another_try(pair[1]))
+
+    def _ask(self, spans: Sequence[Span]) -> list[bytes | Exception]:
+        """Return each span's bytes, or the exception that came instead."""
         paths = [self.paths[span.shard] for span in spans]
         starts = [span.offset for span in spans]
         ends = [span.offset + span.nbytes for span in spans]
@@ -64,27 +82,10 @@ class RemoteReader:
                 raise
             return [error] * len(spans)
 
-    def _check_final(self, failed: Sequence[tuple[Span, Any]], attempt: int) -> None:
-        """Raise UserError where trying again is of no use; a bug passes as it is."""
-        for span, answer in failed:
-            if isinstance(answer, Exception) and is_mistake(answer):
-                raise answer
-            if isinstance(answer, Exception) and is_permanent(answer):
-                raise UserError(f"{self._complaint(span, answer)}; is the cache complete?")
-        if attempt == ATTEMPTS:
-            raise UserError(
-                f"{self._complaint(*failed[0])}, in {ATTEMPTS} attempts; check the network and "
-                "the shard, then resume"
-            )
-
-    def _complaint(self, span: Span, answer: Any) -> str:
-        """Which sample cannot be read, and why."""
-        if isinstance(answer, bytes):
-            why = f"{len(answer)} bytes came where {span.nbytes} were asked for"
-        else:
-            why = first_line(answer)
+    def _complaint(self, span: Span, error: Exception) -> str:
+        """Say which sample cannot be read, and why."""
         name = without_password(self.names[span.shard])
-        return f"{name} sample {span.offset // self.stride}: {why}"
+        return f"{name} sample {span.offset // self.stride}: {first_line(error)}"
 
     def close(self) -> None:
         """Connections belong to fsspec."""

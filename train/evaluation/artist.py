@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.manifest import Manifest
 from shared.machine.device import pick_device, set_threads
-from shared.models.family import Model, load_config, recorded_model, resolve_model
+from shared.models.family import Model, downscale_of, load_config, recorded_model, resolve_model
 from shared.models.fingerprint import fingerprint
 from shared.models.vae import load_vae
 from shared.storage.urls import Place
@@ -80,7 +80,7 @@ class Artist:
     def draw(self, sampler: str, steps: int, texts: TextEmbeds, seeds: Sequence[int]) -> Tensor:
         """Scaled latents `[N, C, h, w]` on the CPU, one per text and seed."""
         texts = texts.to(self.device)
-        downscale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        downscale = downscale_of(self.vae.config)
         size = (self.shape[1] * downscale, self.shape[2] * downscale)
         scale = self.guidance_scale
         if sampler == "student":

@@ -10,6 +10,7 @@ import torch
 
 from shared.cli.other_tools.flags import dashed
 from shared.errors import UserError
+from shared.wording import size_of
 from train.config import RunConfig
 from train.flags import check_flags, ignored
 from train.memory.estimate import ALONE, Parallelism, estimate
@@ -33,9 +34,9 @@ def memory_line(
     """
     found = estimate(unet_config, config, latent_size, parallelism)
     line = (
-        f"memory: about {gigabytes(found.peak)} at peak{each(parallelism)} (weights "
-        f"{gigabytes(found.weights)}, optimizer {gigabytes(found.optimizer)}, gradients and "
-        f"activations {gigabytes(found.step)}) of {gigabytes(free)} free; an estimate"
+        f"memory: about {size_of(found.peak)} at peak{each(parallelism)} (weights "
+        f"{size_of(found.weights)}, optimizer {size_of(found.optimizer)}, gradients and "
+        f"activations {size_of(found.step)}) of {size_of(free)} free; an estimate"
     )
     room = int(free * ROOM)
     if found.peak <= room:
@@ -43,14 +44,14 @@ def memory_line(
     better = fitting(unet_config, config, latent_size, room, parallelism)
     advice = "no flags make it fit; take a larger device"
     if better is not None:
-        advice = f"it fits with {better[0]} (about {gigabytes(better[1])})"
+        advice = f"it fits with {better[0]} (about {size_of(better[1])})"
     elif config.student == "full":
         more = "more processes" if parallelism.fsdp else "--use_fsdp --fsdp_version 2"
         advice += f", or `accelerate launch` with {more}"
     if found.weights + found.optimizer > free:
         raise UserError(
-            f"weights and optimizer take {gigabytes(found.weights + found.optimizer)}"
-            f"{each(parallelism)}, {gigabytes(free)} of the device are free: {advice}"
+            f"weights and optimizer take {size_of(found.weights + found.optimizer)}"
+            f"{each(parallelism)}, {size_of(free)} of the device are free: {advice}"
         )
     return f"{line}\nwarning: that is too much for the device: {advice}"
 
@@ -133,8 +134,3 @@ def words(change: Change, left_out: list[str]) -> str:
     ]
     without = f" and without {' '.join(map(dashed, left_out))}" if left_out else ""
     return " ".join(typed) + without
-
-
-def gigabytes(size: int) -> str:
-    """As people read it."""
-    return f"{size / 1e9:.1f} GB"

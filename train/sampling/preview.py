@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shared.cache.conditioning import Conditioning, TextEmbeds
 from shared.cache.manifest import Manifest
-from shared.models.family import Model, load_config
+from shared.models.family import Model, downscale_of, load_config
 from shared.models.vae import decode_latents, load_vae
 from train.config import RunConfig
 from train.networks.cache_checks import check_vae
@@ -50,7 +50,7 @@ class Previews:
 
     def draw(self, unet: Denoiser) -> list[NDArray[np.uint8]]:
         """Pictures `[prompts, H, W, 3]` for each number of steps."""
-        downscale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        downscale = downscale_of(self.vae.config)
         size = (self.shape[1] * downscale, self.shape[2] * downscale)
         predict, scheduler = student_sampler(
             unet, self.texts, self.empty, self.guidance_scale, size, self.scheduler_config,

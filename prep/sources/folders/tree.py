@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prep.files.litter import is_litter
-from prep.rows.unit import printable
 from shared.errors import UserError
+from shared.text import printable
 
 
 @dataclass

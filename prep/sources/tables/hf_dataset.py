@@ -22,13 +22,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prep.rows.row import Row, SourceError
-from prep.rows.unit import UNIT_ROWS, SourceOptions, Unit, power_of_two, printable, unit_name
+from prep.rows.unit import UNIT_ROWS, SourceOptions, Unit, power_of_two, unit_name
 from prep.sources.tables.column_kinds import OTHER, column_kinds
 from prep.sources.tables.opening import HUB, DatasetSource, Opened, dataset_source, say_split, told
 from prep.sources.tables.opening import load as _load
 from prep.sources.tables.opening import stream as _stream
 from prep.sources.tables.parquet import Columns, choose_columns
 from shared.errors import UserError
+from shared.text import printable
 
 if TYPE_CHECKING:
     import datasets

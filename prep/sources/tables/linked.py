@@ -24,7 +24,7 @@ OUTSIDE = "picture outside the data set, see --allow-external-images"
 MISSING = "file missing"
 UNREACHABLE = "picture cannot be fetched"
 
-RETRIES = 2  # of one picture among many
+TRIES = 3  # of one picture among many
 # Where pictures lie behind an address of their own: no cache, shell, or service among them.
 FETCHED = {*WEB, "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "ftp"}
 # What `zip://member::ADDRESS` may begin with: its file lies at ADDRESS, whatever the member's name.
@@ -107,7 +107,7 @@ def _read_url(url: str, most: int, stay: bool) -> bytes:
     web = protocol in WEB  # where a whole file is one request, and a range is two
     options = {protocol: dict(web_options(stay))} if web else {}
     with (
-        RetryingFile(url, RETRIES, options, ranges=not web) as raw,
+        RetryingFile(url, TRIES, options, ranges=not web) as raw,
         io.BufferedReader(raw, 1 << 16) as file,
     ):
         return file.read(most)

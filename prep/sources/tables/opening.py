@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prep.files.blame import raised_in
-from prep.rows.unit import printable
 from prep.sources.tables.linked import Home, home_of, local_folders
 from shared.errors import UserError
+from shared.text import printable
 
 if TYPE_CHECKING:
     import datasets

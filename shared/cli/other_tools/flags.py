@@ -59,7 +59,7 @@ class Translation:
         self.typed: dict[str, str] = {}  # our name -> the one that was typed
 
     def settings(self, name: str, value: Any) -> Mapping[str, Any]:
-        """Our settings for one that a file has. A switch that is off sets nothing."""
+        """Return our settings for one that a file has. A switch that is off sets nothing."""
         name = name.replace("-", "_")
         rule = self._rule(name)
         if isinstance(rule, Reader):
@@ -71,7 +71,7 @@ class Translation:
         return {rule: value}
 
     def words(self, argv: Sequence[str]) -> list[str]:
-        """A command line in our names."""
+        """Return a command line in our names."""
         words, rest = list[str](), list(argv)
         while rest:
             word = rest.pop(0)
@@ -99,18 +99,18 @@ class Translation:
         return name not in self.known | TAKEN.keys() | REFUSED.keys() | ENCODE | DISTILL
 
     def closest(self, name: str) -> str:
-        """The name that was probably meant, or an empty string."""
+        """Return the name that was probably meant, or an empty string."""
         there = {name for name, rule in TAKEN.items() if _ours(rule) in self.known}
         return closest(name.replace("-", "_"), {*self.known, *there, *REFUSED, "config", "help"})
 
     def _switched(self, name: str) -> tuple[str, str]:
-        """A name, and `no_` if that was in front of it."""
+        """Return a name, and `no_` if that was in front of it."""
         positive = name.removeprefix("no_")
         off = positive != name and name not in self.known | TAKEN.keys() and positive in self.known
         return (positive, "no_") if off else (name, "")
 
     def _rule(self, name: str) -> Taken:
-        """What becomes of a name, which must not stand for a setting that has another already."""
+        """Return what becomes of a name; no setting may have two. Raises UsageError."""
         rule = TAKEN.get(name, name)
         ours = _ours(rule)
         if ours not in self.known:
@@ -142,7 +142,7 @@ def _ours(rule: Taken) -> str:
 
 
 def as_words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as they are typed."""
+    """Return settings as they are typed."""
     words = []
     for name, value in settings.items():
         if isinstance(value, bool):
@@ -153,10 +153,10 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def dashed(name: str) -> str:
-    """A flag as it is typed."""
+    """Return a flag as it is typed."""
     return f"--{name.replace('_', '-')}"
 
 
 def closest(name: str, known: Collection[str]) -> str:
-    """The one of `known` that was probably meant, or an empty string."""
+    """Return the one of `known` that was probably meant, or an empty string."""
     return next(iter(difflib.get_close_matches(name, sorted(known), 1)), "")

@@ -44,7 +44,7 @@ def _optimizer(value: Any) -> Settings:
 
 
 def _square(value: Any) -> Settings:
-    """`512,512` and `[512, 512]` are 512."""
+    """Read `512,512` and `[512, 512]` as 512."""
     sides = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
     if len(sides) == 1:
         return {"resolution": value}
@@ -62,13 +62,13 @@ def _square(value: Any) -> Settings:
 
 
 def _warmup(value: Any) -> Settings:
-    """A whole number of steps; kohya's share of them is refused."""
+    """Read a whole number of steps; kohya's fraction of them is refused."""
     try:
-        share = "." in str(value) and 0 < float(value) < 1
+        fraction = "." in str(value) and 0 < float(value) < 1
     except ValueError:
-        share = False
-    if share:
-        raise UsageError(f"{value} is a share of the steps; give their number")
+        fraction = False
+    if fraction:
+        raise UsageError(f"{value} is a fraction of the steps; give their number")
     return {"lr_warmup_steps": value}
 
 
