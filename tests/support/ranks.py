@@ -15,7 +15,7 @@ from shared.cli.config import coerce
 from shared.errors import run_main
 from train.config import DistillConfig
 from train.data.loader import Batch, Loader
-from train.networks import fine_tuned, full, lora, teacher
+from train.networks import build, denoiser, full, lora
 from train.trainer import loop, setup
 
 
@@ -36,8 +36,8 @@ def main() -> None:
 
 def compute_in_float64() -> None:
     torch.set_default_dtype(torch.float64)
-    load, to = teacher.load_unet, Batch.to
-    for kind in (lora, full, fine_tuned):
+    load, to = denoiser.load_unet, Batch.to
+    for kind in (build, full, lora):
         kind.load_unet = lambda source, *rest: load(source, *rest).double()
 
     def doubled(batch: Batch, device: torch.device) -> Batch:

@@ -236,7 +236,7 @@ def sd15(tmp_path_factory):
     """A UNet of SD 1.5's size with random weights: 3.4 GB, so it is written once."""
     from diffusers import UNet2DConditionModel
 
-    from benchmarks._public_unets import SD15
+    from benchmarks.common.public_unets import SD15
 
     folder = tmp_path_factory.mktemp("sd15")
     UNet2DConditionModel.from_config(SD15).save_pretrained(folder / "unet")
