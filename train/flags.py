@@ -42,17 +42,15 @@ def check_flags(config: RunConfig) -> None:
 def ignored(config: DistillConfig) -> dict[str, str]:
     """The flags that were given and that others make meaningless, each with what is wrong."""
     found = {}
-    for name, takers in objective_flags().items():
-        if config.objective not in takers:
-            found[name] = (
-                f"{dashed(name)} is for --objective {' or '.join(takers)} and means nothing to "
-                f"--objective {config.objective}; leave it out"
-            )
-    for (flag, value), names in ONLY_WITH.items():
+    rules: list[tuple[str, list[str], tuple[str, ...]]] = [
+        ("objective", takers, (name,)) for name, takers in objective_flags().items()
+    ]
+    rules += [(flag, [value], names) for (flag, value), names in ONLY_WITH.items()]
+    for flag, values, names in rules:
         actual = getattr(config, flag)
-        for name in names if actual != value else ():
+        for name in names if actual not in values else ():
             found[name] = (
-                f"{dashed(name)} is for {dashed(flag)} {value} and means nothing to "
+                f"{dashed(name)} is for {dashed(flag)} {' or '.join(values)} and means nothing to "
                 f"{dashed(flag)} {actual}; leave it out"
             )
     for (flag, nothing), names in NOT_WITH.items():

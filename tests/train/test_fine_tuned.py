@@ -126,8 +126,11 @@ def test_evaluate_draws_it_as_the_teachers_reference(settings, monkeypatch, tmp_
         teacher_results, "keep_reference", lambda *_: None
     )  # the cache is everybody's
     monkeypatch.setattr(evaluate, "TIMED", 2)
-    evaluate.evaluate(EvaluateConfig(config.run, tiny_cache, num_samples=65, output=tmp_path,
-                                     threads=1))  # fmt: skip
+    evaluate.evaluate(
+        EvaluateConfig(
+            run=config.run, eval_cache=tiny_cache, num_samples=65, output=tmp_path, threads=1
+        )
+    )
     rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
     assert [(row["sampler"], row["steps"]) for row in rows] == [*teacher, ("student", 5)]
     assert rows[2]["fd"] == pytest.approx(rows[0]["fd"], rel=1e-3)
