@@ -38,8 +38,9 @@ from numpy.typing import NDArray
 from benchmarks.common.machine import record
 from prep import commands
 from prep.config import EncodeConfig
-from prep.encode import settings as identity
-from prep.encode.pipeline import Encoders
+from prep.encode import networks
+from prep.encode.networks import Encoders
+from prep.encode.settings import choose_settings
 from prep.encoders.text import TextEncoder
 from prep.encoders.vae import VaeEncoder
 from prep.images.crop import prepare
@@ -111,11 +112,11 @@ class Alone:
 def load_alone(config: EncodeConfig) -> Alone:
     """The encoders of a job, with the first pictures of the project."""
     model = resolve_model(config.model)
-    settings = identity.choose_settings(config, {}, model)
-    device = identity.choose_device(config, {})
-    shapes = identity.choose_shapes(config, {}, device, settings.framing.resolution)
-    vae = identity.choose_vae(config, {}, model, shapes.device)
-    encoders = identity.load_encoders(model, shapes, vae, 0, device)
+    settings = choose_settings(config, {}, model)
+    device = networks.choose_device(config, {})
+    shapes = networks.choose_shapes(config, {}, device, settings.framing.resolution)
+    vae = networks.choose_vae(config, {}, model, shapes.device)
+    encoders = networks.load_encoders(model, shapes, vae, 0, device)
     count = max(8 * shapes.vae_batch_size, shapes.text_batch_size)
     few = list(itertools.islice(originals(), count))
     pixels = [prepare(picture, settings.framing)[0].pixels for picture, _, _ in few]

@@ -11,10 +11,11 @@ from typing import TypeVar
 from prep import config
 from prep.cache import holdout
 from prep.cache.stale import Stale, drop, find_stale, of_generation
-from prep.encode import engine, overwrite, plan
-from prep.encode import settings as identity
-from prep.encode.pipeline import Encoders, Settings, Work
+from prep.encode import engine, networks, overwrite, plan
+from prep.encode.identity import build_identity, expected_layout
+from prep.encode.networks import Encoders
 from prep.encode.prompts import add_prompts
+from prep.encode.settings import Settings, choose_settings
 from prep.encoders.vae import posterior_matters
 from prep.filters.filters import Filters
 from prep.inspect import report
@@ -33,6 +34,7 @@ from shared.cache.identity import (
 from shared.cache.manifest import read_units
 from shared.cache.paths import CachePaths, refuse_full_disk
 from shared.cache.units import UnitRecord
+from shared.cli.defaults import default_cache
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.machine import cpus
@@ -49,7 +51,7 @@ class Chosen:
     """With what is encoded."""
 
     shapes: Shapes
-    vae: identity.VaeChoice
+    vae: networks.VaeChoice
     settings: Settings
     encoders: Encoders
     generation: int  # of the settings
@@ -59,7 +61,7 @@ class Chosen:
     def identity(self, model: Model) -> Identity:
         """What identity.json says of them."""
         parts = (model, self.encoders, self.settings, self.shapes)
-        return identity.build_identity(*parts, self.generation)
+        return build_identity(*parts, self.generation)
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,14 @@ class Todo:
 
 
 def encode(config: config.EncodeConfig) -> None:
-    """Sources to cache: claim the identity, encode what is pending, fold the manifest."""
+    """Turn sources into a cache: claim the identity, encode what is pending, fold the manifest."""
+    config = with_cache(config)
     check_flags(config)
     units = find_units(config.shards, source_options(config))
     if said := repeats_in(units):
         print(said, file=sys.stderr)
     model = resolve_model(config.model)
+    assert config.cache is not None
     cache = CachePaths(config.cache)
     while True:
         chosen = choose(config, read_identity(cache), model)
@@ -94,7 +98,7 @@ def encode(config: config.EncodeConfig) -> None:
         # What is measured and what is a default is decided once, by whoever begins the cache.
         print(f"note: another process has begun {cache.root}; on as it did", file=sys.stderr)
         del chosen, todo  # or a GPU would hold two sets of encoders
-    if note := identity.taken_over(config, chosen.stored):
+    if note := networks.taken_over(config, chosen.stored):
         print(note, file=sys.stderr)
     holdout.ask(cache, config.holdout)
     drop(cache, todo.stale.gone)
@@ -123,16 +127,28 @@ def encode(config: config.EncodeConfig) -> None:
         report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds, read)
 
 
+def with_cache(config: config.EncodeConfig) -> config.EncodeConfig:
+    """Name the cache after the model where no flag does, and say so in a line."""
+    if config.cache is not None:
+        return config
+    config = replace(config, cache=default_cache(config.model))
+    print(
+        f"model {config.model}, cache {config.cache} (--model and --cache choose others)",
+        file=sys.stderr,
+    )
+    return config
+
+
 def choose(config: config.EncodeConfig, stored: Identity | None, model: Model) -> Chosen:
     """Flags, else what the cache was begun with, else defaults; the encoders are loaded.
 
     With --overwrite the settings become new where they differ from those of the cache.
     """
-    device = identity.choose_device(config, stored)
-    settings = identity.choose_settings(config, stored, model)
-    shapes = identity.choose_shapes(config, stored, device, settings.framing.resolution)
-    vae = identity.choose_vae(config, stored, model, shapes.device)
-    encoders = identity.load_encoders(model, shapes, vae, settings.clip_skip, device)
+    device = networks.choose_device(config, stored)
+    settings = choose_settings(config, stored, model)
+    shapes = networks.choose_shapes(config, stored, device, settings.framing.resolution)
+    vae = networks.choose_vae(config, stored, model, shapes.device)
+    encoders = networks.load_encoders(model, shapes, vae, settings.clip_skip, device)
     generation = stored.generation if stored else 0
     chosen = Chosen(shapes, vae, settings, encoders, generation, stored, new=not stored)
     if not (stored and config.overwrite) or not other_settings(stored, chosen.identity(model)):
@@ -157,7 +173,7 @@ def look_ahead(
         captions, moments, seconds = plan.probe(units, settings, chosen.encoders)
         if config.latents == "auto" and not chosen.stored:
             settings = replace(settings, keep_logvar=posterior_matters(moments))
-    layout = identity.expected_layout(chosen.encoders, settings)
+    layout = expected_layout(chosen.encoders, settings)
     work = plan.estimate(todo, layout, seconds, cache)
     return replace(chosen, settings=settings), Todo(todo, stale, known, captions, work)
 
@@ -194,7 +210,7 @@ def encode_units(
     units: Sequence[Unit],
     encoders: Encoders,
     rows: int,
-) -> Work:
+) -> engine.Work:
     """Run the units on the engine that the flags ask for."""
     with Progress("encode", rows, "picture") as progress:
         if config.engine == "ray":

@@ -127,21 +127,27 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
-class FinishConfig:
-    """Fold all committed units into the manifest (`encode` does it by itself)."""
+class OriginalsFlags:
+    """The flags of commands that compare a cache's samples with what they were made from."""
 
     cache: PlaceFlag
+    shards: tuple[SourceFlag, ...] = ()
+    """Where the originals are, as for encode; otherwise only local files are looked at."""
+    model: NameOrPath | None = None
+    """Where the encoders are; the cache's own model unless given."""
+    vae: NameOrPath | None = None
+    """Where the VAE is, if the cache was made with another than the model's."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class FinishConfig(OriginalsFlags):
+    """Fold all committed units into the manifest (`encode` does it by itself)."""
+
     holdout: Natural | None = None
     """Samples to set aside, as for `encode`."""
     report: bool = True
     """Write report.html, too."""
-    shards: tuple[SourceFlag, ...] = ()
-    """Where the originals are, as for encode; otherwise only local files are looked at."""
-    model: NameOrPath | None = None
-    """Where the report's VAE is; the cache's own model unless given."""
-    vae: NameOrPath | None = None
-    """Where it is if the cache was made with another VAE than the model's."""
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -156,41 +162,25 @@ class EmbedConfig:
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(OriginalsFlags):
     """Check a cache: records, sizes, hashes, checksums, finite values."""
 
-    cache: PlaceFlag
     reencode: Natural = 0
     """Samples, drawn at random, that are encoded again from their source and compared."""
-    shards: tuple[SourceFlag, ...] = ()
-    """Where the originals are, as for encode; otherwise only local files are looked at."""
     repair: bool = False
     """Remove the records of damaged units, so that `prep encode` makes these units again."""
     seed: Natural = 0
     """Draws the samples of --reencode."""
-    model: NameOrPath | None = None
-    """Where the encoders of --reencode are; the cache's own model unless given."""
-    vae: NameOrPath | None = None
-    """Where it is if the cache was made with another VAE than the model's."""
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(OriginalsFlags):
     """Draw a contact sheet: originals beside their decoded latents."""
 
-    cache: PlaceFlag
     output: LocalPath = Path("contact-sheet.png")
     count: Count = 12
     """Pictures, drawn at random."""
-    shards: tuple[SourceFlag, ...] = ()
-    """Where the originals are, as for encode; otherwise only local files are looked at."""
     seed: Natural = 0
-    model: NameOrPath | None = None
-    """Where the VAE is; the cache's own model unless given."""
-    vae: NameOrPath | None = None
-    """Where it is if the cache was made with another VAE than the model's."""
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -203,17 +193,8 @@ class StatsConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(OriginalsFlags):
     """Write CACHE/report.html: pictures, charts and what was rejected, on one page."""
-
-    cache: PlaceFlag
-    shards: tuple[SourceFlag, ...] = ()
-    """Where the originals are, as for encode; otherwise only local files are looked at."""
-    model: NameOrPath | None = None
-    """Where the VAE is; the cache's own model unless given."""
-    vae: NameOrPath | None = None
-    """Where it is if the cache was made with another VAE than the model's."""
-    device: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -35,33 +35,43 @@ Arrays = dict[str, NDArray[Any]]
 Spot = tuple[int, int, int]  # shard, sample in it, and caption (or row) of the sample
 
 
+@dataclass(frozen=True)
+class Latents:
+    """The latents of a picture, with what comes with them."""
+
+    values: NDArray[np.float16]  # `[views, C or 2C, h, w]`
+    time_ids: NDArray[np.int32]  # `[views, 6]`
+    fp32_retries: int  # views that the VAE had to encode a second time
+    copied: bool = False  # from a sample that the cache had before
+
+
 class Entries:
-    """Digests and the place of each, 40 bytes an entry: a source may have millions."""
+    """Digests and the spot of each, 40 bytes an entry: a source may have millions."""
 
     def __init__(self) -> None:
         self.digests = bytearray()
-        self.places = array("q")
+        self.spots = array("q")
 
-    def add(self, digest: bytes, place: Spot) -> None:
+    def add(self, digest: bytes, spot: Spot) -> None:
         """Append an entry."""
         self.digests += digest
-        self.places.extend(place)
+        self.spots.extend(spot)
 
 
 @dataclass(frozen=True)
 class Index:
-    """Sorted digests and the place of each."""
+    """Sorted digests and the spot of each."""
 
     digests: NDArray[np.bytes_]  # [N] S16
-    places: NDArray[np.int64]  # [N, 3]
+    spots: NDArray[np.int64]  # [N, 3]
 
     @staticmethod
     def of(entries: Entries) -> Index:
-        """An index over entries; of equal digests the first place counts."""
+        """An index over entries; of equal digests the first spot counts."""
         digests = np.frombuffer(entries.digests, dtype=f"S{DIGEST}")
-        places = np.asarray(entries.places, np.int64).reshape(-1, 3)
+        spots = np.asarray(entries.spots, np.int64).reshape(-1, 3)
         order = np.argsort(digests, kind="stable")
-        return Index(digests[order], places[order])
+        return Index(digests[order], spots[order])
 
     def find(self, digest: bytes) -> Spot | None:
         """Where it lies, if it is known."""
@@ -69,7 +79,7 @@ class Index:
         at = int(np.searchsorted(self.digests, wanted))
         if at == len(self.digests) or self.digests[at] != wanted:
             return None
-        shard, sample, third = self.places[at].tolist()
+        shard, sample, third = self.spots[at].tolist()
         return shard, sample, third
 
 
@@ -88,19 +98,16 @@ class Known:
         self._retries = array("i")
         self._lock = threading.Lock()
 
-    def picture(self, sha256: str) -> tuple[Arrays, int] | None:
-        """`latents` `[views, C or 2C, h, w]` and `time_ids` `[views, 6]` of a picture, or None.
-
-        With them the number of its views that were encoded a second time, in fp32.
-        """
+    def picture(self, sha256: str) -> Latents | None:
+        """Find the latents of a picture, if the cache has them."""
         found = self._find(0, bytes.fromhex(sha256)[:DIGEST])
         if found is None:
             return None
         row, arrays = found
-        return {"latents": arrays["latents"], "time_ids": self._time_ids[row]}, self._retries[row]
+        return Latents(arrays["latents"], self._time_ids[row], self._retries[row], copied=True)
 
     def caption(self, text: str) -> Arrays | None:
-        """`prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` of a caption, or None."""
+        """Find `prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` of a caption, or None."""
         found = self._find(1, caption_digest(text))
         if found is None:
             return None
@@ -113,10 +120,10 @@ class Known:
             return None
         with self._lock:
             self._indexes = self._indexes or self._build()
-        place = self._indexes[kind].find(digest)
-        if place is None:
+        spot = self._indexes[kind].find(digest)
+        if spot is None:
             return None
-        shard, sample, third = place
+        shard, sample, third = spot
         path = self.cache.root / self.shards[shard].file
         arrays = read_sample(path, self.shards[shard].layout, sample)
         return None if arrays is None else (third, arrays)
@@ -131,7 +138,7 @@ class Known:
                 layout = self.shards[shard].layout
                 for sample, row in enumerate(written[layout.latent_size]):
                     digest = bytes.fromhex(row["image_sha256"])[:DIGEST]
-                    pictures.add(digest, (shard, sample, len(pictures.places) // 3))
+                    pictures.add(digest, (shard, sample, len(pictures.spots) // 3))
                     time_ids.extend(row["time_ids"])
                     self._retries.append(row.get(RETRIES, 0))
                     for slot, text in enumerate(row["captions"][: layout.captions]):

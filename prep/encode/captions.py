@@ -1,15 +1,23 @@
-"""Captions of a unit become their embeddings, each text encoded once."""
+"""Stage 3 of the pipeline: captions become embeddings, each text of a unit encoded once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 
 from prep.cache.reuse import Arrays, Known
+from prep.encode.prefetch import map_ahead
+from prep.encode.samples import Decoded, Embedded, Embeds
 from prep.encoders.text import TextEncoder
 from shared.cache.conditioning import TextEmbeds
+from shared.machine.device import use_device
 
 MEMO_CAPTIONS = 2048  # 0.6 GB of SDXL embeddings
+CHUNKS_AHEAD = 2  # whose captions a GPU encodes before the VAE gets their pictures
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class CaptionMemo:
         self.encoded = 0
 
     def encode(self, captions: Sequence[str]) -> list[Caption]:
-        """What is to be known of each caption."""
+        """Encode the captions, or find those that were encoded before."""
         unmet = [text for text in dict.fromkeys(captions) if text not in self.memory]
         found = {text: arrays for text in unmet if (arrays := self.known.caption(text))}
         counted = zip(found.items(), self.encoder.truncated(list(found)), strict=True)
@@ -54,3 +62,45 @@ def _arrays(embeds: TextEmbeds) -> Arrays:
     if embeds.pooled_prompt_embeds is not None:
         arrays["pooled_prompt_embeds"] = embeds.pooled_prompt_embeds[0].numpy()
     return arrays
+
+
+def embed_captions(
+    chunks: Iterable[list[Decoded]], memo: CaptionMemo, slots: int
+) -> Generator[Embedded, None, None]:
+    """Add the embeddings of `slots` captions to each sample, chunk by chunk.
+
+    On a GPU in a thread, so that the VAE is not kept waiting. On a CPU two threads with a team of
+    OpenMP's each would only take the same cores in turns.
+    """
+    embed = partial(embed_chunk, memo=memo, slots=slots)
+    device = memo.encoder.device
+    if device.type == "cuda":
+        start = partial(use_device, device)
+        embedded = map_ahead(embed, chunks, 1, CHUNKS_AHEAD, "captions", start=start)
+        yield from itertools.chain.from_iterable(embedded)
+    else:
+        yield from itertools.chain.from_iterable(map(embed, chunks))
+
+
+def embed_chunk(chunk: list[Decoded], memo: CaptionMemo, slots: int) -> list[Embedded]:
+    """Add the embeddings of `slots` captions to each sample; rejected rows pass through.
+
+    A row with fewer captions repeats them; the sample's `num_captions` tells.
+    """
+    texts = [() if decoded.reason else decoded.row.captions[:slots] for decoded in chunk]
+    distinct = list(dict.fromkeys(itertools.chain.from_iterable(texts)))
+    encoded = dict(zip(distinct, memo.encode(distinct), strict=True)) if distinct else {}
+    return [
+        _embedded(decoded, [encoded[text] for text in kept], slots)
+        for decoded, kept in zip(chunk, texts, strict=True)
+    ]
+
+
+def _embedded(decoded: Decoded, captions: Sequence[Caption], slots: int) -> Embedded:
+    if decoded.reason:
+        return Embedded(decoded, reason=decoded.reason)
+    repeated = [captions[i % len(captions)].arrays for i in range(slots)]
+    arrays = {name: np.stack([one[name] for one in repeated]) for name in repeated[0]}
+    finite = all(np.isfinite(array).all() for array in arrays.values())
+    embeds = Embeds(arrays, sum(caption.truncated for caption in captions))
+    return Embedded(decoded, embeds, "" if finite else "non-finite prompt_embeds")

@@ -14,9 +14,11 @@ from prep.cache.accounts import account_batches
 from prep.cache.retire import retire
 from prep.cache.reuse import NOTHING, Known
 from prep.cache.stale import refuse_mixture
-from prep.encode.pipeline import Encoders, Settings, Work, samples
-from prep.encode.settings import VaeChoice
-from prep.encode.threads import mapped
+from prep.encode.captions import CaptionMemo
+from prep.encode.networks import Encoders, VaeChoice
+from prep.encode.pipeline import encode_rows
+from prep.encode.prefetch import map_ahead
+from prep.encode.settings import Settings
 from prep.encode.writer import UnitWriter
 from prep.rows.unit import Counted
 from prep.sources.find import SourceError, Unit
@@ -58,6 +60,29 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What went through the encoders, and the pictures whose latents were there to be copied."""
+
+    pictures: int = 0
+    captions: int = 0
+    copied: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.pictures + other.pictures,
+            self.captions + other.captions,
+            self.copied + other.copied,
+        )
+
+    def __str__(self) -> str:
+        if not (self.pictures or self.captions or self.copied):
+            return "nothing had to be encoded"
+        copied = f", {counted(self.copied, 'picture')} copied" if self.copied else ""
+        captions = counted(self.captions, "caption")
+        return f"{counted(self.pictures, 'picture')} and {captions} encoded{copied}"
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a unit ended: committed, or left out for its damaged source."""
 
@@ -75,24 +100,24 @@ def encode_unit(
     It shares nothing with other units, and doing it twice gives the same files. Raises UserError
     where the disk is full or too many rows are rejected.
     """
-    work = Work()
-    known = job.known.get(unit.source, NOTHING)
-    source = Counted(unit.reader)
-    unit = replace(unit, reader=source)
-    writer = UnitWriter(job.cache, unit, job.settings, encoders.vae.channels, job.generation)
+    settings, source, damage = job.settings, Counted(unit.reader), ""
+    memo = CaptionMemo(encoders.text, job.known.get(unit.source, NOTHING))
+    writer = UnitWriter(job.cache, unit, settings, encoders.vae.channels, job.generation)
+    rows = replace(unit, reader=source).rows()
     try:
         with (
-            closing(samples(unit, encoders, job.settings, job.decode_workers, known, work)) as done,
-            closing(mapped(writer.add, done, 1, WRITES_AHEAD, "write")) as written,
+            closing(encode_rows(rows, encoders, memo, settings, job.decode_workers)) as samples,
+            closing(map_ahead(writer.add, samples, 1, WRITES_AHEAD, "write")) as written,
         ):
-            for rows in written:
-                tick(rows, writer.rejected.total())
+            for count in written:
+                tick(count, writer.rejected.total())
         writer.commit(job.max_reject_fraction, source.handed)
     except SourceError as error:
-        return Outcome(writer.read, writer.rejected.total(), work, str(error))
+        damage = str(error)
     finally:
         writer.close()
-    return Outcome(writer.read, writer.rejected.total(), work)
+    work = Work(writer.encoded, memo.encoded, writer.copied)
+    return Outcome(writer.read, writer.rejected.total(), work, damage)
 
 
 def encode_here(

@@ -16,8 +16,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from prep.encode.engine import Job, Outcome, encode_unit
-from prep.encode.pipeline import Encoders
-from prep.encode.settings import load_encoders
+from prep.encode.networks import Encoders, load_encoders
 from prep.files.blame import raised_in
 from prep.sources.find import Unit
 from shared.cli.progress import Progress

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 
 from prep.cache.retire import retire
-from prep.encode.pipeline import Encoders
+from prep.encode.networks import Encoders
 from prep.encoders.vae import VaeEncoder
 from shared.cache.identity import Identity, differences
 from shared.cache.paths import CachePaths

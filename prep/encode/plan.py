@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.encode.pipeline import Encoders, Sample, Settings, decoded
+from prep.encode.decode import decode_rows
+from prep.encode.networks import Encoders
+from prep.encode.samples import Decoded
+from prep.encode.settings import Settings
 from prep.filters.evidence import Evidence
 from prep.filters.filters import is_filter
 from prep.images.decode import HEIF_MISSING, reads_heif
@@ -97,7 +100,7 @@ def probe(
     """
     found = usable(units, settings, encoders.vae.batch_size)
     pixels = [sample.pictures[0].pixels for sample in found]
-    captions = [sample.captions[0] for sample in found]
+    captions = [sample.row.captions[0] for sample in found]
     encoders.vae.calibrate(pixels)
     moments = encoders.vae.encode(pixels)
     encoders.text.encode(captions)
@@ -108,7 +111,7 @@ def probe(
     return captions, moments, views * (time.perf_counter() - start) / len(found)
 
 
-def usable(units: Sequence[Unit], settings: Settings, count: int) -> list[Sample]:
+def usable(units: Sequence[Unit], settings: Settings, count: int) -> list[Decoded]:
     """Up to `count` samples with pictures, from the first unit in which some are found.
 
     Every unit's beginning is looked at before any is read further, and then `SEARCHED_ROWS` more
@@ -144,13 +147,13 @@ class Search:
         self.damage: SourceError | None = None
         self.unread: list[Unit] = []  # units that go on after what was looked at
 
-    def look(self, unit: Unit, limit: int) -> list[Sample]:
+    def look(self, unit: Unit, limit: int) -> list[Decoded]:
         """Usable samples among the unit's first `limit` rows that the filters leave."""
-        found: list[Sample] = []
+        found: list[Decoded] = []
         seen = 0
         noted = self.evidence.noting(unit.rows())
         try:
-            with closing(decoded(noted, self.settings, 2, self.count)) as rows:
+            with closing(decode_rows(noted, self.settings, 2, self.count)) as rows:
                 for sample in rows:
                     if sample.pictures:
                         found.append(sample)
@@ -167,7 +170,7 @@ class Search:
             return []
         return found
 
-    def _note(self, unit: Unit, sample: Sample) -> None:
+    def _note(self, unit: Unit, sample: Decoded) -> None:
         self.reasons[sample.reason] += 1
         self.examples.setdefault(sample.reason, f"{sample.row.key!r} of {unit.source}")
 

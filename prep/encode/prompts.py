@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prep import config
-from prep.encode import settings
+from prep.encode.identity import same_encoder
 from prep.encoders.text import TextEncoder
 from shared.cache.conditioning import Conditioning, dump_conditioning, parse_conditioning
 from shared.cache.manifest import open_manifest
@@ -60,7 +60,7 @@ def embed(config: config.EmbedConfig) -> None:
     set_threads(stored.shapes.threads)
     device, batch_size = pick_device(config.device), stored.shapes.text_batch_size
     encoder = TextEncoder(model, device, batch_size, stored.text.clip_skip)
-    if not settings.same_encoder(stored.text, encoder.identity()):
+    if not same_encoder(stored.text, encoder.identity()):
         raise UserError(
             f"{config.cache} was made with other text encoders than {model.source}'s; "
             "pass --model with the one it was made with"

@@ -8,12 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from prep.cache.spool import Spool, Sums
-from prep.encode.pipeline import Sample, Settings, captions_kept
+from prep.encode.samples import Encoded
+from prep.encode.settings import Settings
 from prep.filters.filters import is_filter
 from prep.sources.find import Row, Unit
 from shared.cache.layout import cache_layout
@@ -70,59 +73,66 @@ class UnitWriter:
         self.read = 0
         self.rejected: Counter[str] = Counter()
         self.examples: dict[str, str] = {}  # the first row rejected for each reason
+        self.encoded = self.copied = 0  # pictures
         self.truncated_captions = self.fp32_retries = 0
         self.sums = Sums()
 
-    def add(self, samples: Sequence[Sample]) -> int:
-        """Take finished and rejected samples; returns how many."""
+    def add(self, samples: Sequence[Encoded]) -> int:
+        """Take finished samples and rejected rows; returns how many."""
         rows = [self._add(sample) for sample in samples]
         for spool in self.spools.values():
             spool.write()
         self.accounts.append(pa.RecordBatch.from_pylist(rows, ACCOUNT))
         self.read += len(rows)
-        self.fp32_retries += sum(sample.fp32_retries for sample in samples)
         return len(rows)
 
-    def _add(self, sample: Sample) -> dict[str, Any]:
+    def _add(self, sample: Encoded) -> dict[str, Any]:
         """Spool a sample unless it is rejected; returns its row of the accounts."""
         key = sample_key(self.unit.source, sample.row)
         source_key = storable(sample.row.key)
-        latents, time_ids = (sample.arrays.get(name) for name in ("latents", "time_ids"))
+        if latents := sample.latents:
+            self.encoded += not latents.copied
+            self.fp32_retries += latents.fp32_retries
         if sample.reason:
             self.rejected[sample.reason] += 1
             self.examples.setdefault(sample.reason, source_key)
         else:
-            assert latents is not None
-            self.truncated_captions += sample.truncated_captions
-            self.sums.add(key, ChannelSums.of(latents[:, : self.channels]))
-            self._spool(sample).add(key, self._record(sample), sample.arrays)
+            self._spool(key, sample)
         return {
             "key": key,
             "source_key": source_key,
             "status": "rejected" if sample.reason else "written",
             "reason": sample.reason,
-            "captions": [storable(text) for text in sample.captions],
+            "captions": [storable(text) for text in sample.row.captions],
             "image_sha256": sample.image_sha256,
-            "latent_size": [] if latents is None else list(latents.shape[-2:]),
-            "time_ids": [] if time_ids is None else time_ids.ravel().tolist(),
-            "fp32_retries": sample.fp32_retries,
+            "latent_size": list(latents.values.shape[-2:]) if latents else [],
+            "time_ids": latents.time_ids.ravel().tolist() if latents else [],
+            "fp32_retries": latents.fp32_retries if latents else 0,
         }
 
-    def _spool(self, sample: Sample) -> Spool:
-        size = sample.arrays["latents"].shape[-2:]
+    def _spool(self, key: str, sample: Encoded) -> None:
+        """Put a finished sample into the spool of its size."""
+        assert sample.latents is not None
+        assert sample.embeds is not None
+        self.copied += sample.latents.copied
+        self.truncated_captions += sample.embeds.truncated
+        latents, arrays = sample.latents.values, sample.arrays
+        self.sums.add(key, ChannelSums.of(latents[:, : self.channels]))
+        size = latents.shape[-2], latents.shape[-1]
         if size not in self.spools:
-            pooled = sample.arrays.get("pooled_prompt_embeds")
+            pooled = arrays.get("pooled_prompt_embeds")
             layout = cache_layout(
-                sample.arrays["latents"].shape,
-                sample.arrays["prompt_embeds"].shape,
+                latents.shape,
+                arrays["prompt_embeds"].shape,
                 None if pooled is None else pooled.shape,
                 micro_conditioning=pooled is not None,
             )
             self.spools[size] = Spool(layout, self.cache.tmp)
-        return self.spools[size]
+        self.spools[size].add(key, self._record(sample, arrays["time_ids"]), arrays)
 
-    def _record(self, sample: Sample) -> dict[str, Any]:
-        captions = captions_kept(sample, self.settings)
+    def _record(self, sample: Encoded, time_ids: NDArray[np.int32]) -> dict[str, Any]:
+        """The sample's json in the shard."""
+        captions = sample.row.captions[: self.settings.max_captions]
         key = storable(sample.row.key)
         return {
             "source": storable(self.unit.source),
@@ -130,7 +140,7 @@ class UnitWriter:
             "captions": [storable(text) for text in captions],
             "num_captions": len(captions),
             "sha256": sample.image_sha256,
-            "original_size": sample.arrays["time_ids"][0, :2].tolist(),
+            "original_size": time_ids[0, :2].tolist(),
             "url": storable(str(sample.row.metadata.get("url", ""))),
         }
 

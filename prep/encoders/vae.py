@@ -38,12 +38,19 @@ class Started:
     copied: torch.cuda.Event | None  # after which the two can be read
 
 
+@dataclass(frozen=True)
+class Posterior:
+    """What the VAE says of a batch of pictures."""
+
+    moments: NDArray[np.float32]  # mean and logvar, `[n, 2C, h, w]`
+    retried: NDArray[np.bool_]  # `[n]`: was the picture encoded a second time, in float32?
+
+
 class VaeEncoder:
     """A frozen AutoencoderKL that computes in float32, float16 or bfloat16.
 
     In float16 its stream is scaled (see `shared.models.rescale`): by the `rescale` that a cache has
-    recorded, else by what `calibrate` finds. What is not finite even so is encoded again in fp32;
-    `retried` tells which pictures of the last batch those were.
+    recorded, else by what `calibrate` finds. What is not finite even so is encoded again in fp32.
     """
 
     def __init__(
@@ -57,7 +64,6 @@ class VaeEncoder:
         # Unscaled whatever the source is, so that the scale that a cache records is the whole one.
         self.vae = plain_vae(load_vae(source)).to(device)
         self.source, self.device, self.batch_size, self.dtype = source, device, batch_size, dtype
-        self.retried: list[bool] = []
         self.rescale: float | None = None
         self.working: AutoencoderKL | None = None
         if dtype != "float16":  # bfloat16 reaches as far as float32
@@ -125,11 +131,11 @@ class VaeEncoder:
 
     def encode(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Posterior mean and logvar `[n, 2C, h, w]` of up to `batch_size` pictures `[H, W, 3]`."""
-        return self.finish(self.start(pixels))
+        return self.finish(self.start(pixels)).moments
 
     @torch.inference_mode()
     def start(self, pixels: Sequence[NDArray[np.uint8]]) -> Started:
-        """Begin what `encode` does; a GPU works on it while this thread does something else."""
+        """Start what `encode` does; a GPU works on it while this thread does something else."""
         assert 0 < len(pixels) <= self.batch_size
         assert self.working is not None, "calibrate first"
         cuda = self.device.type == "cuda"
@@ -148,18 +154,18 @@ class VaeEncoder:
         return Started(images, moments, finite, copied)
 
     @torch.inference_mode()
-    def finish(self, started: Started) -> NDArray[np.float32]:
-        """What `encode` returns, once the device is done."""
+    def finish(self, started: Started) -> Posterior:
+        """Wait until the device is done, and encode again in fp32 what is not finite."""
         if started.copied is not None:
             started.copied.synchronize()
-        self.retried = [False] * len(started.moments)
-        if self.working is not self.vae:
-            # One by one: a picture's second chance has the same shape whoever its neighbours are.
-            for index in (~started.finite).nonzero().flatten().tolist():
-                again = self._parameters(self.vae, started.images[index : index + 1])
-                started.moments[index] = _clamped(again)[0]
-                self.retried[index] = True
-        return started.moments.numpy()
+        retried = ~started.finite.numpy()
+        if self.working is self.vae:  # which was fp32
+            retried[:] = False
+        # One by one: a picture's second chance has the same shape whoever its neighbours are.
+        for index in retried.nonzero()[0].tolist():
+            again = self._parameters(self.vae, started.images[index : index + 1])
+            started.moments[index] = _clamped(again)[0]
+        return Posterior(started.moments.numpy(), retried)
 
     def _images(self, batch: Tensor) -> Tensor:
         """`[N, H, W, 3]` as `[N, 3, H, W]` in [-1, 1]."""

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from prep.filters.filters import Filters
-from prep.filters.where import Unknown, Where, is_known, key_of, lookup
+from prep.filters.where import Unknown, Where, key_of, lookup
 from prep.rows.row import Row, SourceError
 from prep.rows.unit import Unit
 from shared.errors import UserError
@@ -30,18 +30,18 @@ class Evidence:
         self.filters = filters
         self.rows = 0
         self.keys: dict[str, Any] = {}  # with a value of each
-        self.undecided: list[tuple[str, ast.expr]] = []  # flag and part
+        self.undecided: list[tuple[str, Where]] = []  # flag and part
         if filters.where is not None:
             where = Where(filters.where)
             spared = {key.lower() for key in _asked_for(where.tree)}
             self.undecided += [
-                (f"--where {filters.where!r}", part)
+                (f"--where {filters.where!r}", Where(ast.unparse(part)))
                 for part in _parts(where.tree)
                 if spared.isdisjoint(name.lower() for name in _names_in(part))
             ]
         if filters.max_pwatermark is not None:
             flag = f"--max-pwatermark {filters.max_pwatermark:g}"
-            self.undecided.append((flag, Where(f"{PWATERMARK} > {filters.max_pwatermark}").tree))
+            self.undecided.append((flag, Where(f"{PWATERMARK} > {filters.max_pwatermark}")))
 
     def noting(self, rows: Iterable[Row]) -> Generator[Row, None, None]:
         """The rows, each looked at."""
@@ -55,7 +55,7 @@ class Evidence:
         for key, value in metadata.items():
             if self.keys.get(key) is None:
                 self.keys[key] = value
-        self.undecided = [one for one in self.undecided if not is_known(one[1], metadata)]
+        self.undecided = [one for one in self.undecided if not one[1].is_known(metadata)]
 
     def insist(self, units: Sequence[Unit]) -> None:
         """Raise UserError where a part of the filters decides nothing in any row looked at.
@@ -70,7 +70,7 @@ class Evidence:
                 for row in islice(rows, UNIT_ROWS):
                     self.note(row.metadata)
         if self.undecided:
-            raise UserError(self._refusal(*self.undecided[0]))
+            raise UserError(self._refusal(self.undecided[0][0], self.undecided[0][1].tree))
 
     def _refusal(self, flag: str, part: ast.expr) -> str:
         there = {key.lower() for key in self.keys}

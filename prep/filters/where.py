@@ -1,4 +1,4 @@
-"""`--where`: a predicate over a row's metadata, in Python's syntax, evaluated by hand.
+"""`--where`: a predicate over a row's metadata, in Python's syntax, of which no Python is run.
 
 Logic is three-valued (Kleene's): what is said about a key that the row lacks, or about a value of
 another type than the predicate expects, is unknown, and `not`, `and`, `or` treat it as such.
@@ -11,9 +11,7 @@ import ast
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from shared.errors import UserError
@@ -27,7 +25,11 @@ class Unknown:
 
 UNKNOWN = Unknown()
 
-ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+Metadata = Mapping[str, Any]
+Evaluate = Callable[[Metadata], Any]  # an expression's value for a row's metadata, or UNKNOWN
+Binary = Callable[[Any, Any], Any]
+
+ARITHMETIC: dict[type[ast.operator], Binary] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -35,48 +37,48 @@ ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-ORDER: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+ORDER: dict[type[ast.cmpop], Binary] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+OPPOSITES: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.NotEq: ast.Eq,
+    ast.NotIn: ast.In,
+    ast.IsNot: ast.Is,
+}
 FUNCTIONS = ("has", "len", "lower", "number")
 
 
-@dataclass(frozen=True)
 class Where:
-    """A checked predicate. Raises UserError, in one line, for what it does not understand."""
+    """A predicate. Raises UserError, in one line, for what it does not understand."""
 
-    text: str
-
-    def __post_init__(self) -> None:
-        _check(self.tree, self.text)
-
-    @cached_property
-    def tree(self) -> ast.expr:
-        """The parsed expression."""
+    def __init__(self, text: str) -> None:
+        self.text = text
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SyntaxWarning)
-                return ast.parse(self.text.strip(), mode="eval").body
-        except SyntaxError as error:
-            raise _mistake(self.text, f"{error.msg} (column {error.offset})") from None
-        except (ValueError, MemoryError, RecursionError) as error:
-            raise _mistake(self.text, str(error) or "nested too deeply") from None
+            self.tree = _parse(text)
+            self._evaluate = compiled(self.tree)
+        except ValueError as error:
+            what = " ".join(str(error).split())
+            raise UserError(
+                f'--where {text!r}: {what}; for example: --where "similarity > 0.3"'
+            ) from None
 
-    def keeps(self, metadata: Mapping[str, Any]) -> bool:
+    def __reduce__(self) -> tuple[type[Where], tuple[str]]:
+        return Where, (self.text,)
+
+    def keeps(self, metadata: Metadata) -> bool:
         """Is the predicate true or unknown of this row?"""
-        return _truth(_value(self.tree, metadata)) is not False
+        return _truth(self._evaluate(metadata)) is not False
+
+    def is_known(self, metadata: Metadata) -> bool:
+        """Is the predicate true or false of this row?"""
+        return not isinstance(self._evaluate(metadata), Unknown)
 
 
-def is_known(part: ast.expr, metadata: Mapping[str, Any]) -> bool:
-    """Is a part of a predicate true or false of this row?"""
-    return not isinstance(_truth(_value(part, metadata)), Unknown)
-
-
-def lookup(metadata: Mapping[str, Any], name: str) -> Any:
-    """The value under `name`, else under the same name in another case, else UNKNOWN.
+def lookup(metadata: Metadata, name: str) -> Any:
+    """Find the value under `name`, else under the same name in another case, else UNKNOWN.
 
     LAION writes WIDTH where img2dataset writes width. NaN is a missing value, as in pandas.
     """
@@ -88,105 +90,81 @@ def lookup(metadata: Mapping[str, Any], name: str) -> Any:
     return UNKNOWN if isinstance(value, float) and math.isnan(value) else value
 
 
-def _mistake(text: str, what: str) -> UserError:
-    what = " ".join(what.split())
-    return UserError(f'--where {text!r}: {what}; for example: --where "similarity > 0.3"')
-
-
-def _check(node: ast.expr, text: str, depth: int = 0) -> None:
-    """Raise UserError for anything that `_value` has no answer to."""
-    if depth > DEPTH:
-        raise _mistake(text, "nested too deeply")
-    children: Sequence[ast.expr] = ()
-    if isinstance(node, ast.Call):
-        children = _check_call(node, text)
-    elif isinstance(node, ast.Constant):
-        if not isinstance(node.value, str | int | float | None):
-            raise _mistake(text, f"{ast.unparse(node)} is neither number, string, True nor None")
-    elif isinstance(node, ast.BoolOp):
-        children = node.values
-    elif isinstance(node, ast.UnaryOp) and not isinstance(node.op, ast.Invert):
-        children = [node.operand]
-    elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        children = [node.left, node.right]
-    elif isinstance(node, ast.Compare):
-        children = [node.left, *node.comparators]
-        for op, right in zip(node.ops, node.comparators, strict=True):
-            none = isinstance(right, ast.Constant) and right.value is None
-            if isinstance(op, ast.Is | ast.IsNot) and not none:
-                raise _mistake(text, "`is` takes None only; use == instead")
-    elif isinstance(node, ast.Tuple | ast.List | ast.Set):
-        children = node.elts
-    elif not isinstance(node, ast.Name):
-        raise _mistake(text, f"{ast.unparse(node)[:60]!r} is more than a predicate may hold")
-    for child in children:
-        _check(child, text, depth + 1)
-
-
-def _check_call(node: ast.Call, text: str) -> Sequence[ast.expr]:
-    name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
-    if name not in FUNCTIONS:
-        raise _mistake(text, f"there is no function {name}, only {', '.join(FUNCTIONS)}")
-    if len(node.args) != 1 or node.keywords:
-        raise _mistake(text, f"{name} takes one argument")
-    if name == "has" and key_of(node.args[0]) is None:
-        raise _mistake(text, "has takes the name of a key: has(license)")
-    return node.args
-
-
 def key_of(node: ast.expr) -> str | None:
-    """The key that `has(key)` or `has("key")` means."""
+    """Name the key that `has(key)` or `has("key")` means."""
     if isinstance(node, ast.Name):
         return node.id
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
-def _value(node: ast.expr, row: Mapping[str, Any]) -> Any:
-    """What an expression comes to for a row; UNKNOWN where that cannot be said."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return lookup(row, node.id)
-    if isinstance(node, ast.BoolOp):
-        return _bool_op(node, row)
-    if isinstance(node, ast.UnaryOp):
-        return _unary(node.op, _value(node.operand, row))
-    if isinstance(node, ast.Compare):
-        return _compare(node, row)
-    if isinstance(node, ast.Call):
-        return _call(node, row)
-    if isinstance(node, ast.BinOp):
-        left, right = _value(node.left, row), _value(node.right, row)
-        return _arithmetic(ARITHMETIC[type(node.op)], left, right)
-    assert isinstance(node, ast.Tuple | ast.List | ast.Set)
-    return [_value(one, row) for one in node.elts]
+def _parse(text: str) -> ast.expr:
+    """Parse the predicate. Raises ValueError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            return ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"{error.msg} (column {error.offset})") from None
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(str(error) or "nested too deeply") from None
+
+
+def compiled(node: ast.expr, depth: int = 0) -> Evaluate:
+    """Turn an expression into a function of a row. Raises ValueError for what no predicate has."""
+    if depth > DEPTH:
+        raise ValueError("nested too deeply")
+
+    def inner(child: ast.expr) -> Evaluate:
+        return compiled(child, depth + 1)
+
+    match node:
+        case ast.Constant(value):
+            if not isinstance(value, str | int | float | None):
+                raise ValueError(f"{ast.unparse(node)} is neither number, string, True nor None")
+            return lambda row: value
+        case ast.Name(name):
+            return lambda row: lookup(row, name)
+        case ast.BoolOp(op, values):
+            decisive, parts = isinstance(op, ast.Or), [inner(value) for value in values]
+            return lambda row: _first_decisive(decisive, (_truth(part(row)) for part in parts))
+        case ast.UnaryOp(ast.Not(), operand):
+            negated = inner(operand)
+            return lambda row: _not(_truth(negated(row)))
+        case ast.UnaryOp(ast.USub() | ast.UAdd() as op, operand):
+            sign, value_of = -1 if isinstance(op, ast.USub) else 1, inner(operand)
+            return lambda row: _arithmetic(operator.mul, sign, value_of(row))
+        case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
+            apply, first, second = ARITHMETIC[type(op)], inner(left), inner(right)
+            return lambda row: _arithmetic(apply, first(row), second(row))
+        case ast.Compare():
+            return _comparison(node, inner)
+        case ast.Call():
+            return _call(node, inner)
+        case ast.Tuple(elements) | ast.List(elements) | ast.Set(elements):
+            parts = [inner(one) for one in elements]
+            return lambda row: [part(row) for part in parts]
+    raise ValueError(f"{ast.unparse(node)[:60]!r} is more than a predicate may hold")
 
 
 def _truth(value: Any) -> bool | Unknown:
     return UNKNOWN if isinstance(value, Unknown) else bool(value)
 
 
-def _bool_op(node: ast.BoolOp, row: Mapping[str, Any]) -> bool | Unknown:
-    decisive = isinstance(node.op, ast.Or)  # True decides an `or`, False an `and`
+def _not(truth: bool | Unknown) -> bool | Unknown:
+    return truth if isinstance(truth, Unknown) else not truth
+
+
+def _first_decisive(decisive: bool, truths: Iterable[bool | Unknown]) -> bool | Unknown:
+    """Join truths: True decides an `or`, False an `and`."""
     unknown = False
-    for part in node.values:
-        truth = _truth(_value(part, row))
+    for truth in truths:
         if truth is decisive:
             return decisive
         unknown = unknown or isinstance(truth, Unknown)
     return UNKNOWN if unknown else not decisive
 
 
-def _unary(op: ast.unaryop, value: Any) -> Any:
-    if isinstance(op, ast.Not):
-        truth = _truth(value)
-        return truth if isinstance(truth, Unknown) else not truth
-    if not isinstance(value, int | float):
-        return UNKNOWN
-    return -value if isinstance(op, ast.USub) else +value
-
-
-def _arithmetic(apply: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+def _arithmetic(apply: Binary, left: Any, right: Any) -> Any:
     """Numbers with numbers; strings can be joined."""
     numbers = isinstance(left, int | float) and isinstance(right, int | float)
     strings = isinstance(left, str) and isinstance(right, str) and apply is operator.add
@@ -199,14 +177,25 @@ def _arithmetic(apply: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
     return UNKNOWN if isinstance(result, float) and math.isnan(result) else result
 
 
-def _call(node: ast.Call, row: Mapping[str, Any]) -> Any:
-    assert isinstance(node.func, ast.Name)
-    if node.func.id == "has":
-        return not isinstance(lookup(row, key_of(node.args[0]) or ""), Unknown)
-    value = _value(node.args[0], row)
-    if node.func.id == "number":
+def _call(node: ast.Call, inner: Callable[[ast.expr], Evaluate]) -> Evaluate:
+    name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
+    if name not in FUNCTIONS:
+        raise ValueError(f"there is no function {name}, only {', '.join(FUNCTIONS)}")
+    if len(node.args) != 1 or node.keywords:
+        raise ValueError(f"{name} takes one argument")
+    if name == "has":
+        key = key_of(node.args[0])
+        if key is None:
+            raise ValueError("has takes the name of a key: has(license)")
+        return lambda row: not isinstance(lookup(row, key), Unknown)
+    argument = inner(node.args[0])
+    return lambda row: _applied(name, argument(row))
+
+
+def _applied(name: str, value: Any) -> Any:
+    if name == "number":
         return _number(value)
-    if node.func.id == "len":
+    if name == "len":
         return len(value) if isinstance(value, str | list | tuple | dict) else UNKNOWN
     return value.lower() if isinstance(value, str) else UNKNOWN
 
@@ -222,34 +211,37 @@ def _number(value: Any) -> Any:
     return UNKNOWN if math.isnan(number) else number
 
 
-def _compare(node: ast.Compare, row: Mapping[str, Any]) -> bool | Unknown:
-    """A chain such as `0.3 < similarity <= 1` is true where all its links are."""
-    left, unknown = _value(node.left, row), False
-    for op, part in zip(node.ops, node.comparators, strict=True):
-        right = _value(part, row)
-        answer = _link(op, left, right)
-        if answer is False:
-            return False
-        unknown, left = unknown or isinstance(answer, Unknown), right
-    return UNKNOWN if unknown else True
+def _comparison(node: ast.Compare, inner: Callable[[ast.expr], Evaluate]) -> Evaluate:
+    """A chain such as `0.3 < similarity <= 1`, which is true where all its links are."""
+    for op, right in zip(node.ops, node.comparators, strict=True):
+        none = isinstance(right, ast.Constant) and right.value is None
+        if isinstance(op, ast.Is | ast.IsNot) and not none:
+            raise ValueError("`is` takes None only; use == instead")
+    first = inner(node.left)
+    links = [(type(op), inner(one)) for op, one in zip(node.ops, node.comparators, strict=True)]
+
+    def truths(row: Metadata) -> Iterator[bool | Unknown]:
+        left = first(row)
+        for op, value_of in links:
+            right = value_of(row)
+            yield _link(op, left, right)
+            left = right
+
+    return lambda row: _first_decisive(False, truths(row))
 
 
-def _link(op: ast.cmpop, left: Any, right: Any) -> bool | Unknown:
-    if isinstance(op, ast.NotEq | ast.NotIn | ast.IsNot):
-        opposites: dict[type[ast.cmpop], ast.cmpop] = {
-            ast.NotEq: ast.Eq(), ast.NotIn: ast.In(), ast.IsNot: ast.Is(),
-        }  # fmt: skip
-        answer = _link(opposites[type(op)], left, right)
-        return answer if isinstance(answer, Unknown) else not answer
+def _link(op: type[ast.cmpop], left: Any, right: Any) -> bool | Unknown:
+    if op in OPPOSITES:
+        return _not(_link(OPPOSITES[op], left, right))
     if isinstance(left, Unknown) or isinstance(right, Unknown):
         return UNKNOWN
-    if isinstance(op, ast.In):
+    if op is ast.In:
         return _contains(right, left)
-    if isinstance(op, ast.Eq | ast.Is):
+    if op in (ast.Eq, ast.Is):
         return _equal(left, right)
     if _kind(left) != _kind(right) or _kind(left) not in (float, str):
         return UNKNOWN
-    return bool(ORDER[type(op)](left, right))
+    return bool(ORDER[op](left, right))
 
 
 def _kind(value: Any) -> type:
@@ -270,13 +262,8 @@ def _equal(left: Any, right: Any) -> bool | Unknown:
 
 def _contains(container: Any, item: Any) -> bool | Unknown:
     """`in`: part of a string, element of a list, key of an object."""
-    if isinstance(container, str):
-        return item in container if isinstance(item, str) else UNKNOWN
-    if isinstance(container, dict):
+    if isinstance(container, str | dict):
         return item in container if isinstance(item, str) else UNKNOWN
     if not isinstance(container, list | tuple):
         return UNKNOWN
-    answers = [_equal(item, element) for element in container]
-    if True in answers:
-        return True
-    return UNKNOWN if any(isinstance(answer, Unknown) for answer in answers) else False
+    return _first_decisive(True, (_equal(item, element) for element in container))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 
 from prep.cache.accounts import accounts
 from prep.cache.random_samples import places
-from prep.encode.pipeline import Sample, Settings, decode_row
+from prep.config import OriginalsFlags
+from prep.encode.decode import decode_row
+from prep.encode.samples import Decoded
+from prep.encode.settings import Settings
 from prep.encode.shuffle import Shuffle
 from prep.encode.writer import sample_key
 from prep.images.crop import Framing
@@ -65,17 +68,6 @@ class Pair:
         return None if self.original is None else psnr(self.original, self.decoded)
 
 
-class EncoderFlags(Protocol):
-    """The flags by which several commands find a cache's encoders."""
-
-    @property
-    def model(self) -> str | None: ...  # noqa: D102
-    @property
-    def vae(self) -> str | None: ...  # noqa: D102
-    @property
-    def device(self) -> str: ...  # noqa: D102
-
-
 def settings_of(identity: Identity) -> Settings:
     """The settings a cache was encoded with."""
     made = identity.preprocessing
@@ -88,7 +80,7 @@ def settings_of(identity: Identity) -> Settings:
     )
 
 
-def vae_of(identity: Identity, flags: EncoderFlags) -> AutoencoderKL:
+def vae_of(identity: Identity, flags: OriginalsFlags) -> AutoencoderKL:
     """The VAE a cache was made with, from where the flags say or the identity does.
 
     Raises UserError where it cannot be loaded or is another one.
@@ -104,7 +96,7 @@ def vae_of(identity: Identity, flags: EncoderFlags) -> AutoencoderKL:
     return vae
 
 
-def vae_source(identity: Identity, flags: EncoderFlags) -> str:
+def vae_source(identity: Identity, flags: OriginalsFlags) -> str:
     """Where the VAE of a cache is: as flagged, else as recorded, else with the model."""
     recorded = None if flags.model else identity.vae.source
     if flags.vae or recorded:
@@ -152,7 +144,7 @@ def pairs(
         yield Pair(sample.key, captions[0], decoded, original)
 
 
-def pixels_of(sample: Sample) -> NDArray[np.uint8] | None:
+def pixels_of(sample: Decoded) -> NDArray[np.uint8] | None:
     """The first view of the prepared picture, or None where the row was rejected."""
     return sample.pictures[0].pixels if sample.pictures else None
 

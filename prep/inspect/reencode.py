@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from prep.cache.reuse import NOTHING
 from prep.config import VerifyConfig
-from prep.encode import pipeline
-from prep.encode.captions import CaptionMemo
-from prep.encode.pipeline import Encoders, Sample, Settings
-from prep.encode.settings import VaeChoice, load_encoders, same_encoder
+from prep.encode import latents
+from prep.encode.captions import CaptionMemo, embed_chunk
+from prep.encode.decode import decode_row
+from prep.encode.identity import same_encoder
+from prep.encode.networks import Encoders, VaeChoice, load_encoders
+from prep.encode.samples import Decoded, Encoded
+from prep.encode.settings import Settings
 from prep.inspect.originals import Stored, draw, rows_of, settings_of, vae_source
 from prep.inspect.recorded import Originals
 from shared.cache.identity import Identity
@@ -45,13 +48,13 @@ def disagreements(
     originals = Originals(config.shards)
     rows = rows_of(cache, stored, originals)
     found = [(old, rows[old.key]) for old in stored if old.key in rows]
-    decoded = [(old, pipeline.decode_row(row, settings)) for old, row in found]
+    decoded = [(old, decode_row(row, settings)) for old, row in found]
     fresh = [(old, new) for old, new in decoded if not new.reason]
     worst: dict[str, float] = {}
     for start in range(0, len(fresh), encoders.vae.batch_size):
         batch = fresh[start : start + encoders.vae.batch_size]
-        encode_batch([new for _, new in batch], encoders, settings)
-        for old, new in batch:
+        again = encode_batch([new for _, new in batch], encoders, settings)
+        for (old, _), new in zip(batch, again, strict=True):
             for name, error in errors(old, new, encoders.vae.channels).items():
                 worst[name] = max(worst.get(name, 0.0), error)
                 allowed = tolerance(identity, name)
@@ -93,27 +96,30 @@ def encoders_of(config: VerifyConfig, identity: Identity) -> Encoders:
     return encoders
 
 
-def encode_batch(batch: list[Sample], encoders: Encoders, settings: Settings) -> None:
-    """Fill in the samples' arrays as `prep encode` would."""
-    with torch.inference_mode():
-        pipeline.embed(batch, CaptionMemo(encoders.text, NOTHING), settings)
-        waiting = pipeline.Waiting(encoders.vae, settings)  # by size
-        for sample in batch:
-            waiting.add(sample)
-        for _ in waiting.rest():
-            pass
+def encode_batch(batch: list[Decoded], encoders: Encoders, settings: Settings) -> list[Encoded]:
+    """Encode decoded samples of any sizes as `prep encode` does, in their order."""
+    memo, by_size = CaptionMemo(encoders.text, NOTHING), defaultdict(list)
+    for index, sample in enumerate(embed_chunk(batch, memo, settings.max_captions)):
+        by_size[sample.decoded.pictures[0].pixels.shape].append((index, sample))
+    encoded: dict[int, Encoded] = {}
+    for numbered in by_size.values():
+        indices, samples = zip(*numbered, strict=True)
+        running = latents.start(list(samples), encoders.vae)
+        done = latents.finish(running, encoders.vae, settings.keep_logvar)
+        encoded |= zip(indices, done, strict=True)
+    return [encoded[index] for index in range(len(batch))]
 
 
-def errors(old: Stored, new: Sample, channels: int) -> dict[str, float]:
+def errors(old: Stored, new: Encoded, channels: int) -> dict[str, float]:
     """Relative RMS error of each array, the posterior's mean and logvar apart."""
-    found = {}
+    found, fresh = {}, new.arrays
     for name, stored in old.arrays.items():
         if name == "latents":
-            found["latents"] = relative(stored[:, :channels], new.arrays[name][:, :channels])
+            found["latents"] = relative(stored[:, :channels], fresh[name][:, :channels])
             if stored.shape[1] > channels:
-                found["logvar"] = relative(stored[:, channels:], new.arrays[name][:, channels:])
+                found["logvar"] = relative(stored[:, channels:], fresh[name][:, channels:])
         else:
-            found[name] = relative(stored, new.arrays[name])
+            found[name] = relative(stored, fresh[name])
     return found
 
 

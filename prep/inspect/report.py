@@ -25,10 +25,10 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.config import ReportConfig
+from prep.config import OriginalsFlags, ReportConfig
 from prep.inspect.charts import HEIGHT, LIMIT, WIDTH, Histogram, histograms
 from prep.inspect.checks import Check, check_all, told, verdict
-from prep.inspect.originals import EncoderFlags, Pair, draw, pairs, vae_of
+from prep.inspect.originals import Pair, draw, pairs, vae_of
 from prep.inspect.recorded import Originals, WrongShards
 from prep.inspect.stats import Summary, flat, speed, summarize
 from prep.rows.unit import Unit
@@ -66,7 +66,7 @@ def report(config: ReportConfig) -> None:
     print(write_report(cache, vae, Originals(config.shards)))
 
 
-def load_vae_for(cache: CachePaths, flags: EncoderFlags) -> AutoencoderKL | str:
+def load_vae_for(cache: CachePaths, flags: OriginalsFlags) -> AutoencoderKL | str:
     """The cache's VAE, or why it cannot be had. Raises UserError where there is no cache."""
     identity = open_manifest(cache.root, check_sizes=False).identity
     try:

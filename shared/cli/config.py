@@ -18,6 +18,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -170,9 +171,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def dispatch(
-    prog: str, commands: Mapping[str, tuple[type[Any], Callable[[Any], int | None]]]
-) -> int:
+Command = Callable[[Any], int | None]  # of a configuration; returns an exit status, or None for 0
+
+
+def command(module: str, name: str) -> Command:
+    """Name a function that is imported when it runs, so that --help and mistakes answer at once."""
+
+    def run(config: Any) -> int | None:
+        status: int | None = getattr(import_module(module), name)(config)
+        return status
+
+    return run
+
+
+def dispatch(prog: str, commands: Mapping[str, tuple[type[Any], Command]]) -> int:
     """Run the sub-command that the command line names; returns its exit status."""
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from prep.encode import pipeline
-from prep.encode.pipeline import Settings, decoded
-from prep.encode.threads import mapped
+from prep.encode import decode
+from prep.encode.decode import decode_rows
+from prep.encode.prefetch import map_ahead
+from prep.encode.settings import Settings
 from prep.encoders import tokens
 from prep.encoders.text import TextEncoder
 from prep.images.crop import Framing
@@ -43,7 +44,7 @@ def test_no_item_is_taken_while_those_that_wait_weigh_too_much():
 
     for weight, waiting in ((30, 3), (1000, 0), (0, 7)):
         taken.clear()
-        done = mapped(
+        done = map_ahead(
             lambda item: item[0], heavy(weight), 2, 8, "decode", lambda item: item[1], 100
         )
         assert list(itertools.islice(done, 5)) == [0, 1, 2, 3, 4]
@@ -65,10 +66,10 @@ class Picture(bytes):
 
 
 def test_few_large_pictures_wait_and_none_once_it_is_decoded(monkeypatch):
-    monkeypatch.setattr(pipeline, "WAITING_BYTES", 4_000_000)
+    monkeypatch.setattr(decode, "WAITING_BYTES", 4_000_000)
     metadata = {"url": "u", "similarity": 0.3}
     rows = (make_row(str(n), Picture(PNG + bytes(1_000_000)), ("a",), metadata) for n in range(40))
-    samples = list(decoded(rows, SETTINGS, 2, 32))
+    samples = list(decode_rows(rows, SETTINGS, 2, 32))
     assert len(samples) == 40
     assert all(sample.pictures for sample in samples)
     assert samples[0].row.metadata == {"url": "u"}
@@ -82,10 +83,10 @@ def test_a_json_counts_as_what_it_becomes_in_memory(tmp_path, monkeypatch):
         nested = b'{"caption": "a", "x": [' + b"[]," * 30_000 + b"[]]}"
         files += [(f"{n}.png", PNG), (f"{n}.json", nested)]
     tar, taken = write_tar(tmp_path / "a.tar", files), []
-    monkeypatch.setattr(pipeline, "WAITING_BYTES", 10_000_000)
+    monkeypatch.setattr(decode, "WAITING_BYTES", 10_000_000)
     rows = (taken.append(row.key) or row for row in rows_of(tar))
-    first = decoded(rows, SETTINGS, 2, 32)
-    assert next(first).captions == ("a",)
+    first = decode_rows(rows, SETTINGS, 2, 32)
+    assert next(first).row.captions == ("a",)
     assert len(taken) <= 4
     first.close()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prep.encode import pipeline
+from prep.encode import decode, latents
 from prep.images.buckets import choose_buckets
 from prep.images.crop import BadImage, Framing, prepare
 from shared.cache.manifest import open_manifest
@@ -158,7 +158,7 @@ def test_each_size_has_a_shard_of_its_own(cache):
 
 def test_neither_neighbours_nor_waiting_show_in_the_latents(cache, tmp_path, monkeypatch):
     """Encoded alone, or in batches that memory cut short: the same bytes, shard by shard."""
-    monkeypatch.setattr(pipeline, "WAITING_BATCHES", 1)
+    monkeypatch.setattr(latents, "WAITING_BATCHES", 1)
     settings = {"model": "tiny-xl", "buckets": True, "views": 2, "random_crop": True}
     tar = cache.parent / "a.tar"
     short = encode(tar, tmp_path / "short", **settings)
@@ -172,7 +172,7 @@ def test_neither_neighbours_nor_waiting_show_in_the_latents(cache, tmp_path, mon
 def test_a_fixed_number_of_pictures_waits(tmp_path, monkeypatch):
     """However many sizes there are: pictures on hand stay within what is read ahead and waits."""
     on_hand, most = 0, 0
-    prepare_row, start_batch = pipeline.decode_row, pipeline.start
+    prepare_row, start_batch = decode.decode_row, latents.start
 
     def decode_row(row, settings, known):
         nonlocal on_hand, most
@@ -184,13 +184,13 @@ def test_a_fixed_number_of_pictures_waits(tmp_path, monkeypatch):
 
     def start_some(batch, vae):
         nonlocal on_hand
-        sizes = {picture.pixels.shape for sample in batch for picture in sample.pictures}
+        sizes = {picture.pixels.shape for one in batch for picture in one.decoded.pictures}
         assert len(sizes) == 1
-        on_hand -= sum(len(sample.pictures) for sample in batch)
+        on_hand -= sum(len(sample.decoded.pictures) for sample in batch)
         return start_batch(batch, vae)
 
-    monkeypatch.setattr(pipeline, "decode_row", decode_row)
-    monkeypatch.setattr(pipeline, "start", start_some)
+    monkeypatch.setattr(decode, "decode_row", decode_row)
+    monkeypatch.setattr(latents, "start", start_some)
     files = [
         file
         for n in range(150)

@@ -9,9 +9,8 @@ import tracemalloc
 import pytest
 
 import prep.encode.engine
-import prep.encode.pipeline
-from prep.encode import threads, writer
-from prep.encode.threads import mapped, read_ahead
+from prep.encode import captions, decode, latents, prefetch, writer
+from prep.encode.prefetch import map_ahead
 from shared.errors import UserError
 from tests.support.sources import accounts, captioned, encode, samples, tree, write_tar
 
@@ -38,15 +37,15 @@ def test_the_order_is_kept_whatever_takes_how_long():
         time.sleep(0.01 * (number % 2 == 0))
         return number
 
-    read = read_ahead((number for number in range(40)), 3)
-    assert list(mapped(slow_if_even, read, 4, 8, "decode")) == list(range(40))
+    read = prefetch.prefetch((number for number in range(40)), 3)
+    assert list(map_ahead(slow_if_even, read, 4, 8, "decode")) == list(range(40))
     assert ours() == []
 
 
 @pytest.mark.parametrize("take", [0, 1, 5])
 def test_no_more_is_read_than_may_wait_and_an_early_end_closes_the_source(take):
     taken, closed = [], []
-    read = read_ahead(counting(taken, closed), 3)
+    read = prefetch.prefetch(counting(taken, closed), 3)
     assert list(itertools.islice(read, take)) == list(range(take))
     time.sleep(0.2)
     assert len(taken) <= take + 3 + 1  # those that wait, and one in hand
@@ -62,7 +61,7 @@ def test_an_error_comes_after_what_was_read_before_it_and_once():
         yield from range(5)
         raise UserError("the disk is on fire")
 
-    read = read_ahead(failing(), 2)
+    read = prefetch.prefetch(failing(), 2)
     assert list(itertools.islice(read, 5)) == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="on fire"):
         next(read)
@@ -71,14 +70,14 @@ def test_an_error_comes_after_what_was_read_before_it_and_once():
 
 
 def test_a_source_that_hangs_is_left_behind(monkeypatch):
-    monkeypatch.setattr(threads, "PATIENCE", 0.2)
+    monkeypatch.setattr(prefetch, "PATIENCE", 0.2)
     go_on = threading.Event()
 
     def hanging():
         yield 1
         go_on.wait()
 
-    read = read_ahead(hanging(), 2)
+    read = prefetch.prefetch(hanging(), 2)
     assert next(read) == 1
     began = time.monotonic()
     read.close()
@@ -97,9 +96,9 @@ def test_what_any_stage_raises_reaches_the_caller(stage, tar, tmp_path, monkeypa
     wanted = tree(encode(tar, tmp_path / "wanted", vae_batch_size=2, text_batch_size=2))
     place, name = {
         "reading": (prep.encode.engine.Unit, "rows"),
-        "decoding": (prep.encode.pipeline, "prepare"),
-        "captions": (prep.encode.pipeline.CaptionMemo, "encode"),
-        "latents": (prep.encode.pipeline, "finish"),
+        "decoding": (decode, "prepare"),
+        "captions": (captions.CaptionMemo, "encode"),
+        "latents": (latents, "finish"),
         "writing": (writer.Spool, "add"),
     }[stage]
     real, calls = getattr(place, name), itertools.count()
@@ -133,7 +132,7 @@ def test_an_interrupted_run_leaves_no_thread_and_no_file(tar, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     cache = tmp_path / "cache"
-    monkeypatch.setattr(prep.encode.pipeline, "start", interrupted)
+    monkeypatch.setattr(latents, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode(tar, cache)
     assert ours() == []

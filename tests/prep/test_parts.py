@@ -75,7 +75,7 @@ def test_a_part_that_comes_later_takes_over_what_is_recorded_though_it_has_other
     assert prep(*words, "--part", "0/2", "--resolution", 48).status == 0
     monkeypatch.setattr("shared.machine.cpus.threads", lambda *_: 1)
     monkeypatch.setattr("prep.commands.posterior_matters", lambda moments: False)
-    monkeypatch.setattr("prep.encode.settings.default_vae_batch_size", lambda *_: 5)
+    monkeypatch.setattr("prep.encode.networks.default_vae_batch_size", lambda *_: 5)
     answer = prep(*words, "--part", "1/2")
     assert answer.status == 0, answer.err
     assert "was begun with 3 threads, which decide its bytes; they share 1 here" in answer.err

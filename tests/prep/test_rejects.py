@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-import prep.encode.pipeline
+from prep.encode import pipeline
 from shared.errors import UserError
 from tests.support.accounts import account
 from tests.support.sources import (
@@ -86,13 +86,13 @@ def test_usable_rows_may_come_late(tmp_path, monkeypatch):
 
 
 def test_a_row_that_gets_lost_on_its_way_is_noticed(tmp_path, monkeypatch):
-    decoded = prep.encode.pipeline.decoded
+    decode_rows = pipeline.decode_rows
 
     def losing(rows, *more):
-        return decoded(itertools.islice(rows, 3, None), *more)
+        return decode_rows(itertools.islice(rows, 3, None), *more)
 
     tar = write_tar(tmp_path / "a.tar", captioned(range(5)))
-    monkeypatch.setattr(prep.encode.pipeline, "decoded", losing)
+    monkeypatch.setattr(pipeline, "decode_rows", losing)
     with pytest.raises(AssertionError, match="2 of 5 rows accounted"):
         encode(tar, tmp_path / "cache")
     assert units(tmp_path / "cache") == {}

@@ -140,15 +140,16 @@ def test_a_picture_that_overflows_is_encoded_again_alone_in_fp32(tmp_path):
     encoder = prep_vae.VaeEncoder(source, CPU, 4, "float16")
     encoder.calibrate([GREY] * 3)  # which knows nothing of contrast
     colourful = np.asarray(photo(1, 64, 64))
-    batch = encoder.encode([GREY, colourful, GREY])
-    assert encoder.retried == [False, True, False]
+    found = encoder.finish(encoder.start([GREY, colourful, GREY]))
+    batch = found.moments
+    assert found.retried.tolist() == [False, True, False]
     alone = torch.from_numpy(np.stack([colourful])).permute(0, 3, 1, 2).float() / 127.5 - 1
     moments = load_vae(source).encode(alone).latent_dist
     assert np.array_equal(batch[1, :4], moments.mean[0].numpy())
     assert np.isfinite(batch).all()
-    neighbours = encoder.encode([GREY] * 3)
-    assert np.array_equal(batch[[0, 2]], neighbours[[0, 2]])
-    assert encoder.retried == [False] * 3
+    neighbours = encoder.finish(encoder.start([GREY] * 3))
+    assert np.array_equal(batch[[0, 2]], neighbours.moments[[0, 2]])
+    assert not neighbours.retried.any()
 
 
 def test_retries_are_counted_per_unit_and_said(tmp_path):

@@ -12,9 +12,8 @@ import torch
 from accelerate.utils import InitProcessGroupKwargs
 
 from prep.config import EncodeConfig
-from prep.encode.pipeline import Settings, embedded
-from prep.encode.settings import choose_device, choose_shapes
-from prep.images.crop import Framing
+from prep.encode.captions import embed_captions
+from prep.encode.networks import choose_device, choose_shapes
 from shared.errors import UserError
 from shared.machine.device import pick_device, use_device
 from tests.support.identity import an_identity
@@ -75,9 +74,7 @@ def test_a_thread_is_sent_to_the_device_of_its_work(two_gpus):
 
 def test_captions_are_encoded_in_a_thread_on_their_device(two_gpus):
     encoder = SimpleNamespace(device=torch.device("cuda", 1))
-    settings = Settings(Framing(64), keep_logvar=False, max_captions=1)
-    chunks = embedded([[], []], SimpleNamespace(encoder=encoder), settings)
-    assert list(chunks) == [[], []]
+    assert list(embed_captions([[], []], SimpleNamespace(encoder=encoder), 1)) == []
     assert two_gpus == [("cuda:1", "captions_0")]
 
 

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 import prep.encoders.vae  # noqa: E402
 from prep import __main__ as main  # noqa: E402
 from prep import commands  # noqa: E402
-from prep.encode import settings  # noqa: E402
+from prep.encode import networks  # noqa: E402
 from shared.machine import cpus  # noqa: E402
 from shared.storage import retry  # noqa: E402
 
@@ -36,8 +36,8 @@ LIMIT = 300.0  # seconds that no process takes
 
 def unlike(number: int) -> None:
     """Make this process one on another machine."""
-    settings.cpus.threads = lambda *_: 1 + number % 2
-    settings.default_vae_batch_size = lambda *_: 2 + number % 3
+    networks.cpus.threads = lambda *_: 1 + number % 2
+    networks.default_vae_batch_size = lambda *_: 2 + number % 3
     commands.posterior_matters = lambda _: bool(number % 2)
     prep.encoders.vae.scale_for = lambda _: 2.0 ** -(number % 4)
     assert cpus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -17,19 +18,19 @@ POLL_SECONDS = 0.1  # how soon a waiting reader notices that nobody wants the re
 PATIENCE = 5.0  # seconds that an unwanted reader has to end
 
 
-def mapped(
+def map_ahead(
     function: Callable[[S], T], items: Iterable[S], workers: int, ahead: int, name: str,
     weigh: Callable[[S], int] = lambda _: 0, most: int = 0,
-    begin: Callable[[], None] | None = None,
+    start: Callable[[], None] | None = None,
 ) -> Generator[T, None, None]:  # fmt: skip
-    """`function` of each item, in `workers` threads, at most `ahead` items waiting; in order.
+    """Yield `function` of each item, in order, from `workers` threads; at most `ahead` items wait.
 
     Those that wait weigh at most `most` together: when they weigh more, no further item is taken
-    before some are done. Each thread calls `begin` first. What the function or the items raise is
-    raised here, once. When the consumer stops early, what has begun is waited for, and the rest is
-    not begun.
+    before some are done. Each thread calls `start` first. What the function or the items raise is
+    raised here, once. When the consumer stops early, what has started is waited for, and the rest
+    is not started.
     """
-    with ThreadPoolExecutor(workers, name, initializer=begin) as pool:
+    with ThreadPoolExecutor(workers, name, initializer=start) as pool:
         waiting: deque[tuple[Future[T], int]] = deque()
         weight = 0
         try:
@@ -47,8 +48,8 @@ def mapped(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_ahead(items: Generator[T, None, None], ahead: int) -> Generator[T, None, None]:
-    """The items, taken in a thread of their own, at most `ahead` of them waiting.
+def prefetch(items: Generator[T, None, None], ahead: int) -> Generator[T, None, None]:
+    """Yield the items, taken in a thread of their own, at most `ahead` of them waiting.
 
     What they raise is raised here, once. When the consumer stops early they are closed in their
     thread; one that hangs, such as a command that says nothing, is left behind after `PATIENCE`.
@@ -92,3 +93,10 @@ class _End:
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
+
+
+def chunks(items: Iterable[T], size: int) -> Generator[list[T], None, None]:
+    """Yield lists of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk

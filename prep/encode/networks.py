@@ -1,0 +1,135 @@
+"""Which encoders fill a cache, on which device, in which batch shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from prep.config import EncodeConfig
+from prep.encoders.text import TextEncoder
+from prep.encoders.vae import VaeEncoder
+from shared.cache.identity import (
+    Identity,
+    Shapes,
+)
+from shared.errors import UserError
+from shared.machine import cpus
+from shared.machine.device import pick_device, set_threads
+from shared.models.family import (
+    Model,
+    recorded_model,
+    unet_config,
+)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen networks."""
+
+    vae: VaeEncoder
+    text: TextEncoder
+
+
+def choose_device(config: EncodeConfig, stored: Identity | None) -> torch.device:
+    """The flag, else the kind that the cache was begun on, else a GPU where there is one.
+
+    `stored` is the cache's identity, here and below; None where there is none. Raises UserError for
+    a device that is not here.
+    """
+    if config.device != "auto" or stored is None:
+        return pick_device(config.device)
+    kind = stored.shapes.device
+    try:
+        return pick_device(kind)
+    except UserError:
+        raise UserError(
+            f"{config.cache} was begun on {kind}, which decides its bytes, and there is none "
+            "here; go on where there is one, or choose another --cache"
+        ) from None
+
+
+def choose_shapes(
+    config: EncodeConfig, stored: Identity | None, device: torch.device, resolution: int
+) -> Shapes:
+    """The flags, else what the cache was begun with, else defaults."""
+    default = Shapes(default_vae_batch_size(device, resolution), 32, device.type)
+    begun = stored.shapes if stored else default
+    threads = config.threads or begun.threads or config.cpus_per_worker or cpus.threads()
+    return Shapes(
+        config.vae_batch_size or begun.vae_batch_size,
+        config.text_batch_size or begun.text_batch_size,
+        device.type,
+        threads if device.type == "cpu" else None,
+    )
+
+
+def taken_over(config: EncodeConfig, stored: Identity | None) -> str:
+    """A line where the cache was begun on a machine so unlike this one that it is slow here."""
+    if not stored:
+        return ""
+    begun, here = stored.shapes, cpus.threads()
+    if begun.device == "cpu" and config.device == "auto" and pick_device("auto").type != "cpu":
+        return (
+            f"note: {config.cache} was begun on a CPU, which decides its bytes, so the GPU here "
+            "is not used; a cache for it is another --cache, or begins with --overwrite --device"
+        )
+    threads = begun.threads or 0
+    if begun.device == "cpu" and config.threads is None and threads > here:
+        return (
+            f"note: {config.cache} was begun with {threads} threads, which decide its bytes; they "
+            f"share {here} here and are slow; for unlike machines begin a cache with "
+            f"--threads {here}"
+        )
+    return ""
+
+
+def default_vae_batch_size(device: torch.device, resolution: int) -> int:
+    """On a GPU 16 pictures of 512 px, or as many larger ones as have so many pixels."""
+    if device.type == "cpu":
+        return 8
+    return min(16, max(1, 16 * 512**2 // resolution**2))
+
+
+@dataclass(frozen=True)
+class VaeChoice:
+    """Which VAE encodes, in what, and its stream's scale (None until it is calibrated)."""
+
+    source: str
+    dtype: str
+    rescale: float | None
+
+
+def choose_vae(
+    config: EncodeConfig, stored: Identity | None, model: Model, device: str
+) -> VaeChoice:
+    """The flags, else what the cache was begun with, else the model's VAE."""
+    source, dtype, rescale = None, "float16" if device == "cuda" else "float32", None
+    if stored is not None:
+        source, dtype, rescale = stored.vae.source, stored.vae.dtype, stored.vae.rescale
+    recorded = recorded_model(source, "--vae") if source and not config.vae else model.source
+    if config.vae_dtype not in ("auto", dtype):
+        dtype, rescale = config.vae_dtype, None
+    return VaeChoice(config.vae or recorded, dtype, rescale)
+
+
+def load_encoders(
+    model: Model, shapes: Shapes, vae: VaeChoice, clip_skip: int, device: torch.device
+) -> Encoders:
+    """Both encoders on `device`, with the recorded batch shapes and number of threads.
+
+    Raises UserError for a VAE whose latents the model does not take.
+    """
+    set_threads(shapes.threads)
+    torch.backends.cudnn.allow_tf32 = False  # torch's default: 10 bits where fp32 has 23
+    encoder = VaeEncoder(vae.source, device, shapes.vae_batch_size, vae.dtype, vae.rescale)
+    wanted = unet_config(model.source)["in_channels"]
+    if encoder.channels != wanted:
+        remedy = "pass a VAE made for this model"
+        if vae.source == model.source:
+            remedy = "one that also takes a picture or a mask is no teacher: pass its base model"
+        raise UserError(
+            f"{vae.source}: its VAE's latents have {encoder.channels} channels, the UNet of "
+            f"{model.source} takes {wanted}; {remedy}"
+        )
+    return Encoders(encoder, TextEncoder(model, device, shapes.text_batch_size, clip_skip))
