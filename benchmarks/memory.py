@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.common.public_unets import SD15, SDXL
 from train.config import DistillConfig
 from train.memory.advice import ROOM
-from train.memory.estimate import Estimate, estimate
+from train.memory.estimate import MemoryEstimate, estimate
 
 CARDS = (12, 24, 48, 80)
 RESERVED = 0.5e9  # what CUDA itself and the VAE of the previews take
@@ -44,7 +44,7 @@ def flags(change: dict[str, Any]) -> str:
 class Counted:
     """Estimates for every micro-batch from those for 1 and 2: a step's bytes grow evenly."""
 
-    def __init__(self, one: Estimate, two: Estimate) -> None:
+    def __init__(self, one: MemoryEstimate, two: MemoryEstimate) -> None:
         self.one, self.slope = one, two.peak - one.peak
 
     def peak(self, batch: int) -> int:

@@ -247,7 +247,7 @@ def test_a_guess_for_sdxl_follows_what_sd15_took(tmp_path):
 
 def test_the_estimate_of_memory_decides_nothing_here(tmp_path, monkeypatch):
     """It refuses what has no room; here the batch is halved instead, until it has."""
-    monkeypatch.setattr(train.trainer.setup, "say_memory", lambda *_: pytest.fail("not wanted"))
+    monkeypatch.setattr(train.trainer.setup, "print_memory", lambda *_: pytest.fail("not wanted"))
     open_trainer(tmp_path, "tiny-sd", train_batch_size=2).close()
 
 

@@ -16,7 +16,7 @@ from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from tests.support.damage import broken, other_values, replaced
 from train.state.checkpoint import read_progress
-from train.state.stored_config import stored_config
+from train.state.run_config import stored_config
 
 
 def command(stage: str, *words: object) -> tuple[int, str]:

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from shared.cli.other_tools.flags import dashed
 from shared.errors import UsageError
-from train.config import DistillConfig
+from train.config import DistillConfig, RunConfig
 from train.export.hub import check_push
+from train.flag_groups import FullStudentFlags, LoraFlags, names_of
 from train.objectives import OBJECTIVES
 from train.state.optim import check_schedule
 
-# (flag, value) -> the flags that mean something only with it.
+# (flag, value) -> the flags that mean something only with it; besides, each objective has its own.
 ONLY_WITH: dict[tuple[str, str], tuple[str, ...]] = {
-    **{("objective", name): objective.flags for name, objective in OBJECTIVES.items()},
-    ("student", "lora"): ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"),
-    ("student", "full"): (
-        "ema_decay", "offload_ema", "guidance_init", "unet_time_cond_proj_dim",
-    ),
+    ("student", "lora"): names_of(LoraFlags),
+    ("student", "full"): names_of(FullStudentFlags),
     ("loss_type", "huber"): ("huber_c",),
     ("lr_scheduler", "cosine_with_restarts"): ("lr_num_cycles",),
     ("lr_scheduler", "polynomial"): ("lr_power",),
-}  # fmt: skip
+}
 # (flag, value) -> the flags that mean nothing beside it.
 NOT_WITH: dict[tuple[str, object], tuple[str, ...]] = {
     ("validation_steps", 0): ("validation_prompts",),
@@ -31,19 +29,25 @@ NOT_WITH: dict[tuple[str, object], tuple[str, ...]] = {
 }
 
 
-def check_flags(config: DistillConfig) -> None:
+def check_flags(config: RunConfig) -> None:
     """Raise UserError for flags that do not go together, and numbers that cannot work."""
     for why in ignored(config).values():
         raise UsageError(why)
     if {"num_train_epochs", "max_train_steps"} <= config.typed:
         raise UsageError("--num-train-epochs and --max-train-steps exclude each other; give one")
-    check_push(config)
+    check_push(config, config.run)
     check_schedule(config)
 
 
 def ignored(config: DistillConfig) -> dict[str, str]:
     """The flags that were given and that others make meaningless, each with what is wrong."""
     found = {}
+    for name, takers in objective_flags().items():
+        if config.objective not in takers:
+            found[name] = (
+                f"{dashed(name)} is for --objective {' or '.join(takers)} and means nothing to "
+                f"--objective {config.objective}; leave it out"
+            )
     for (flag, value), names in ONLY_WITH.items():
         actual = getattr(config, flag)
         for name in names if actual != value else ():
@@ -58,3 +62,12 @@ def ignored(config: DistillConfig) -> dict[str, str]:
                 f"{dashed(name)} means nothing beside {dashed(flag)} {shown}; leave it out"
             )
     return {name: why for name, why in found.items() if name in config.typed}
+
+
+def objective_flags() -> dict[str, list[str]]:
+    """The flags that not every objective takes, each with those that do."""
+    takers: dict[str, list[str]] = {}
+    for name, objective in OBJECTIVES.items():
+        for flag in objective.flags:
+            takers.setdefault(flag, []).append(name)
+    return takers

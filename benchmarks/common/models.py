@@ -105,7 +105,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def random_unet(
     source: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> UNet2DConditionModel:
-    """As `train.networks.teacher.load_unet` gives it; two calls give the same weights."""
+    """As `train.networks.denoiser.load_unet` gives it; two calls give the same weights."""
     config = load_config(source, "unet/config.json")
     return frozen(lambda: UNet2DConditionModel.from_config(config), device, dtype)
 
@@ -161,6 +161,7 @@ def random_weights(device: torch.device) -> Iterator[None]:
     with ExitStack() as patches:
         for name, value in (
             ("train.trainer.setup.build_student", build_there),
+            ("train.networks.build.load_unet", build_unet),
             ("train.networks.full.load_unet", build_unet),
             ("train.networks.lora.load_unet", build_unet),
             ("prep.encoders.vae.load_vae", lambda source: random_vae(source, device)),

@@ -19,10 +19,10 @@ from benchmarks.common.models import random_text_encoder, random_unet, random_va
 from shared.cache.conditioning import TextEmbeds
 from shared.models.family import resolve_model
 from train.data.batch import Batch
+from train.networks.denoiser import call_unet
 from train.networks.full import FullStudent
 from train.networks.precision import DTYPES
 from train.networks.student import Student
-from train.networks.teacher import call_unet
 from train.trainer.loop import update
 from train.trainer.run import Distillation
 
@@ -102,7 +102,7 @@ def build_teacher(run: Distillation) -> UNet2DConditionModel:
     if isinstance(run.student, FullStudent):
         return run.student.teacher_unet
     dtype = DTYPES.get(run.config.mixed_precision, torch.float32)
-    return random_unet(run.config.model, run.team.device, dtype)
+    return random_unet(run.config.model, run.distributed.device, dtype)
 
 
 class Online:
@@ -112,7 +112,7 @@ class Online:
         self, run: Distillation, draws: Batch, resolution: int, vae_dtype: torch.dtype | None = None
     ) -> None:
         self.run, self.draws = run, draws
-        device, size = run.team.device, len(draws.latents)
+        device, size = run.distributed.device, len(draws.latents)
         dtype = DTYPES.get(run.config.mixed_precision, torch.float32)
         source = Path(run.config.model)
         self.encoders = build_encoders(source, device, dtype, vae_dtype or dtype)

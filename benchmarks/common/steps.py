@@ -34,7 +34,7 @@ def open_run(
         report_to=(), **flags,
     )  # fmt: skip
     # What the step will take is found out by taking it, and the estimate would cost seconds.
-    quiet = patch("train.trainer.setup.say_memory"), contextlib.redirect_stderr(io.StringIO())
+    quiet = patch("train.trainer.setup.print_memory"), contextlib.redirect_stderr(io.StringIO())
     with random_weights(device), quiet[0], quiet[1]:
         return prepare(config)
 

@@ -36,18 +36,20 @@ class Family:
         int  # which text-encoder layer: -1 the last with its final norm, -2 the one before
     )
     micro_conditioning: bool  # pooled embedding and time_ids
+    pipeline: str  # diffusers' class that draws
     w_min: float  # guidance drawn for distillation; diffusers' guidance_scale is w + 1
     w_max: float
     guidance_scale: float  # where nothing else is asked for
 
 
 def _sd(name: str, pretrained: str, resolution: int, width: int, *guidance: float) -> Family:
-    return Family(name, pretrained, resolution, width, ("text_encoder",), -1, False, *guidance)
+    kind = ("text_encoder",), -1, False, "StableDiffusionPipeline"
+    return Family(name, pretrained, resolution, width, *kind, *guidance)
 
 
 def _xl(name: str, pretrained: str, resolution: int, width: int, *guidance: float) -> Family:
-    encoders = ("text_encoder", "text_encoder_2")
-    return Family(name, pretrained, resolution, width, encoders, -2, True, *guidance)
+    kind = ("text_encoder", "text_encoder_2"), -2, True, "StableDiffusionXLPipeline"
+    return Family(name, pretrained, resolution, width, *kind, *guidance)
 
 
 # The last three numbers: w_min, w_max, guidance_scale.

@@ -18,7 +18,7 @@ from shared.errors import UserError
 from shared.machine.device import pick_device, use_device
 from tests.support.identity import an_identity
 from train.data.prefetch import Ring
-from train.trainer.distributed import Team
+from train.trainer.distributed import Distributed
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_processes_of_a_launcher_wait_for_each_other_and_share_the_gpus_out(two_
     monkeypatch.setattr("train.trainer.distributed.Accelerator", accelerator)
     for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(value))
-    assert Team("cuda").device == torch.device("cuda", 1)
+    assert Distributed("cuda").device == torch.device("cuda", 1)
     group = next(h for h in made[0]["kwargs_handlers"] if isinstance(h, InitProcessGroupKwargs))
     assert group.to_kwargs() == {"timeout": timedelta(hours=6)}
     with pytest.raises(UserError, match="--device cuda:1: each of 2 processes takes a GPU of its"):
-        Team("cuda:1")
+        Distributed("cuda:1")

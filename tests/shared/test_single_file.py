@@ -23,7 +23,7 @@ from shared.models.vae import load_vae
 from tests.support.models import SD15, SD21, SDXL
 from tests.support.single_file import write_single_file
 from tests.support.sources import captioned, samples, write_tar
-from train.networks.teacher import load_schedule, load_unet
+from train.networks.denoiser import load_schedule, load_unet
 
 CONFIGS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 

@@ -15,7 +15,7 @@ from shared.cli.config import coerce
 from shared.errors import run_main
 from train.config import DistillConfig
 from train.data.loader import Batch, Loader
-from train.networks import fine_tuned, full, lora, teacher
+from train.networks import build, denoiser, full, lora
 from train.trainer import loop, setup
 
 
@@ -29,15 +29,15 @@ def main() -> None:
     if wanted.get("double"):
         schedule = run.objective.schedule.to("cpu", torch.float64)
         run.objective = dataclasses.replace(run.objective, schedule=schedule)
-    keep_ids(run.loader, spied / f"ids-{run.step:03d}-{run.team.rank}.jsonl")
+    keep_ids(run.loader, spied / f"ids-{run.step:03d}-{run.distributed.rank}.jsonl")
     keep_first_gradients(run, spied / "gradients.pt")
     loop.distill(run)
 
 
 def compute_in_float64() -> None:
     torch.set_default_dtype(torch.float64)
-    load, to = teacher.load_unet, Batch.to
-    for kind in (lora, full, fine_tuned):
+    load, to = denoiser.load_unet, Batch.to
+    for kind in (build, full, lora):
         kind.load_unet = lambda source, *rest: load(source, *rest).double()
 
     def doubled(batch: Batch, device: torch.device) -> Batch:
@@ -68,8 +68,8 @@ def keep_first_gradients(run, path: Path) -> None:
 
     def keeping(optimizer, scaler):
         gradients = {name: p.grad for name, p in run.parameters.items()}
-        whole = run.team.gather(gradients)
-        if run.team.main and not path.exists():
+        whole = run.distributed.gather(gradients)
+        if run.distributed.main and not path.exists():
             torch.save(whole, path)
         return update(optimizer, scaler)
 

@@ -7,7 +7,7 @@ from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import schedule_from_config
 from train.config import DistillConfig
 from train.data.batch import Batch
-from train.networks.student import build_student
+from train.networks.build import build_student
 from train.objectives.lcd import LCD
 
 CPU = torch.device("cpu")

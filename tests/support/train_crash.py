@@ -53,9 +53,11 @@ class Scenario:
 
 def fake(step: int, limit: int | None = None, branch: int = 0) -> None:
     """A checkpoint as the trainer writes it, of tensors that take no time."""
-    progressed = checkpoint.Progressed(step, 4 * step, 4, {"seed": 0}, branch=branch)
+    progressed = checkpoint.TrainingState(step, 4 * step, 4, {"seed": 0}, branch=branch)
     networks = {name: torch.full((3,), float(step)) for name in "ab"}
-    checkpoint.save_checkpoint(RUN, progressed, networks, {"a/step": torch.ones(step)}, limit)
+    checkpoint.save_checkpoint(
+        RUN, checkpoint.Checkpoint(progressed, networks, {"a/step": torch.ones(step)}), limit
+    )
 
 
 def save_on(until: int, limit: int) -> None:
@@ -79,7 +81,7 @@ def branch_off() -> None:
     resumed = checkpoint.find_checkpoint(RUN, "latest")
     if checkpoint.read_progress(resumed).branch == 0:
         resumed = checkpoint.checkpoint_folder(RUN, 1)
-    branch = checkpoint.begin_branch(RUN, resumed)
+    branch = checkpoint.start_branch(RUN, resumed)
     assert checkpoint.find_checkpoint(RUN, "latest") == resumed
     for step in range(checkpoint.read_progress(resumed).step + 1, 3):
         fake(step, 2, branch)

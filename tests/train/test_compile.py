@@ -14,8 +14,8 @@ from shared.diffusion import schedule_from_config
 from shared.errors import UserError
 from tests.support.students import CPU, KINDS, MODELS, build, lcd_for, make_batch
 from train.config import DistillConfig
+from train.networks.build import build_student
 from train.networks.precision import COMPILED, autocast, check_speed, compile_blocks, speed_up
-from train.networks.student import build_student
 from train.objectives.lcd import LCD
 
 

@@ -14,6 +14,7 @@ from shared.cache.paths import CachePaths
 from shared.cli.defaults import default_cache
 from shared.errors import UserError
 from train.config import DistillConfig
+from train.export.newest import newest_student
 from train.trainer import defaults
 from train.trainer.defaults import device_precision, run_name, with_defaults
 
@@ -97,13 +98,13 @@ def test_the_newest_student_is_drawn_not_the_newest_folder(here, monkeypatch, ca
             os.utime(folder / "pytorch_lora_weights.safetensors", (1000 - age,) * 2)
     (here / "runs" / "broken").mkdir()
     (here / "runs" / "broken" / "config.json").write_text("{")
-    assert defaults.newest_student(None) == Path("runs/late")
+    assert newest_student(None) == Path("runs/late")
     assert "run runs/late, the newest of runs/ (--run chooses another)" in capsys.readouterr().err
-    assert defaults.newest_student(Path("mine")) == Path("mine")
+    assert newest_student(Path("mine")) == Path("mine")
     assert capsys.readouterr().err == ""
     shutil.rmtree("runs")
     with pytest.raises(UserError, match="no run in runs/ has a student yet"):
-        defaults.newest_student(None)
+        newest_student(None)
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -250,13 +251,14 @@ def test_of_several_processes_one_speaks(here, monkeypatch, capsys):
 
 
 def test_prompts_are_those_of_the_previews(here):
-    from train.config import SampleConfig
+    from train.config import RunConfig, SampleConfig
     from train.evaluation.sample_command import with_prompts
 
     conditioning = load_conditioning(CachePaths(here / "caches" / "tiny-sd").conditioning)
-    own = {"validation_prompts": ["a cat"]}
+    none = RunConfig("m", here, here)
+    own = replace(none, validation_prompts=("a cat",))
     assert with_prompts(SampleConfig(), own, conditioning).prompt == ("a cat",)
-    some = with_prompts(SampleConfig(), {"validation_prompts": []}, conditioning).prompt
+    some = with_prompts(SampleConfig(), none, conditioning).prompt
     assert some == conditioning.prompts[:4]
     given = SampleConfig(prompt=("a dog",))
     assert with_prompts(given, own, conditioning).prompt == ("a dog",)

@@ -20,7 +20,7 @@ from shared.errors import UserError
 from train.config import DistillConfig
 from train.data.draws import DrawSpec, draw
 from train.data.loader import Batch, Loader
-from train.networks.student import build_student
+from train.networks.build import build_student
 from train.objectives import denoise
 from train.objectives.denoise import Denoise
 from train.state import checkpoint

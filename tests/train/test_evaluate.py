@@ -17,12 +17,12 @@ from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.models.vae import decode_latents, to_pixels
-from train.config import DistillConfig, EvaluateConfig
-from train.evaluation import evaluate, teacher_rows
+from train.config import DistillConfig, EvaluateConfig, SampleConfig
+from train.evaluation import evaluate, teacher_results
 from train.evaluation.artist import Artist, open_artist
 from train.evaluation.features import Gaussian, features, frechet_distance
 from train.evaluation.heldout import load_heldout
-from train.evaluation.score import Row, decode_all
+from train.evaluation.score import Result, decode_all
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 
@@ -50,11 +50,11 @@ def held(tiny_cache, tmp_path):
 def with_rows(monkeypatch, teacher, student, tried: int) -> None:
     """The same table with fewer and shorter rows, for speed."""
     monkeypatch.setattr(evaluate, "REFERENCE", teacher[0])
-    monkeypatch.setattr(teacher_rows, "REFERENCE", teacher[0])
-    monkeypatch.setattr(teacher_rows, "SOLVER_ROWS", teacher[1:])
-    monkeypatch.setattr(teacher_rows, "TEACHER_ROWS", teacher)
-    monkeypatch.setattr(teacher_rows, "TRIED", tried)
-    monkeypatch.setattr(evaluate, "STUDENT_ROWS", student)
+    monkeypatch.setattr(teacher_results, "REFERENCE", teacher[0])
+    monkeypatch.setattr(teacher_results, "SOLVER_SAMPLINGS", teacher[1:])
+    monkeypatch.setattr(teacher_results, "TEACHER_SAMPLINGS", teacher)
+    monkeypatch.setattr(teacher_results, "TRIED", tried)
+    monkeypatch.setattr(evaluate, "STUDENT_SAMPLINGS", student)
     monkeypatch.setattr(evaluate, "TIMED", 2)
 
 
@@ -99,7 +99,7 @@ def untimed(result: dict) -> list[dict]:
 def test_rows_and_columns(run, held, tmp_path, few_rows, scorer, capsys):
     result = evaluated(run, held, tmp_path / "out", scorer=scorer)
     rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
-    assert list(rows) == [*teacher_rows.TEACHER_ROWS, *evaluate.STUDENT_ROWS]
+    assert list(rows) == [*teacher_results.TEACHER_SAMPLINGS, *evaluate.STUDENT_SAMPLINGS]
     assert all(set(row) >= COLUMNS for row in result["rows"])
     heldout = load_heldout(held, open_manifest(held), 70)
     share = np.mean([len(caption) % 2 == 0 for caption in heldout.captions])
@@ -134,7 +134,11 @@ def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
     result = evaluated(run, held, tmp_path / "out", guidance_scale=3.0, batch_size=32)
     rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
     heldout = load_heldout(held, open_manifest(held), 70)
-    artist = open_artist(run, 1, "cpu", 3.0).with_teacher(heldout.empty).for_shape(heldout.shape)
+    artist = (
+        open_artist(run, SampleConfig(guidance_scale=3.0, threads=1, device="cpu"))
+        .with_teacher(heldout.empty)
+        .for_shape(heldout.shape)
+    )
     artist = artist.with_spacings({("ddim", 1): rows["ddim", 1]["timestep_spacing"]})
     solution, single, student = (
         torch.cat([artist.draw(*what, heldout.texts[[i]], [i]) for i in range(70)])
@@ -149,10 +153,14 @@ def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
 
 
 def test_each_solver_has_its_best_spacing(run, held, tmp_path, few_rows, monkeypatch):
-    monkeypatch.setattr(teacher_rows, "TRIED", 70)
+    monkeypatch.setattr(teacher_results, "TRIED", 70)
     result = evaluated(run, held, tmp_path / "out")
     heldout = load_heldout(held, open_manifest(held), 70)
-    artist = open_artist(run, 1, "cpu", None).with_teacher(heldout.empty).for_shape(heldout.shape)
+    artist = (
+        open_artist(run, SampleConfig(threads=1, device="cpu"))
+        .with_teacher(heldout.empty)
+        .for_shape(heldout.shape)
+    )
     real = Gaussian.of(features(decode_all(artist, heldout.latents)))
     for row in result["rows"]:
         if row["sampler"] != "student" and row["steps"] != 6:
@@ -226,9 +234,9 @@ def test_heldout_is_read_in_order_and_scaled(tiny_cache):
 )
 def test_as_many_pictures_at_once_as_a_gpu_has_room_for(tmp_path, side, drawn, decoded):
     config = EvaluateConfig(run=tmp_path, eval_cache=tmp_path)
-    assert evaluate.with_batch_size(config, (4, side, side)).batch_size == drawn
+    assert evaluate.pictures_at_once(config, (4, side, side)) == drawn
     asked = dataclasses.replace(config, batch_size=7)
-    assert evaluate.with_batch_size(asked, (4, side, side)).batch_size == 7
+    assert evaluate.pictures_at_once(asked, (4, side, side)) == 7
     seen = []
 
     def decode(latents):
@@ -260,4 +268,4 @@ def test_the_whole_table_from_the_command_line(run, held, tmp_path, cli):
     assert all(0 <= row["accuracy"] <= 1 for row in result["rows"])
     solution = load_file(next((held / "evaluations").glob("*.safetensors")))["solution"]
     assert solution.shape == (70, 4, 8, 8)
-    assert dataclasses.asdict(Row(**result["rows"][0])) == result["rows"][0]
+    assert dataclasses.asdict(Result(**result["rows"][0])) == result["rows"][0]

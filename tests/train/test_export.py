@@ -26,7 +26,7 @@ from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.models.family import resolve_model
 from shared.models.vae import decode_latents
-from train.config import DistillConfig
+from train.config import DistillConfig, SampleConfig
 from train.evaluation.artist import open_artist
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
@@ -211,7 +211,7 @@ def test_lora_metadata_name_the_adapter(run):
 
 def test_a_picture_does_not_depend_on_its_neighbours(run, cli, tmp_path):
     """Seeds 5 and 6 together, and 6 alone."""
-    artist = open_artist(run.folder, 1, "cpu", None)
+    artist = open_artist(run.folder, SampleConfig(threads=1, device="cpu"))
     texts = load_conditioning(CachePaths(run.cache).conditioning).find([run.prompt] * 2)
     shape = (4, *open_manifest(run.cache).layouts[0].latent_size)
     both = artist.for_shape(shape).draw("student", 4, texts, [5, 6])
@@ -231,7 +231,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(run, cli, tmp_path):
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 1), ("ddim", 8), ("dpmsolver++", 8)])
 def test_the_teachers_rows_are_those_of_a_stock_pipeline(run, sampler, steps):
     """What students are compared with is the teacher at its best, not a weakened copy."""
-    artist = open_artist(run.folder, 1, "cpu", 4.0)
+    artist = open_artist(run.folder, SampleConfig(guidance_scale=4.0, threads=1, device="cpu"))
     conditioning = load_conditioning(CachePaths(run.cache).conditioning)
     shape = (4, *open_manifest(run.cache).layouts[0].latent_size)
     artist = artist.with_teacher(conditioning.unconditional).for_shape(shape)

@@ -18,8 +18,8 @@ from shared.storage.files import publish
 from train.config import DistillConfig
 from train.export.student import COMPANIONS, export_student
 from train.export.weights import exported_student
+from train.networks.denoiser import load_unet
 from train.networks.full import guided_copy
-from train.networks.teacher import load_unet
 from train.state import checkpoint
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
@@ -177,8 +177,8 @@ def test_a_full_disk_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
 
     def save(step: int) -> None:
         tensors = {"a": torch.full((3,), float(step))}
-        progressed = checkpoint.Progressed(step, step, 1, {})
-        checkpoint.save_checkpoint(tmp_path, progressed, tensors, tensors, 1)
+        progressed = checkpoint.TrainingState(step, step, 1, {})
+        checkpoint.save_checkpoint(tmp_path, checkpoint.Checkpoint(progressed, tensors, tensors), 1)
 
     save(1)
     before = content(tmp_path)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from shared.cache.conditioning import load_conditioning
 from shared.cache.paths import CachePaths
 from train.config import DistillConfig, EvaluateConfig
-from train.evaluation import evaluate, teacher_rows
+from train.evaluation import evaluate, teacher_results
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 
@@ -118,11 +118,13 @@ def test_evaluate_draws_it_as_the_teachers_reference(settings, monkeypatch, tmp_
     distill(prepare(config))
     teacher = (("ddim", 5), ("ddim", 1))
     monkeypatch.setattr(evaluate, "REFERENCE", teacher[0])
-    monkeypatch.setattr(teacher_rows, "REFERENCE", teacher[0])
-    monkeypatch.setattr(teacher_rows, "SOLVER_ROWS", teacher[1:])
-    monkeypatch.setattr(teacher_rows, "TEACHER_ROWS", teacher)
-    monkeypatch.setattr(teacher_rows, "TRIED", 5)
-    monkeypatch.setattr(teacher_rows, "keep_reference", lambda *_: None)  # the cache is everybody's
+    monkeypatch.setattr(teacher_results, "REFERENCE", teacher[0])
+    monkeypatch.setattr(teacher_results, "SOLVER_SAMPLINGS", teacher[1:])
+    monkeypatch.setattr(teacher_results, "TEACHER_SAMPLINGS", teacher)
+    monkeypatch.setattr(teacher_results, "TRIED", 5)
+    monkeypatch.setattr(
+        teacher_results, "keep_reference", lambda *_: None
+    )  # the cache is everybody's
     monkeypatch.setattr(evaluate, "TIMED", 2)
     evaluate.evaluate(EvaluateConfig(config.run, tiny_cache, num_samples=65, output=tmp_path,
                                      threads=1))  # fmt: skip

@@ -88,7 +88,7 @@ def test_what_wants_a_gpu(dry, words):
 
 def test_adapters_go_where_they_are_told(tiny_sd):
     from train.config import DistillConfig
-    from train.networks.student import build_student
+    from train.networks.build import build_student
 
     config = DistillConfig(str(tiny_sd), None, None, lora_rank=2, lora_target_modules="to_q, to_k")
     student = build_student(str(tiny_sd), config)
@@ -106,7 +106,7 @@ def test_gradients_are_clipped_unless_the_limit_is_0(limit, length):
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     run = SimpleNamespace(
         config=DistillConfig("m", None, None, max_grad_norm=limit), accumulation=1, empty=None,
-        team=SimpleNamespace(accumulating=lambda student, last: nullcontext()), student=None,
+        distributed=SimpleNamespace(accumulating=lambda student, last: nullcontext()), student=None,
         autocast=nullcontext, objective=lambda *_: (weight**2).sum() / 2,
         scaler=torch.amp.GradScaler(enabled=False), parameters={"weight": weight},
         optimizer=torch.optim.SGD([weight]),

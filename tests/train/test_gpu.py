@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from shared.errors import UserError
 from train.config import DistillConfig
-from train.networks.student import build_student
+from train.networks.build import build_student
 from train.state.checkpoint import checkpoint_folder
 from train.state.optim import set_learning_rate
 from train.state.resume_checks import signs

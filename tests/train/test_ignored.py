@@ -16,7 +16,8 @@ from shared.errors import UserError
 from train.config import DistillConfig
 from train.flags import NOT_WITH, ONLY_WITH, check_flags, dashed
 from train.networks.precision import check_speed
-from train.state.checkpoint import Progressed
+from train.objectives import OBJECTIVES
+from train.state.checkpoint import TrainingState
 from train.trainer.distributed import as_launched
 from train.trainer.loop import distill
 from train.trainer.plan import batches
@@ -152,16 +153,16 @@ def test_what_was_typed_wins_over_the_launcher(monkeypatch):
 
 def test_accumulation_beside_a_global_batch(capsys):
     """Refused beside --global-batch-size where they disagree; a resumed run says what it does."""
-    team, words = SimpleNamespace(world=2, main=True), ["--train-batch-size", "4"]
+    distributed, words = SimpleNamespace(world=2, main=True), ["--train-batch-size", "4"]
     global_batch = [*words, "--global-batch-size", "16"]
     three = ["--gradient-accumulation-steps", "3"]
-    assert batches(parsed(*words, *three), team, 1, None) == (24, 3)
-    assert batches(parsed(*global_batch), team, 1, None) == (16, 2)
+    assert batches(parsed(*words, *three), distributed, 1, None) == (24, 3)
+    assert batches(parsed(*global_batch), distributed, 1, None) == (16, 2)
     with pytest.raises(UserError, match="--global-batch-size 16 is 2 of them here; give one"):
-        batches(parsed(*global_batch, *three), team, 1, None)
+        batches(parsed(*global_batch, *three), distributed, 1, None)
     assert capsys.readouterr().err == ""
-    before = Progressed(1, 48, 48, {})
-    assert batches(parsed(*words, *three), team, 1, before) == (48, 6)
+    before = TrainingState(1, 48, 48, {})
+    assert batches(parsed(*words, *three), distributed, 1, before) == (48, 6)
     said = capsys.readouterr().err
     assert said.startswith("note: 6 accumulation steps instead of --gradient-accumulation-steps 3:")
     assert said.count("\n") == 1
@@ -174,7 +175,8 @@ def test_the_docs_have_this_table(repo):
     rows = re.findall(r"^\| (`--[^|]+) \| ([^|]+) \|$", section.partition("\n## ")[0], re.M)
     written = [(say, flag) for flags, say in rows for flag in re.findall(r"`(--[\w-]+)`", flags)]
     wanted = []
-    for words, table in (("only with", ONLY_WITH), ("not with", NOT_WITH)):
+    objectives = {("objective", name): OBJECTIVES[name].flags for name in OBJECTIVES}
+    for words, table in (("only with", ONLY_WITH | objectives), ("not with", NOT_WITH)):
         for (flag, value), names in table.items():
             shown = value[0] if isinstance(value, tuple) else value
             wanted += [(f"{words} `{dashed(flag)} {shown}`", dashed(name)) for name in names]

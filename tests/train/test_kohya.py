@@ -13,8 +13,8 @@ from torch import nn
 from tests.support.models import SD15, SD21, SDXL, weightless
 from train.export.kohya import kohya_metadata, kohya_tensors
 from train.export.student import export_student
+from train.networks.denoiser import load_unet
 from train.networks.full import guided_copy
-from train.networks.teacher import load_unet
 
 RANK, ALPHA = 4, 6.0
 PIPELINES = {"tiny-sd": StableDiffusionPipeline, "tiny-xl": StableDiffusionXLPipeline}

@@ -18,12 +18,12 @@ from shared.errors import UserError
 from train.config import DistillConfig
 from train.data.loader import Batch
 from train.memory.advice import ROOM, memory_line
-from train.memory.estimate import ALONE, Sharing, estimate, forward, meta_networks
+from train.memory.estimate import ALONE, Parallelism, estimate, forward, meta_networks
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
+from train.networks.build import build_student
 from train.networks.dtensor import local
-from train.networks.student import build_student
 from train.state.optim import build_optimizer
-from train.trainer.distributed import shard
+from train.trainer.distributed import apply_fsdp
 
 SIZE, COUNT = (32, 32), 3
 WORKSPACE = 300_000_000  # bytes that kernels may take for themselves
@@ -154,14 +154,14 @@ def group():
 def test_of_several_processes_each_holds_what_fully_shard_leaves_it(tiny_sd, kind, group):
     group(4)
     settings = config(tiny_sd, kind)
-    found = estimate(unet_config(tiny_sd), settings, (8, 8), Sharing(4, sharded=True))
+    found = estimate(unet_config(tiny_sd), settings, (8, 8), Parallelism(4, fsdp=True))
     student = build_student(str(tiny_sd), settings)
     for unet in student.networks():
-        shard(unet.cpu(), FullyShardedDataParallelPlugin())
+        apply_fsdp(unet.cpu(), FullyShardedDataParallelPlugin())
     weights = [local(t) for unet in student.networks() for t in unet.state_dict().values()]
     assert found.weights == sum(t.nbytes for t in weights)
     assert found.optimizer == sum(2 * local(p).nbytes for p in student.trainable().values())
-    away = Sharing(4, sharded=True, offloaded=True)
+    away = Parallelism(4, fsdp=True, offloaded=True)
     there = estimate(unet_config(tiny_sd), settings, (8, 8), away)
     assert (there.weights, there.optimizer) == (0, 0)
     assert there.peak > 0
@@ -181,7 +181,7 @@ def test_ddp_keeps_the_gradients_twice(tiny_sd, group):
     with live:
         ddp = DistributedDataParallel(student.unet, gradient_as_bucket_view=True)
         held.append(live.now - weights)
-        for waits in (ddp.no_sync, nullcontext):  # as `Team.accumulating` does
+        for waits in (ddp.no_sync, nullcontext):  # as `Distributed.accumulating` does
             with waits():
                 loss = ddp(*told, timestep_cond=torch.zeros(1, 256)).sample.square().mean()
                 loss.backward()
@@ -191,13 +191,13 @@ def test_ddp_keeps_the_gradients_twice(tiny_sd, group):
         held.append(live.now - weights)
     assert [round(one / gradients, 1) for one in held] == [1, 2, 1, 1]
 
-    def peak(sharing: Sharing, accumulation: int) -> int:
+    def peak(parallelism: Parallelism, accumulation: int) -> int:
         more = replace(settings, gradient_accumulation_steps=accumulation)
-        return estimate(unet_config(tiny_sd), more, SIZE, sharing).peak
+        return estimate(unet_config(tiny_sd), more, SIZE, parallelism).peak
 
-    alone, ddp_alone = peak(ALONE, 1), peak(Sharing(2), 1)
+    alone, ddp_alone = peak(ALONE, 1), peak(Parallelism(2), 1)
     assert ddp_alone - alone == gradients
-    assert peak(Sharing(2), 2) - alone == 2 * gradients
+    assert peak(Parallelism(2), 2) - alone == 2 * gradients
 
 
 def test_autocast_casts_as_cuda_does():
@@ -236,7 +236,7 @@ def sd15(tmp_path_factory):
     """A UNet of SD 1.5's size with random weights: 3.4 GB, so it is written once."""
     from diffusers import UNet2DConditionModel
 
-    from benchmarks._public_unets import SD15
+    from benchmarks.common.public_unets import SD15
 
     folder = tmp_path_factory.mktemp("sd15")
     UNet2DConditionModel.from_config(SD15).save_pretrained(folder / "unet")

@@ -10,7 +10,7 @@ from torch import nn
 
 from shared.errors import UserError
 from train.config import DistillConfig
-from train.networks.student import build_student
+from train.networks.build import build_student
 from train.state import checkpoint
 from train.state.optim import base_learning_rate, build_optimizer, set_learning_rate
 from train.state.restore import restore_optimizer
@@ -129,8 +129,10 @@ def continued(settings: DistillConfig, tmp_path, device: str = "cpu") -> None:
     optimizer = build_optimizer(settings, first)
     train(optimizer, first, range(3))
     state = checkpoint.optimizer_state(optimizer, first)
-    progressed = checkpoint.Progressed(3, 3, 1, {})
-    folder = checkpoint.save_checkpoint(tmp_path, progressed, first, state, None)
+    progressed = checkpoint.TrainingState(3, 3, 1, {})
+    folder = checkpoint.save_checkpoint(
+        tmp_path, checkpoint.Checkpoint(progressed, first, state), None
+    )
     second = parameters(seed=9, device=device, conv=conv)
     again = build_optimizer(settings, second)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from shared.errors import UserError
 from tests.support import warm
 from train.config import DistillConfig
 from train.state import checkpoint
-from train.trainer.distributed import Team, as_launched
+from train.trainer.distributed import Distributed, as_launched
 
 LCM = {
     "train_batch_size": 4, "max_train_steps": 2, "checkpointing_steps": 2, "lora_rank": 4,
@@ -215,7 +215,7 @@ def test_what_accelerate_can_launch_and_we_cannot_is_refused(monkeypatch, enviro
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message) as error:
-        Team("cpu")
+        Distributed("cpu")
     assert "\n" not in str(error.value)
 
 

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 
 from shared.errors import UserError
+from train.config import RunConfig, SampleConfig
 from train.evaluation import artist
 
 
@@ -22,9 +23,9 @@ def run_that_names(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def opened(recorded, recorded_vae=None, **flags):
-        config = {"model": str(recorded), "vae": recorded_vae}
+        config = RunConfig(str(recorded), tmp_path, tmp_path, vae=recorded_vae)
         monkeypatch.setattr(artist, "load_student", lambda *_: (None, config))
-        return artist.open_artist(tmp_path, 1, "cpu", None, **flags)
+        return artist.open_artist(tmp_path, SampleConfig(threads=1, device="cpu", **flags))
 
     return opened
 

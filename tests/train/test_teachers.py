@@ -16,10 +16,12 @@ from shared.diffusion import add_noise, predicted_eps, predicted_x0, schedule_fr
 from shared.errors import UserError
 from shared.models.family import resolve_model
 from train.config import DistillConfig
-from train.networks.student import build_student
-from train.networks.teacher import call_unet, check_fit, load_schedule
+from train.networks.build import build_student
+from train.networks.cache_checks import check_fit
+from train.networks.denoiser import call_unet, load_schedule
+from train.objectives import OBJECTIVES
 from train.objectives.lcd import LCD
-from train.sampling.samplers import draw_latents, student_scheduler, teacher_scheduler
+from train.sampling.samplers import draw_latents, teacher_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ZERO_SNR = {
@@ -78,8 +80,7 @@ def test_conversions_are_exact_at_the_terminal_step(data):
 def test_a_student_is_drawn_on_the_schedule_it_was_trained_on(left_out):
     """Also where scheduler_config.json leaves something to the defaults, as DDIM's may."""
     config = {name: value for name, value in SD.items() if name not in left_out}
-    numbers = {"num_ddim_timesteps": 50, "timestep_scaling_factor": 10.0}
-    drawn = student_scheduler(config, numbers).alphas_cumprod
+    drawn = OBJECTIVES["lcd"].sampler.build(config, DistillConfig()).alphas_cumprod
     torch.testing.assert_close(drawn, schedule_from_config(config).alphas_cumprod)
     torch.testing.assert_close(drawn, DDIMScheduler(**config).alphas_cumprod)
 
@@ -89,8 +90,7 @@ def test_a_student_is_drawn_on_the_schedule_it_was_trained_on(left_out):
 def test_samplers_find_the_picture_from_pure_noise(data, sampler, steps):
     x0 = data[0][:1]
     if sampler == "student":
-        numbers = {"num_ddim_timesteps": 50, "timestep_scaling_factor": 10.0}
-        scheduler = student_scheduler(ZERO_SNR, numbers)
+        scheduler = OBJECTIVES["lcd"].sampler.build(ZERO_SNR, DistillConfig())
     else:
         scheduler = teacher_scheduler(sampler, "trailing", ZERO_SNR)
     predict = perfect_v(schedule_from_config(ZERO_SNR), x0)

@@ -14,7 +14,7 @@ from shared.models.family import FAMILIES, Model
 from shared.models.vae import load_vae
 from train.config import DistillConfig
 from train.export.student import load_student
-from train.networks.teacher import load_unet
+from train.networks.denoiser import load_unet
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds
@@ -18,13 +18,15 @@ from shared.models.family import Model, downscale_of, load_config, recorded_mode
 from shared.models.fingerprint import fingerprint
 from shared.models.vae import load_vae
 from shared.storage.urls import Place
+from train.config import EvaluateConfig, RunConfig, SampleConfig
 from train.export.student import load_student
-from train.networks.teacher import check_fit, check_vae, load_unet
-from train.objectives import OBJECTIVES
+from train.networks.cache_checks import check_fit, check_vae
+from train.networks.denoiser import Denoiser, load_unet
+from train.objectives import objective_of
 from train.objectives.objective import Objective
 from train.sampling.samplers import (
     draw_latents,
-    student_drawing,
+    student_sampler,
     teacher_predictor,
     teacher_scheduler,
 )
@@ -37,14 +39,14 @@ class Artist:
     """Draws latents with a sampler's name and a number of steps."""
 
     model: Model
-    config: dict[str, Any]  # the run's
+    config: RunConfig  # the run's
     scheduler_config: dict[str, Any]
-    student: UNet2DConditionModel
+    student: Denoiser
     vae: AutoencoderKL
     vae_source: str
     device: torch.device
     guidance_scale: float
-    teacher: UNet2DConditionModel | None = None
+    teacher: Denoiser | None = None
     empty: TextEmbeds | None = None
     shape: tuple[int, int, int] = (4, 64, 64)  # of the latents
     spacings: Spacings = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Artist:
     @property
     def objective(self) -> Objective:
         """Of the run."""
-        return OBJECTIVES[self.config["objective"]]
+        return objective_of(self.config)
 
     def with_empty(self, empty: TextEmbeds) -> Artist:
         """The same with the unconditional embedding."""
@@ -80,15 +82,15 @@ class Artist:
         texts = texts.to(self.device)
         downscale = downscale_of(self.vae.config)
         size = (self.shape[1] * downscale, self.shape[2] * downscale)
-        told = (texts, self.empty, self.guidance_scale, size)
+        scale = self.guidance_scale
         if sampler == "student":
-            predict, scheduler = student_drawing(
-                self.student, *told, self.scheduler_config, self.config
+            predict, scheduler = student_sampler(
+                self.student, texts, self.empty, scale, size, self.scheduler_config, self.config
             )
         else:
             assert self.teacher is not None
             assert self.empty is not None
-            predict = teacher_predictor(self.teacher, *told)
+            predict = teacher_predictor(self.teacher, texts, self.empty, scale, size)
             spacing = self.spacing(sampler, steps)
             scheduler = teacher_scheduler(sampler, spacing, self.scheduler_config)
         return draw_latents(predict, scheduler, steps, self.shape, seeds, self.device).cpu()
@@ -104,32 +106,25 @@ class Artist:
         return fingerprint(self.teacher) + fingerprint(self.vae)
 
 
-def open_artist(
-    run: Path,
-    threads: int | None,
-    device_name: str,
-    guidance_scale: float | None,
-    vae: str | None = None,
-    model: str | None = None,
-) -> Artist:
-    """The exported student of a run, with the VAE that is given, else the run's, else the model's.
+def open_artist(run: Path, flags: EvaluateConfig | SampleConfig) -> Artist:
+    """Open a run's exported student, with the VAE that is given, else the run's, else the model's.
 
     Raises UserError where there is none.
     """
-    set_threads(threads)
-    device = pick_device(device_name)
-    student, config = load_student(run, device, model)
-    teacher = resolve_model(model or recorded_model(str(config["model"])))
-    recorded = None if model else config.get("vae")
-    vae_source = vae or (recorded_model(str(recorded), "--vae") if recorded else teacher.source)
-    scale = teacher.family.guidance_scale if guidance_scale is None else guidance_scale
+    set_threads(flags.threads)
+    device = pick_device(flags.device)
+    student, config = load_student(run, device, flags.model)
+    model = resolve_model(flags.model or recorded_model(config.model))
+    recorded = None if flags.model else config.vae
+    vae = flags.vae or (recorded_model(recorded, "--vae") if recorded else model.source)
+    scale = flags.guidance_scale
     return Artist(
-        model=teacher,
+        model=model,
         config=config,
-        scheduler_config=load_config(teacher.source, "scheduler/scheduler_config.json"),
+        scheduler_config=load_config(model.source, "scheduler/scheduler_config.json"),
         student=student,
-        vae=load_vae(vae_source).to(device),
-        vae_source=vae_source,
+        vae=load_vae(vae).to(device),
+        vae_source=vae,
         device=device,
-        guidance_scale=scale,
+        guidance_scale=model.family.guidance_scale if scale is None else scale,
     )

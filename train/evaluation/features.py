@@ -44,7 +44,8 @@ def portions(images: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
 
 def luma(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
     """Rec. 601 luma of `[..., 3]`."""
-    return pixels @ np.array([0.299, 0.587, 0.114])
+    weights: NDArray[np.float64] = np.array([0.299, 0.587, 0.114])
+    return np.asarray(pixels @ weights)
 
 
 def cell_means(pixels: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,35 +16,34 @@ from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.urls import Place
 from shared.wording import counted
-from train.config import EvaluateConfig
 from train.data.bucket import Bucket, largest_bucket
 from train.data.heads import check_heads
 from train.data.loader import fault
 from train.state.checkpoint import latest_checkpoint, read_progress
-from train.state.whereabouts import recorded_cache
+from train.state.run_paths import recorded_cache
 
 
-def with_eval_cache(config: EvaluateConfig, trained_on: str) -> tuple[EvaluateConfig, Manifest]:
-    """The same with a cache to evaluate on, and its manifest: what is given, else the run's own.
+def open_eval_cache(given: Place | None, run: Path, trained_on: Place) -> tuple[Place, Manifest]:
+    """Open the cache to evaluate on: what is given, else the run's own.
 
     Raises UserError where that one has nothing set aside, or had not when the run was trained.
     """
-    cache = config.eval_cache or recorded_cache(trained_on, "--eval-cache")
+    cache = given or recorded_cache(trained_on, "--eval-cache")
     manifest = open_manifest(cache)
-    if str(cache) != trained_on:
-        return config, manifest
+    if str(cache) != str(trained_on):
+        return cache, manifest
     other = "pass --eval-cache a cache of other pictures"
     if not manifest.heldout:
-        if config.eval_cache is not None:  # it was named, so it is meant
-            return config, manifest
+        if given is not None:  # it was named, so it is meant
+            return cache, manifest
         raise UserError(
-            f"{cache}, on which {config.run} was trained, has no samples set aside; {other}, or "
+            f"{cache}, on which {run} was trained, has no samples set aside; {other}, or "
             f"set some aside for runs to come: python -m prep finish --cache {cache} --holdout 1000"
         )
-    latest = latest_checkpoint(config.run)
+    latest = latest_checkpoint(run)
     if latest is None or read_progress(latest).terms.get("holdout") != manifest.holdout:
         raise UserError(
-            f"{config.run} may have been trained on the samples that {cache} holds out now (they "
+            f"{run} may have been trained on the samples that {cache} holds out now (they "
             f"were set aside later, or its checkpoints are gone); {other}, or train anew"
         )
     print(
@@ -51,7 +51,7 @@ def with_eval_cache(config: EvaluateConfig, trained_on: str) -> tuple[EvaluateCo
         "(--eval-cache chooses others)",
         file=sys.stderr,
     )
-    return replace(config, eval_cache=cache), manifest
+    return cache, manifest
 
 
 @dataclass(frozen=True)
@@ -91,28 +91,24 @@ def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
         raise UserError(
             f"{root}: {counted(count, 'sample')}; a Fréchet distance needs at least 65, better 1000"
         )
-    latents = bucket.layout.fields[0]
     channels = manifest.identity.vae.channels
-    rows = np.empty((count, *latents.shape[1:]), dtype=np.float16)
-    text, pool = bucket.layout.field("prompt_embeds"), bucket.layout.field("pooled_prompt_embeds")
-    assert text is not None
-    embeds = np.empty((count, *text.shape[1:]), dtype=np.float16)
-    pooled = None if pool is None else np.empty((count, *pool.shape[1:]), dtype=np.float16)
+    arrays = {
+        field.name: np.empty((count, *field.shape[1:]), dtype=np.float16)
+        for field in bucket.layout.fields  # the latents first
+        if field.name in ("latents", "prompt_embeds", "pooled_prompt_embeds")
+    }
     for number in range(count):
-        bucket.read(number, "latents", 0, rows[number])
-        bucket.read(number, "prompt_embeds", 0, embeds[number])
-        if pooled is not None:
-            bucket.read(number, "pooled_prompt_embeds", 0, pooled[number])
-        read = [rows[number], embeds[number], *([] if pooled is None else [pooled[number]])]
-        if wrong := fault(read, channels):
+        for name, array in arrays.items():
+            bucket.read(number, name, 0, array[number])
+        if wrong := fault([array[number] for array in arrays.values()], channels):
             raise UserError(f"{bucket.name(number)} holds {wrong}; see `prep verify`")
     captions = tuple(caption_of(bucket, number) for number in range(count))
     bucket.close()
-    scale = manifest.identity.vae.scaling_factor
+    means = arrays.pop("latents")[:, :channels].astype(np.float32)
     return HeldOut(
         captions,
-        TextEmbeds(torch.from_numpy(embeds), None if pooled is None else torch.from_numpy(pooled)),
-        torch.from_numpy(rows[:, :channels].astype(np.float32)) * scale,
+        TextEmbeds(**{name: torch.from_numpy(array) for name, array in arrays.items()}),
+        torch.from_numpy(means) * manifest.identity.vae.scaling_factor,
         load_conditioning(CachePaths(root).conditioning, manifest.layouts).unconditional,
     )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -13,26 +11,24 @@ from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.models.vae import decode_latents
-from train.config import SampleConfig
+from train.config import RunConfig, SampleConfig
 from train.data.bucket import largest_bucket
 from train.evaluation.artist import open_artist
-from train.export.student import run_config
-from train.objectives import OBJECTIVES
+from train.export.newest import newest_student
+from train.objectives import objective_of
 from train.sampling.pictures import write_grid, write_picture
 from train.sampling.preview import MAX_PROMPTS
 from train.sampling.samplers import most_steps
-from train.state.whereabouts import recorded_cache
+from train.state.run_config import run_config
+from train.state.run_paths import recorded_cache
 
 
-def with_prompts(
-    config: SampleConfig, run: Mapping[str, Any], conditioning: Conditioning
-) -> SampleConfig:
+def with_prompts(config: SampleConfig, run: RunConfig, conditioning: Conditioning) -> SampleConfig:
     """The same with the prompts that the run's previews have, unless some are given.
 
     Raises UserError where there are none.
     """
-    prompts = config.prompt or tuple(run["validation_prompts"])
-    prompts = prompts or conditioning.prompts[:MAX_PROMPTS]
+    prompts = config.prompt or run.validation_prompts or conditioning.prompts[:MAX_PROMPTS]
     if not prompts:
         raise UserError("the cache has no prompts; pass --prompt")
     return replace(config, prompt=prompts)
@@ -40,39 +36,27 @@ def with_prompts(
 
 def draw_prompts(config: SampleConfig) -> None:
     """Write one picture, or a grid where there are several. Raises UserError for a new prompt."""
-    stored = run_config(config.run)
-    few_steps = OBJECTIVES[str(stored["objective"])].few_steps
-    if config.guidance_scale is not None and few_steps and stored["student"] == "lora":
-        raise UserError(
-            "--guidance-scale: a distilled LoRA is drawn without guidance, which it has learned "
-            "(--w-min, --w-max); leave it out"
-        )
-    artist = open_artist(
-        config.run,
-        config.threads,
-        config.device,
-        config.guidance_scale,
-        config.vae,
-        config.model,
-    )
-    steps = artist.objective.sample_steps if config.steps is None else config.steps
+    run = newest_student(config.run)
+    refuse_guidance(config, run_config(run))
+    artist = open_artist(run, config)
+    steps = config.steps or artist.objective.sampler.steps
     most = most_steps(artist.config, artist.scheduler_config)
     if steps > most:
         raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")
-    cache = config.cache or recorded_cache(str(artist.config["cache"]), "--cache")
+    cache = config.cache or recorded_cache(artist.config.cache, "--cache")
     manifest = open_manifest(cache)
     artist.check_cache(manifest, cache)
     bucket = largest_bucket(cache, manifest)
     conditioning = load_conditioning(CachePaths(cache).conditioning, manifest.layouts)
-    config = with_prompts(config, stored, conditioning)
+    config = with_prompts(config, artist.config, conditioning)
     texts = conditioning.find(config.prompt, cache)
-    artist = artist.with_empty(conditioning.unconditional)
     shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)
+    artist = artist.with_empty(conditioning.unconditional).for_shape(shape)
     rows = []
     for number in range(len(config.prompt)):
         same = texts[[number] * config.num_images]
         seeds = range(config.seed, config.seed + config.num_images)
-        latents = artist.for_shape(shape).draw("student", steps, same, seeds)
+        latents = artist.draw("student", steps, same, seeds)
         rows.append(list(decode_latents(artist.vae, latents / artist.vae.config.scaling_factor)))
     if len(rows) == config.num_images == 1:
         write_picture(config.output, np.asarray(rows[0][0]))
@@ -80,3 +64,13 @@ def draw_prompts(config: SampleConfig) -> None:
         titles = [f"seed {config.seed + i}" for i in range(config.num_images)]
         write_grid(config.output, rows, titles, config.prompt)
     print(config.output)
+
+
+def refuse_guidance(config: SampleConfig, run: RunConfig) -> None:
+    """Raise UserError for a --guidance-scale that the student's pictures do not depend on."""
+    learned = run.student == "lora" and not objective_of(run).sampler.classifier_free
+    if config.guidance_scale is not None and learned:
+        raise UserError(
+            "--guidance-scale: a distilled LoRA is drawn without guidance, which it has learned "
+            "(--w-min, --w-max); leave it out"
+        )

@@ -1,9 +1,9 @@
-"""What a set of drawn pictures is measured against, and the row of the table it makes."""
+"""What is drawn, what it is measured against, and the result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from shared.cli.progress import Progress
 from shared.models.vae import decode_latents
-from train.config import EvaluateConfig
 from train.evaluation.artist import Artist
 from train.evaluation.features import Gaussian, features, frechet_distance, high_frequency_share
 from train.evaluation.heldout import HeldOut
 
+Sampling = tuple[str, int]  # a sampler's name and a number of steps
 Scorer = Callable[[NDArray[np.uint8], Sequence[str]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the table. Null where a figure does not apply."""
+class Result:
+    """What one sampler has achieved: a line of the table. None where a figure does not apply."""
 
     sampler: str
     steps: int
@@ -35,6 +35,31 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What every sampler is to draw: caption i from the noise of seed + i."""
+
+    heldout: HeldOut
+    batch_size: int
+    seed: int
+    progress: Progress
+
+    def first(self, count: int) -> Task:
+        """The task of the first `count` captions."""
+        return replace(self, heldout=self.heldout.first(count))
+
+    def draw(self, artist: Artist, sampling: Sampling, first: int = 0) -> Tensor:
+        """Draw latents `[N, C, h, w]` for the captions from `first` on."""
+        sampler, steps = sampling
+        parts = [torch.empty(0, *artist.shape)]
+        for start in range(first, len(self.heldout), self.batch_size):
+            texts = self.heldout.texts[slice(start, start + self.batch_size)]
+            seeds = range(self.seed + start, self.seed + start + len(texts))
+            parts.append(artist.draw(sampler, steps, texts, seeds))
+            self.progress.update(len(texts) * steps, f"{sampler} {steps}")
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
 class Judge:
     """Everything a drawn set of latents is measured against."""
 
@@ -44,11 +69,11 @@ class Judge:
     solution: Tensor  # the teacher's 50-step latents
     sharpness: float  # their high-frequency share
 
-    def row(self, sampler: str, steps: int, latents: Tensor, artist: Artist) -> Row:
+    def measure(self, sampler: str, steps: int, latents: Tensor, artist: Artist) -> Result:
         """Measure latents `[N, C, h, w]`."""
         images = decode_all(artist, latents)
         scores = self.scorer(images, self.captions) if self.scorer else None
-        return Row(
+        return Result(
             sampler=sampler,
             steps=steps,
             fd=frechet_distance(self.real, Gaussian.of(features(images))),
@@ -57,20 +82,6 @@ class Judge:
             high_frequency=high_frequency_share(images) / self.sharpness,
             timestep_spacing=None if sampler == "student" else artist.spacing(sampler, steps),
         )
-
-
-def draw_all(
-    artist: Artist, row: tuple[str, int], heldout: HeldOut, config: EvaluateConfig, bar: Progress,
-    first: int = 0,
-) -> Tensor:  # fmt: skip
-    """Latents for held-out captions from `first` on; sample i starts from the noise of seed + i."""
-    parts = [torch.empty(0, *artist.shape)]
-    for start in range(first, len(heldout), config.batch_size):
-        texts = heldout.texts[slice(start, start + config.batch_size)]
-        seeds = range(config.seed + start, config.seed + start + len(texts))
-        parts.append(artist.draw(*row, texts, seeds))
-        bar.update(len(texts) * row[1], f"{row[0]} {row[1]}")
-    return torch.cat(parts)
 
 
 def decode_all(artist: Artist, latents: Tensor) -> NDArray[np.uint8]:

@@ -27,25 +27,25 @@ FORMATS = {"fd": ".1f", "accuracy": ".3f", "latent_mse": ".3f", "high_frequency"
 
 def write_report(
     folder: Path,
-    result: Mapping[str, Any],
+    report: Mapping[str, Any],
     columns: Mapping[str, NDArray[np.uint8]],
     captions: Sequence[str],
 ) -> None:
     """Write evaluation.json, .md and .png into `folder` and print the table and their paths."""
-    table = markdown(result["rows"])
+    table = markdown(report["rows"])
     note = (
-        f"{result['student']} student, guidance_scale {result['guidance_scale']:g}, "
-        f"{result['num_samples']} held-out captions. FD: Fréchet distance in {result['features']} "
+        f"{report['student']} student, guidance_scale {report['guidance_scale']:g}, "
+        f"{report['num_samples']} held-out captions. FD: Fréchet distance in {report['features']} "
         "features. Latent MSE: 1 step, against the teacher's 50 from the same noise. Sharpness: "
         "high-frequency energy relative to the teacher's 50 steps. ms/image without decoding."
     )
-    if result["fd_note"]:
-        note += f"\n\n{result['fd_note']}"
+    if report["fd_note"]:
+        note += f"\n\n{report['fd_note']}"
     picture = folder / "evaluation.png"
     count = len(next(iter(columns.values())))
     rows = [[images[i] for images in columns.values()] for i in range(count)]
     write_grid(picture, rows, list(columns), captions[:count])
-    publish([dump_json(result)], folder / "evaluation.json", folder)
+    publish([dump_json(report)], folder / "evaluation.json", folder)
     publish([f"{table}\n\n{note}\n".encode()], folder / "evaluation.md", folder)
     print(f"{table}\n\n{note}\n\n{folder / 'evaluation.md'}\n{picture}")
 

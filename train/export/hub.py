@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # type: ignore[attr-defined]
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from shared.errors import UserError, first_line
-from train.config import DistillConfig, ExportConfig
+from train.flag_groups import PublishFlags
 
 # What belongs to an export; checkpoints, metrics and the cache's path stay at home.
 WEIGHTS = {
@@ -26,7 +30,7 @@ REMEDIES = {
 }
 
 
-def check_push(config: DistillConfig | ExportConfig) -> None:
+def check_push(config: PublishFlags, run: Path) -> None:
     """Raise UserError for flags that could not publish, before any work is done."""
     if not config.push_to_hub:
         for flag in ("hub_model_id", "hub_token"):
@@ -39,19 +43,20 @@ def check_push(config: DistillConfig | ExportConfig) -> None:
             "environment, or --hub-token"
         )
     try:
-        validate_repo_id(model_id(config))
+        validate_repo_id(model_id(config, run))
     except HFValidationError as error:
         first = first_line(error)
-        raise UserError(f"--hub-model-id {model_id(config)!r}: {first}") from None
+        raise UserError(f"--hub-model-id {model_id(config, run)!r}: {first}") from None
 
 
-def model_id(config: DistillConfig | ExportConfig) -> str:
+def model_id(config: PublishFlags, run: Path) -> str:
     """The repository's name; that of the run unless given, under the token's own account."""
-    return config.hub_model_id or config.run.resolve().name
+    return config.hub_model_id or run.resolve().name
 
 
 def push(
-    config: DistillConfig | ExportConfig,
+    config: PublishFlags,
+    run: Path,
     folder: Path,
     student: str,
     write_card: Callable[[str], bool],
@@ -65,7 +70,7 @@ def push(
     """
     api = HfApi(token=config.hub_token)
     try:
-        repo = api.create_repo(model_id(config), exist_ok=True)
+        repo = api.create_repo(model_id(config, run), exist_ok=True)
         evaluated = write_card(repo.repo_id)
         api.upload_folder(
             repo_id=repo.repo_id,
@@ -76,8 +81,8 @@ def push(
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"--push-to-hub: {cause(error)}; the student is safe in {folder}, and "
-            f"`python -m train export --run {config.run} --push-to-hub --hub-model-id "
-            f"{model_id(config)}` publishes it"
+            f"`python -m train export --run {run} --push-to-hub --hub-model-id "
+            f"{model_id(config, run)}` publishes it"
         ) from None
     return str(repo)
 

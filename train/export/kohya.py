@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-import torch
-from diffusers import UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor
 
 from shared.errors import UserError
+from train.networks.denoiser import Denoiser
 
 KOHYA_FILE = "kohya_lora_weights.safetensors"
 OUTSIDE_BLOCKS = {
@@ -36,7 +36,7 @@ RESNET_PARTS = {
 }
 
 
-def kohya_metadata(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def kohya_metadata(unet: Denoiser, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """What sd-scripts writes of a LoRA; web UIs sort by `ss_base_model_version` and `ss_v2`.
 
     alpha is the rank: what it was in training is part of the weights.
@@ -58,25 +58,21 @@ def kohya_metadata(unet: UNet2DConditionModel, tensors: Mapping[str, Tensor]) ->
     return metadata
 
 
-def kohya_tensors(adapter: Mapping[str, Tensor], unet: UNet2DConditionModel) -> dict[str, Tensor]:
+def kohya_tensors(adapter: Mapping[str, Tensor], unet: Denoiser) -> dict[str, Tensor]:
     """peft's tensors of a UNet (`PATH.lora_A.weight`, `PATH.lora_B.weight`) under kohya's names.
 
     Every `alpha` is its module's rank, so that a strength of 1 is what the weights say. For SDXL,
     paths become those of the original checkpoint; raises UserError for one that has no
     counterpart there.
     """
-    xl = unet.config.addition_embed_type == "text_time"
-    tensors = {}
+    renamed = {}
     for name, tensor in adapter.items():
-        path, _, part = name.removesuffix(".weight").rpartition(".")
-        if xl:
+        path, _, part = name.partition(".lora_")
+        if unet.config.addition_embed_type == "text_time":
             path = original_path(path, unet.config.layers_per_block)
-        module = f"lora_unet_{path.replace('.', '_')}"
-        side = {"lora_A": "lora_down", "lora_B": "lora_up"}[part]
-        tensors[f"{module}.{side}.weight"] = tensor
-        if part == "lora_A":
-            tensors[f"{module}.alpha"] = torch.tensor(float(len(tensor)))
-    return tensors
+        renamed[f"unet.{path}.lora_{part}"] = tensor
+    tensors: dict[str, Tensor] = convert_state_dict_to_kohya(renamed)
+    return {name: t.float() if name.endswith(".alpha") else t for name, t in tensors.items()}
 
 
 def original_path(path: str, layers_per_block: int) -> str:

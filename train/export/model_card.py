@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -15,22 +13,20 @@ from shared.cache.conditioning import load_conditioning
 from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
-from shared.models.family import Family, Model, native_resolution, resolve_model
+from shared.models.family import Family, Model, native_resolution
 from shared.models.single_file import is_single_file
 from shared.storage.files import copy_durably, load_record, publish
-from shared.storage.urls import place
-from train.export.uses import file_uses, half_precision
+from train.export.file_guide import file_guide, half_precision
+from train.export.provenance import Provenance
 from train.export.weights import LORA_FILE
-from train.objectives import OBJECTIVES
 
 ANY_PROMPT = "a photograph of a lighthouse at sunset"
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
 EVALUATION, AFTER_EVALUATION = "Evaluation", "Training"  # sections
 READ = ("utf-8", "surrogateescape")  # what others wrote into a card stays as it is
-SHOWN = (
+SETTINGS = (  # before the objective's own
     "objective", "student", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler", "w_min", "w_max", "num_ddim_timesteps", "loss_type",
-    "lora_rank", "lora_alpha", "ema_decay", "noise_offset", "snr_gamma", "seed",
+    "learning_rate", "lr_scheduler",
 )  # fmt: skip
 DEVICE = """device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.float32
@@ -41,33 +37,30 @@ def write_card(
     run: Path,
     folder: Path,
     tmp: Path,
-    config: Mapping[str, Any],
+    origin: Provenance,
     student: str | None,
     latest: bool,
     name: str,
 ) -> bool:
     """Write README.md beside an export, and the newest preview up to its step as `preview.png`.
 
-    `config` is the run's resolved configuration, its `max_train_steps` those that the student
-    took; `student` is its fingerprint, and `latest` whether it is what the run has come to; `name`
-    is what a user loads it by: a hub id or the folder. Where the run's evaluation is of this
+    `student` is the student's fingerprint, and `latest` whether it is what the run has come to;
+    `name` is what a user loads it by: a hub id or the folder. Where the run's evaluation is of this
     student, the table is part of the card; returns whether it is.
     """
-    family = resolve_model(str(config["teacher"])).family
-    last = f"step-{config['max_train_steps']:08d}.png"
+    last = f"step-{origin.steps:08d}.png"
     previews = sorted(p for p in (run / "previews").glob("step-*.png") if p.name <= last)
-    parts = [header(config), introduction(config, name)]
+    parts = [header(origin), introduction(origin, name)]
     if previews:
         copy_durably(previews[-1], folder / PREVIEW_FILE, tmp)
-        shown = "Prompts at 1, 2, 4 and 8 steps" if few_steps(config) else "Prompts"
-        parts.append(f"![{shown}]({PREVIEW_FILE})")
-    lines = snippet(config, name, family, half_precision(folder))
-    parts += ["## Use", f"```python\n{lines}```", guidance(config, family)]
-    if uses := file_uses(folder, config):
-        parts += ["## Files", "\n".join(f"- {line}" for line in uses)]
+        parts.append(f"![{preview_title(origin)}]({PREVIEW_FILE})")
+    lines = snippet(origin, name, origin.family, half_precision(folder))
+    parts += ["## Use", f"```python\n{lines}```", guidance(origin)]
+    if files := file_guide(folder, origin.config):
+        parts += ["## Files", "\n".join(f"- {line}" for line in files)]
     if table := evaluation(run, student, latest):
         parts += [f"## {EVALUATION}", table]
-    parts += [f"## {AFTER_EVALUATION}", settings(config), "## Licence", licence(config)]
+    parts += [f"## {AFTER_EVALUATION}", settings(origin), "## Licence", licence(origin)]
     publish(["\n\n".join(parts).encode() + b"\n"], folder / CARD_FILE, tmp)
     return bool(table)
 
@@ -81,11 +74,11 @@ def evaluation(run: Path, student: str | None, latest: bool) -> str:
     if not (figures.is_file() and table.is_file()):
         return ""
     try:
-        told = load_record(figures, lambda record: record.get("weights"), "evaluate again")
+        evaluated = load_record(figures, lambda record: record.get("weights"), "evaluate again")
     except UserError as error:
         print(f"note: the card has no table: {error}", file=sys.stderr)
         return ""
-    mine = latest if told is None else told == student
+    mine = latest if evaluated is None else evaluated == student
     return table.read_bytes().decode().strip() if mine else ""
 
 
@@ -108,48 +101,44 @@ def update_card(folder: Path) -> None:
     print(card)
 
 
-def header(config: Mapping[str, Any]) -> str:
+def header(origin: Provenance) -> str:
     """The YAML that the hub reads."""
-    lora = config["student"] == "lora"
     data = ModelCardData(
-        base_model=hub_id(config),
+        base_model=hub_id(origin),
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[
             "text-to-image",
             "diffusers",
-            *(["latent-consistency"] if few_steps(config) else []),
-            *(["lora"] if lora else []),
+            *origin.objective.card.tags,
+            *(["lora"] if origin.lora else []),
         ],
         inference=False,  # a widget would draw with a sampler of its own
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
-def introduction(config: Mapping[str, Any], name: str) -> str:
+def introduction(origin: Provenance, name: str) -> str:
     """Title and a sentence."""
-    kind = "LoRA" if config["student"] == "lora" else "UNet"
-    if not few_steps(config):
-        return (
-            f"# {Path(name).name}\n\nA {kind} that fine-tunes {base_name(config)} with the "
-            "ordinary diffusion loss, trained with Latent Distillery."
-        )
-    return (
-        f"# {Path(name).name}\n\nA {kind} that lets {base_name(config)} draw in 1 to 8 steps: "
-        "[latent consistency distillation](https://arxiv.org/abs/2310.04378), trained with Latent "
-        "Distillery."
-    )
+    kind = "LoRA" if origin.lora else "UNet"
+    purpose = origin.objective.card.purpose.format(teacher=base_name(origin))
+    return f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery."
 
 
-def snippet(config: Mapping[str, Any], name: str, family: Family, variant: str = "") -> str:
+def preview_title(origin: Provenance) -> str:
+    """What the picture shows."""
+    *others, last = map(str, origin.objective.sampler.preview_steps)
+    return f"Prompts at {', '.join(others)} and {last} steps" if others else "Prompts"
+
+
+def snippet(origin: Provenance, name: str, family: Family, variant: str = "") -> str:
     """Python that draws one picture with stock diffusers.
 
     `variant` is Python for that of a full student's weights.
     """
-    source = str(config["model"])
-    kind = "StableDiffusionXLPipeline" if family.micro_conditioning else "StableDiffusionPipeline"
-    lora = config["student"] == "lora"
-    scheduler = "LCMScheduler" if few_steps(config) else "DDIMScheduler"
+    source, kind, lora = origin.config.model, family.pipeline, origin.lora
+    sampler = origin.objective.sampler
+    scheduler = sampler.scheduler.__name__
     classes = [kind, scheduler, *([] if lora else ["UNet2DConditionModel"])]
     lines = f"import torch\nfrom diffusers import {', '.join(sorted(classes))}\n\n{DEVICE}"
     lines += f'scheduler = {scheduler}.from_pretrained({quoted(name)}, subfolder="scheduler")\n'
@@ -173,11 +162,11 @@ def snippet(config: Mapping[str, Any], name: str, family: Family, variant: str =
     )
     if lora:
         lines += f"pipe.load_lora_weights({quoted(name)}, weight_name={quoted(LORA_FILE)})\n"
-    side = resolution(config, family)
-    built_in = lora and few_steps(config)
+    side = resolution(origin, family)
+    built_in = lora and not sampler.classifier_free
     return lines + (
-        f"image = pipe(\n    {quoted(prompt(config))},\n"
-        f"    num_inference_steps={OBJECTIVES[config['objective']].sample_steps},\n"
+        f"image = pipe(\n    {quoted(prompt(origin))},\n"
+        f"    num_inference_steps={sampler.steps},\n"
         f"    guidance_scale={1.0 if built_in else family.guidance_scale},\n"
         f"    height={side},\n    width={side},\n).images[0]\n"
         'image.save("picture.png")\n'
@@ -190,22 +179,19 @@ def pipeline_config(source: str, family: Family) -> str:
     return str(beside) if (beside / "model_index.json").is_file() else family.pretrained
 
 
-def few_steps(config: Mapping[str, Any]) -> bool:
-    """Is it drawn by LCMScheduler in a few steps, or as its teacher is?"""
-    return OBJECTIVES[config["objective"]].few_steps
-
-
 def quoted(text: str) -> str:
     """A Python string in double quotes."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def guidance(config: Mapping[str, Any], family: Family) -> str:
+def guidance(origin: Provenance) -> str:
     """What guidance_scale means for this student."""
-    if not few_steps(config):
+    if origin.objective.sampler.classifier_free:
         return "`guidance_scale` means what it means for the model it was fine-tuned from."
-    low, high = w_range(config, family)
-    if config["student"] == "lora":
+    config, family = origin.config, origin.family
+    low = family.w_min if config.w_min is None else config.w_min
+    high = family.w_max if config.w_max is None else config.w_max
+    if origin.lora:
         return (
             f"The guidance is built in (w between {low:g} and {high:g} in training): leave "
             "`guidance_scale` at 1."
@@ -216,72 +202,58 @@ def guidance(config: Mapping[str, Any], family: Family) -> str:
     )
 
 
-def settings(config: Mapping[str, Any]) -> str:
+def settings(origin: Provenance) -> str:
     """The settings that matter, as a table."""
-    other = "lora_" if config["student"] == "full" else "ema_"  # settings of the other kind
-    foreign = {
-        flag
-        for name, objective in OBJECTIVES.items()
-        for flag in objective.flags
-        if name != config["objective"]
-    }
+    other = "ema_" if origin.lora else "lora_"  # settings of the other kind
+    values = vars(origin.config) | {"max_train_steps": origin.steps}
     rows = [
-        f"| {name} | {config[name]} |"
-        for name in SHOWN
-        if config[name] is not None and not name.startswith(other) and name not in foreign
+        f"| {name} | {values[name]} |"
+        for name in (*SETTINGS, *origin.objective.card.settings, "seed")
+        if values[name] is not None and not name.startswith(other)
     ]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 
-def licence(config: Mapping[str, Any]) -> str:
+def licence(origin: Provenance) -> str:
     """Whose terms hold."""
     return (
-        f"These weights derive from {base_name(config)} and are under its licence; read it before "
+        f"These weights derive from {base_name(origin)} and are under its licence; read it before "
         "you use or share them."
     )
 
 
-def hub_id(config: Mapping[str, Any]) -> str | None:
+def hub_id(origin: Provenance) -> str | None:
     """The teacher's repository, or None for a teacher of one's own."""
-    source = str(config["model"])
+    source = origin.config.model
     return None if Path(source).exists() else source
 
 
-def base_name(config: Mapping[str, Any]) -> str:
+def base_name(origin: Provenance) -> str:
     """The teacher as a reader knows it: its repository, or the name of its folder or file."""
-    source = hub_id(config)
+    source = hub_id(origin)
     if source is None:
-        return Path(str(config["model"])).stem
+        return Path(origin.config.model).stem
     return f"[{source}](https://huggingface.co/{source})"
 
 
-def w_range(config: Mapping[str, Any], family: Family) -> tuple[float, float]:
-    """The w drawn in training: the flags, else the family's."""
-    low, high = config["w_min"], config["w_max"]
-    return family.w_min if low is None else low, family.w_max if high is None else high
-
-
-def prompt(config: Mapping[str, Any]) -> str:
+def prompt(origin: Provenance) -> str:
     """One that the run was watched with, else any."""
-    if config["validation_prompts"]:
-        return str(config["validation_prompts"][0])
-    if config["cache"] is None:
-        return ANY_PROMPT
-    try:
-        cache = CachePaths(place(str(config["cache"])))
-        stored = load_conditioning(cache.conditioning).prompts
-    except (OSError, UserError):  # gone or out of reach
-        stored = ()
-    return stored[0] if stored else ANY_PROMPT
+    prompts = origin.config.validation_prompts
+    if not prompts and origin.cache is not None:
+        try:
+            prompts = load_conditioning(CachePaths(origin.cache).conditioning).prompts
+        except (OSError, UserError):  # gone or out of reach
+            prompts = ()
+    return prompts[0] if prompts else ANY_PROMPT
 
 
-def resolution(config: Mapping[str, Any], family: Family) -> int:
+def resolution(origin: Provenance, family: Family) -> int:
     """The pixels that the cache was made at; the model's own where it cannot be read any more."""
-    own = Model(str(config.get("teacher", config["model"])), family)
-    if config["cache"] is None:
+    own = Model(origin.teacher, family)
+    if origin.cache is None:
         return native_resolution(own)
     try:
-        manifest = open_manifest(place(str(config["cache"])), check_sizes=False)
+        manifest = open_manifest(origin.cache, check_sizes=False)
     except (OSError, UserError):
         return native_resolution(own)
     return manifest.identity.preprocessing.resolution

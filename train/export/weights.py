@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from shared.models.fingerprint import fingerprint, tensors_fingerprint
 from shared.storage.files import dump_json, publish, sync_folder
 from shared.storage.tensors import read_metadata, tensor_chunks
 from train.export.kohya import KOHYA_FILE, kohya_metadata, kohya_tensors
+from train.networks.denoiser import Denoiser
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNET_FOLDER = "unet"
@@ -34,7 +34,7 @@ UNET_FILES = {
 STUDENT = "distillery.student"  # in a file's metadata: the fingerprint of what was trained
 
 
-def write_lora(unet: UNet2DConditionModel, folder: Path, dtype: str, tmp: Path) -> str:
+def write_lora(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:
     """Write diffusers' file and, unless a layer has no name there, kohya's; fp16 if `dtype` is.
 
     Returns the student's fingerprint, which is in both. diffusers' names stay peft's throughout:
@@ -53,17 +53,17 @@ def write_lora(unet: UNet2DConditionModel, folder: Path, dtype: str, tmp: Path) 
         metadata = {**kohya_metadata(unet, named), STUDENT: student}
         publish(tensor_chunks(named, metadata), folder / KOHYA_FILE, tmp)
     tensors = {f"unet.{name}": tensor for name, tensor in adapter.items()}
-    told = {f"unet.{name}": value for name, value in adapter_config(unet).items()}
+    settings = {f"unet.{name}": value for name, value in adapter_config(unet).items()}
     metadata = {
         "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(told, indent=2, sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True),
         STUDENT: student,
     }
     publish(tensor_chunks(tensors, metadata), folder / LORA_FILE, tmp)
     return student
 
 
-def folded_adapter(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+def folded_adapter(unet: Denoiser) -> dict[str, Tensor]:
     """peft's tensors, `PATH.lora_A.weight` and `PATH.lora_B.weight`, fp32 on the CPU.
 
     lora_B @ lora_A is what the adapter adds to a layer: alpha / rank is part of lora_B.
@@ -71,7 +71,7 @@ def folded_adapter(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     scaling = {
         path: layer.scaling["default"]
         for path, layer in unet.named_modules()
-        if isinstance(layer, BaseTunerLayer)
+        if isinstance(layer, LoraLayer)
     }
     folded = {}
     for name, tensor in get_peft_model_state_dict(unet).items():
@@ -81,7 +81,7 @@ def folded_adapter(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     return folded
 
 
-def adapter_config(unet: UNet2DConditionModel) -> dict[str, Any]:
+def adapter_config(unet: Denoiser) -> dict[str, Any]:
     """The adapter's configuration as its readers are to have it.
 
     alpha is the rank, since it is folded; there is no dropout, which diffusers would go on with
@@ -92,7 +92,7 @@ def adapter_config(unet: UNet2DConditionModel) -> dict[str, Any]:
     return {**config, "lora_alpha": config["r"], "lora_dropout": 0.0}
 
 
-def write_unet(unet: UNet2DConditionModel, folder: Path, dtype: str, tmp: Path) -> str:
+def write_unet(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:
     """Write a diffusers folder: config.json and the weights in fp32, fp16 or `both`.
 
     Returns the student's fingerprint. Where the teacher lay is nobody's business.

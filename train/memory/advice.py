@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from shared.cli.other_tools.flags import dashed
 from shared.errors import UserError
 from shared.wording import size_of
-from train.config import DistillConfig
-from train.flags import check_flags, dashed, ignored
-from train.memory.estimate import ALONE, Sharing, estimate
+from train.config import RunConfig
+from train.flags import check_flags, ignored
+from train.memory.estimate import ALONE, Parallelism, estimate
 from train.networks.precision import check_speed
 
 ROOM = 0.95  # the rest is for the workspace of kernels, and for fragmentation
@@ -22,61 +23,61 @@ Change = dict[str, Any]  # of the configuration
 
 def memory_line(
     unet_config: Mapping[str, Any],
-    config: DistillConfig,
+    config: RunConfig,
     latent_size: tuple[int, int],
     free: int,
-    sharing: Sharing = ALONE,
+    parallelism: Parallelism = ALONE,
 ) -> str:
     """What a run will take of a device with `free` bytes, and what to do if that is too much.
 
     Raises UserError where not even the weights have room.
     """
-    found = estimate(unet_config, config, latent_size, sharing)
+    found = estimate(unet_config, config, latent_size, parallelism)
     line = (
-        f"memory: about {size_of(found.peak)} at peak{each(sharing)} (weights "
+        f"memory: about {size_of(found.peak)} at peak{each(parallelism)} (weights "
         f"{size_of(found.weights)}, optimizer {size_of(found.optimizer)}, gradients and "
         f"activations {size_of(found.step)}) of {size_of(free)} free; an estimate"
     )
     room = int(free * ROOM)
     if found.peak <= room:
         return line
-    better = fitting(unet_config, config, latent_size, room, sharing)
+    better = fitting(unet_config, config, latent_size, room, parallelism)
     advice = "no flags make it fit; take a larger device"
     if better is not None:
         advice = f"it fits with {better[0]} (about {size_of(better[1])})"
     elif config.student == "full":
-        more = "more processes" if sharing.sharded else "--use_fsdp --fsdp_version 2"
+        more = "more processes" if parallelism.fsdp else "--use_fsdp --fsdp_version 2"
         advice += f", or `accelerate launch` with {more}"
     if found.weights + found.optimizer > free:
         raise UserError(
             f"weights and optimizer take {size_of(found.weights + found.optimizer)}"
-            f"{each(sharing)}, {size_of(free)} of the device are free: {advice}"
+            f"{each(parallelism)}, {size_of(free)} of the device are free: {advice}"
         )
     return f"{line}\nwarning: that is too much for the device: {advice}"
 
 
-def each(sharing: Sharing) -> str:
+def each(parallelism: Parallelism) -> str:
     """Of which process the numbers are."""
-    if sharing.world == 1:
+    if parallelism.world == 1:
         return ""
-    how = "with FSDP's shards of all weights" if sharing.sharded else "with DDP's buckets"
-    return f" on each of {sharing.world} processes, {how}"
+    how = "with FSDP's shards of all weights" if parallelism.fsdp else "with DDP's buckets"
+    return f" on each of {parallelism.world} processes, {how}"
 
 
 def fitting(
     unet_config: Mapping[str, Any],
-    config: DistillConfig,
+    config: RunConfig,
     latent_size: tuple[int, int],
     room: int,
-    sharing: Sharing,
+    parallelism: Parallelism,
 ) -> tuple[str, int] | None:
     """The first flags, one more at a time, with which a run fits into `room` bytes."""
 
     def peak(change: Change) -> int:
-        return estimate(unet_config, apply(config, change)[0], latent_size, sharing).peak
+        return estimate(unet_config, apply(config, change)[0], latent_size, parallelism).peak
 
     for student in dict.fromkeys((config.student, "lora")):
-        changes = ladder(config, student, sharing)
+        changes = ladder(config, student, parallelism)
         if not changes or peak(changes[-1]) > room:
             continue  # all of them together are not enough
         change = next(change for change in changes if peak(change) <= room)
@@ -84,18 +85,18 @@ def fitting(
     return None
 
 
-def ladder(config: DistillConfig, student: str, sharing: Sharing) -> list[Change]:
+def ladder(config: RunConfig, student: str, parallelism: Parallelism) -> list[Change]:
     """Flags that save memory and that the trainer takes: what changes the run least comes first."""
     change: Change = {} if student == config.student else {"student": student}
     changes = [change] if change else []
     for saving in savings(config):
-        if accepted(apply(config, change | saving)[0], sharing):
+        if accepted(apply(config, change | saving)[0], parallelism):
             change = change | saving
             changes.append(change)
     return changes
 
 
-def savings(config: DistillConfig) -> list[Change]:
+def savings(config: RunConfig) -> list[Change]:
     """What saves memory and is not used yet."""
     total = config.train_batch_size * config.gradient_accumulation_steps
     wanted: list[Change] = [
@@ -108,19 +109,19 @@ def savings(config: DistillConfig) -> list[Change]:
     return [change for change in wanted if change.items() - vars(config).items()]
 
 
-def apply(config: DistillConfig, change: Change) -> tuple[DistillConfig, list[str]]:
+def apply(config: RunConfig, change: Change) -> tuple[RunConfig, list[str]]:
     """The configuration as if `change` had been typed, and what must not be typed beside it."""
     changed = replace(config, **change, typed=config.typed | set(change))
     left_out = [name for name in ignored(changed) if name not in change]
-    defaults = {name: getattr(DistillConfig, name) for name in left_out}
+    defaults = {name: getattr(RunConfig, name) for name in left_out}
     return replace(changed, **defaults, typed=changed.typed - set(left_out)), left_out
 
 
-def accepted(config: DistillConfig, sharing: Sharing) -> bool:
+def accepted(config: RunConfig, parallelism: Parallelism) -> bool:
     """Do the trainer's own checks take these flags?"""
     try:
         check_flags(config)
-        check_speed(config, CUDA, sharing.sharded)
+        check_speed(config, CUDA, parallelism.fsdp)
     except UserError:
         return False
     return True

@@ -3,7 +3,7 @@
 The networks of the run are built on torch's meta device, which has shapes and no numbers, and take
 one step there: the student's forward, the teacher's with twice the batch, and the backward
 pass. `LiveBytes` adds up the storages alive at each moment; the optimizer's state comes on
-top. Of several processes it is what each takes: `Sharing` knows what DDP adds and FSDP divides.
+top. Of several processes it is what each takes: `Parallelism` knows what DDP adds and FSDP divides.
 What it cannot see is the workspace of kernels, and fragmentation.
 """
 
@@ -17,26 +17,25 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared.cache.conditioning import TextEmbeds
 from train.config import DistillConfig
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
-from train.networks.dtensor import SHARDED_BLOCKS
+from train.networks.denoiser import Denoiser, call_unet
+from train.networks.dtensor import FSDP_BLOCKS
 from train.networks.full import guided_copy
 from train.networks.lora import add_adapters
 from train.networks.precision import hold_frozen
-from train.networks.teacher import call_unet
-from train.objectives import OBJECTIVES
+from train.objectives import objective_of
 
 TOKENS = 77
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes on the device: what lies there between steps, and the most there is during one."""
 
     weights: int
@@ -50,11 +49,11 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Sharing:
+class Parallelism:
     """The processes of a run, as far as their memory goes; see `train.trainer.distributed`."""
 
     world: int = 1
-    sharded: bool = False  # by FSDP; otherwise several processes are DDP's
+    fsdp: bool = False  # by FSDP; otherwise several processes are DDP's
     offloaded: bool = False  # the shards lie on the CPU (--fsdp_offload_params)
     gathered: bool = False  # and what was gathered stays (--fsdp_reshard_after_forward false)
 
@@ -63,7 +62,7 @@ class Sharing:
 
         fully_shard cuts the first dimension into equal parts, of which the last may be smaller.
         """
-        if not self.sharded:
+        if not self.fsdp:
             return tensor.nbytes
         if self.offloaded:
             return 0
@@ -71,18 +70,18 @@ class Sharing:
         return tensor.nbytes // rows * -(-rows // self.world)
 
 
-ALONE = Sharing()
+ALONE = Parallelism()
 
 
 @dataclass
 class MetaNetworks:
     """The UNets of a run without their numbers; a LoRA's three are one."""
 
-    student: UNet2DConditionModel
-    target: UNet2DConditionModel
-    teacher: UNet2DConditionModel
+    student: Denoiser
+    target: Denoiser
+    teacher: Denoiser
 
-    def unets(self) -> list[UNet2DConditionModel]:
+    def unets(self) -> list[Denoiser]:
         """Each once."""
         return list(dict.fromkeys((self.student, self.target, self.teacher)))
 
@@ -98,11 +97,11 @@ class MetaNetworks:
 def meta_networks(unet_config: Mapping[str, Any], config: DistillConfig) -> MetaNetworks:
     """As `train.networks.student` builds them."""
     with META:
-        teacher = UNet2DConditionModel.from_config(unet_config).eval().requires_grad_(False)
+        teacher = Denoiser.from_config(unet_config).eval().requires_grad_(False)
         if config.student == "lora":
             add_adapters(teacher, config)
             networks = MetaNetworks(teacher, teacher, teacher)
-        elif not OBJECTIVES[config.objective].teacher:
+        elif not objective_of(config).needs_target:
             networks = MetaNetworks(*[teacher.requires_grad_(True)] * 3)
         else:
             width = config.unet_time_cond_proj_dim
@@ -119,8 +118,8 @@ def estimate(
     unet_config: Mapping[str, Any],
     config: DistillConfig,
     latent_size: tuple[int, int],
-    sharing: Sharing = ALONE,
-) -> Estimate:
+    parallelism: Parallelism = ALONE,
+) -> MemoryEstimate:
     """Of a run with latents of that size. `unet_config` is the teacher's `unet/config.json`."""
     networks = meta_networks(unet_config, config)
     live = LiveBytes()
@@ -131,7 +130,7 @@ def estimate(
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
         live.note([parameter.grad for parameter in trainable])
-    shared = share_gradients(trainable, sharing)
+    shared = reduce_gradients(trainable, parallelism)
     live.note(shared)
     autocast = MetaAutocast(config.mixed_precision)
     if config.gradient_checkpointing:
@@ -141,46 +140,46 @@ def estimate(
         loss = forward(networks, config, unet_config, latent_size)
         autocast.copies.clear()
         loss.backward()
-    weights = sum(map(sharing.here, networks.tensors()))
-    elements = (sharing.here(parameter) // parameter.itemsize for parameter in trainable)
+    weights = sum(map(parallelism.here, networks.tensors()))
+    elements = (parallelism.here(parameter) // parameter.itemsize for parameter in trainable)
     optimizer = sum(adam_bytes(count, config.use_8bit_adam) for count in elements)
-    step = live.peak - whole + gathered_bytes(networks, sharing)
-    return Estimate(weights, optimizer, weights + optimizer + step)
+    step = live.peak - whole + gathered_bytes(networks, parallelism)
+    return MemoryEstimate(weights, optimizer, weights + optimizer + step)
 
 
-def share_gradients(parameters: Sequence[nn.Parameter], sharing: Sharing) -> list[Tensor]:
+def reduce_gradients(parameters: Sequence[nn.Parameter], parallelism: Parallelism) -> list[Tensor]:
     """Let backward() leave gradients where DDP or FSDP do; returns the list of what they hold.
 
     DDP copies each into a bucket that is there all the time; FSDP keeps a shard.
     """
     held: list[Tensor] = []
-    if sharing.world == 1:
+    if parallelism.world == 1:
         return held
 
     def move(parameter: Tensor) -> None:
         parameter.grad = None
-        if sharing.sharded:
-            held.append(torch.empty(sharing.here(parameter), dtype=torch.uint8, device=META))
+        if parallelism.fsdp:
+            held.append(torch.empty(parallelism.here(parameter), dtype=torch.uint8, device=META))
 
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(move)
-    if not sharing.sharded:
+    if not parallelism.fsdp:
         held += [torch.empty_like(parameter) for parameter in parameters]
     return held
 
 
-def gathered_bytes(networks: MetaNetworks, sharing: Sharing) -> int:
+def gathered_bytes(networks: MetaNetworks, parallelism: Parallelism) -> int:
     """What FSDP has whole at the most: weights that were gathered, gradients to be divided."""
-    if not sharing.sharded:
+    if not parallelism.fsdp:
         return 0
     whole = [two_blocks(unet, lambda weight: weight.nbytes) for unet in networks.unets()]
-    weights = sum(t.nbytes for t in networks.tensors()) if sharing.gathered else max(whole)
+    weights = sum(t.nbytes for t in networks.tensors()) if parallelism.gathered else max(whole)
     return weights + two_blocks(networks.student, lambda w: w.nbytes if w.requires_grad else 0)
 
 
-def two_blocks(unet: UNet2DConditionModel, size: Callable[[Tensor], int]) -> int:
+def two_blocks(unet: Denoiser, size: Callable[[Tensor], int]) -> int:
     """The size of what lies in no block, and of two of the largest: the next is on its way."""
-    modules = [module for module in unet.modules() if type(module).__name__ in SHARDED_BLOCKS]
+    modules = [module for module in unet.modules() if type(module).__name__ in FSDP_BLOCKS]
     blocks = sorted(sum(map(size, module.parameters())) for module in modules)
     return sum(map(size, unet.parameters())) - sum(blocks[:-2])
 
@@ -209,7 +208,7 @@ def forward(
     call = caller(unet_config, latent_size, config)
     count = config.train_batch_size
     output = call(networks.student, count)
-    if OBJECTIVES[config.objective].teacher:
+    if objective_of(config).needs_teacher:
         with torch.no_grad():
             call(networks.teacher, 2 * count)
     return output.square().mean()
@@ -217,12 +216,12 @@ def forward(
 
 def caller(
     unet_config: Mapping[str, Any], latent_size: tuple[int, int], config: DistillConfig
-) -> Callable[[UNet2DConditionModel, int], Tensor]:
+) -> Callable[[Denoiser, int], Tensor]:
     """A function that calls a UNet with a batch of so many samples."""
     channels, width = unet_config["in_channels"], unet_config["cross_attention_dim"]
     micro = unet_config.get("addition_embed_type") == "text_time"
 
-    def call(unet: UNet2DConditionModel, count: int) -> Tensor:
+    def call(unet: Denoiser, count: int) -> Tensor:
         def empty(*shape: int) -> Tensor:
             return torch.empty(count, *shape, device=META)
 

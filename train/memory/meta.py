@@ -57,9 +57,9 @@ class MetaAutocast(TorchFunctionMode):
     Like it, it casts a trained fp32 weight once per step and keeps the copy until the end.
     """
 
-    def __init__(self, mixed_precision: str) -> None:
+    def __init__(self, mixed_precision: str | None) -> None:
         super().__init__()
-        self.dtype = DTYPES.get(mixed_precision)
+        self.dtype = DTYPES.get(mixed_precision or "no")
         self.copies: dict[int, Tensor] = {}
 
     def __torch_function__(
@@ -90,4 +90,8 @@ class MetaAutocast(TorchFunctionMode):
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     """What CUDA's fused kernels keep: no matrix of weights, but query, key, value and result."""
-    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+    result: Tensor
+    result, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, True
+    )
+    return result

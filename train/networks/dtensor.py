@@ -32,4 +32,4 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(tensor, dtype=value.dtype).copy_(value)
 
 
-SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # each is gathered by itself
+FSDP_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # each is gathered by itself

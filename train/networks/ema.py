@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from train.networks.denoiser import Denoiser
 from train.networks.precision import hold_frozen
 
 
@@ -18,7 +18,7 @@ class OffloadedAverage:
     rounding. The price is a copy of the weights each way per optimizer step.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, mixed_precision: str) -> None:
+    def __init__(self, unet: Denoiser, mixed_precision: str | None) -> None:
         self.unet = unet
         self.weights = {k: v.detach().float().cpu().clone() for k, v in unet.state_dict().items()}
         hold_frozen(unet, mixed_precision)
@@ -36,8 +36,8 @@ class OffloadedAverage:
         for name, held in self.unet.state_dict().items():
             held.copy_(self.weights[name].copy_(weights[name]))
 
-    def network(self) -> UNet2DConditionModel:
+    def network(self) -> Denoiser:
         """The average as a network of its own, fp32 on the CPU."""
-        network = UNet2DConditionModel.from_config(self.unet.config)
+        network = Denoiser.from_config(self.unet.config)
         network.load_state_dict(self.weights)
         return network.eval().requires_grad_(False)

@@ -11,30 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from shared.errors import UserError, first_line
 from train.config import DistillConfig
+from train.networks.denoiser import Denoiser
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILED = ("BasicTransformerBlock", "ResnetBlock2D")  # where a UNet's time goes
 RECOMPILES = 64  # torch's limit of 8 is for one network, not for blocks of all sizes in three roles
 
 
-def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManager[Any]:
+def autocast(mixed_precision: str | None, device: torch.device) -> AbstractContextManager[Any]:
     """The one dtype in which all networks compute."""
-    dtype = DTYPES.get(mixed_precision, torch.bfloat16)
-    return torch.autocast(device.type, dtype, enabled=mixed_precision in DTYPES)
+    dtype = DTYPES.get(mixed_precision or "no")
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def hold_frozen(unet: nn.Module, mixed_precision: str) -> None:
+def hold_frozen(unet: nn.Module, mixed_precision: str | None) -> None:
     """Keep the frozen weights of linear layers and convolutions in the autocast dtype.
 
     Autocast would round just these, in just this way, in every forward: results stay the same to
     the bit, at half the memory. Norms and whatever is trained stay fp32.
     """
-    dtype = DTYPES.get(mixed_precision)
+    dtype = DTYPES.get(mixed_precision or "no")
     if dtype is None:
         return
     for module in unet.modules():
@@ -45,7 +45,7 @@ def hold_frozen(unet: nn.Module, mixed_precision: str) -> None:
 
 
 def check_speed(
-    config: DistillConfig, device: torch.device, sharded: bool = False, sizes: int = 1
+    config: DistillConfig, device: torch.device, fsdp: bool = False, sizes: int = 1
 ) -> None:
     """Raise UserError for flags that cannot work here, or would do nothing.
 
@@ -67,7 +67,7 @@ def check_speed(
         check_compiler(device)
     for flag, given in (("--offload-ema", config.offload_ema),
                         ("--use-8bit-adam", config.use_8bit_adam)):  # fmt: skip
-        if given and sharded:
+        if given and fsdp:
             raise UserError(f"{flag} does not work on weights that FSDP has sharded; leave it out")
     if config.offload_ema and config.mixed_precision not in DTYPES:
         raise UserError(
@@ -92,9 +92,7 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def speed_up(
-    unets: Sequence[UNet2DConditionModel], config: DistillConfig, device: torch.device
-) -> None:
+def speed_up(unets: Sequence[Denoiser], config: DistillConfig, device: torch.device) -> None:
     """Give all networks of a run the attention, compilation and precision that the flags ask for.
 
     Raises UserError where xformers is not installed.
@@ -109,7 +107,7 @@ def speed_up(
             compile_blocks(unet)
 
 
-def use_xformers(unet: UNet2DConditionModel) -> None:
+def use_xformers(unet: Denoiser) -> None:
     """Raise UserError where xformers is not installed, or not for this GPU."""
     try:
         unet.enable_xformers_memory_efficient_attention()

@@ -1,62 +1,53 @@
-"""The networks of a run: a full student with EMA target or without, or adapters on the teacher."""
+"""The networks of a run: what the loop, the checkpoints and the exports need of any kind."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from train.config import DistillConfig
 from train.data.batch import Batch
-from train.networks.fine_tuned import FineTuned
-from train.networks.full import FullStudent
-from train.networks.lora import LoraStudent
-from train.objectives import OBJECTIVES
+from train.networks.denoiser import Denoiser, call_unet
+from train.networks.dtensor import restore
 
 
-class Student(Protocol):
-    """What the loop, the checkpoints and the exports need of any kind.
+class Student:
+    """A UNet that is trained, and nothing beside it.
 
-    An objective's own file says which further forwards it needs (see its `Networks`).
+    Kinds that have a target and a teacher have forwards of these names too: an objective's own file
+    says what it asks for (its `Networks`).
     """
 
-    unet: UNet2DConditionModel
-    live: nn.Module  # what the student's own forward goes through: `unet`, or DDP around it
+    def __init__(self, unet: Denoiser) -> None:
+        self.unet = unet
+        self.live: nn.Module = unet  # what the student's own forward goes through; DDP wraps it
 
-    def networks(self) -> list[UNet2DConditionModel]:
-        """Every UNet in memory; the last has the teacher's weights, where any are frozen."""
+    def networks(self) -> list[Denoiser]:
+        """List every UNet in memory; the last has the teacher's weights, where any are frozen."""
+        return [self.unet]
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        """With gradients."""
+        """Predict eps or v `[B, C, h, w]`, with gradients."""
+        return call_unet(self.live, z, t, batch.text, batch.time_ids)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name, fp32."""
+        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
 
     def after_step(self) -> None:
-        """Move the target after an optimizer step."""
+        """Follow an optimizer step, where something has to."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold of the networks."""
+        return dict(self.unet.state_dict())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """Take over what `state` gave."""
+        for name, tensor in self.state().items():
+            restore(tensor, state[name])
 
-    def drawing(self) -> UNet2DConditionModel:
+    def drawing(self) -> Denoiser:
         """The network that previews are drawn with, on the device."""
+        return self.unet
 
-    def exported(self) -> UNet2DConditionModel:
+    def exported(self) -> Denoiser:
         """The network that people will draw with, fp32."""
-
-
-def build_student(source: str, config: DistillConfig) -> Student:
-    """The student that the flags ask for, on the CPU."""
-    full = FullStudent if OBJECTIVES[config.objective].teacher else FineTuned
-    kind = LoraStudent if config.student == "lora" else full
-    student: Student = kind(source, config)
-    if config.gradient_checkpointing:
-        student.unet.enable_gradient_checkpointing()
-    if config.use_8bit_adam:  # bitsandbytes goes through weights and averages as they lie in memory
-        for parameter in student.trainable().values():
-            parameter.data = parameter.data.contiguous()
-    return student
+        return self.unet

@@ -1,7 +1,19 @@
-"""Losses: each a callable on tensors and networks; and, in one table, what goes with each."""
+"""Losses, each in a file of its own name with all that goes with it."""
 
 from __future__ import annotations
 
-from train.objectives import denoise, lcd
+from importlib import import_module
+from typing import get_args
 
-OBJECTIVES = {"lcd": lcd.OBJECTIVE, "denoise": denoise.OBJECTIVE}
+from train.config import DistillConfig
+from train.flag_groups import ObjectiveName
+from train.objectives.objective import Objective
+
+OBJECTIVES: dict[str, Objective] = {
+    name: import_module(f"train.objectives.{name}").OBJECTIVE for name in get_args(ObjectiveName)
+}
+
+
+def objective_of(config: DistillConfig) -> Objective:
+    """The objective that a run's flags name."""
+    return OBJECTIVES[config.objective]

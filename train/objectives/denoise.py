@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import Schedule, add_noise, velocity
 from train.config import DistillConfig
 from train.data.batch import Batch
-from train.objectives.objective import Objective
+from train.flag_groups import DiffusionLossFlags, names_of
+from train.objectives.objective import Card, Objective, Sampler
 
 
 class Networks(Protocol):
@@ -65,10 +67,20 @@ def build(config: DistillConfig, schedule: Schedule) -> Denoise:
 
 OBJECTIVE = Objective(
     build=build,
-    flags=("noise_offset", "snr_gamma"),
+    flags=names_of(DiffusionLossFlags),
     learning_rates={"lora": 1e-4, "full": 1e-5},
-    teacher=False,
-    few_steps=False,
-    preview_steps=(25,),
-    sample_steps=50,
+    needs_teacher=False,
+    needs_target=False,
+    takes_guidance=False,
+    sampler=Sampler(
+        scheduler=DDIMScheduler,
+        options=lambda config: {"timestep_spacing": "trailing"},
+        classifier_free=True,
+        steps=50,
+        preview_steps=(25,),
+    ),
+    card=Card(
+        purpose="that fine-tunes {teacher} with the ordinary diffusion loss",
+        settings=("lora_rank", "lora_alpha", *names_of(DiffusionLossFlags)),
+    ),
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from diffusers import LCMScheduler
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds
@@ -25,7 +26,10 @@ from shared.diffusion import (
 from shared.errors import UserError
 from train.config import DistillConfig
 from train.data.batch import Batch
-from train.objectives.objective import Objective
+from train.flag_groups import FullStudentFlags, SolverFlags, names_of
+from train.objectives.objective import Card, Objective, Sampler
+
+COMFY_SOLVER = (50, 10.0)  # solver steps and timestep scaling of ComfyUI's LCM sampling
 
 
 class Networks(Protocol):
@@ -59,15 +63,23 @@ class LCD:
         return self.num_ddim_timesteps
 
     def __call__(self, batch: Batch, empty: TextEmbeds, networks: Networks) -> Tensor:
-        """The loss of a batch, a scalar; `empty` is the unconditional embedding, one row."""
-        start, end = solver_timesteps(
+        """The loss of a batch, a scalar; `empty` is the unconditional embedding, one row.
+
+        Of the six steps that algorithm 1 repeats these are 2 to 4. The loader has done step 1
+        (drawn latents, captions, n and w); the training loop does 5 (the gradient step) and 6 (the
+        average).
+        """
+        start, end = solver_timesteps(  # t_{n+k} and t_n
             batch.index, self.num_ddim_timesteps, self.schedule.num_train_timesteps
         )
+        # 2. Noise the latents to t_{n+k}.
         z = add_noise(batch.latents, batch.noise, *self.schedule.alpha_sigma(start))
         predicted = self.f(networks.student(z, start, batch), z, start)
         with torch.no_grad():
+            # 3. From there to t_n by one step of the guided teacher's solver.
             z_prev = self.solve(networks.teacher(z, start, batch, empty), z, start, end, batch.w)
             target = self.f(networks.target(z_prev, end, batch), z_prev, end)
+        # 4. Student and target are to say the same of both points.
         if self.loss_type == "huber":
             return huber_distance(predicted, target, self.huber_c)
         return l2_distance(predicted, target)
@@ -81,10 +93,10 @@ class LCD:
         self, teacher: tuple[Tensor, Tensor], z: Tensor, start: Tensor, end: Tensor, w: Tensor
     ) -> Tensor:
         """One DDIM step of the guided teacher from `start` to `end` (eq. 13, 14)."""
-        alpha, sigma = self.schedule.alpha_sigma(start)
-        kind = self.schedule.prediction_type
-        x0 = guided(*(predicted_x0(output, z, alpha, sigma, kind) for output in teacher), w)
-        eps = guided(*(predicted_eps(output, z, alpha, sigma, kind) for output in teacher), w)
+        cond, uncond = teacher
+        at = (z, *self.schedule.alpha_sigma(start), self.schedule.prediction_type)
+        x0 = guided(predicted_x0(cond, *at), predicted_x0(uncond, *at), w)
+        eps = guided(predicted_eps(cond, *at), predicted_eps(uncond, *at), w)
         return ddim_step(x0, eps, *self.schedule.alpha_sigma(end))
 
 
@@ -107,15 +119,45 @@ def build(config: DistillConfig, schedule: Schedule) -> LCD:
     )
 
 
+def comfy_settings(config: DistillConfig) -> str:
+    """How a distilled LoRA is drawn in ComfyUI and its like."""
+    text = "strength 1, CFG 1, sampler LCM, in ComfyUI with scheduler `simple`"
+    solver = (config.num_ddim_timesteps, config.timestep_scaling_factor)
+    if solver != COMFY_SOLVER:
+        text += (
+            f" (which takes {COMFY_SOLVER[0]} solver steps and scaling {COMFY_SOLVER[1]:g} for "
+            f"granted, where this student has {solver[0]} and {solver[1]:g}: diffusers draws it "
+            "as it was trained)"
+        )
+    return text
+
+
 OBJECTIVE = Objective(
     build=build,
-    flags=(
-        "w_min", "w_max", "num_ddim_timesteps", "loss_type", "huber_c", "timestep_scaling_factor",
-        "ema_decay", "offload_ema", "guidance_init", "unet_time_cond_proj_dim",
-    ),
+    flags=names_of(SolverFlags, FullStudentFlags),
     learning_rates={"lora": 1e-4, "full": 8e-6},
-    teacher=True,
-    few_steps=True,
-    preview_steps=(1, 2, 4, 8),
-    sample_steps=4,
+    needs_teacher=True,
+    needs_target=True,
+    takes_guidance=True,
+    sampler=Sampler(
+        scheduler=LCMScheduler,
+        options=lambda config: {
+            "original_inference_steps": config.num_ddim_timesteps,
+            "timestep_scaling": config.timestep_scaling_factor,
+        },
+        classifier_free=False,
+        steps=4,
+        preview_steps=(1, 2, 4, 8),
+        most_steps=lambda config: config.num_ddim_timesteps,
+    ),
+    card=Card(
+        purpose="that lets {teacher} draw in 1 to 8 steps: [latent consistency distillation]"
+        "(https://arxiv.org/abs/2310.04378)",
+        settings=(
+            "w_min", "w_max", "num_ddim_timesteps", "loss_type", "lora_rank", "lora_alpha",
+            "ema_decay",
+        ),
+        tags=("latent-consistency",),
+        other_programs=comfy_settings,
+    ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the rest of the house knows of an objective."""
+"""What the rest of the house knows of an objective: everything about it is said in its own file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds
-from shared.diffusion import Schedule
+from shared.diffusion import SCHEDULE, Schedule
 from train.config import DistillConfig
 from train.data.batch import Batch
 
@@ -17,7 +17,9 @@ from train.data.batch import Batch
 class Loss(Protocol):
     """A loss with its settings."""
 
-    schedule: Schedule
+    @property
+    def schedule(self) -> Schedule:
+        """The teacher's, on the device of the batches."""
 
     @property
     def intervals(self) -> int:
@@ -31,13 +33,43 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
+class Sampler:
+    """How an objective's students are drawn, here and with stock diffusers."""
+
+    scheduler: type[Any]  # diffusers'; the export carries it
+    options: Callable[[DistillConfig], dict[str, Any]]  # of the scheduler, besides the teacher's
+    classifier_free: bool  # two passes a step, as the teacher; otherwise guidance is learned
+    steps: int  # unless given
+    preview_steps: tuple[int, ...]
+    most_steps: Callable[[DistillConfig], int] | None = None  # those that T has where there is none
+
+    def build(self, teacher: Mapping[str, Any], config: DistillConfig) -> Any:
+        """Make the scheduler of a run's students from the config of the teacher's.
+
+        What that one leaves open is filled in: schedulers' own defaults are others than training's.
+        """
+        return self.scheduler.from_config({**SCHEDULE, **teacher}, **self.options(config))
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says of an objective's students."""
+
+    purpose: str  # "A LoRA ...", with {teacher} in it
+    settings: tuple[str, ...]  # flags in its table; those of the other kind of student are left out
+    tags: tuple[str, ...] = ()  # on the hub
+    other_programs: Callable[[DistillConfig], str] | None = None  # how a LoRA is drawn in ComfyUI
+
+
+@dataclass(frozen=True)
 class Objective:
-    """One line of the table: every "is it LCD?" question is a field here."""
+    """An objective: a line in `train.objectives`, a file beside it."""
 
     build: Callable[[DistillConfig, Schedule], Loss]  # UserError for settings that cannot work
-    flags: tuple[str, ...]  # of the configuration, that mean nothing to the other objectives
+    flags: tuple[str, ...]  # of the configuration, that mean something to it and not to all
     learning_rates: Mapping[str, float]  # by kind of student, where none is given
-    teacher: bool  # are there a teacher and a target beside the student?
-    few_steps: bool  # drawn by LCMScheduler with guidance built in, or as the teacher is
-    preview_steps: tuple[int, ...]
-    sample_steps: int  # unless told otherwise
+    needs_teacher: bool  # its two outputs, with and without the caption
+    needs_target: bool  # a slower or frozen self of the student
+    takes_guidance: bool  # w is drawn, and a full student is told it
+    sampler: Sampler
+    card: Card

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from shared.cache.conditioning import Conditioning, TextEmbeds
 from shared.cache.manifest import Manifest
-from shared.cli.config import to_dict
 from shared.models.family import Model, downscale_of, load_config
 from shared.models.vae import decode_latents, load_vae
-from train.config import DistillConfig
-from train.networks.teacher import check_vae
-from train.objectives import OBJECTIVES
+from train.config import RunConfig
+from train.networks.cache_checks import check_vae
+from train.networks.denoiser import Denoiser
+from train.objectives import objective_of
 from train.sampling.pictures import write_grid
-from train.sampling.samplers import draw_latents, most_steps, student_drawing
+from train.sampling.samplers import draw_latents, most_steps, student_sampler
 
 MAX_PROMPTS = 4
 
@@ -35,7 +35,7 @@ class Previews:
     texts: TextEmbeds
     empty: TextEmbeds
     vae: AutoencoderKL
-    config: dict[str, Any]
+    config: RunConfig
     scheduler_config: dict[str, Any]
     shape: tuple[int, int, int]
     guidance_scale: float
@@ -45,14 +45,14 @@ class Previews:
     def steps(self) -> list[int]:
         """The objective's numbers of steps, as far as the solver has so many."""
         most = most_steps(self.config, self.scheduler_config)
-        preview_steps = OBJECTIVES[self.config["objective"]].preview_steps
-        return [steps for steps in preview_steps if steps <= most]
+        wanted = objective_of(self.config).sampler.preview_steps
+        return [steps for steps in wanted if steps <= most]
 
-    def draw(self, unet: UNet2DConditionModel) -> list[NDArray[np.uint8]]:
+    def draw(self, unet: Denoiser) -> list[NDArray[np.uint8]]:
         """Pictures `[prompts, H, W, 3]` for each number of steps."""
         downscale = downscale_of(self.vae.config)
         size = (self.shape[1] * downscale, self.shape[2] * downscale)
-        predict, scheduler = student_drawing(
+        predict, scheduler = student_sampler(
             unet, self.texts, self.empty, self.guidance_scale, size, self.scheduler_config,
             self.config,
         )  # fmt: skip
@@ -78,7 +78,7 @@ class Previews:
         return path, write_grid(path, rows, titles, self.prompts, tmp)
 
 
-def half_autocast(unet: UNet2DConditionModel, device: torch.device) -> torch.autocast:
+def half_autocast(unet: Denoiser, device: torch.device) -> torch.autocast:
     """Autocast in the dtype of frozen weights that are held in half precision."""
     dtype = unet.conv_in.weight.dtype
     enabled = dtype != torch.float32
@@ -86,7 +86,7 @@ def half_autocast(unet: UNet2DConditionModel, device: torch.device) -> torch.aut
 
 
 def open_previews(
-    config: DistillConfig,
+    config: RunConfig,
     model: Model,
     manifest: Manifest,
     conditioning: Conditioning,
@@ -109,7 +109,7 @@ def open_previews(
         texts=conditioning.find(prompts, config.cache).to(device),
         empty=conditioning.unconditional.to(device),
         vae=vae,
-        config=to_dict(config),
+        config=config,
         scheduler_config=load_config(model.source, "scheduler/scheduler_config.json"),
         shape=(manifest.identity.vae.channels, *layout.latent_size),
         guidance_scale=model.family.guidance_scale,

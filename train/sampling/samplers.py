@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds
-from shared.diffusion import SCHEDULE, guidance_embedding, schedule_from_config
-from train.networks.teacher import call_unet, twice
-from train.objectives import OBJECTIVES
+from shared.diffusion import guidance_embedding, schedule_from_config
+from train.config import DistillConfig
+from train.networks.denoiser import Denoiser, call_unet, cond_and_uncond
+from train.objectives import objective_of
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, h, w], t [B]) -> output [B, C, h, w]
 
 
-def teacher_scheduler(sampler: str, spacing: str, config: dict[str, Any]) -> Any:
+def teacher_scheduler(sampler: str, spacing: str, config: Mapping[str, Any]) -> Any:
     """A solver for the teacher: `ddim` or `dpmsolver++` (second order, multistep).
 
     `spacing` is diffusers' timestep_spacing: trailing, leading or linspace.
@@ -30,44 +31,30 @@ def teacher_scheduler(sampler: str, spacing: str, config: dict[str, Any]) -> Any
     )
 
 
-def student_drawing(
-    unet: UNet2DConditionModel, text: TextEmbeds, empty: TextEmbeds | None, guidance_scale: float,
-    size: tuple[int, int], scheduler_config: dict[str, Any], config: dict[str, Any],
+def student_sampler(
+    unet: Denoiser, text: TextEmbeds, empty: TextEmbeds | None, guidance_scale: float,
+    size: tuple[int, int], scheduler_config: Mapping[str, Any], config: DistillConfig,
 ) -> tuple[Predict, Any]:  # fmt: skip
     """How the student of a run with this `config` is drawn: its forward and its scheduler.
 
-    In few steps by LCMScheduler; or, where it was trained as its teacher was, by DDIM with
-    classifier-free guidance, for which it needs `empty`.
+    Where its guidance is not learned, it takes classifier-free guidance, and that needs `empty`.
     """
-    if OBJECTIVES[config["objective"]].few_steps:
-        predict = student_predictor(unet, text, guidance_scale, size)
-        return predict, student_scheduler(scheduler_config, config)
+    sampler = objective_of(config).sampler
+    scheduler = sampler.build(scheduler_config, config)
+    if not sampler.classifier_free:
+        return student_predictor(unet, text, guidance_scale, size), scheduler
     assert empty is not None
-    predict = teacher_predictor(unet, text, empty, guidance_scale, size)
-    return predict, teacher_scheduler("ddim", "trailing", scheduler_config)
+    return teacher_predictor(unet, text, empty, guidance_scale, size), scheduler
 
 
-def most_steps(config: dict[str, Any], scheduler_config: dict[str, Any]) -> int:
+def most_steps(config: DistillConfig, scheduler_config: Mapping[str, Any]) -> int:
     """The largest number of steps that the student of a run with this `config` can be drawn in."""
-    if OBJECTIVES[config["objective"]].few_steps:
-        return int(config["num_ddim_timesteps"])
-    return schedule_from_config(scheduler_config).num_train_timesteps
-
-
-def student_scheduler(config: dict[str, Any], distilled: dict[str, Any]) -> LCMScheduler:
-    """diffusers' LCMScheduler with the numbers the student was distilled with.
-
-    What `config` leaves open is said: LCMScheduler's own defaults are others than in training.
-    """
-    return LCMScheduler.from_config(
-        {**SCHEDULE, **config},
-        original_inference_steps=distilled["num_ddim_timesteps"],
-        timestep_scaling=distilled["timestep_scaling_factor"],
-    )
+    most = objective_of(config).sampler.most_steps
+    return most(config) if most else schedule_from_config(scheduler_config).num_train_timesteps
 
 
 def student_predictor(
-    unet: UNet2DConditionModel, text: TextEmbeds, guidance_scale: float, size: tuple[int, int]
+    unet: Denoiser, text: TextEmbeds, guidance_scale: float, size: tuple[int, int]
 ) -> Predict:
     """One forward per step; a full student is told the guidance, a LoRA student has it built in."""
     dim = unet.config.time_cond_proj_dim
@@ -80,7 +67,7 @@ def student_predictor(
 
 
 def teacher_predictor(
-    unet: UNet2DConditionModel,
+    unet: Denoiser,
     text: TextEmbeds,
     empty: TextEmbeds,
     guidance_scale: float,
@@ -92,7 +79,7 @@ def teacher_predictor(
     def predict(z: Tensor, t: Tensor) -> Tensor:
         if guidance_scale == 1.0:
             return call_unet(unet, z, t, text, time_ids)
-        cond, uncond = twice(unet, z, t, text, empty, time_ids)
+        cond, uncond = cond_and_uncond(unet, z, t, text, empty, time_ids)
         return uncond + guidance_scale * (cond - uncond)
 
     return predict
@@ -122,10 +109,9 @@ def draw_latents(
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     scheduler.set_timesteps(steps, device=device)
-    z = randn_tensor((len(seeds), *shape), generator=generators, device=device)
+    z: Tensor = randn_tensor((len(seeds), *shape), generator=generators, device=device)
     z = z * scheduler.init_noise_sigma
-    noisy = {"generator": generators} if isinstance(scheduler, LCMScheduler) else {}
     for t in scheduler.timesteps:
         output = predict(scheduler.scale_model_input(z, t), t.expand(len(seeds)))
-        z = scheduler.step(output, t, z, **noisy).prev_sample
+        z = scheduler.step(output, t, z, generator=generators).prev_sample
     return z

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written beside, fsynced, renamed; only then the old go.
 
 A run that goes on from an older checkpoint begins a branch. The branch's number, which is in each
-state.json, comes before the step where `latest` and the oldest are told.
+state.json, comes before the step where `latest` and the oldest are looked for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from shared.cache.identity import differences
 from shared.errors import UserError, first_line
 from shared.storage import ownership
 from shared.storage.files import (
@@ -37,19 +36,36 @@ from train.state.optim import Scaler, saved
 from train.state.tensor_files import load_tensors
 
 REMEDY = "resume from another checkpoint, or restore it"
-NETWORKS, OPTIMIZER, STATE = "networks.safetensors", "optimizer.safetensors", "state.json"
+STATE = "state.json"
+TENSORS = NETWORKS, OPTIMIZER = "networks.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
-class Progressed:
-    """How far a run has come. `terms` is what must not change across a resume."""
+class TrainingState:
+    """How far a run has come: what state.json says, in its words."""
 
     step: int  # optimizer steps taken
     position: int  # samples consumed; skipped fp16 steps consume theirs, too
     batch_size: int  # samples a step, over all processes
-    terms: Mapping[str, Any]
+    terms: Mapping[str, Any]  # `run_invariants` of resume_checks.py: what a resume must repeat
     scaler: Mapping[str, Any] = field(default_factory=dict)  # of the fp16 loss, where there is one
     branch: int = 0  # one more whenever a run goes on from another checkpoint than its latest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: state.json, and the files of tensors by name.
+
+    No random state is among it: every draw is a function of seed and position or step.
+    """
+
+    state: TrainingState
+    networks: Mapping[str, Tensor]  # `Student.state`
+    optimizer: Mapping[str, Tensor]  # `optimizer_state`
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Those of each file."""
+        return dict(zip(TENSORS, (self.networks, self.optimizer), strict=True))
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -57,20 +73,14 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(
-    run: Path,
-    progressed: Progressed,
-    networks: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    total_limit: int | None,
-) -> Path:
+def save_checkpoint(run: Path, whole: Checkpoint, total_limit: int | None) -> Path:
     """Write a whole checkpoint of CPU tensors, then prune the oldest beyond `total_limit`."""
-    final = checkpoint_folder(run, progressed.step)
+    final = checkpoint_folder(run, whole.state.step)
     tmp = run / "tmp"
     with workshop(tmp, f"-{final.name}") as building:
-        for name, tensors in ((NETWORKS, networks), (OPTIMIZER, optimizer)):
+        for name, tensors in whole.tensors().items():
             publish(tensor_chunks(tensors), building / name, tmp)
-        state = {**vars(progressed), "files": file_sizes(building)}
+        state = {**vars(whole.state), "files": file_sizes(building)}
         publish([dump_json(state)], building / STATE, tmp)
         sync_folder(building)
         if final.exists():  # of an earlier, longer run that was resumed from before it
@@ -135,7 +145,7 @@ def damage(folder: Path) -> str:
     except UserError as error:
         return str(error)
     found = file_sizes(folder)
-    for name in (NETWORKS, OPTIMIZER):
+    for name in TENSORS:
         if name not in found:
             return f"no {name}"
         if found[name] != wanted.get(name, found[name]):  # older checkpoints do not tell
@@ -208,7 +218,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     return existing[-1] if existing else None
 
 
-def begin_branch(run: Path, resumed: Path | None) -> int:
+def start_branch(run: Path, resumed: Path | None) -> int:
     """The branch on which a run goes on from `resumed`; its checkpoint moves to that branch.
 
     Where the run has checkpoints that came after it, a line says what becomes of them. The branch
@@ -232,12 +242,12 @@ def begin_branch(run: Path, resumed: Path | None) -> int:
     return branch + 1
 
 
-def read_progress(folder: Path) -> Progressed:
+def read_progress(folder: Path) -> TrainingState:
     """A checkpoint's state.json. Raises UserError where it is damaged, or a newer version's."""
 
-    def build(stored: Mapping[str, Any]) -> Progressed:
+    def build(stored: Mapping[str, Any]) -> TrainingState:
         known = {name: value for name, value in stored.items() if name != "files"}
-        progressed = record_of(Progressed, known)
+        progressed = record_of(TrainingState, known)
         numbers = (progressed.step, progressed.position, progressed.branch)
         if min(numbers) < 0 or progressed.batch_size < 1:
             raise ValueError("a number in it is below what can be")
@@ -246,32 +256,6 @@ def read_progress(folder: Path) -> Progressed:
         return progressed
 
     return load_record(folder / STATE, build, REMEDY)
-
-
-def check_terms(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise UserError, naming what differs, where a run would not be the same run.
-
-    An older version remembered fewer terms: what only one side has is not compared.
-    """
-    both = (stored.keys() & wanted.keys()) - {"samples"}
-    before, here = ({name: terms[name] for name in both} for terms in (stored, wanted))
-    if differing := differences(before, here):
-        then, now = (terms.get("samples") for terms in (stored, wanted))
-        if before.get("cache") != here.get("cache") and then and now and then != now:
-            raise UserError(f"{folder} belongs to a run on {other_samples(then, now)}")
-        raise UserError(
-            f"{folder} belongs to another run: {differing}; give the same flags, or another --run"
-        )
-
-
-def other_samples(then: int, now: int) -> str:
-    """How a cache has changed since a run began, and how to go on."""
-    changed = f"grown by {now - then:,}" if now > then else f"shrunk by {then - now:,}"
-    return (
-        f"{then:,} samples, and the cache has {changed} to {now:,} since; a run keeps the data it "
-        "began with: train another --run on these, or encode the former --shards into another "
-        "--cache and give this run that one"
-    )
 
 
 def load_networks(folder: Path) -> dict[str, Tensor]:

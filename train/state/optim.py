@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shared.errors import UserError
 from train.config import DistillConfig
 from train.networks.dtensor import like
-from train.objectives import OBJECTIVES
+from train.objectives import objective_of
 
 POLYNOMIAL_END = 1e-7  # diffusers' lr_end: where a polynomial schedule ends
 
@@ -29,15 +29,16 @@ def build_optimizer(
     }
     weights = list(parameters.values())
     if not config.use_8bit_adam:
-        kind = "fused" if weights[0].is_cuda else "foreach"
-        return torch.optim.AdamW(weights, **settings, **{kind: True})
+        settings["fused" if weights[0].is_cuda else "foreach"] = True
+        return torch.optim.AdamW(weights, **settings)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UserError(
             "--use-8bit-adam wants bitsandbytes; `pip install bitsandbytes`, or leave it out"
         ) from None
-    return AdamW8bit(weights, **settings)
+    optimizer: torch.optim.Optimizer = AdamW8bit(weights, **settings)
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def check_schedule(config: DistillConfig) -> None:
 
 def base_learning_rate(config: DistillConfig, batch_size: int = 1) -> float:
     """The flag, else what the objective uses; with --scale-lr times the samples of a step."""
-    rate = config.learning_rate or OBJECTIVES[config.objective].learning_rates[config.student]
+    rate = config.learning_rate or objective_of(config).learning_rates[config.student]
     return rate * batch_size if config.scale_lr else rate
 
 
@@ -121,7 +122,7 @@ def learning_rate_factor(step: int, config: DistillConfig, base: float) -> float
             return half_cosine(config.lr_num_cycles * done % 1.0) if done < 1 else 0.0
         case "polynomial":
             end = POLYNOMIAL_END / base
-            return (1 - end) * (1 - done) ** config.lr_power + end
+            return (1 - end) * math.pow(1 - done, config.lr_power) + end
         case _:
             return 1.0
 

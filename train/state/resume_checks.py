@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from shared.cache.identity import differences
 from shared.cache.manifest import Manifest
 from shared.cli.config import to_dict
 from shared.diffusion import SCHEDULE
@@ -17,33 +19,33 @@ from shared.errors import UserError
 from shared.models.family import Model, load_config
 from shared.storage.files import dump_json
 from shared.wording import counted
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.networks.student import Student
-from train.objectives import OBJECTIVES
-from train.state.checkpoint import Progressed
+from train.objectives import objective_of
+from train.state.checkpoint import TrainingState
 
 # Besides the objective's own flags; everything else may change.
-TERMS = (
+INVARIANT_FLAGS = (
     "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
     "max_train_samples", "lora_target_modules", "use_8bit_adam",
 )  # fmt: skip
 
 
 def divide(
-    config: DistillConfig, world: int, buckets: int, before: Progressed | None
+    config: RunConfig, world: int, buckets: int, before: TrainingState | None
 ) -> tuple[int, int]:
     """The global batch and the micro-batches it is accumulated from.
 
     A resumed run keeps its global batch whatever the number of processes, so that it stays the
     same run. Raises UserError where it cannot be divided.
     """
-    share = config.train_batch_size * world
-    batch_size = share * config.gradient_accumulation_steps
+    micro_batch = config.train_batch_size * world
+    batch_size = micro_batch * config.gradient_accumulation_steps
     if before is not None:
         batch_size = before.batch_size
     batch_size = config.global_batch_size or batch_size
-    if batch_size % share:
-        nearest = max(batch_size // share, 1) * share
+    if batch_size % micro_batch:
+        nearest = max(batch_size // micro_batch, 1) * micro_batch
         fitting = [
             n for n in range(1, config.train_batch_size + 1) if batch_size % (n * world) == 0
         ]
@@ -63,11 +65,11 @@ def divide(
             f"--global-batch-size {batch_size}: the run stands at sample {before.position}, which "
             "is no whole number of such batches; choose one that divides it"
         )
-    return batch_size, batch_size // share
+    return batch_size, batch_size // micro_batch
 
 
-def run_terms(
-    config: DistillConfig, manifest: Manifest | None, model: Model, student: Student
+def run_invariants(
+    config: RunConfig, manifest: Manifest | None, model: Model, student: Student
 ) -> dict[str, Any]:
     """What a checkpoint remembers and a resume must repeat; `student` is as it was built.
 
@@ -84,7 +86,7 @@ def run_terms(
     unet = student.networks()[-1]
     frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
     return {
-        **{name: flags[name] for name in TERMS + OBJECTIVES[config.objective].flags},
+        **{name: flags[name] for name in INVARIANT_FLAGS + objective_of(config).flags},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
         **({"holdout": manifest.holdout} if manifest and manifest.holdout else {}),
@@ -93,6 +95,32 @@ def run_terms(
         # A full fine-tuning has no teacher beside it, but weights that it began with.
         **({"teacher": signs(frozen)} if frozen else {"model": signs(unet.parameters())}),
     }
+
+
+def check_invariants(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise UserError, naming what differs, where a run would not be the same run.
+
+    An older version remembered fewer of them: what only one side has is not compared.
+    """
+    both = (stored.keys() & wanted.keys()) - {"samples"}
+    before, here = ({name: invariants[name] for name in both} for invariants in (stored, wanted))
+    if differing := differences(before, here):
+        then, now = (invariants.get("samples") for invariants in (stored, wanted))
+        if before.get("cache") != here.get("cache") and then and now and then != now:
+            raise UserError(f"{folder} belongs to a run on {other_samples(then, now)}")
+        raise UserError(
+            f"{folder} belongs to another run: {differing}; give the same flags, or another --run"
+        )
+
+
+def other_samples(then: int, now: int) -> str:
+    """How a cache has changed since a run began, and how to go on."""
+    changed = f"grown by {now - then:,}" if now > then else f"shrunk by {then - now:,}"
+    return (
+        f"{then:,} samples, and the cache has {changed} to {now:,} since; a run keeps the data it "
+        "began with: train another --run on these, or encode the former --shards into another "
+        "--cache and give this run that one"
+    )
 
 
 def signs(parameters: Iterable[nn.Parameter]) -> str:

@@ -102,9 +102,9 @@ def check_lora(path: Path, unet: nn.Module) -> None:
     }
     adapted = {name.removeprefix("unet.").rpartition(".lora_")[0] for name in found}
     ends = targets_of(path)
-    told = {name for name in layers for end in ends if f".{name}".endswith(f".{end}")}
+    named = {name for name in layers for end in ends if f".{name}".endswith(f".{end}")}
     wanted: dict[str, Sequence[int]] = {}
-    for name in sorted(adapted | told):
+    for name in sorted(adapted | named):
         if name not in layers:
             raise UserError(f"{path} is for layers that the model's UNet has not; {remedy}")
         width_out, width_in, *kernel = layers[name]
@@ -120,8 +120,8 @@ def check_lora(path: Path, unet: nn.Module) -> None:
 def targets_of(path: Path) -> set[str]:
     """Ends of the names of the layers that a LoRA file's own metadata names, if it does."""
     with safe_open(path, "pt") as file:
-        told = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        settings = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     with contextlib.suppress(ValueError, RecursionError):
-        names = json.loads(told)["unet.target_modules"]
+        names = json.loads(settings)["unet.target_modules"]
         return {str(name) for name in names}
     return set()

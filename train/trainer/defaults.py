@@ -1,13 +1,11 @@
-"""What the commands of stage two do where their flags do not say; the first line tells."""
+"""What a run does where its flags do not say; the first line tells."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ from shared.errors import UserError
 from shared.machine.device import pick_device
 from shared.models.family import FAMILIES, model_name
 from shared.storage.urls import Place
-from train.config import DistillConfig
-from train.export.student import run_config, student_file
-from train.state.checkpoint import latest_checkpoint
+from train.config import DistillConfig, RunConfig
+from train.flag_groups import Precision
+from train.state.run_config import run_config
 from train.trainer.distributed import as_launched
 from train.trainer.resume import FREE
 
@@ -32,16 +30,16 @@ BESIDE = FREE | {"student", "hub_token", "mixed_precision", "typed"}
 LONGEST = 80  # characters of a run's name
 
 
-def with_defaults(config: DistillConfig) -> DistillConfig:
-    """The same with model, cache, run and precision; the main process says what was chosen."""
-    left_alone = None in (config.model, config.cache, config.run)
-    model = config.model or (MODEL if config.cache is None else model_of(config.cache))
-    cache = default_cache(model) if config.cache is None else config.cache
-    if config.cache is None:
+def with_defaults(flags: DistillConfig) -> RunConfig:
+    """Decide model, cache, run and precision; the main process says what was chosen."""
+    left_alone = None in (flags.model, flags.cache, flags.run)
+    model = flags.model or (MODEL if flags.cache is None else model_of(flags.cache))
+    cache = default_cache(model) if flags.cache is None else flags.cache
+    if flags.cache is None:
         refuse_absent(cache, model)
-    config = replace(config, model=model, cache=cache)
-    config = replace(config, run=config.run or RUNS / run_name(config))
-    config = with_precision(as_launched(config))
+    decided = {**vars(flags), "model": model, "cache": cache}
+    run = flags.run or RUNS / run_name(DistillConfig(**decided))
+    config = with_precision(as_launched(RunConfig(**decided | {"run": run})))
     if os.environ.get("RANK", "0") != "0":
         return config
     precision = f"precision {config.mixed_precision}"
@@ -112,59 +110,26 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:6]
 
 
-def with_precision(config: DistillConfig) -> DistillConfig:
+def with_precision(config: RunConfig) -> RunConfig:
     """The same with --mixed-precision: as given, else the run's own, else what the device has."""
     if config.mixed_precision is not None:
         return config
     return replace(config, mixed_precision=recorded_precision(config) or device_precision(config))
 
 
-def recorded_precision(config: DistillConfig) -> str | None:
+def recorded_precision(config: RunConfig) -> Precision | None:
     """That of the run that is gone on with, if there is one."""
-    assert config.run is not None
     run, wanted = config.run, config.resume_from_checkpoint
     if wanted is not None and Path(wanted).is_dir():
         run = Path(wanted).absolute().parent.parent  # RUN/checkpoints/step-N
     if not (run / "config.json").is_file():
         return None
-    return run_config(run).get("mixed_precision")
+    return run_config(run).mixed_precision
 
 
-def device_precision(config: DistillConfig) -> str:
+def device_precision(config: DistillConfig) -> Precision:
     """bf16 where a GPU has it, fp16 on an older one; fp32 elsewhere."""
     device = pick_device(config.device)
     if device.type != "cuda":
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def newest_run(run: Path | None, written: Callable[[Path], Path | None], lacks: str) -> Path:
-    """The run that is given, else that of `runs/` whose file that `written` names is the newest.
-
-    Says which in the first line. Raises UserError where there is none; `lacks` says of what.
-    """
-    if run is not None:
-        return run
-    found = {}
-    for config in RUNS.glob("*/config.json"):
-        with contextlib.suppress(UserError):  # of a damaged one, which is not the one meant
-            file = written(config.parent)
-            if file is not None and file.exists():
-                found[file.stat().st_mtime_ns] = config.parent
-    if not found:
-        raise UserError(
-            f"no run in {RUNS}/ has {lacks}; `python -m train distill` makes one, or pass --run"
-        )
-    newest = found[max(found)]
-    print(f"run {newest}, the newest of {RUNS}/ (--run chooses another)", file=sys.stderr)
-    return newest
-
-
-def newest_student(run: Path | None) -> Path:
-    """The run whose student was written last, unless one is given."""
-    return newest_run(run, lambda one: student_file(one, run_config(one)), "a student yet")
-
-
-def newest_checkpoint(run: Path | None) -> Path:
-    """The run whose checkpoint was written last, unless one is given."""
-    return newest_run(run, latest_checkpoint, "a checkpoint yet")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,15 +21,17 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import DistNetworkError
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from shared.errors import UserError, first_line
 from shared.machine.device import pick_device
-from train.config import DistillConfig
-from train.networks.dtensor import SHARDED_BLOCKS
+from train.config import RunConfig
+from train.networks.denoiser import Denoiser
+from train.networks.dtensor import FSDP_BLOCKS
 from train.networks.student import Student
 from train.trainer.launch import join
 
@@ -41,7 +44,7 @@ LAUNCHERS = {
 }
 
 
-class Team:
+class Distributed:
     """What a process needs to know of the others. Every method is entered by all of them."""
 
     def __init__(self, device: str = "auto") -> None:
@@ -75,13 +78,13 @@ class Team:
                 "leave the number out"
             )
         self.device = alone if self.world == 1 else self.accelerator.device
-        self.sharded = self.world > 1 and asked("ACCELERATE_USE_FSDP")
+        self.fsdp = self.world > 1 and asked("ACCELERATE_USE_FSDP")
 
-    def share(self, student: Student) -> None:
+    def wrap(self, student: Student) -> None:
         """Move the student to the device, and let its gradients or its weights be shared."""
-        if self.sharded:
+        if self.fsdp:
             for unet in student.networks():
-                shard(unet, FullyShardedDataParallelPlugin())
+                apply_fsdp(unet, FullyShardedDataParallelPlugin())
             return
         for unet in student.networks():
             unet.to(self.device)
@@ -98,6 +101,7 @@ class Team:
             yield
             student.unet.set_requires_gradient_sync(True)
         else:
+            assert isinstance(student.live, DistributedDataParallel)
             with student.live.no_sync():
                 yield
 
@@ -105,7 +109,8 @@ class Team:
         """The mean over the processes."""
         if self.world == 1:
             return value
-        return self.accelerator.reduce(value, "mean")
+        mean: Tensor = self.accelerator.reduce(value, "mean")
+        return mean
 
     def wait(self) -> None:
         """Go on when all have come so far."""
@@ -132,14 +137,14 @@ def refuse_launchers() -> None:
         raise UserError("FSDP here is torch's fully_shard; add --fsdp_version 2 to the launcher")
 
 
-def as_launched(config: DistillConfig) -> DistillConfig:
+def as_launched(config: RunConfig) -> RunConfig:
     """The flags, and where they were left alone what accelerate's launcher was told.
 
     Raises UserError for a precision that the trainer does not have, and for processes that a
     launcher has started and that could not find each other.
     """
     join()
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp8":
         raise UserError("--mixed_precision fp8 is not for this trainer; launch with bf16")
     # It says "no" also where nobody has asked it for a precision.
@@ -157,7 +162,7 @@ def asked(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
 
 
-def shard(unet: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
+def apply_fsdp(unet: Denoiser, plugin: FullyShardedDataParallelPlugin) -> None:
     """torch's fully_shard on every block, then on what is left.
 
     Of the plugin count `--fsdp_reshard_after_forward` and `--fsdp_offload_params`.
@@ -167,6 +172,6 @@ def shard(unet: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:
     options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": policy}
     unet.to(memory_format=torch.contiguous_format)  # the only one that fully_shard takes
     for module in list(unet.modules()):
-        if type(module).__name__ in SHARDED_BLOCKS:
+        if type(module).__name__ in FSDP_BLOCKS:
             fully_shard(module, **options)
     fully_shard(unet, **options)

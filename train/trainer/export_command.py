@@ -4,51 +4,67 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.cli.config import coerce
 from shared.errors import UserError
-from shared.models.family import recorded_model, resolve_model
+from shared.models.family import resolve_model
 from shared.storage.files import guard
-from train.config import DistillConfig, ExportConfig
+from train.config import ExportConfig
 from train.export.hub import check_push
-from train.export.student import publish_export, run_config, write_export
-from train.networks.student import build_student
-from train.state.checkpoint import check_terms, find_checkpoint, read_progress, whole_checkpoints
+from train.export.newest import newest_checkpoint
+from train.export.provenance import of_recorded
+from train.export.student import publish_export, write_export
+from train.networks.build import build_student
+from train.state.checkpoint import (
+    find_checkpoint,
+    latest_checkpoint,
+    read_progress,
+)
+from train.state.owner import owning
 from train.state.restore import restore_networks
-from train.state.resume_checks import run_terms
+from train.state.resume_checks import check_invariants, run_invariants
+from train.state.run_config import run_config
 
 
-def export_checkpoint(config: ExportConfig) -> Path:
-    """Export a checkpoint of a run, with its card; publish it if asked to.
+def export(config: ExportConfig) -> None:
+    """Export a checkpoint of a run as the run's owner, and print where."""
+    run = newest_checkpoint(config.run)
+    remedy = "wait for it, or give --output another folder"
+    with owning(config.output or run, "train export", remedy):
+        print(export_checkpoint(run, config))
+
+
+def export_checkpoint(run: Path, config: ExportConfig) -> Path:
+    """Write a checkpoint's student, with its card; publish it if asked to. Return its path.
 
     Raises UserError where there is none, where it is of another run, or where the hub refuses.
     """
-    check_push(config)
-    stored = run_config(config.run)
-    checkpoint = wanted_checkpoint(config)
-    folder = config.output or config.run
+    check_push(config, run)
+    stored = run_config(run)
+    checkpoint = wanted_checkpoint(run, config.checkpoint)
+    folder = config.output or run
     with guard(folder):
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    distilled = DistillConfig(**coerce(DistillConfig, stored))
-    model = resolve_model(config.model or recorded_model(str(distilled.model)))
-    student = build_student(model.source, distilled)
     before = read_progress(checkpoint)
-    terms = run_terms(distilled, None, model, student)
+    origin = of_recorded(stored, config.model, before.step)
+    model = resolve_model(origin.teacher)
+    student = build_student(model.source, stored)
+    invariants = run_invariants(stored, None, model, student)
     # Its cache may have grown or be gone: an export does not need it.
-    check_terms(checkpoint, before.terms, {**terms, "cache": before.terms.get("cache")})
+    cache = before.terms.get("cache")
+    check_invariants(checkpoint, before.terms, {**invariants, "cache": cache})
     restore_networks(checkpoint, student)
-    newest = [path.resolve() for path in whole_checkpoints(config.run)[-1:]]
-    latest = checkpoint.resolve() in newest
-    path = write_export(config, student.exported(), folder, before.step, latest)
-    publish_export(config, folder, before.step, latest)
+    newest = latest_checkpoint(run)
+    latest = newest is not None and checkpoint.resolve() == newest.resolve()
+    path = write_export(run, origin, student.exported(), folder, config.export_dtype, latest)
+    publish_export(run, origin, folder, config, latest)
     return path
 
 
-def wanted_checkpoint(config: ExportConfig) -> Path:
+def wanted_checkpoint(run: Path, wanted: str) -> Path:
     """The checkpoint to export. Raises UserError where there is none."""
     try:
-        folder = find_checkpoint(config.run, config.checkpoint)
+        folder = find_checkpoint(run, wanted)
     except UserError as error:  # which names the flag of `distill`
         raise UserError(str(error).replace("--resume-from-checkpoint", "--checkpoint")) from None
     if folder is None:
-        raise UserError(f"{config.run} has no checkpoint yet")
+        raise UserError(f"{run} has no checkpoint yet")
     return folder

@@ -101,5 +101,5 @@ def adopt(
     port = MEETING_PORT if job is None else 15000 + job % 10000  # jobs may share a machine
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     environment.setdefault("MASTER_PORT", str(port))
-    told = (environment[rank], str(size), environment[local_rank], str(here))
-    environment.update(zip(TORCH, told, strict=True))
+    values = (environment[rank], str(size), environment[local_rank], str(here))
+    environment.update(zip(TORCH, values, strict=True))

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.data.batch import Batch
 from train.state.optim import set_learning_rate
 from train.state.owner import release
-from train.trainer.preemption import Stop
 from train.trainer.resume import LATEST
 from train.trainer.run import Distillation
+from train.trainer.signals import Stop
 
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 SMALLEST_SCALE = 2.0**-10  # of the fp16 loss; torch begins at 2**16
@@ -32,28 +32,18 @@ def distill(run: Distillation) -> int:
     try:
         return take_steps(run)
     finally:
-        if run.team.main:
+        if run.distributed.main:
             release(run.config.run)
 
 
 def take_steps(run: Distillation) -> int:
     """Take optimizer steps from where the run stands; save, and export where it is finished."""
-    config, student = run.config, run.student
-    saved = run.step
-    with Stop(run.team) as stop:
+    config, saved = run.config, run.step
+    with Stop(run.distributed) as stop:
         with closing(run.loader.batches()) as batches, run.recorder:
             while run.step < config.max_train_steps and not stop.asked():
-                seed_dropout(config.seed, run.step + 1, run.team.rank)
-                rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, config)
-                loss, norm = backward(run, next(batches))
-                taken = update(run.optimizer, run.scaler)
-                run.position += run.loader.order.batch_size
-                if not taken:
+                if not take_step(run, batches):
                     continue  # an fp16 overflow: the same step again, with the next samples
-                run.step += 1
-                student.after_step()
-                batch = run.position // run.loader.order.batch_size - 1
-                run.recorder.record(run.step, batch, loss, norm, rate)
                 # Pictures first: killed before it has saved, a run draws them again.
                 if due(run.step, config.validation_steps, config):
                     run.preview()
@@ -67,18 +57,33 @@ def take_steps(run: Distillation) -> int:
             run.export()
     if finished:
         return 0
-    if run.team.main:
+    if run.distributed.main:
         same = config.resume_from_checkpoint in (None, LATEST)
         command = "the same command" if same else f"--resume-from-checkpoint {LATEST}"
         print(f"stopped after step {run.step}; {command} goes on from there", file=sys.stderr)
     return INTERRUPTED if stop.interrupted else 0
 
 
+def take_step(run: Distillation, batches: Iterator[Batch]) -> bool:
+    """Take one optimizer step with the next batch; False where fp16 gradients overflowed."""
+    seed_dropout(run.config.seed, run.step + 1, run.distributed.rank)
+    rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, run.config)
+    loss, norm = backward(run, next(batches))
+    taken = update(run.optimizer, run.scaler)
+    run.position += run.loader.order.batch_size
+    if taken:
+        run.step += 1
+        run.student.after_step()
+        number = run.position // run.loader.order.batch_size - 1
+        run.recorder.record(run.step, number, loss, norm, rate)
+    return taken
+
+
 def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
     """Accumulate the gradients of a batch; returns its mean loss and the norm before clipping."""
     losses = []
     for number, part in enumerate(micro_batches(batch, run.accumulation), start=1):
-        with run.team.accumulating(run.student, last=number == run.accumulation):
+        with run.distributed.accumulating(run.student, last=number == run.accumulation):
             with run.autocast():
                 loss = run.objective(part, run.empty, run.student)
             run.scaler.scale(loss / run.accumulation).backward()
@@ -106,23 +111,16 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bo
     return taken
 
 
-def due(step: int, every: int, config: DistillConfig) -> bool:
+def due(step: int, every: int, config: RunConfig) -> bool:
     """Every so many steps and at the end; never where `every` is 0."""
     return every > 0 and (step % every == 0 or step == config.max_train_steps)
 
 
 def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
     """A batch in `count` equal parts, so that accumulation leaves the sample stream as it is."""
-    fields = {name: split(value, count) for name, value in vars(batch).items()}
+    parts = {name: tensor.chunk(count) for name, tensor in batch.tensors().items()}
     for number in range(count):
-        yield Batch(**{name: parts[number] for name, parts in fields.items()})
-
-
-def split(value: Tensor | None, count: int) -> list[Tensor | None]:
-    """Equal parts along the first axis."""
-    if value is None:
-        return list(itertools.repeat(None, count))
-    return list(value.chunk(count))
+        yield replace(batch, **{name: tensors[number] for name, tensors in parts.items()})
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

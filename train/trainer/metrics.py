@@ -26,11 +26,11 @@ from shared.storage.files import dump_json, guard, publish
 from shared.storage.reading import read_if_there
 from shared.storage.typed_json import typed
 from shared.wording import rate as rate_of
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.data.loader import Loader
 from train.networks.dtensor import whole
 from train.state.checkpoint import whole_checkpoints
-from train.trainer.distributed import Team
+from train.trainer.distributed import Distributed
 from train.trainer.trackers import Trackers
 
 EXPLODED = 1e3  # latents have a standard deviation of about 1, and so has a hopeless prediction
@@ -57,9 +57,11 @@ class Recorder:
     writes.
     """
 
-    def __init__(self, config: DistillConfig, team: Team, loader: Loader, done: int) -> None:
+    def __init__(
+        self, config: RunConfig, distributed: Distributed, loader: Loader, done: int
+    ) -> None:
         """`done` steps are behind."""
-        self.config, self.team, self.loader, self.done = config, team, loader, done
+        self.config, self.distributed, self.loader, self.done = config, distributed, loader, done
         self.waited = 0.0
         self.steps: list[tuple[int, int]] = []
         self.values: list[Tensor] = []
@@ -68,7 +70,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self.since = time.perf_counter()
-        if self.team.main:
+        if self.distributed.main:
             self.path = self.config.run / "metrics.jsonl"
             keep_until(self.path, self.done)
             with guard(self.path):
@@ -92,7 +94,7 @@ class Recorder:
         note = ""
         if step % self.config.logging_steps == 0:
             note = self._turn(self._close_window(rate))
-        if self.team.main:
+        if self.distributed.main:
             self.progress.update(1, note)
         self.rate = rate
 
@@ -100,7 +102,7 @@ class Recorder:
         """Write all that has been noted, durably: the checkpoint that follows vouches for it."""
         self._turn(self._close_window(self.rate) if self.values else None)
         self.catch_up()
-        if self.team.main:
+        if self.distributed.main:
             with guard(self.path):
                 os.fsync(self.file.fileno())
 
@@ -111,8 +113,8 @@ class Recorder:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What is done meanwhile is no training: its time does not count as the steps'."""
-        if self.team.device.type == "cuda":
-            torch.cuda.synchronize(self.team.device)  # steps still under way do count
+        if self.distributed.device.type == "cuda":
+            torch.cuda.synchronize(self.distributed.device)  # steps still under way do count
         began = time.perf_counter()
         yield
         now = time.perf_counter()
@@ -120,7 +122,7 @@ class Recorder:
 
     def _close_window(self, rate: float) -> Window:
         """The steps since the last line; their numbers set out for the CPU."""
-        values, arrived = self.team.mean(torch.stack(self.values, 1)), None
+        values, arrived = self.distributed.mean(torch.stack(self.values, 1)), None
         if values.is_cuda:
             pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = pinned.copy_(values, non_blocking=True)
@@ -149,7 +151,7 @@ class Recorder:
                 raise UserError(self.diverged(f"the loss is {loss:g}", step, batch))
             if not math.isfinite(norm):
                 raise UserError(self.diverged(f"the gradient norm is {norm:g}", step, batch))
-        if not self.team.main:
+        if not self.distributed.main:
             return ""
         step = window.steps[-1][0]
         loss = sum(losses) / len(losses)
@@ -171,12 +173,12 @@ class Recorder:
 
     def picture(self, step: int, sheet: NDArray[np.uint8]) -> None:
         """Show a preview in every tracker."""
-        if self.team.main:
+        if self.distributed.main:
             self.trackers.picture("previews", sheet, step)
 
     def say(self, line: str) -> None:
         """Print a line without disturbing the progress bar."""
-        if self.team.main:
+        if self.distributed.main:
             self.progress.write(line)
 
     def diverged(self, what: str, step: int, batch: int) -> str:
@@ -186,7 +188,7 @@ class Recorder:
         """
         names = self.loader.names(batch)
         run = self.config.run
-        if self.team.main:
+        if self.distributed.main:
             publish(
                 [dump_json({"what": what, "step": step, "batch": batch, "samples": names})],
                 run / "diverged.json",
@@ -207,7 +209,7 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.team.main:
+        if self.distributed.main:
             self.progress.__exit__(kind, error, trace)
             self.trackers.close()
             self.file.close()

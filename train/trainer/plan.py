@@ -16,24 +16,24 @@ from shared.cache.manifest import Manifest
 from shared.errors import UserError
 from shared.models.family import Model, unet_config
 from shared.wording import counted
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.data.loader import Loader
-from train.memory.estimate import Sharing
-from train.objectives import OBJECTIVES
-from train.state.checkpoint import Progressed
+from train.memory.estimate import Parallelism
+from train.objectives import objective_of
+from train.state.checkpoint import TrainingState
 from train.state.resume_checks import divide
-from train.trainer.distributed import Team
+from train.trainer.distributed import Distributed
 
 
 def batches(
-    config: DistillConfig, team: Team, buckets: int, before: Progressed | None
+    config: RunConfig, distributed: Distributed, buckets: int, before: TrainingState | None
 ) -> tuple[int, int]:
     """`divide`, and a word where --gradient-accumulation-steps was given and says otherwise.
 
     Beside --global-batch-size that is a UserError. A resumed run keeps its global batch and tells
     so, for the same command may be given again on another number of processes.
     """
-    batch_size, accumulation = divide(config, team.world, buckets, before)
+    batch_size, accumulation = divide(config, distributed.world, buckets, before)
     wanted = config.gradient_accumulation_steps
     if "gradient_accumulation_steps" not in config.typed or wanted == accumulation:
         return batch_size, accumulation
@@ -42,7 +42,7 @@ def batches(
             f"--gradient-accumulation-steps {wanted}: --global-batch-size "
             f"{config.global_batch_size} is {accumulation} of them here; give one of the two flags"
         )
-    if team.main:
+    if distributed.main:
         print(
             f"note: {accumulation} accumulation steps instead of --gradient-accumulation-steps "
             f"{wanted}: a resumed run keeps its global batch; --global-batch-size changes it",
@@ -51,7 +51,7 @@ def batches(
     return batch_size, accumulation
 
 
-def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillConfig:
+def with_steps(config: RunConfig, batch_size: int, samples: int) -> RunConfig:
     """The same with `max_train_steps` for as many passes as `--num-train-epochs` asks for."""
     epochs = config.num_train_epochs
     if epochs is None:
@@ -61,7 +61,7 @@ def with_steps(config: DistillConfig, batch_size: int, samples: int) -> DistillC
 
 
 def plan(
-    config: DistillConfig,
+    config: RunConfig,
     parameters: dict[str, nn.Parameter],
     loader: Loader,
     resumed: Path | None,
@@ -76,7 +76,7 @@ def plan(
     origin = f"from {resumed}" if resumed else "from the teacher"
     spec = loader.spec
     drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
-    if not OBJECTIVES[config.objective].teacher:
+    if not objective_of(config).takes_guidance:
         drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
@@ -86,28 +86,32 @@ def plan(
     )
 
 
-def say_memory(
-    config: DistillConfig, accumulation: int, model: Model, manifest: Manifest, team: Team
+def print_memory(
+    config: RunConfig,
+    accumulation: int,
+    model: Model,
+    manifest: Manifest,
+    distributed: Distributed,
 ) -> None:
     """On a GPU, print what the largest latents will take, before anything is loaded there.
 
     Raises UserError where not even the weights have room.
     """
-    if team.device.type != "cuda":
+    if distributed.device.type != "cuda" or not distributed.main:
         return
     sizes = [layout.latent_size for layout in manifest.layouts]
     if not sizes:
         return
-    from train.memory.advice import memory_line, sharing_of  # which take torch's slower tools
+    from train.memory.advice import memory_line  # which takes torch's slower tools
 
     unet = unet_config(model.source)
     config = replace(config, gradient_accumulation_steps=accumulation)  # also where it followed
-    free, _ = torch.cuda.mem_get_info(team.device)
-    line = memory_line(unet, config, max(sizes, key=math.prod), free, sharing_of(team))
+    free, _ = torch.cuda.mem_get_info(distributed.device)
+    line = memory_line(unet, config, max(sizes, key=math.prod), free, parallelism_of(distributed))
     print(line, file=sys.stderr)
 
 
-def warn_of_small_buckets(loader: Loader) -> None:
+def note_small_buckets(loader: Loader) -> None:
     """A bucket smaller than a batch repeats its samples within one."""
     for bucket, size in zip(loader.buckets, loader.order.sizes, strict=True):
         if size < loader.order.batch_size:
@@ -119,14 +123,14 @@ def warn_of_small_buckets(loader: Loader) -> None:
             )
 
 
-def sharing_of(team: Team) -> Sharing:
+def parallelism_of(distributed: Distributed) -> Parallelism:
     """How the processes of a run divide its memory."""
-    if not team.sharded:
-        return Sharing(team.world)
+    if not distributed.fsdp:
+        return Parallelism(distributed.world)
     plugin = FullyShardedDataParallelPlugin()
-    return Sharing(
-        team.world,
-        sharded=True,
+    return Parallelism(
+        distributed.world,
+        fsdp=True,
         offloaded=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         gathered=not plugin.reshard_after_forward,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +9,20 @@ from typing import Any
 from shared.cache.identity import differences
 from shared.cli.config import to_dict
 from shared.errors import UserError
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.export.model_card import CARD_FILE
-from train.export.student import SCHEDULER_FILE, run_config, student_file
+from train.export.provenance import SCHEDULER_FILE
+from train.export.student import student_file
 from train.export.weights import weight_files
-from train.objectives import OBJECTIVES
+from train.objectives import objective_of
 from train.state import checkpoint
 from train.state.optim import base_learning_rate
-from train.state.resume_checks import TERMS
+from train.state.resume_checks import INVARIANT_FLAGS
+from train.state.run_config import run_config
 from train.state.tensor_files import is_whole
 
-# Flags that may differ, since the student does not depend on them. That cache, teacher and VAE are
-# the same wherever they lie, their contents tell (state/resume_checks.py, networks/teacher.py).
+# Flags that may differ, since the student does not depend on them. Cache, teacher and VAE are known
+# by their contents, wherever they lie (state/resume_checks.py, networks/cache_checks.py).
 FREE = frozenset({
     "model", "cache", "run", "vae", "resume_from_checkpoint", "take_over", "dry_run",
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_prompts",
@@ -33,7 +33,7 @@ FREE = frozenset({
 LATEST = "latest"
 
 
-def as_left(config: DistillConfig) -> DistillConfig:
+def as_left(config: RunConfig) -> RunConfig:
     """The same, to go on from the latest checkpoint where the run has begun and nothing differs.
 
     A checkpoint that was asked for is left to the checks of what must stay the same. Raises
@@ -48,11 +48,12 @@ def as_left(config: DistillConfig) -> DistillConfig:
         return config
     stored = run_config(config.run)
     if changed := changes(stored, config):
-        kept = {*TERMS, *OBJECTIVES[config.objective].flags}
+        kept = {*INVARIANT_FLAGS, *objective_of(config).flags}
         free = saved and not changed.keys() & kept
+        before, here = ({name: pair[side] for name, pair in changed.items()} for side in (0, 1))
         way = "--resume-from-checkpoint latest goes on with these" if free else "give the former"
         raise UserError(
-            f"{config.run} was begun with other flags: {told(changed)}; {way}, "
+            f"{config.run} was begun with other flags: {differences(before, here)}; {way}, "
             "or choose another --run"
         )
     return replace(config, resume_from_checkpoint=LATEST)
@@ -64,26 +65,20 @@ def has_metrics(run: Path) -> bool:
     return log.is_file() and log.stat().st_size > 0
 
 
-def changes(stored: Mapping[str, Any], config: DistillConfig) -> dict[str, tuple[Any, Any]]:
+def changes(stored: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """What the student depends on and was otherwise when the run began: both values.
 
-    Flags that an older run does not know are not compared.
+    Flags that are younger than the run had their defaults.
     """
-    wanted = to_dict(config) | {"learning_rate": base_learning_rate(config)}
-    wanted = json.loads(json.dumps(wanted))
-    names = (stored.keys() & wanted.keys()) - FREE
+    wanted = to_dict(replace(config, learning_rate=base_learning_rate(config)))
+    before = to_dict(stored)
+    names = wanted.keys() - FREE
     if config.num_train_epochs is not None:
         names -= {"max_train_steps"}  # follows from the cache
-    return {name: (stored[name], wanted[name]) for name in names if stored[name] != wanted[name]}
+    return {name: (before[name], wanted[name]) for name in names if before[name] != wanted[name]}
 
 
-def told(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """The changes in words."""
-    before, here = ({name: pair[side] for name, pair in changed.items()} for side in (0, 1))
-    return differences(before, here)
-
-
-def finished(config: DistillConfig) -> str:
+def finished_message(config: RunConfig) -> str:
     """What to say where this very command has done all it could; else nothing.
 
     The model card is the last file of an export, so one that is older than the last checkpoint
@@ -97,11 +92,11 @@ def finished(config: DistillConfig) -> str:
         return ""
     stored = run_config(run)
     _, step = checkpoint.age(last)
-    if changes(stored, config) or step < stored["max_train_steps"]:
+    if changes(stored, config) or step < stored.max_train_steps:
         return ""
     student = student_file(run, stored)
     card = run / CARD_FILE
-    weights = [run / name for name in weight_files(stored["student"], stored["export_dtype"])]
+    weights = [run / name for name in weight_files(stored.student, stored.export_dtype)]
     beside = (run / SCHEDULER_FILE, card)
     if not (all(map(is_whole, weights)) and all(path.is_file() for path in beside)):
         return ""

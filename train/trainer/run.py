@@ -11,16 +11,18 @@ from torch import nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
-from train.config import DistillConfig, ExportConfig
+from train.config import ExportConfig, RunConfig
 from train.data.loader import Loader
+from train.export.provenance import of_finished
 from train.export.student import publish_export, write_export
+from train.flag_groups import PublishFlags, names_of
 from train.networks.dtensor import local
 from train.networks.precision import autocast
 from train.networks.student import Student
 from train.objectives.objective import Loss
 from train.sampling.preview import Previews
 from train.state import checkpoint
-from train.trainer.distributed import Team
+from train.trainer.distributed import Distributed
 from train.trainer.export_command import export_checkpoint
 from train.trainer.metrics import Recorder
 
@@ -29,8 +31,8 @@ from train.trainer.metrics import Recorder
 class Distillation:
     """A run, ready to go on after step `step`, when `position` samples have been consumed."""
 
-    config: DistillConfig
-    team: Team
+    config: RunConfig
+    distributed: Distributed
     student: Student
     objective: Loss
     loader: Loader
@@ -42,14 +44,14 @@ class Distillation:
     accumulation: int
     step: int
     position: int
-    terms: dict[str, Any]
+    invariants: dict[str, Any]
     recorder: Recorder
     previews: Previews | None
     branch: int = 0  # of the checkpoints that the main process will write
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The one dtype in which all networks compute."""
-        return autocast(self.config.mixed_precision, self.team.device)
+        return autocast(self.config.mixed_precision, self.distributed.device)
 
     def save(self) -> None:
         """Write a checkpoint, unless the weights are no longer finite. All processes enter it."""
@@ -59,27 +61,28 @@ class Distillation:
     def _save(self) -> None:
         self.recorder.flush()
         self._check_weights()
-        networks = self.team.gather(self.student.state())
-        optimizer = self.team.gather(checkpoint.optimizer_state(self.optimizer, self.parameters))
-        if self.team.main:
-            progressed = checkpoint.Progressed(
+        networks = self.distributed.gather(self.student.state())
+        optimizer = self.distributed.gather(
+            checkpoint.optimizer_state(self.optimizer, self.parameters)
+        )
+        if self.distributed.main:
+            state = checkpoint.TrainingState(
                 step=self.step,
                 position=self.position,
                 batch_size=self.loader.order.batch_size,
-                terms=self.terms,
+                terms=self.invariants,
                 scaler=self.scaler.state_dict(),
                 branch=self.branch,
             )
+            whole = checkpoint.Checkpoint(state, networks, optimizer)
             limit = self.config.checkpoints_total_limit
-            folder = checkpoint.save_checkpoint(
-                self.config.run, progressed, networks, optimizer, limit
-            )
+            folder = checkpoint.save_checkpoint(self.config.run, whole, limit)
             self.recorder.say(f"saved {folder}")
-        self.team.wait()
+        self.distributed.wait()
 
     def _check_weights(self) -> None:
         parts = [local(parameter).isfinite().all() for parameter in self.parameters.values()]
-        finite = self.team.mean(torch.stack(parts).all().float())
+        finite = self.distributed.mean(torch.stack(parts).all().float())
         if finite.item() < 1:
             batch = self.position // self.loader.order.batch_size - 1
             what = "the weights are no longer finite"
@@ -92,20 +95,24 @@ class Distillation:
         with self.recorder.aside():
             self.recorder.catch_up()
             columns = self.previews.draw(self.student.drawing())
-            if self.team.main:
+            if self.distributed.main:
                 path, sheet = self.previews.write(columns, self.step)
                 self.recorder.picture(self.step, sheet)
                 self.recorder.say(f"drew {path}")
-            self.team.wait()
+            self.distributed.wait()
 
     def export(self) -> None:
         """Write the student in diffusers' format."""
-        config = self.config
-        if self.team.main and self.team.sharded:  # no process has it whole; the checkpoint does
-            fields = ("run", "export_dtype", "push_to_hub", "hub_model_id", "hub_token")
-            same = {name: getattr(config, name) for name in fields}
-            print(f"student: {export_checkpoint(ExportConfig(**same))}")
-        elif self.team.main:
-            print(f"student: {write_export(config, self.student.exported(), config.run)}")
-            publish_export(config, config.run)
-        self.team.wait()
+        config, student = self.config, self.student
+        if self.distributed.main and self.distributed.fsdp:
+            # No process has the student whole; the checkpoint does.
+            same = {name: getattr(config, name) for name in names_of(PublishFlags)}
+            print(f"student: {export_checkpoint(config.run, ExportConfig(**same))}")
+        elif self.distributed.main:
+            origin = of_finished(config.run)
+            path = write_export(
+                config.run, origin, student.exported(), config.run, config.export_dtype
+            )
+            print(f"student: {path}")
+            publish_export(config.run, origin, config.run, config)
+        self.distributed.wait()

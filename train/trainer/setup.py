@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,30 @@ from shared.models.family import Model, resolve_model
 from shared.storage.files import dump_json, publish
 from shared.storage.temporary import sweep
 from shared.wording import counted
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.data.bucket import open_buckets
 from train.data.draws import DrawSpec
 from train.data.heads import check_heads
 from train.data.loader import LatentSpec, Loader
 from train.data.order import Order
 from train.flags import check_flags
+from train.networks.build import build_student
+from train.networks.cache_checks import check_fit
+from train.networks.denoiser import load_schedule
 from train.networks.precision import check_speed, speed_up
-from train.networks.student import Student, build_student
-from train.networks.teacher import check_fit, load_schedule
-from train.objectives import OBJECTIVES
-from train.objectives.objective import Loss
+from train.networks.student import Student
+from train.objectives import objective_of
 from train.sampling.preview import open_previews
 from train.state import checkpoint, owner
 from train.state.optim import base_learning_rate, build_optimizer
 from train.state.restore import restore_networks, restore_optimizer
-from train.state.resume_checks import run_terms
-from train.state.whereabouts import told
+from train.state.resume_checks import check_invariants, run_invariants
+from train.state.run_paths import to_keep
 from train.trainer.defaults import with_precision
-from train.trainer.distributed import Team, as_launched
+from train.trainer.distributed import Distributed, as_launched
 from train.trainer.metrics import Recorder
-from train.trainer.plan import batches, plan, say_memory, warn_of_small_buckets, with_steps
-from train.trainer.resume import as_left, finished
+from train.trainer.plan import batches, note_small_buckets, plan, print_memory, with_steps
+from train.trainer.resume import as_left
 from train.trainer.run import Distillation
 from train.trainer.trackers import check_trackers
 
@@ -51,15 +52,7 @@ REPLACE = (
 )
 
 
-def say_finished(config: DistillConfig) -> bool:
-    """Has this very command trained and exported the run already? The main process says so."""
-    said = finished(as_launched(config))
-    if said and os.environ.get("RANK", "0") == "0":
-        print(said)
-    return bool(said)
-
-
-def prepare(config: DistillConfig) -> Distillation:
+def prepare(config: RunConfig) -> Distillation:
     """Check and load everything. Raises UserError for what does not fit together."""
     config = settled(config)
     manifest = open_manifest(config.cache)
@@ -70,58 +63,58 @@ def prepare(config: DistillConfig) -> Distillation:
     resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
     before = None if resumed is None else checkpoint.read_progress(resumed)
     set_threads(config.threads)
-    team = Team(config.device)
-    batch_size, accumulation = batches(config, team, len(manifest.layouts), before)
+    distributed = Distributed(config.device)
+    batch_size, accumulation = batches(config, distributed, len(manifest.layouts), before)
     config = with_steps(config, batch_size, sum(shard.trained for shard in manifest.shards))
-    check_speed(config, team.device, team.sharded, len(manifest.layouts))
-    if team.main:
-        say_memory(config, accumulation, model, manifest, team)
-    objective = build_objective(config, model, team.device)
+    check_speed(config, distributed.device, distributed.fsdp, len(manifest.layouts))
+    print_memory(config, accumulation, model, manifest, distributed)
+    schedule = load_schedule(model.source).to(distributed.device)
+    objective = objective_of(config).build(config, schedule)
     student = build_student(model.source, config)
-    terms = run_terms(config, manifest, model, student)
-    speed_up(student.networks(), config, team.device)
-    team.share(student)
+    invariants = run_invariants(config, manifest, model, student)
+    speed_up(student.networks(), config, distributed.device)
+    distributed.wrap(student)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
-    scaler = torch.amp.GradScaler(team.device.type, enabled=config.mixed_precision == "fp16")
+    scaler = torch.amp.GradScaler(distributed.device.type, enabled=config.mixed_precision == "fp16")
     if resumed is not None and before is not None:
-        check_resumed(resumed, before, terms, config)
+        check_resumed(resumed, before, invariants, config)
         go_on(resumed, before, student, optimizer, scaler)
     conditioning = load_conditioning(CachePaths(config.cache).conditioning, manifest.layouts)
-    begun = before or checkpoint.Progressed(0, 0, batch_size, terms)
+    start = before or checkpoint.TrainingState(0, 0, batch_size, invariants)
     loader = build_loader(
         config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
-        begun.position, team,
+        start.position, distributed,
     )  # fmt: skip
-    learning_rate = base_learning_rate(config, batch_size)
     run = Distillation(
         config=config,
-        team=team,
+        distributed=distributed,
         student=student,
         objective=objective,
         loader=loader,
-        empty=conditioning.unconditional.to(team.device),
+        empty=conditioning.unconditional.to(distributed.device),
         optimizer=optimizer,
         scaler=scaler,
         parameters=parameters,
-        learning_rate=learning_rate,
+        learning_rate=base_learning_rate(config, batch_size),
         accumulation=accumulation,
-        step=begun.step,
-        position=begun.position,
-        terms=terms,
-        recorder=Recorder(config, team, loader, begun.step),
-        previews=open_previews(config, model, manifest, conditioning, team.device),
+        step=start.step,
+        position=start.position,
+        invariants=invariants,
+        recorder=Recorder(config, distributed, loader, start.step),
+        previews=open_previews(config, model, manifest, conditioning, distributed.device),
     )
-    if team.main:
-        warn_of_small_buckets(loader)
-        print(plan(config, parameters, loader, resumed, team.world, learning_rate), file=sys.stderr)
+    if distributed.main:
+        note_small_buckets(loader)
+        lines = plan(config, parameters, loader, resumed, distributed.world, run.learning_rate)
+        print(lines, file=sys.stderr)
         if not config.dry_run:
-            run.branch = begin_run_folder(config, model, resumed, latest)
-    team.wait()
+            run.branch = start_run_folder(config, model, resumed, latest)
+    distributed.wait()
     return run
 
 
-def settled(config: DistillConfig) -> DistillConfig:
+def settled(config: RunConfig) -> RunConfig:
     """The same as it was launched, to go on where the run stands; precision by the device.
 
     Raises UserError where another process writes the run, or a tracker cannot be had.
@@ -134,10 +127,13 @@ def settled(config: DistillConfig) -> DistillConfig:
 
 
 def check_resumed(
-    folder: Path, before: checkpoint.Progressed, terms: dict[str, Any], config: DistillConfig
+    folder: Path,
+    before: checkpoint.TrainingState,
+    invariants: dict[str, Any],
+    config: RunConfig,
 ) -> None:
     """Raise UserError where a checkpoint is another run's, or further than this one is to go."""
-    checkpoint.check_terms(folder, before.terms, terms)
+    check_invariants(folder, before.terms, invariants)
     if before.step > config.max_train_steps:
         raise UserError(
             f"{folder} has {counted(before.step, 'step')} behind it, more than --max-train-steps "
@@ -147,7 +143,7 @@ def check_resumed(
 
 def go_on(
     folder: Path,
-    before: checkpoint.Progressed,
+    before: checkpoint.TrainingState,
     student: Student,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -159,14 +155,9 @@ def go_on(
         scaler.load_state_dict(dict(before.scaler))
 
 
-def build_objective(config: DistillConfig, model: Model, device: torch.device) -> Loss:
-    """The loss that the flags ask for, with the teacher's schedule."""
-    return OBJECTIVES[config.objective].build(config, load_schedule(model.source).to(device))
-
-
 def build_loader(
-    config: DistillConfig, manifest: Manifest, model: Model, empty: TextEmbeds, intervals: int,
-    batch_size: int, position: int, team: Team,
+    config: RunConfig, manifest: Manifest, model: Model, empty: TextEmbeds, intervals: int,
+    batch_size: int, position: int, distributed: Distributed,
 ) -> Loader:  # fmt: skip
     """This process's share of the global batches from sample `position` on."""
     buckets = open_buckets(config.cache, manifest, config.local_cache, config.max_train_samples)
@@ -191,14 +182,14 @@ def build_loader(
         LatentSpec(identity.vae.channels, identity.vae.scaling_factor),
         empty,
         start=position // batch_size,
-        rank=team.rank,
-        world=team.world,
+        rank=distributed.rank,
+        world=distributed.world,
         threads=config.dataloader_num_workers,
-        device=team.device,
+        device=distributed.device,
     )
 
 
-def guidance_range(config: DistillConfig, w_min: float, w_max: float) -> tuple[float, float]:
+def guidance_range(config: RunConfig, w_min: float, w_max: float) -> tuple[float, float]:
     """The flags, else the family's. Raises UserError for an empty range."""
     low = w_min if config.w_min is None else config.w_min
     high = w_max if config.w_max is None else config.w_max
@@ -207,8 +198,8 @@ def guidance_range(config: DistillConfig, w_min: float, w_max: float) -> tuple[f
     return low, high
 
 
-def begin_run_folder(
-    config: DistillConfig, model: Model, resumed: Path | None, latest: Path | None
+def start_run_folder(
+    config: RunConfig, model: Model, resumed: Path | None, latest: Path | None
 ) -> int:
     """Make the folder our own and save the resolved configuration, the model's source in it.
 
@@ -223,10 +214,10 @@ def begin_run_folder(
                 "give the same command again"
             )
         sweep(config.run / "tmp")
-        resolved = told({**to_dict(config), "model": model.source})
-        resolved["learning_rate"] = base_learning_rate(config)
-        publish([dump_json(resolved)], config.run / "config.json", config.run / "tmp")
-        return checkpoint.begin_branch(config.run, resumed)
+        kept = to_keep(replace(config, model=model.source))
+        kept = replace(kept, learning_rate=base_learning_rate(config))
+        publish([dump_json(to_dict(kept))], config.run / "config.json", config.run / "tmp")
+        return checkpoint.start_branch(config.run, resumed)
     except BaseException:  # or it would seem to live on where the file system has no locks
         owner.release(config.run)
         raise

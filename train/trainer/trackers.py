@@ -56,8 +56,8 @@ class Trackers:
         except Exception as error:  # each has kinds of its own: no key, no server, no such project
             if is_mistake(error):
                 raise
-            said = first_line(error).rstrip(". ")
-            raise UserError(f"--report-to {' '.join(names)}: {said}; or use none") from None
+            problem = first_line(error).rstrip(". ")
+            raise UserError(f"--report-to {' '.join(names)}: {problem}; or use none") from None
         self.trackers = accelerator.trackers
         plain = {k: v for k, v in config.items() if isinstance(v, bool | int | float | str)}
         for tracker in self.trackers:
@@ -82,8 +82,8 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:  # each has kinds of its own
-                said = first_line(error).rstrip(". ")
-                print(f"note: {tracker.name} did not finish: {said}", file=sys.stderr)
+                problem = first_line(error).rstrip(". ")
+                print(f"note: {tracker.name} did not finish: {problem}", file=sys.stderr)
 
 
 def log_picture(tracker: GeneralTracker, name: str, sheet: NDArray[np.uint8], step: int) -> None:

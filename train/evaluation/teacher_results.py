@@ -1,4 +1,4 @@
-"""The teacher's side of the table: its rows, each solver with its best timestep spacing."""
+"""The teacher's side of the table, each solver with its best timestep spacing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from safetensors.torch import load
 from torch import Tensor
 
 from shared.cache.paths import CachePaths
-from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.storage.files import dump_json, load_record, publish
 from shared.storage.reading import read_file, read_if_there
@@ -35,73 +34,75 @@ from train.evaluation.features import (
     high_frequency_share,
 )
 from train.evaluation.heldout import HeldOut
-from train.evaluation.score import Judge, Row, Scorer, decode_all, draw_all
+from train.evaluation.score import Judge, Result, Sampling, Scorer, Task, decode_all
 
 STEPS = (1, 2, 4, 8)
 REFERENCE = ("ddim", 50)
-SOLVER_ROWS = tuple((solver, steps) for solver in ("ddim", "dpmsolver++") for steps in STEPS)
-TEACHER_ROWS = (REFERENCE, *SOLVER_ROWS)
+SOLVER_SAMPLINGS = tuple((solver, steps) for solver in ("ddim", "dpmsolver++") for steps in STEPS)
+TEACHER_SAMPLINGS = (REFERENCE, *SOLVER_SAMPLINGS)
 SPACINGS = ("trailing", "leading", "linspace")
 TRIED = 300  # captions that a spacing is chosen on
+KEPT = "teacher's rows from an earlier evaluation"
 
 
-def unet_calls(rows: Sequence[tuple[str, int]], count: int) -> int:
+def unet_calls(samplings: Sequence[Sampling], count: int) -> int:
     """UNet evaluations that drawing `count` captions takes: one per picture and step."""
-    return count * sum(steps for _, steps in rows)
+    return count * sum(steps for _, steps in samplings)
 
 
 def teacher_calls(count: int) -> int:
     """Likewise for everything that `teacher_reference` draws."""
-    tried = (len(SPACINGS) - 1) * unet_calls(SOLVER_ROWS, min(TRIED, count))
-    return unet_calls(TEACHER_ROWS, count) + tried
+    tried = (len(SPACINGS) - 1) * unet_calls(SOLVER_SAMPLINGS, min(TRIED, count))
+    return unet_calls(TEACHER_SAMPLINGS, count) + tried
 
 
 def teacher_reference(
-    config: EvaluateConfig, artist: Artist, heldout: HeldOut, scorer: Scorer | None, bar: Progress
-) -> tuple[Judge, list[Row]]:
-    """The teacher's rows and what students are judged by.
+    cache: CachePaths, key: str, artist: Artist, task: Task, scorer: Scorer | None
+) -> tuple[Judge, list[Result]]:
+    """The teacher's results and what students are judged by.
 
     They depend on the teacher and the evaluation cache alone, so they are kept in the cache's
-    `evaluations/` folder and the next student's evaluation finds them.
+    `evaluations/` folder, as `key`, and the next student's evaluation finds them.
     """
-    kept = config.eval_cache / "evaluations" / f"{reference_key(config, artist)}.safetensors"
+    heldout = task.heldout
+    kept = cache.root / "evaluations" / f"{key}.safetensors"
     if (found := kept_reference(kept, heldout, scorer)) is not None:
-        bar.update(teacher_calls(len(heldout)), "teacher's rows from an earlier evaluation")
+        task.progress.update(teacher_calls(len(heldout)), KEPT)
         return found
     real = Gaussian.of(features(decode_all(artist, heldout.latents)))
-    solution = draw_all(artist, REFERENCE, heldout, config, bar)
+    solution = task.draw(artist, REFERENCE)
     sharpness = high_frequency_share(decode_all(artist, solution))
     judge = Judge(real, heldout.captions, scorer, solution, sharpness)
-    rows = [judge.row(*REFERENCE, solution, artist)]
-    few = heldout.first(TRIED)
-    shown = Gaussian.of(features(decode_all(artist, few.latents)))
-    for row in SOLVER_ROWS:
-        spaced, first = best_spacing(config, artist, row, few, shown, bar)
-        rest = draw_all(spaced, row, heldout, config, bar, first=len(few))
-        rows.append(judge.row(*row, torch.cat([first, rest]), spaced))
-    keep_reference(kept, CachePaths(config.eval_cache).tmp, judge, rows)
-    return judge, rows
+    results = [judge.measure(*REFERENCE, solution, artist)]
+    few = task.first(TRIED)
+    shown = Gaussian.of(features(decode_all(artist, few.heldout.latents)))
+    for sampling in SOLVER_SAMPLINGS:
+        spaced, first = best_spacing(artist, sampling, few, shown)
+        rest = task.draw(spaced, sampling, first=len(few.heldout))
+        results.append(judge.measure(*sampling, torch.cat([first, rest]), spaced))
+    keep_reference(kept, cache.tmp, judge, results)
+    return judge, results
 
 
 def kept_reference(
     path: Place, heldout: HeldOut, scorer: Scorer | None
-) -> tuple[Judge, list[Row]] | None:
+) -> tuple[Judge, list[Result]] | None:
     """A reference from an earlier evaluation, or None where there is none.
 
     A damaged one is none, too, and a note says so.
     """
 
-    def build(stored: Mapping[str, Any]) -> tuple[float, list[Row]]:
-        rows = typed(stored["rows"], list[Row], "rows")
-        if [(row.sampler, row.steps) for row in rows] != list(TEACHER_ROWS):
+    def build(stored: Mapping[str, Any]) -> tuple[float, list[Result]]:
+        results = typed(stored["rows"], list[Result], "rows")
+        if [(one.sampler, one.steps) for one in results] != list(TEACHER_SAMPLINGS):
             raise ValueError("the rows are others than the teacher's")
-        return typed(stored["sharpness"], float, "sharpness"), rows
+        return typed(stored["sharpness"], float, "sharpness"), results
 
     try:
         content = read_if_there(path)
         if content is None:
             return None
-        sharpness, rows = load_record(path.with_suffix(".json"), build, "delete it")
+        sharpness, results = load_record(path.with_suffix(".json"), build, "delete it")
         tensors = load(content)
         mean, covariance, solution = (tensors[name] for name in ("mean", "covariance", "solution"))
         shapes = [list(tensor.shape) for tensor in (mean, covariance, solution)]
@@ -113,14 +114,13 @@ def kept_reference(
         print(f"note: {path} is damaged ({error}); the teacher is drawn anew", file=sys.stderr)
         return None
     real = Gaussian(mean.numpy(), covariance.numpy())
-    return Judge(real, heldout.captions, scorer, solution, sharpness), rows
+    return Judge(real, heldout.captions, scorer, solution, sharpness), results
 
 
 def best_spacing(
-    config: EvaluateConfig, artist: Artist, row: tuple[str, int], few: HeldOut, shown: Gaussian,
-    bar: Progress,
-) -> tuple[Artist, Tensor]:  # fmt: skip
-    """The spacing with the lowest Fréchet distance for a solver's row, and what it drew.
+    artist: Artist, sampling: Sampling, few: Task, shown: Gaussian
+) -> tuple[Artist, Tensor]:
+    """The spacing with the lowest Fréchet distance for a solver's steps, and what it drew.
 
     Which it is depends on teacher and guidance, so solvers are at their best only if it is
     measured. Few captions suffice because they are compared with the pictures of the same
@@ -128,21 +128,21 @@ def best_spacing(
     """
     best = (math.inf, artist, torch.empty(0))
     for spacing in SPACINGS:
-        spaced = artist.with_spacings({row: spacing})
-        drawn = draw_all(spaced, row, few, config, bar)
+        spaced = artist.with_spacings({sampling: spacing})
+        drawn = few.draw(spaced, sampling)
         found = Gaussian.of(features(decode_all(artist, drawn)))
         best = min(best, (frechet_distance(shown, found), spaced, drawn), key=lambda one: one[0])
     return best[1:]
 
 
-def keep_reference(path: Place, tmp: Path, judge: Judge, rows: Sequence[Row]) -> None:
+def keep_reference(path: Place, tmp: Path, judge: Judge, results: Sequence[Result]) -> None:
     """Store a reference for the next evaluation; a read-only cache goes without."""
     tensors = {
         "mean": torch.from_numpy(judge.real.mean),
         "covariance": torch.from_numpy(judge.real.covariance),
         "solution": judge.solution,
     }
-    table = {"sharpness": judge.sharpness, "rows": [asdict(row) for row in rows]}
+    table = {"sharpness": judge.sharpness, "rows": [asdict(result) for result in results]}
     try:
         publish([dump_json(table)], path.with_suffix(".json"), tmp)
         publish(tensor_chunks(tensors), path, tmp)
@@ -150,18 +150,18 @@ def keep_reference(path: Place, tmp: Path, judge: Judge, rows: Sequence[Row]) ->
         print(f"the teacher's rows are not kept for next time: {error}")
 
 
-def reference_key(config: EvaluateConfig, artist: Artist) -> str:
-    """A hash over all that the teacher's rows depend on."""
+def reference_key(config: EvaluateConfig, cache: Place, batch_size: int, artist: Artist) -> str:
+    """A hash over all that the teacher's results depend on."""
     parts = {
         "teacher": artist.teacher_fingerprint(),
-        "cache": hashlib.sha256(read_file(config.eval_cache / "manifest.json")).hexdigest(),
+        "cache": hashlib.sha256(read_file(cache / "manifest.json")).hexdigest(),
         "samples": config.num_samples,
         "seed": config.seed,
         "guidance_scale": artist.guidance_scale,
         "scorer": config.scorer,
         "features": FEATURES,
-        "rows": TEACHER_ROWS,
+        "rows": TEACHER_SAMPLINGS,
         "spacings": (SPACINGS, TRIED),
-        "batch_size": config.batch_size,
+        "batch_size": batch_size,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,26 +1,24 @@
-"""The teacher's parts, and how a UNet is called."""
+"""The network that predicts noise or velocity: loaded from a model, and called."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from shared.cache.conditioning import TextEmbeds
-from shared.cache.manifest import Manifest
 from shared.diffusion import Schedule, schedule_from_config
 from shared.errors import UserError
-from shared.models.family import Model, force_zeros, load_config, unet_config
-from shared.models.rescale import vae_fingerprint
+from shared.models.family import load_config
 from shared.models.single_file import is_single_file, load_part
 from shared.models.weights import load_whole
-from shared.storage.urls import Place
-from train.data import compatibility
+
+Denoiser: TypeAlias = UNet2DConditionModel  # the only architecture so far
 
 
-def load_unet(source: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+def load_unet(source: str, dtype: torch.dtype = torch.float32) -> Denoiser:
     """A model's UNet, frozen, channels last. Raises UserError where there is none."""
     if is_single_file(source):
         unet = load_part(UNet2DConditionModel, source, "unet", dtype)
@@ -38,31 +36,6 @@ def load_schedule(source: str) -> Schedule:
         return schedule_from_config(load_config(source, "scheduler/scheduler_config.json"))
     except (ValueError, TypeError, RuntimeError) as error:  # numbers that are none, or too many
         raise UserError(f"{source}: {error}") from None
-
-
-def check_fit(manifest: Manifest, model: Model, cache: Place) -> None:
-    """Raise UserError, naming both sides, where the cache was made for another kind of teacher."""
-    unet = unet_config(model.source)
-    compatibility.check_fit(manifest, model.family.name, unet, cache)
-    here, wanted = manifest.identity.text.force_zeros, force_zeros(model)
-    if here != wanted:
-        kinds = {True: "zeros", False: "the encoded empty prompt"}
-        raise UserError(
-            f"{cache} holds {kinds[here]} as unconditional embedding, {model.source} wants "
-            f"{kinds[wanted]} (force_zeros_for_empty_prompt in its model_index.json); "
-            "encode anew with this model"
-        )
-
-
-def check_vae(manifest: Manifest, vae: AutoencoderKL, cache: Place, source: str) -> None:
-    """Raise UserError where the latents come from another VAE than the one at `source`."""
-    recorded, present = manifest.identity.vae, vae_fingerprint(vae)
-    if recorded.fingerprint != present:
-        other = f"--vae {recorded.source}" if recorded.source else "the model"
-        raise UserError(
-            f"{cache} was encoded by another VAE ({recorded.fingerprint}) than {source}'s "
-            f"({present}); pass {other} it was made with, or encode anew"
-        )
 
 
 def call_unet(
@@ -84,14 +57,14 @@ def call_unet(
         assert time_ids is not None
         pooled = text.pooled_prompt_embeds.to(z.dtype)
         added = {"text_embeds": pooled, "time_ids": time_ids.to(z.dtype)}
-    output = unet(
+    output: Tensor = unet(
         z, t, text.prompt_embeds.to(z.dtype), timestep_cond=guidance, added_cond_kwargs=added
     ).sample
     return output.to(z.dtype)
 
 
-def twice(
-    unet: UNet2DConditionModel,
+def cond_and_uncond(
+    unet: Denoiser,
     z: Tensor,
     t: Tensor,
     text: TextEmbeds,

@@ -1,12 +1,15 @@
 """A run that was begun with relative paths is opened from any folder, also where it was moved."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from train.export.student import run_config
-from train.state.whereabouts import found, told
+from shared.storage.urls import place
+from train.config import RunConfig
+from train.state.run_config import run_config
+from train.state.run_paths import from_here, to_keep
 
 
 @pytest.fixture
@@ -43,36 +46,38 @@ def test_a_run_is_opened_from_another_folder(cli, project, tmp_path, monkeypatch
     assert cli("train", "export", "--run", tmp_path / "moved/runs/mine").status == 0
     (tmp_path / "moved/runs/mine").rename(tmp_path / "moved/runs/renamed")
     config = run_config(tmp_path / "moved/runs/renamed")
-    assert config["cache"] == str(tmp_path / "moved/caches/mine")
+    assert config.cache == tmp_path / "moved/caches/mine"
+
+
+def config_of(run: str | Path, cache: str = "caches/mine", **flags) -> RunConfig:
+    return RunConfig(run=Path(run), cache=place(cache), **{"model": "models/mine"} | flags)
 
 
 def test_what_leads_to_the_same_stays_as_it_was_typed(project):
-    config = {"run": "runs/a", "cache": "caches/mine", "model": "models/mine", "vae": None}
-    assert told(config) == config
-    assert found(config, Path("runs/a")) == config
-    assert found(config, project / "runs" / "a") == config
+    config = config_of("runs/a")
+    assert to_keep(config) == config
+    assert from_here(config, Path("runs/a")) == config
+    assert from_here(config, project / "runs" / "a") == config
 
 
 @pytest.mark.parametrize("run", ["../a", "{absolute}"])
 def test_where_the_run_would_not_tell_paths_are_kept_whole(project, run):
-    config = {"run": run.format(absolute=project / "a"), "cache": "s3://bucket/mine",
-              "model": "models/mine", "vae": "owner/name"}  # fmt: skip
-    kept = told(config)
-    assert kept == config | {"model": str(project / "models" / "mine")}
-    assert found(kept, Path("/elsewhere/a")) == kept
+    config = config_of(run.format(absolute=project / "a"), "s3://bucket/mine", vae="owner/name")
+    kept = to_keep(config)
+    assert kept == replace(config, model=str(project / "models" / "mine"))
+    assert from_here(kept, Path("/elsewhere/a")) == kept
 
 
 def test_the_runs_own_parts_come_before_others_of_the_same_name(project, tmp_path, monkeypatch):
-    config = {"run": "runs/a", "cache": "caches/mine", "model": "sdxl"}
+    config = config_of("runs/a", model="sdxl")
     (tmp_path / "other/caches/mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "other")
-    there = found(config, project / "runs" / "a")
-    assert there == config | {"cache": str(project / "caches" / "mine")}
+    there = from_here(config, project / "runs" / "a")
+    assert there == replace(config, cache=project / "caches" / "mine")
 
 
 def test_links_lead_to_a_run_as_well(project, tmp_path, monkeypatch):
     (project / "runs" / "a").mkdir(parents=True)
     (tmp_path / "link").symlink_to(project / "runs" / "a")
     monkeypatch.chdir(tmp_path)
-    config = {"run": "runs/a", "cache": "caches/mine"}
-    assert found(config, Path("link"))["cache"] == str(project / "caches" / "mine")
+    assert from_here(config_of("runs/a"), Path("link")).cache == project / "caches" / "mine"

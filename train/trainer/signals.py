@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.trainer.distributed import Team
+from train.trainer.distributed import Distributed
 
 ECHO_SECONDS = 3.0  # a launcher passes on the Ctrl-C that its processes had from the terminal
 
@@ -25,13 +25,13 @@ class Stop:
     it travels over gloo, so a GPU's stream never does either. A second Ctrl-C ends at once.
     """
 
-    def __init__(self, team: Team) -> None:
+    def __init__(self, distributed: Distributed) -> None:
         self.flagged = False
         self.interrupted = 0.0  # when Ctrl-C came first
-        self._team = team
+        self._team = distributed
         self._former: dict[int, Any] = {}
         self._sent: tuple[torch.Tensor, Any] | None = None
-        self._group = dist.new_group(backend="gloo") if team.world > 1 else None
+        self._group = dist.new_group(backend="gloo") if distributed.world > 1 else None
 
     def asked(self) -> bool:
         """Shall the run end here? Entered by all processes, once a step."""

@@ -1,0 +1,246 @@
+"""The flags of `python -m train`, a group for each component; names are diffusers' and kohya's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
+
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
+from shared.cli.ranges import (
+    BelowOne,
+    Count,
+    Fraction,
+    Natural,
+    NotNegative,
+    Numbers,
+    Positive,
+    Seed,
+)
+
+ExportDtype = Literal["both", "fp32", "fp16"]
+Precision = Literal["no", "bf16", "fp16"]
+# The name of an objective is that of its file in train/objectives/.
+ObjectiveName = Literal["lcd", "denoise"]
+Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1
+
+
+def names_of(*groups: type) -> tuple[str, ...]:
+    """The flags of these groups, by their names in the code."""
+    return tuple(one.name for group in groups for one in fields(group))
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """What a run is made from, and its folder."""
+
+    model: NameOrPath | None = None
+    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file.
+    sdxl unless given, or what the --cache was made for."""
+    cache: PlaceFlag | None = None
+    """A cache made by `python -m prep encode` for this model: a folder or a URL. caches/MODEL
+    unless given."""
+    run: LocalPath | None = None
+    """Folder for checkpoints, metrics, previews and the exported student. runs/MODEL-STUDENT
+    unless given, with what else is not as usual: other flags make another run."""
+    vae: NameOrPath | None = None
+    """The VAE that decodes pictures, where the cache was made with another than the model's."""
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """What is trained, how, and for how long."""
+
+    student: Literal["lora", "full"] = "lora"
+    """lora: adapters on the teacher. full: a UNet of its own, for lcd with guidance and EMA."""
+    objective: ObjectiveName = "lcd"
+    """lcd: latent consistency distillation. denoise: the ordinary diffusion loss, to fine-tune."""
+    train_batch_size: Count = 8
+    """Samples per device and micro-step."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-steps of an optimizer step; they follow from --global-batch-size where that is given,
+    and from the run's own global batch where it is resumed."""
+    global_batch_size: Count | None = None
+    """Samples per optimizer step over all processes; a resumed run keeps its own unless given."""
+    max_train_steps: Count = 1000
+    """Optimizer steps."""
+    num_train_epochs: Count | None = None
+    """Passes over the cache, from which the steps follow; instead of --max-train-steps."""
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class OptimizerFlags:
+    """AdamW, its learning rate, and clipping."""
+
+    learning_rate: Positive | None = None
+    """1e-4 for lora, 8e-6 (lcd) or 1e-5 (denoise) for full unless given."""
+    scale_lr: bool = False
+    """Multiply the learning rate by the samples of a step, over all processes."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """diffusers' schedules; every one of them begins with --lr-warmup-steps."""
+    lr_warmup_steps: Natural = 0
+    lr_num_cycles: Count = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: Positive = 1.0
+    """Exponent of polynomial."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's two averages in 8 bits (bitsandbytes, an extra: pip install '.[gpu]')."""
+    adam_beta1: BelowOne = 0.9
+    adam_beta2: BelowOne = 0.999
+    adam_weight_decay: NotNegative = 0.0
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: NotNegative = 1.0
+    """Gradients longer than that are shortened to it; 0 for never."""
+
+
+@dataclass(frozen=True)
+class SolverFlags:
+    """Distillation along the teacher's solver: guidance, steps, the loss."""
+
+    w_min: Guidance | None = None
+    """Smallest guidance w drawn; the family's unless given. diffusers' guidance_scale is w + 1."""
+    w_max: Guidance | None = None
+    num_ddim_timesteps: Count = 50
+    """Solver steps N that the schedule is divided into."""
+    loss_type: Literal["huber", "l2"] = "huber"
+    huber_c: Positive = 1e-3
+    timestep_scaling_factor: Positive = 10.0
+
+
+@dataclass(frozen=True)
+class FullStudentFlags:
+    """A full student that is distilled: its average, its guidance input."""
+
+    ema_decay: BelowOne = 0.95
+    """Of the full student's target network."""
+    offload_ema: bool = False
+    """Keep the full student's average in fp32 on the CPU, and a half-precision copy on the
+    device."""
+    guidance_init: Literal["zero", "random"] = "zero"
+    """Of the guidance embedding's projection; with zero the student starts as the teacher."""
+    unet_time_cond_proj_dim: Annotated[int, Numbers(int, 4)] = 256
+    """Width of the guidance embedding."""
+
+
+@dataclass(frozen=True)
+class DiffusionLossFlags:
+    """The ordinary diffusion loss."""
+
+    noise_offset: BelowOne = 0.0
+    """denoise: share of one normal number per channel added to the noise; 0.05 to 0.1 is usual."""
+    snr_gamma: Positive | None = None
+    """denoise: gamma of the min-SNR loss weights, usually 5; unweighted unless given."""
+
+
+@dataclass(frozen=True)
+class LoraFlags:
+    """The adapters of a LoRA student."""
+
+    lora_rank: Count = 64
+    lora_alpha: Positive | None = None
+    """The rank unless given."""
+    lora_dropout: BelowOne = 0.0
+    lora_target_modules: str | None = None
+    """Ends of the names of the layers to adapt, comma-separated; LCM's fourteen unless given."""
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """What is read of the cache, and how."""
+
+    proportion_empty_prompts: Fraction = 0.0
+    """Fraction of captions replaced by the unconditional embedding."""
+    dataloader_num_workers: Count = 4
+    """Reader threads. A remote cache has one for each batch that it reads ahead."""
+    max_train_samples: Count | None = None
+    """Train on the cache's first so many samples, in the order of its manifest."""
+    local_cache: LocalPath | None = None
+    """Folder that keeps the samples read from a remote cache."""
+
+
+@dataclass(frozen=True)
+class SpeedFlags:
+    """How small and how fast the networks run."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """torch's own attention, or xformers' (an extra: pip install '.[gpu]')."""
+    compile: bool = False
+    """torch.compile the blocks of the networks; the first steps take minutes."""
+    allow_tf32: bool = False
+    """Let fp32 matrix products on the GPU use TF32."""
+    mixed_precision: Precision | None = None
+    """Autocast dtype of student, teacher and target alike; trainables and losses stay fp32. bf16
+    where a GPU has it, fp16 on an older one, no on a CPU unless given; a run keeps its own."""
+
+
+@dataclass(frozen=True)
+class CheckpointFlags:
+    """When a run is saved, and where it goes on."""
+
+    checkpointing_steps: Natural = 500
+    """Steps between checkpoints; 0 for the last one alone."""
+    checkpoints_total_limit: Count | None = None
+    """Older checkpoints beyond this many are removed."""
+    resume_from_checkpoint: NameOrPath | None = None
+    """latest, step-N, or the folder of a checkpoint. The same command goes on by itself."""
+    take_over: bool = False
+    """Take the run from the process that writes it, where that one hangs."""
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """What a run leaves to look at."""
+
+    validation_steps: Natural = 250
+    """Steps between preview pictures; 0 for none."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts of the previews, of those embedded in the cache; its first four unless given."""
+    logging_steps: Count = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """tensorboard, wandb and the other trackers that accelerate knows; none for no tracker."""
+    logging_dir: LocalPath | None = None
+    """Of the trackers; RUN/logs unless given."""
+    tracker_project_name: str = "latent-distillery"
+
+
+@dataclass(frozen=True)
+class MachineFlags:
+    """Where the networks run."""
+
+    threads: Count | None = None
+    """CPU threads of the networks; as many as the process may use unless given."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class PublishFlags:
+    """What becomes of the exported student."""
+
+    export_dtype: ExportDtype = "both"
+    """Of the exported weights. both: a UNet in fp32 and as variant="fp16", a LoRA in fp32."""
+    push_to_hub: bool = False
+    """Publish the student on the Hugging Face hub, with a model card."""
+    hub_model_id: str | None = None
+    """Repository to publish in; the run's name under your account unless given."""
+    hub_token: str | None = field(default=None, repr=False)
+    """A token with write access, never stored; the one of `hf auth login` unless given."""
+
+
+@dataclass(frozen=True)
+class ArtistFlags:
+    """Whose pictures are drawn: the student of a run, and its teacher."""
+
+    run: LocalPath | None = None
+    """The one of runs/ whose student is the newest unless given."""
+    model: NameOrPath | None = None
+    """Where the teacher is; the run's own, if it is on this machine, unless given."""
+    vae: NameOrPath | None = None
+    """The VAE that decodes; the run's unless given."""
+    guidance_scale: NotNegative | None = None
+    """diffusers' meaning (w + 1); the family's unless given. Not for a distilled LoRA's pictures,
+    which has learned it."""
+    seed: Seed = 0

@@ -1,0 +1,27 @@
+"""From flags to the networks of a run."""
+
+from __future__ import annotations
+
+from train.config import DistillConfig
+from train.networks.denoiser import load_unet
+from train.networks.full import FullStudent
+from train.networks.lora import LoraStudent
+from train.networks.student import Student
+from train.objectives import objective_of
+
+
+def build_student(source: str, config: DistillConfig) -> Student:
+    """Build the student that the flags ask for, on the CPU; the teacher lies at `source`."""
+    student: Student
+    if config.student == "lora":
+        student = LoraStudent(source, config)
+    elif objective_of(config).needs_target:
+        student = FullStudent(source, config)
+    else:  # the teacher's own UNet, trained as it is
+        student = Student(load_unet(source).train().requires_grad_(True))
+    if config.gradient_checkpointing:
+        student.unet.enable_gradient_checkpointing()
+    if config.use_8bit_adam:  # bitsandbytes goes through weights and averages as they lie in memory
+        for parameter in student.trainable().values():
+            parameter.data = parameter.data.contiguous()
+    return student
