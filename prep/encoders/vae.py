@@ -149,7 +149,7 @@ class VaeEncoder:
         moments = _clamped(parameters).to("cpu", non_blocking=cuda)
         copied = None
         if cuda:
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self.device))
         return Started(images, moments, finite, copied)
 
