@@ -42,7 +42,7 @@ from prep.encode import networks
 from prep.encode.networks import Encoders
 from prep.encode.settings import choose_settings
 from prep.encoders.text import TextEncoder
-from prep.encoders.vae import VaeEncoder
+from prep.encoders.vae import Started, VaeEncoder
 from prep.images.crop import prepare
 from shared.machine import cpus
 from shared.models.family import resolve_model
@@ -65,14 +65,16 @@ def write_rows(path: Path, first: int, rows: int) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
-def originals():
+def originals() -> Iterator[tuple[bytes, str, str]]:
     """Picture, extension and caption of every sample that comes with the project."""
     for source in SOURCES:
         with tarfile.open(source) as tar:
             files: dict[str, dict[str, bytes]] = {}
             for info in tar:
                 key, _, extension = info.name.partition(".")
-                files.setdefault(key, {})[extension] = tar.extractfile(info).read()
+                content = tar.extractfile(info)
+                assert content is not None
+                files.setdefault(key, {})[extension] = content.read()
         for found in files.values():
             extension = next(name for name in found if name not in ("txt", "json"))
             yield found[extension], extension, found["txt"].decode()
@@ -88,14 +90,16 @@ class Alone:
 
     def encode(self) -> None:
         """All of them once."""
-        vae, running = self.encoders.vae, None
+        vae = self.encoders.vae
+        running: Started | None = None
         for start in range(0, len(self.pixels), vae.batch_size):
             # One batch is fetched while the next is computed, as in the pipeline.
-            begun = vae.start(self.pixels[start : start + vae.batch_size])
+            started = vae.start(self.pixels[start : start + vae.batch_size])
             if running is not None:
                 vae.finish(running)
-            running = begun
-        vae.finish(running)
+            running = started
+        if running is not None:
+            vae.finish(running)
         self.encoders.text.encode(self.captions)
 
     def seconds(self) -> float:
@@ -112,10 +116,10 @@ class Alone:
 def load_alone(config: EncodeConfig) -> Alone:
     """The encoders of a job, with the first pictures of the project."""
     model = resolve_model(config.model)
-    settings = choose_settings(config, {}, model)
-    device = networks.choose_device(config, {})
-    shapes = networks.choose_shapes(config, {}, device, settings.framing.resolution)
-    vae = networks.choose_vae(config, {}, model, shapes.device)
+    settings = choose_settings(config, None, model)
+    device = networks.choose_device(config, None)
+    shapes = networks.choose_shapes(config, None, device, settings.framing.resolution)
+    vae = networks.choose_vae(config, None, model, shapes.device)
     encoders = networks.load_encoders(model, shapes, vae, 0, device)
     count = max(8 * shapes.vae_batch_size, shapes.text_batch_size)
     few = list(itertools.islice(originals(), count))
@@ -208,7 +212,8 @@ def in_child(args: argparse.Namespace, sources: Path) -> dict[str, float]:
         command += ["--resolution", str(args.resolution)]
     command += ["--child", str(sources / "*.tar"), str(sources / "cache")]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=REPO)
-    return json.loads(answer.stdout)
+    found: dict[str, float] = json.loads(answer.stdout)
+    return found
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from prep import config
@@ -19,7 +19,7 @@ from prep.encode.settings import Settings, choose_settings
 from prep.encoders.vae import posterior_matters
 from prep.filters.filters import Filters
 from prep.inspect import report
-from prep.inspect.recorded import Originals
+from prep.inspect.find_originals import Originals
 from prep.rows.text_encoding import check_encoding
 from prep.sources.find import SourceOptions, Unit, find_units
 from prep.sources.folders.folder import repeats_in
@@ -59,7 +59,7 @@ class Chosen:
     new: bool  # the settings are this command's, not those of a cache that is there
 
     def identity(self, model: Model) -> Identity:
-        """What identity.json says of them."""
+        """Describe them as identity.json does."""
         parts = (model, self.encoders, self.settings, self.shapes)
         return build_identity(*parts, self.generation)
 
@@ -72,7 +72,7 @@ class Todo:
     stale: Stale
     known: Sequence[UnitRecord]
     captions: Sequence[str]  # of the first pictures, where the cache has no prompts yet
-    work: plan.Estimate
+    work: plan.Plan
 
 
 def encode(config: config.EncodeConfig) -> None:
@@ -80,8 +80,8 @@ def encode(config: config.EncodeConfig) -> None:
     config = with_cache(config)
     check_flags(config)
     units = find_units(config.shards, source_options(config))
-    if said := repeats_in(units):
-        print(said, file=sys.stderr)
+    if note := repeats_in(units):
+        print(note, file=sys.stderr)
     model = resolve_model(config.model)
     assert config.cache is not None
     cache = CachePaths(config.cache)
@@ -140,7 +140,7 @@ def with_cache(config: config.EncodeConfig) -> config.EncodeConfig:
 
 
 def choose(config: config.EncodeConfig, stored: Identity | None, model: Model) -> Chosen:
-    """Flags, else what the cache was begun with, else defaults; the encoders are loaded.
+    """Take flags, else what the cache was started with, else defaults; load the encoders.
 
     With --overwrite the settings become new where they differ from those of the cache.
     """
@@ -160,12 +160,12 @@ def choose(config: config.EncodeConfig, stored: Identity | None, model: Model) -
 def look_ahead(
     config: config.EncodeConfig, cache: CachePaths, units: Sequence[Unit], chosen: Chosen
 ) -> tuple[Chosen, Todo]:
-    """What is to be done, and, of a new cache, the settings with what was measured for them."""
+    """Plan what is to be done; for a new cache, complete its settings by what is measured."""
     settings = chosen.settings
     records = read_units(cache)
     stale = find_stale(cache, records, units, config.prune, chosen.generation)
     known = of_generation(records, chosen.generation)
-    todo = plan.pending(cache, share(units, config.part), known)
+    todo = plan.pending(cache, part_of(units, config.part), known)
     captions: list[str] = []
     seconds = None
     if chosen.new or not cache.conditioning.exists():
@@ -174,7 +174,7 @@ def look_ahead(
         if config.latents == "auto" and not chosen.stored:
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = expected_layout(chosen.encoders, settings)
-    work = plan.estimate(todo, layout, seconds, cache)
+    work = plan.make_plan(todo, layout, seconds, cache)
     return replace(chosen, settings=settings), Todo(todo, stale, known, captions, work)
 
 
@@ -193,7 +193,7 @@ def claim(cache: CachePaths, model: Model, chosen: Chosen) -> bool:
             return False
         return True
     if chosen.new:
-        return overwrite.begin(cache, chosen.stored, wanted)
+        return overwrite.replace_identity(cache, chosen.stored, wanted)
     if read_identity(cache) != chosen.stored:
         return False
     if differing := other_settings(chosen.stored, wanted):
@@ -223,8 +223,8 @@ def encode_units(
         return engine.add_up(outcomes, len(units), progress)
 
 
-def share(items: Sequence[T], part: str | None) -> list[T]:
-    """The I-th of N shares of a list. Raises UserError for anything but I/N with I < N."""
+def part_of(items: Sequence[T], part: str | None) -> list[T]:
+    """Take the I-th of N parts of a list. Raises UserError for anything but I/N with I < N."""
     if part is None:
         return list(items)
     index, _, count = part.partition("/")
@@ -243,19 +243,9 @@ def check_flags(config: config.EncodeConfig) -> None:
 
 
 def source_options(config: config.EncodeConfig) -> SourceOptions:
-    """The flags about sources. A `pipe:` may run: `parse` takes one from the command line only."""
-    return SourceOptions(
-        folder_units=config.folder_units,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        caption_encoding=config.caption_encoding,
-        key_column=config.key_column,
-        streaming=config.streaming,
-        dataset_config_name=config.dataset_config_name,
-        max_image_bytes=config.max_image_bytes,
-        allow_external_images=config.allow_external_images,
-        pipes=True,
-    )
+    """Collect the flags about sources; `pipe:` may run, for only the command line has it."""
+    names = [field.name for field in fields(SourceOptions) if field.name != "pipes"]
+    return SourceOptions(**{name: getattr(config, name) for name in names}, pipes=True)
 
 
 def finish(config: config.FinishConfig) -> None:

@@ -24,26 +24,26 @@ class EncodeConfig:
     """The cache: a folder, or a URL such as s3://bucket/cache; made if it does not exist.
     caches/MODEL unless given."""
     resolution: Count | None = None
-    """Pixels of a side; as the cache was begun, or the model's own, unless given."""
+    """Side of the square in pixels; the cache's own, else the model's, unless given."""
     center_crop: bool = True
     """Crop the centre of a picture; otherwise its top left corner."""
     vae: NameOrPath | None = None
-    """Another VAE than the model's own: a VAE's or a model's folder, or a hub id."""
+    """A VAE other than the model's own: a VAE's or a model's folder, or a hub id."""
     vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """What the VAE computes in; a property of the cache once it is begun. auto: float16 on a GPU
-    (its activations scaled so that they fit, see docs/fp16-vae.md), float32 on a CPU."""
+    """The VAE's dtype; a started cache keeps its own. auto: float16 on a GPU (with activations
+    scaled so that they fit, see docs/fp16-vae.md), float32 on a CPU."""
     random_crop: bool = False
-    """Crop a place drawn from the picture's content instead."""
+    """Crop at a random position instead, drawn from the picture's content."""
     random_flip: bool = False
-    """Mirror half of the views, drawn likewise."""
+    """Mirror half of the views, chosen by the picture's content."""
     views: Count = 1
-    """Crops and flips kept per picture, of which training draws one each time."""
+    """Crops and flips kept per picture; training draws one of them each time."""
     seed: Natural = 0
-    """Of the random crops, flips and orders of tags; another one gives others."""
+    """Seed of the random crops, flips and orders of tags."""
     buckets: bool = False
     """Keep aspect ratios: crop to the nearest of many sizes, all of about resolution² pixels."""
     bucket_reso_steps: Count | None = None
-    """Sides of buckets are multiples of it; 64, less for a resolution below 512."""
+    """Sides of buckets are multiples of this: 64, or less for a resolution below 512."""
     min_bucket_reso: Count | None = None
     """Shortest side of a bucket; half the resolution unless given."""
     max_bucket_reso: Count | None = None
@@ -57,25 +57,26 @@ class EncodeConfig:
     max_captions: Count = 1
     """Captions kept per picture, where its json lists several or --shuffle-caption makes them."""
     shuffle_caption: bool = False
-    """Keep --max-captions orders of a caption's tags, of which training draws one each time."""
+    """Keep --max-captions orders of a caption's tags; training draws one of them each time."""
     keep_tokens: Natural | None = None
-    """So many first tags stay in front when the others are shuffled; none unless given."""
+    """How many first tags stay in front when the others are shuffled; 0 unless given."""
     caption_separator: str | None = None
-    """Between the tags that are shuffled; a comma unless given."""
+    """What stands between the tags that are shuffled; a comma unless given."""
     clip_skip: Natural = 0
-    """Layers of the text encoders left out at the end, as in diffusers: 1 where kohya says 2."""
+    """How many last layers of the text encoders to leave out, as in diffusers: 1 is kohya's 2."""
     preview_prompts: tuple[str, ...] = ()
     """Prompts embedded for previews; the first captions of the data unless given."""
     vae_batch_size: Count | None = None
-    """Pictures per VAE call; a property of the cache once it is begun. 8 on a CPU; on a GPU 16 of
-    512 px, 4 of 1024."""
+    """Pictures per VAE call; a started cache keeps its own. 8 on a CPU; on a GPU 16 of 512 px, 4 of
+    1024."""
     text_batch_size: Count | None = None
-    """Captions per text-encoder call; likewise. 32."""
+    """Captions per text-encoder call; a started cache keeps its own. 32."""
     threads: Count | None = None
-    """CPU threads of the encoders; likewise, where a CPU computes. As many as the process may
-    use: by its affinity, cgroup, Slurm's grant and OMP_NUM_THREADS."""
+    """CPU threads of the encoders; a cache started on a CPU keeps its own. As many as the process
+    may use: by its affinity, cgroup, Slurm's grant and OMP_NUM_THREADS."""
     decode_workers: Count | None = None
-    """Threads that read, decode and resize pictures ahead of the encoder; as many, 8 at most."""
+    """Threads that decode and resize pictures ahead of the encoder; one per core that the process
+    may use, 8 at most."""
     folder_units: Count | None = None
     """Units of work of a folder, a power of two; about 1,000 pictures each unless given."""
     image_column: str | None = None
@@ -84,8 +85,8 @@ class EncodeConfig:
     """Column of a table, or key of the json, that holds the captions; caption, text, TEXT, prompt
     unless given, and of a tar the txt before them."""
     caption_encoding: str | None = None
-    """Of captions in files (NAME.txt, metadata.csv) that are no UTF-8: cp1252, cp932, gb18030 ...;
-    a byte order mark at a file's beginning goes before it."""
+    """Encoding of captions in files (NAME.txt, metadata.csv) that are not UTF-8: cp1252, cp932,
+    gb18030 ...; a byte order mark at a file's beginning wins over it."""
     key_column: str | None = None
     """Column of a table that names its rows; the picture's path, id or url unless given."""
     dataset_config_name: str | None = None
@@ -93,16 +94,16 @@ class EncodeConfig:
     streaming: bool = False
     """Read a dataset of the hub (hf://owner/name) shard by shard, without downloading it first."""
     max_image_bytes: Count = MAX_IMAGE_BYTES
-    """Reject a picture whose file is larger, without reading it; another limit than the former
-    one reads all units again, and encodes what it lets in."""
+    """Reject a picture whose file is larger, without reading it. A new limit reads all units again
+    and encodes what it lets in."""
     allow_external_images: bool = False
-    """Read pictures that the rows of a table name outside the table's folder, host or bucket."""
+    """Read pictures that a table names outside its own folder, host or bucket."""
     where: str | None = None
-    """Keep rows of which this holds or is unknown: "similarity > 0.3 and license != 'nc'"."""
+    """Keep rows for which this is true or unknown: "similarity > 0.3 and license != 'nc'"."""
     max_pwatermark: Fraction | None = None
-    """Reject rows whose pwatermark (LAION's) is above; rows without it are kept."""
+    """Reject rows whose pwatermark (LAION's) is above this; rows without one are kept."""
     max_reject_fraction: Fraction = 0.5
-    """Stop when more than this share of a unit is rejected."""
+    """Stop when more than this fraction of a unit's rows is rejected."""
     device: str = "auto"
     """cuda, cpu, or auto."""
     engine: Literal["local", "ray"] = "local"
@@ -112,14 +113,14 @@ class EncodeConfig:
     cpus_per_worker: Count | None = None
     """CPU cores, and so threads, of a Ray worker without a GPU; as many as --threads."""
     part: str | None = None
-    """I/N: only the I-th of N shares of the units (0/N .. N-1/N); `prep finish` after the last."""
+    """I/N: only the I-th of N parts of the units (0/N .. N-1/N); `prep finish` after the last."""
     prune: bool = False
     """Drop the cache's units whose source is no longer listed in --shards."""
     overwrite: bool = False
     """Replace a cache that was made with other settings by one with these."""
     holdout: Natural | None = None
-    """Set so many samples aside, chosen by a hash of their keys: nothing is trained on them, and
-    `train evaluate` draws them. They stay the same when the cache grows; 0 for none again."""
+    """Hold this many samples out of training, chosen by a hash of their keys; `train evaluate`
+    draws them. They stay the same when the cache grows; 0 for none again."""
     report: bool = True
     """Write report.html, a page that shows whether the cache is good, at the end."""
     dry_run: bool = False
@@ -145,7 +146,7 @@ class FinishConfig(OriginalsFlags):
     """Fold all committed units into the manifest (`encode` does it by itself)."""
 
     holdout: Natural | None = None
-    """Samples to set aside, as for `encode`."""
+    """Samples to hold out of training, as for `encode`."""
     report: bool = True
     """Write report.html, too."""
 

@@ -142,6 +142,11 @@ def exhausted(error: BaseException) -> str:
     return "the system allows no more threads (ulimit -u)" if NO_THREADS in text else ""
 
 
+def words_of(error: BaseException, longest: int = 300) -> str:
+    """Return what an error says, on one line, or its kind where it says nothing."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind where it says nothing."""
     lines = str(error).strip().splitlines()

@@ -47,5 +47,5 @@ def printable(path: str) -> str:
 
 
 def storable(text: str) -> str:
-    """Return text without the lone surrogates of undecodable file names, which no table takes."""
+    """Return text without lone surrogates, which JSON allows and no table takes."""
     return text.encode("utf-8", "replace").decode()

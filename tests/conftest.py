@@ -1,6 +1,7 @@
 """What many tests start from: the repository, the tiny models, a cache of each, the commands."""
 
 import contextlib
+import fcntl
 import importlib
 import io
 import os
@@ -16,6 +17,10 @@ import pytest
 from tests.support import warm
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = {
+    "test_crash.py", "test_evaluate.py", "test_parallel.py", "test_docs_blocks.py", "test_hub.py",
+    "test_again.py", "test_launch.py", "test_weights.py", "test_benchmarks.py", "test_parts.py",
+}  # fmt: skip
 
 
 def pytest_configure(config):
@@ -23,6 +28,11 @@ def pytest_configure(config):
     chosen = config.option.markexpr
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    """The modules that take longest first, so that no worker is left alone with one of them."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish():
@@ -45,7 +55,7 @@ def tiny_xl() -> Path:
     return ROOT / "data" / "tiny-xl"
 
 
-def encode_some(model: str, latents: str, count: int, folder: Path) -> Path:
+def encode_some(model: str, latents: str, count: int, folder: Path) -> None:
     """A cache of the first `count` pictures of data/pictures/train, made by the real command."""
     with (
         tarfile.open(ROOT / "data/pictures/train/00000.tar") as source,
@@ -57,19 +67,31 @@ def encode_some(model: str, latents: str, count: int, folder: Path) -> Path:
     warm.run(
         ["-m", "prep", "encode", *words.split()], folder, OMP_NUM_THREADS="1"
     ).check_returncode()
+
+
+def shared_cache(factory, model: str, latents: str, count: int) -> Path:
+    """The same for all workers of a session: the first that asks makes it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{model}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            encode_some(model, latents, count, folder)
+            (folder / "made").touch()
     return folder / "cache"
 
 
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory) -> Path:
     """72 pictures for tiny-sd, mean only: enough for an evaluation. Do not write into it."""
-    return encode_some("tiny-sd", "mean", 72, tmp_path_factory.mktemp("tiny-sd"))
+    return shared_cache(tmp_path_factory, "tiny-sd", "mean", 72)
 
 
 @pytest.fixture(scope="session")
 def tiny_xl_cache(tmp_path_factory) -> Path:
     """24 pictures for tiny-xl, posterior. Do not write into it."""
-    return encode_some("tiny-xl", "posterior", 24, tmp_path_factory.mktemp("tiny-xl"))
+    return shared_cache(tmp_path_factory, "tiny-xl", "posterior", 24)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,8 @@ def modules() -> list[Path]:
 
 
 def test_files_stay_short():
-    lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in modules()}
+    paths = modules() + [path for path in repository_files("tests") if path.suffix == ".py"]
+    lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in paths}
     assert {name: count for name, count in lines.items() if count > FILE_LINES} == {}
 
 
@@ -52,6 +54,46 @@ def test_functions_stay_short():
                 if lines > FUNCTION_LINES:
                     long[f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"] = lines
     assert long == {}
+
+
+def imported(path: Path, known: set[str]) -> set[str]:
+    """The modules that this one imports as it is imported itself, not later in a function."""
+    found, todo = set(), [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & known) | ({node.module} if names - known else set())
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> str:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return " imports ".join(reversed(error.args[1]))
+    return ""
+
+
+def test_no_module_imports_itself_in_a_circle(tmp_path):
+    parts = {path: path.relative_to(ROOT).with_suffix("").parts for path in modules()}
+    names = {path: ".".join(each).removesuffix(".__init__") for path, each in parts.items()}
+    graph = {name: imported(path, set(names.values())) for path, name in names.items()}
+    assert circle(graph) == ""
+    # And one would be found.
+    (tmp_path / "a.py").write_text("import os\nif os.sep:\n    from b import c\n")
+    (tmp_path / "c.py").write_text("from a import x\ndef f():\n    import d\n")
+    known = {"a", "b.c", "d"}
+    graph = {"a": imported(tmp_path / "a.py", known), "b.c": imported(tmp_path / "c.py", known),
+             "d": {"a"}}  # fmt: skip
+    assert circle(graph) in ("a imports b.c imports a", "b.c imports a imports b.c")
+    assert graph["b.c"] == {"a"}
 
 
 def test_data_stays_small():

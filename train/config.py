@@ -48,8 +48,8 @@ class EvaluateConfig(groups.MachineFlags, groups.ArtistFlags):
     """Compare student and teacher: one table and one picture."""
 
     eval_cache: PlaceFlag | None = None
-    """Cache of held-out pictures: their captions are the prompts, their latents the real ones.
-    What --holdout has set aside in the run's own cache unless given."""
+    """Cache of held-out pictures: their captions are the prompts, their latents the real ones. The
+    samples held out of the run's own cache unless given."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
     num_samples: Annotated[int, Numbers(int, 65)] = 1000
@@ -79,7 +79,7 @@ class ExportConfig(groups.PublishFlags):
     """Write a checkpoint's student in diffusers format (`distill` does it at its end)."""
 
     run: LocalPath | None = None
-    """The one of runs/ whose checkpoint is the newest unless given."""
+    """The run in runs/ with the newest checkpoint unless given."""
     checkpoint: NameOrPath = "latest"
     """latest, step-N, or the folder of a checkpoint."""
     model: NameOrPath | None = None

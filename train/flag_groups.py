@@ -34,16 +34,16 @@ class ModelFlags:
     """What a run is made from, and its folder."""
 
     model: NameOrPath | None = None
-    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file.
-    sdxl unless given, or what the --cache was made for."""
+    """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file. sdxl
+    unless given, or what the --cache was made for."""
     cache: PlaceFlag | None = None
     """A cache made by `python -m prep encode` for this model: a folder or a URL. caches/MODEL
     unless given."""
     run: LocalPath | None = None
-    """Folder for checkpoints, metrics, previews and the exported student. runs/MODEL-STUDENT
-    unless given, with what else is not as usual: other flags make another run."""
+    """Folder for checkpoints, metrics, previews and the exported student. runs/MODEL-STUDENT unless
+    given, followed by the flags that differ from the defaults."""
     vae: NameOrPath | None = None
-    """The VAE that decodes pictures, where the cache was made with another than the model's."""
+    """The VAE that decodes pictures, if the cache was made with another VAE than the model's."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class TrainingFlags:
     train_batch_size: Count = 8
     """Samples per device and micro-step."""
     gradient_accumulation_steps: Count = 1
-    """Micro-steps of an optimizer step; they follow from --global-batch-size where that is given,
-    and from the run's own global batch where it is resumed."""
+    """Micro-steps of an optimizer step. They follow from --global-batch-size if that is given, and
+    from the run's own global batch on resume."""
     global_batch_size: Count | None = None
     """Samples per optimizer step over all processes; a resumed run keeps its own unless given."""
     max_train_steps: Count = 1000
     """Optimizer steps."""
     num_train_epochs: Count | None = None
-    """Passes over the cache, from which the steps follow; instead of --max-train-steps."""
+    """Passes over the cache, instead of --max-train-steps."""
     seed: Seed = 0
 
 
@@ -92,7 +92,7 @@ class OptimizerFlags:
     adam_weight_decay: NotNegative = 0.0
     adam_epsilon: Positive = 1e-8
     max_grad_norm: NotNegative = 1.0
-    """Gradients longer than that are shortened to it; 0 for never."""
+    """Clip the gradient's norm to this; 0 for no clipping."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,13 @@ class FullStudentFlags:
     """A full student that is distilled: its average, its guidance input."""
 
     ema_decay: BelowOne = 0.95
-    """Of the full student's target network."""
+    """Decay of the average that is the full student's target."""
     offload_ema: bool = False
     """Keep the full student's average in fp32 on the CPU, and a half-precision copy on the
     device."""
     guidance_init: Literal["zero", "random"] = "zero"
-    """Of the guidance embedding's projection; with zero the student starts as the teacher."""
+    """How the guidance embedding's projection starts; with zero the student starts as the
+    teacher."""
     unet_time_cond_proj_dim: Annotated[int, Numbers(int, 4)] = 256
     """Width of the guidance embedding."""
 
@@ -129,7 +130,7 @@ class DiffusionLossFlags:
     """The ordinary diffusion loss."""
 
     noise_offset: BelowOne = 0.0
-    """denoise: share of one normal number per channel added to the noise; 0.05 to 0.1 is usual."""
+    """denoise: add one normal number per channel, times this, to the noise; usually 0.05 to 0.1."""
     snr_gamma: Positive | None = None
     """denoise: gamma of the min-SNR loss weights, usually 5; unweighted unless given."""
 
@@ -155,7 +156,7 @@ class DataFlags:
     dataloader_num_workers: Count = 4
     """Reader threads. A remote cache has one for each batch that it reads ahead."""
     max_train_samples: Count | None = None
-    """Train on the cache's first so many samples, in the order of its manifest."""
+    """Train on this many samples only: the cache's first, in the order of its manifest."""
     local_cache: LocalPath | None = None
     """Folder that keeps the samples read from a remote cache."""
 
@@ -188,7 +189,7 @@ class CheckpointFlags:
     resume_from_checkpoint: NameOrPath | None = None
     """latest, step-N, or the folder of a checkpoint. The same command goes on by itself."""
     take_over: bool = False
-    """Take the run from the process that writes it, where that one hangs."""
+    """Take the run over from a process that hangs."""
 
 
 @dataclass(frozen=True)
@@ -198,12 +199,12 @@ class ReportFlags:
     validation_steps: Natural = 250
     """Steps between preview pictures; 0 for none."""
     validation_prompts: tuple[str, ...] = ()
-    """Prompts of the previews, of those embedded in the cache; its first four unless given."""
+    """Prompts of the previews, from those embedded in the cache; its first four unless given."""
     logging_steps: Count = 10
     report_to: tuple[str, ...] = ("tensorboard",)
     """tensorboard, wandb and the other trackers that accelerate knows; none for no tracker."""
     logging_dir: LocalPath | None = None
-    """Of the trackers; RUN/logs unless given."""
+    """Folder of the trackers; RUN/logs unless given."""
     tracker_project_name: str = "latent-distillery"
 
 
@@ -221,7 +222,7 @@ class PublishFlags:
     """What becomes of the exported student."""
 
     export_dtype: ExportDtype = "both"
-    """Of the exported weights. both: a UNet in fp32 and as variant="fp16", a LoRA in fp32."""
+    """Dtype of the exported weights. both: a UNet in fp32 and as variant="fp16", a LoRA in fp32."""
     push_to_hub: bool = False
     """Publish the student on the Hugging Face hub, with a model card."""
     hub_model_id: str | None = None
@@ -235,7 +236,7 @@ class ArtistFlags:
     """Whose pictures are drawn: the student of a run, and its teacher."""
 
     run: LocalPath | None = None
-    """The one of runs/ whose student is the newest unless given."""
+    """The run in runs/ with the newest student unless given."""
     model: NameOrPath | None = None
     """Where the teacher is; the run's own, if it is on this machine, unless given."""
     vae: NameOrPath | None = None

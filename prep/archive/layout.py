@@ -28,7 +28,7 @@ ALLOWED = re.compile(
 
 
 def write_sums(sums: dict[str, str]) -> bytes:
-    """The content of SHA256SUMS, in coreutils' format."""
+    """Format the content of SHA256SUMS as coreutils do."""
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode()
 
 

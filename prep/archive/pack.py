@@ -39,13 +39,13 @@ def pack(config: PackConfig) -> None:
     if output.resolve() == cache.root.resolve():
         raise UserError("--output must be another folder than --cache")
     refuse_strangers(output, {f"{unit.name}.json" for unit in units}, cache.root, "--output")
-    small = [cache.identity, cache.conditioning, cache.manifest]
-    small += [cache.holdout] if cache.holdout.exists() else []
-    small += [cache.units / f"{unit.name}.json" for unit in units]
-    small += [cache.root / unit.samples for unit in units]
+    names = [path.name for path in (cache.identity, cache.conditioning, cache.manifest)]
+    names += [cache.holdout.name] if cache.holdout.exists() else []
+    names += [f"units/{unit.name}.json" for unit in units]
+    names += [unit.samples for unit in units]
+    small = [cache.root / name for name in names]
     if missing := [path for path in small if not path.is_file()]:
         raise UserError(f"{missing[0]} is missing; `prep verify --repair` tells how to mend it")
-    names = [str(path.relative_to(cache.root)) for path in small]
     refuse_names([*names, *(shard.file + SUFFIX for shard in manifest.shards)])
     with guard(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def pack_shard(cache: CachePaths, shard: Shard, output: Path, level: int, thread
 
 
 def compressed(path: Place, shard: Shard, compressor: zstandard.ZstdCompressor) -> Iterator[bytes]:
-    """The compressed bytes, after whose last the shard is known to be whole."""
+    """Compress a shard; when the last bytes have come, the shard is known to be whole."""
     digest = hashlib.sha256()
     stream = compressor.compressobj(size=shard.size)
     try:
@@ -119,7 +119,7 @@ def is_packed(target: Path, shard: Shard) -> bool:
 
 
 def decompressed(path: Path) -> Iterator[bytes]:
-    """The content of a zstd file, as far as it goes; ZstdError where it is damaged.
+    """Yield the content of a zstd file. Raises ZstdError where it is damaged.
 
     A cut is no error to zstd, so whoever reads compares size or hash. A block is never longer than
     `BLOCK`, whatever the file claims to hold.

@@ -42,7 +42,9 @@ def unpack(config: UnpackConfig) -> None:
     sizes = [shard.size for shard in wanted]  # of a remote cache one lies here at a time
     local = isinstance(cache.root, Path)
     refuse_full_disk(cache, sum(sizes) if local else max(sizes, default=0))
-    claim_identity(cache, read_identity(CachePaths(archive)), "choose another --cache")
+    identity = read_identity(CachePaths(archive))
+    assert identity is not None  # one of the small files
+    claim_identity(cache, identity, "choose another --cache")
     with Progress("unpack", len(wanted), "shard") as progress:
         for shard in wanted:
             packed = archive / (shard.file + SUFFIX)
@@ -100,7 +102,7 @@ def in_place(cache: CachePaths, shard: Shard) -> bool:
 
 
 def checked(packed: Path, shard: Shard) -> Iterator[bytes]:
-    """The shard's bytes; UserError before the end where they are not those recorded."""
+    """Yield the shard's bytes. Raises UserError before the end where others were recorded."""
     digest, count = hashlib.sha256(), 0
     try:
         for block in decompressed(packed):
@@ -116,5 +118,5 @@ def checked(packed: Path, shard: Shard) -> Iterator[bytes]:
 
 
 def damaged(path: Path) -> UserError:
-    """The error for a file that is not what was packed."""
+    """Make the error for a file that is not what was packed."""
     return UserError(f"{path} is damaged; copy it again, then run the same command")

@@ -21,7 +21,7 @@ BATCH_ROWS = 4096
 
 
 def accounts(cache: CachePaths, unit: UnitRecord, keys: Collection[str]) -> list[dict[str, Any]]:
-    """The rows of the unit's accounting table with these keys; none where it is gone."""
+    """Read the rows of the unit's accounting table with these keys; none where it is gone."""
     wanted = pa.array(sorted(keys), pa.string())
     return [
         row
@@ -31,7 +31,7 @@ def accounts(cache: CachePaths, unit: UnitRecord, keys: Collection[str]) -> list
 
 
 def account_batches(path: Place) -> Iterator[pa.RecordBatch]:
-    """An accounting table piece by piece, with those of `COLUMNS` that it has."""
+    """Read an accounting table piece by piece, with those of `COLUMNS` that it has."""
     try:
         with opened(path) as file, pq.ParquetFile(file) as table:
             columns = [name for name in COLUMNS if name in table.schema_arrow.names]
@@ -42,7 +42,7 @@ def account_batches(path: Place) -> Iterator[pa.RecordBatch]:
 
 
 def opened(path: Place) -> AbstractContextManager[BinaryIO]:
-    """The file's bytes. Raises NotAFile for what a reader would wait for."""
+    """Open the file. Raises NotAFile for what a reader would wait for."""
     return open_regular(path) if isinstance(path, Path) else path.open("rb")
 
 
@@ -50,5 +50,5 @@ def is_ours(column: pa.Field) -> bool:
     """Is a column of the type that `prep encode` gives it: text, or for captions lists of it?"""
     kind = column.type
     if column.name == "captions":
-        return pa.types.is_list(kind) and pa.types.is_string(kind.value_type)
+        return bool(pa.types.is_list(kind) and pa.types.is_string(kind.value_type))
     return bool(pa.types.is_string(kind))

@@ -43,12 +43,12 @@ def ask(cache: CachePaths, count: int | None) -> None:
 
 
 def held_out(cache: CachePaths) -> dict[str, Any]:
-    """What holdout.json says: `count`, and `keys` where they have been chosen. Empty without it."""
+    """Read holdout.json: `count`, and `keys` once they are chosen; an empty dict without it."""
     return parsed(read_if_there(cache.holdout), cache)
 
 
 def parsed(content: bytes | None, cache: CachePaths) -> dict[str, Any]:
-    """The same of the file's content. Raises UserError where it is damaged."""
+    """Parse the file's content likewise. Raises UserError where it is damaged."""
 
     def build(stored: Mapping[str, Any]) -> dict[str, Any]:
         not_negative(count=typed(stored["count"], int, "count"))
@@ -73,10 +73,10 @@ def choose(cache: CachePaths, manifest: Manifest) -> None:
             f"--holdout {count}: the cache has {counted(total, 'sample')}, and some must be left "
             "to train on; `prep finish --holdout N` sets fewer aside"
         )
-    share, keys = 0.0, list[str]()
+    bound, keys = 0.0, list[str]()
     while len(keys) < count:
-        share = min(1.0, 2 * share or (count + 4 * count**0.5) / total)
-        found = keys_up_to(cache, manifest.shards, f"{min(int(share * 2**64), LARGEST):016x}")
+        bound = min(1.0, 2 * bound or (count + 4 * count**0.5) / total)
+        found = keys_up_to(cache, manifest.shards, f"{min(int(bound * 2**64), LARGEST):016x}")
         keys = sorted(key for some in found for key in some)
     chosen = dump_json({"count": count, "keys": keys[:count]})
 
@@ -89,7 +89,7 @@ def choose(cache: CachePaths, manifest: Manifest) -> None:
 
 
 def set_aside(cache: CachePaths, manifest: Manifest) -> Manifest:
-    """The manifest, its shards with the samples that are held out."""
+    """Mark in the manifest's shards the samples that are held out."""
     keys = set(held_out(cache).get("keys", ()))
     if not keys:
         return manifest
@@ -103,7 +103,7 @@ def set_aside(cache: CachePaths, manifest: Manifest) -> Manifest:
 
 
 def keys_up_to(cache: CachePaths, shards: Sequence[Shard], last: str) -> list[list[str]]:
-    """The first keys of each shard, none of them larger than `last`."""
+    """Read the first keys of each shard, up to `last`."""
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda shard: list(_keys(cache, shard, last)), shards))
 

@@ -11,7 +11,7 @@ import numpy as np
 from shared.cache.units import Shard
 
 
-def places(shards: Sequence[Shard], count: int, seed: int) -> list[tuple[Shard, int]]:
+def draw_indices(shards: Sequence[Shard], count: int, seed: int) -> list[tuple[Shard, int]]:
     """Shard and index of `count` samples drawn at random, in the cache's order; or of all."""
     ends = list(itertools.accumulate(shard.count for shard in shards))
     total = ends[-1] if ends else 0

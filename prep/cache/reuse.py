@@ -67,7 +67,7 @@ class Index:
 
     @staticmethod
     def of(entries: Entries) -> Index:
-        """An index over entries; of equal digests the first spot counts."""
+        """Build an index over entries; of equal digests the first spot counts."""
         digests = np.frombuffer(entries.digests, dtype=f"S{DIGEST}")
         spots = np.asarray(entries.spots, np.int64).reshape(-1, 3)
         order = np.argsort(digests, kind="stable")
@@ -155,7 +155,7 @@ NOTHING = Known(CachePaths(Path()), ())
 def written_rows(
     cache: CachePaths, record: UnitRecord
 ) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    """The written rows of a unit's table by latent size, each list in the order of its shard.
+    """Read the written rows of a unit's table by latent size, each list in its shard's order.
 
     None where the table is not the one that was committed: then everything is encoded.
     """
@@ -172,7 +172,7 @@ def written_rows(
 
 
 def read_sample(path: Place, layout: Layout, number: int) -> Arrays | None:
-    """A sample's arrays, or None where the shard is missing or damaged: then it is encoded."""
+    """Read a sample's arrays; None where the shard is missing or damaged: then it is encoded."""
     try:
         _, record, arrays = layout.read(path, number)
     except (OSError, ValueError):

@@ -57,7 +57,7 @@ class Sums:
         self.values.extend(sums.total + sums.squares)
 
     def added(self) -> ChannelSums | None:
-        """The sum over all samples, or None where there are none."""
+        """Add up all samples; None where there are none."""
         if not self.keys:
             return None
         values = np.asarray(self.values).reshape(len(self.keys), -1)[self.keys.order()]
@@ -98,7 +98,7 @@ class Spool:
         self.unwritten.clear()
 
     def sorted_samples(self) -> Iterator[bytes]:
-        """The samples' bytes by key, then the end of the tar."""
+        """Yield the samples' bytes sorted by key, then the end of the tar."""
         stride = self.layout.stride
         with opened(self.path, os.O_RDONLY) as fd:
             for index in self.keys.order().tolist():
@@ -124,7 +124,7 @@ class Spool:
 
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """A descriptor of a file, closed in the end."""
+    """Open a file; its descriptor is closed in the end."""
     fd = os.open(path, flags, 0o644)
     try:
         yield fd

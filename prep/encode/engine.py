@@ -123,7 +123,7 @@ def encode_unit(
 def encode_here(
     job: Job, units: Iterable[Unit], encoders: Encoders, progress: Progress
 ) -> Iterator[Outcome]:
-    """The local engine: one unit after the other in this process."""
+    """Encode one unit after the other in this process: the local engine."""
 
     def tick(rows: int, rejected: int) -> None:
         progress.update(rows, f"{rejected} rejected in this unit")

@@ -73,7 +73,9 @@ def encode_with_ray(
         raise UserError(EXTRA) from None
     try:
         connect(ray, address)
-        needs = {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
+        needs: dict[str, Any] = (
+            {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
+        )
         remote = ray.remote(**needs)(Worker)  # restarted by us, who count how often
         sent, folder = ray.put(job), os.getcwd()  # held to the end: later workers read it, too
         count = min(slots(ray, **needs), len(units))
@@ -137,22 +139,22 @@ def dispatched(
     waiting, idle, losses = deque(units), list[Any](), Counter[str]()
     busy = dict[Any, tuple[Any, Unit | None, int]]()
 
-    def begin(failures: int) -> None:
+    def start_worker(failures: int) -> None:
         worker = start()
         busy[worker.ready.remote()] = (worker, None, failures)
 
     for _ in range(count):
-        begin(0)
+        start_worker(0)
     while waiting or any(unit for _, unit, _ in busy.values()):
         (call,), _ = ray.wait(list(busy))
         worker, unit, failures = busy.pop(call)
         try:
             outcome = ray.get(call)
         except UserError as error:  # with a traceback in front
-            raise UserError(str(error.cause)) from None
+            raise UserError(str(getattr(error, "cause", error))) from None
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             if unit is not None:
-                begin(0)
+                start_worker(0)
                 waiting.append(unit)
                 losses[unit.name] += 1
                 progress.write(f"lost a worker in {unit.source}; another one takes it")
@@ -163,7 +165,7 @@ def dispatched(
                         "give a worker more memory, or see what --engine local says of it"
                     ) from None
             elif failures + 1 < MOST_LOSSES:
-                begin(failures + 1)
+                start_worker(failures + 1)
             else:
                 progress.write(f"a worker does not get ready ({cause(error)}); on without it")
                 if not (busy or idle):
@@ -181,7 +183,7 @@ def dispatched(
 
 
 def cause(error: Exception) -> str:
-    """The last line of what Ray tells of a death: the exception, where there was one."""
+    """Take the last line of what Ray says of a death: the exception, where there was one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -6,19 +6,10 @@ from dataclasses import replace
 
 from prep.encode.networks import Encoders
 from prep.encode.settings import Settings
-from shared.cache.identity import (
-    ADDED,
-    Identity,
-    Preprocessing,
-    Shapes,
-    TextIdentity,
-    VaeIdentity,
-)
+from shared.cache.identity import ADDED, Identity, Preprocessing, Shapes, TextIdentity, VaeIdentity
 from shared.cache.layout import Layout, cache_layout
 from shared.cache.paths import FORMAT
-from shared.models.family import (
-    Model,
-)
+from shared.models.family import Model
 
 SIGNS = ("fingerprint", "fingerprints", *ADDED)  # by which an encoder is known
 
@@ -26,7 +17,7 @@ SIGNS = ("fingerprint", "fingerprints", *ADDED)  # by which an encoder is known
 def build_identity(
     model: Model, encoders: Encoders, settings: Settings, shapes: Shapes, generation: int = 0
 ) -> Identity:
-    """The content of identity.json; `generation` counts --overwrite (shared.cache.identity)."""
+    """Build the content of identity.json; `generation` counts --overwrite."""
     vae, own = encoders.vae, encoders.vae.source == model.source
     return Identity(
         FORMAT, model.family.name, model.source, "posterior" if settings.keep_logvar else "mean",
@@ -36,7 +27,7 @@ def build_identity(
             max_captions=settings.max_captions,
             where=settings.filters.where,
             max_pwatermark=settings.filters.max_pwatermark,
-            shuffle=settings.shuffle and settings.shuffle.to_json(),
+            shuffle=settings.shuffle.to_json() if settings.shuffle else None,
         ),
         shapes, generation,
     )  # fmt: skip
@@ -49,7 +40,7 @@ def same_encoder(recorded: VaeIdentity | TextIdentity, here: VaeIdentity | TextI
 
 
 def expected_layout(encoders: Encoders, settings: Settings) -> Layout:
-    """What samples of these settings will look like; with buckets, those that are square."""
+    """Derive the layout of samples of these settings; with buckets, of the square ones."""
     channels = encoders.vae.channels * (2 if settings.keep_logvar else 1)
     side = settings.framing.resolution // encoders.vae.downscale
     pooled = encoders.text.pooled_width

@@ -9,18 +9,11 @@ import torch
 from prep.config import EncodeConfig
 from prep.encoders.text import TextEncoder
 from prep.encoders.vae import VaeEncoder
-from shared.cache.identity import (
-    Identity,
-    Shapes,
-)
+from shared.cache.identity import Identity, Shapes
 from shared.errors import UserError
 from shared.machine import cpus
 from shared.machine.device import pick_device, set_threads
-from shared.models.family import (
-    Model,
-    recorded_model,
-    unet_config,
-)
+from shared.models.family import Model, recorded_model, unet_config
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Encoders:
 
 
 def choose_device(config: EncodeConfig, stored: Identity | None) -> torch.device:
-    """The flag, else the kind that the cache was begun on, else a GPU where there is one.
+    """Take the flag, else the kind that the cache was started on, else a GPU where there is one.
 
     `stored` is the cache's identity, here and below; None where there is none. Raises UserError for
     a device that is not here.
@@ -52,7 +45,7 @@ def choose_device(config: EncodeConfig, stored: Identity | None) -> torch.device
 def choose_shapes(
     config: EncodeConfig, stored: Identity | None, device: torch.device, resolution: int
 ) -> Shapes:
-    """The flags, else what the cache was begun with, else defaults."""
+    """Take the flags, else what the cache was started with, else defaults."""
     default = Shapes(default_vae_batch_size(device, resolution), 32, device.type)
     begun = stored.shapes if stored else default
     threads = config.threads or begun.threads or config.cpus_per_worker or cpus.threads()
@@ -65,7 +58,7 @@ def choose_shapes(
 
 
 def taken_over(config: EncodeConfig, stored: Identity | None) -> str:
-    """A line where the cache was begun on a machine so unlike this one that it is slow here."""
+    """Note that the cache was started on a machine so unlike this one that it is slow here."""
     if not stored:
         return ""
     begun, here = stored.shapes, cpus.threads()
@@ -103,7 +96,7 @@ class VaeChoice:
 def choose_vae(
     config: EncodeConfig, stored: Identity | None, model: Model, device: str
 ) -> VaeChoice:
-    """The flags, else what the cache was begun with, else the model's VAE."""
+    """Take the flags, else what the cache was started with, else the model's VAE."""
     source, dtype, rescale = None, "float16" if device == "cuda" else "float32", None
     if stored is not None:
         source, dtype, rescale = stored.vae.source, stored.vae.dtype, stored.vae.rescale

@@ -22,22 +22,22 @@ from shared.storage.update import update
 
 
 def calibrated_anew(encoders: Encoders, stored: Identity) -> Encoders:
-    """The encoders, without the recorded scale where it is another VAE's or another dtype's."""
+    """Drop the recorded scale where it is another VAE's or another dtype's."""
     vae, recorded = encoders.vae, replace(stored.vae, source=None)
     if not differences(asdict(recorded), asdict(vae.identity())):
         return encoders
     return replace(encoders, vae=VaeEncoder(vae.source, vae.device, vae.batch_size, vae.dtype))
 
 
-def begin(cache: CachePaths, stored: Identity, identity: Identity) -> bool:
+def replace_identity(cache: CachePaths, stored: Identity, identity: Identity) -> bool:
     """Put `identity` in the place of `stored`; False where another part was faster."""
-    began = False
+    replaced = False
 
     def change(content: bytes | None) -> bytes | None:
-        nonlocal began
+        nonlocal replaced
         there = {} if content is None else parse_json(content, cache.identity)
-        began = there.get("generation", 0) == stored.generation
-        if not began:
+        replaced = there.get("generation", 0) == stored.generation
+        if not replaced:
             return None
         with guard(cache.root):
             retire(cache, ())
@@ -49,4 +49,4 @@ def begin(cache: CachePaths, stored: Identity, identity: Identity) -> bool:
         return dump_json(identity.to_json())
 
     update(cache.identity, change, cache.tmp)
-    return began
+    return replaced

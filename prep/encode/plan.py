@@ -32,7 +32,7 @@ SEARCHED_ROWS = 1 << 16  # in all, where none of those was usable
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Plan:
     """What is left to do, before it is done."""
 
     units: int
@@ -53,7 +53,7 @@ class Estimate:
 
 
 def pending(cache: CachePaths, units: Sequence[Unit], known: Sequence[UnitRecord]) -> list[Unit]:
-    """The units that are not committed for their present source, with all files in place.
+    """Find the units that are not committed for their present source with all files in place.
 
     So are those with pictures that could not be read for want of a package that is there by now.
     `known` are the records that count, of the present settings.
@@ -75,10 +75,10 @@ def pending(cache: CachePaths, units: Sequence[Unit], known: Sequence[UnitRecord
     return [unit for unit in units if not done(unit)]
 
 
-def estimate(
+def make_plan(
     units: Sequence[Unit], layout: Layout, seconds_per_row: float | None, cache: CachePaths
-) -> Estimate:
-    """Rows are counted in the first few sources and scaled by size in the others."""
+) -> Plan:
+    """Forecast rows, bytes and seconds: rows are counted in a few sources, else told from sizes."""
     rows = estimate_rows(units)
     total, largest = sum(rows.values()), max(rows.values(), default=0)
     # A unit is spooled before it is published: the largest one is on the disk twice. What is
@@ -87,7 +87,7 @@ def estimate(
     peak = (total + largest if local else 2 * largest) * layout.stride
     seconds = None if seconds_per_row is None else total * seconds_per_row
     free = free_bytes(cache.disk)
-    return Estimate(len(units), total, total * layout.stride, peak, seconds, free)
+    return Plan(len(units), total, total * layout.stride, peak, seconds, free)
 
 
 def probe(
@@ -179,10 +179,12 @@ class Search:
         if self.damage is not None:
             return self.damage
         more = f" and {counted(len(units) - 1, 'more unit')}" if len(units) > 1 else ""
-        told = Counter({r: n for r, n in self.reasons.items() if not is_filter(r)}) or self.reasons
+        reasons = (
+            Counter({r: n for r, n in self.reasons.items() if not is_filter(r)}) or self.reasons
+        )
         why = "they have no rows"
-        if told:
-            reason = told.most_common(1)[0][0]
+        if reasons:
+            reason = reasons.most_common(1)[0][0]
             why = f"mostly: {reason}, such as {self.examples[reason]}"
         return UserError(
             f"{units[0].source}{more}: not one usable picture with a caption in it ({why})"

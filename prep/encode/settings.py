@@ -10,15 +10,9 @@ from prep.filters.filters import Filters
 from prep.images.buckets import choose_buckets
 from prep.images.crop import Framing
 from prep.rows.row import Row
-from shared.cache.identity import (
-    Identity,
-)
+from shared.cache.identity import Identity
 from shared.errors import UsageError, UserError
-from shared.models.family import (
-    Model,
-    native_resolution,
-    vae_downscale,
-)
+from shared.models.family import Model, native_resolution, vae_downscale
 
 
 @dataclass(frozen=True)
@@ -33,14 +27,14 @@ class Settings:
     shuffle: Shuffle | None = None
 
     def captions(self, row: Row, image_sha256: str) -> tuple[str, ...]:
-        """A row's captions, those that its own are shuffled to."""
+        """Give a row's captions, shuffled where the flags say so."""
         if self.shuffle is None:
             return row.captions
         return self.shuffle.captions(row.captions, image_sha256, self.max_captions)
 
 
 def choose_settings(config: EncodeConfig, stored: Identity | None, model: Model) -> Settings:
-    """The flags, else what the cache was begun with, else the model's own.
+    """Take the flags, else what the cache was started with, else the model's own.
 
     Raises UserError for those that do not go together.
     """
@@ -81,7 +75,7 @@ def keep_logvar(config: EncodeConfig, stored: Identity | None) -> bool:
 
 
 def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Framing:
-    """What the flags make of a picture. Raises UserError for a resolution the VAE cannot take."""
+    """Choose how pictures are cropped. Raises UserError for a resolution the VAE cannot take."""
     if resolution % downscale or resolution <= 0:
         raise UserError(f"--resolution {resolution} is not a multiple of {downscale}")
     random = config.random_crop or config.random_flip

@@ -26,7 +26,7 @@ class Shuffle:
 
     @staticmethod
     def from_json(value: Mapping[str, Any] | None) -> Shuffle | None:
-        """The inverse of `to_json`; None for a cache whose captions are as they were written."""
+        """Invert `to_json`; None for a cache whose captions are as they were written."""
         return None if value is None else Shuffle(**value)
 
     def captions(self, captions: Sequence[str], image_sha256: str, count: int) -> tuple[str, ...]:

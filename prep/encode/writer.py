@@ -131,7 +131,7 @@ class UnitWriter:
         self.spools[size].add(key, self._record(sample, arrays["time_ids"]), arrays)
 
     def _record(self, sample: Encoded, time_ids: NDArray[np.int32]) -> dict[str, Any]:
-        """The sample's json in the shard."""
+        """Build the sample's json in the shard."""
         captions = sample.row.captions[: self.settings.max_captions]
         key = storable(sample.row.key)
         return {

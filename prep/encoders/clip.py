@@ -30,7 +30,7 @@ SMALLEST_VOCABULARY = 256  # bytes
 
 
 def load_clip(model: Model, part: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the fp32 text encoder of a model's `part`, such as `text_encoder_2`.
+    """Load the tokenizer and fp32 text encoder of a model's `part`, such as `text_encoder_2`.
 
     Raises UserError where one is missing or damaged.
     """

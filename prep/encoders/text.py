@@ -17,7 +17,7 @@ from shared.errors import UserError
 from shared.models.family import Model, force_zeros
 from shared.models.fingerprint import fingerprint
 
-logging.disable_progress_bar()  # one bar at a time
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar at a time
 # A batch of captions is tokenized sooner than further threads wake up, which others keep busy.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -42,7 +42,7 @@ class TextEncoder:
         for part in model.family.text_encoders:
             tokenizer, encoder = load_clip(model, part)
             self.tokenizers.append(tokenizer)
-            self.encoders.append(encoder.to(device).eval().requires_grad_(False))
+            self.encoders.append(encoder.to(device).eval().requires_grad_(False))  # type: ignore[arg-type]
         layers = min(int(encoder.config.num_hidden_layers) for encoder in self.encoders)
         most = layers + model.family.hidden_state
         if clip_skip > most:
@@ -68,7 +68,7 @@ class TextEncoder:
         return int(self.encoders[-1].config.projection_dim)
 
     def identity(self) -> TextIdentity:
-        """What the cache records of these encoders."""
+        """Describe the encoders as a cache records them."""
         parts = self.family.text_encoders
         names = [part.replace("text_encoder", "tokenizer") for part in parts]
         tokens = [tokens_fingerprint(tokenizer, self.length) for tokenizer in self.tokenizers]
@@ -95,7 +95,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode_and_count(self, captions: Sequence[str]) -> tuple[TextEmbeds, list[bool]]:
-        """What `encode` and `truncated` say, in one pass."""
+        """Do what `encode` and `truncated` do, in one pass."""
         return self._encode(captions, self.clip_skip)
 
     @torch.inference_mode()
@@ -123,7 +123,7 @@ class TextEncoder:
         return embeds, tokens[0][1]
 
     def unconditional(self) -> TextEmbeds:
-        """The empty prompt's embedding, or zeros where the model's config says so."""
+        """Embed the empty prompt, or give zeros where the model's config says so."""
         empty, _ = self._encode([""], clip_skip=0)
         if not self.force_zeros:
             return empty
@@ -135,7 +135,7 @@ class TextEncoder:
 
 
 def _configuration(encoder: PreTrainedModel) -> dict[str, object]:
-    """What its config.json says that its weights do not show."""
+    """Collect what its config.json says that its weights do not show."""
     found = {name: getattr(encoder.config, name) for name in CONFIGURED}
     if isinstance(encoder, CLIPTextModelWithProjection):  # where the pooled state is taken
         found["eos_token_id"] = encoder.config.eos_token_id
@@ -143,6 +143,6 @@ def _configuration(encoder: PreTrainedModel) -> dict[str, object]:
 
 
 def _final_norm(encoder: CLIPTextModel) -> torch.nn.Module:
-    """The norm behind the last layer; before transformers 5 it lay one level deeper."""
+    """Find the norm behind the last layer; before transformers 5 it lay one level deeper."""
     norm: torch.nn.Module = getattr(encoder, "text_model", encoder).final_layer_norm
     return norm

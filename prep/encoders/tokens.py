@@ -16,7 +16,7 @@ PROBES = ("", "a photo of a cat", "It's 1234 STARS & more!", "Zürich,  ½\n(caf
 def tokenized(
     tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], length: int
 ) -> tuple[list[list[int]], list[bool]]:
-    """The ids of `length` tokens a caption, `[N, L]`, and which captions have more than that.
+    """Give `length` token ids a caption, `[N, L]`, and say which captions have more than that.
 
     Of a long caption the first words are tokenized; the whole only where they are too few.
     """

@@ -82,7 +82,7 @@ class VaeEncoder:
         return downscale_of(self.vae.config)
 
     def identity(self) -> VaeIdentity:
-        """What the cache records of this encoder."""
+        """Describe the encoder as a cache records it."""
         return VaeIdentity(
             fingerprint=fingerprint(self.vae),
             channels=self.channels,
@@ -149,7 +149,7 @@ class VaeEncoder:
         moments = _clamped(parameters).to("cpu", non_blocking=cuda)
         copied = None
         if cuda:
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(torch.cuda.current_stream(self.device))
         return Started(images, moments, finite, copied)
 
@@ -174,11 +174,12 @@ class VaeEncoder:
 
     def _parameters(self, vae: AutoencoderKL, images: Tensor) -> Tensor:
         """Mean and logvar in fp32, the logvar not yet clamped, so that its overflow shows."""
-        return vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
+        parameters: Tensor = vae.encode(images.to(vae.dtype)).latent_dist.parameters
+        return parameters.float()
 
 
 def _clamped(parameters: Tensor) -> Tensor:
-    """The logvar kept to what diffusers clamps it to."""
+    """Clamp the logvar as diffusers does."""
     mean, logvar = parameters.chunk(2, dim=1)
     return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], 1)
 

@@ -44,7 +44,7 @@ class Evidence:
             self.undecided.append((flag, Where(f"{PWATERMARK} > {filters.max_pwatermark}")))
 
     def noting(self, rows: Iterable[Row]) -> Generator[Row, None, None]:
-        """The rows, each looked at."""
+        """Yield the rows, each looked at."""
         for row in rows:
             self.note(row.metadata)
             yield row
@@ -108,7 +108,7 @@ class Evidence:
 
 
 def _parts(node: ast.expr) -> Iterator[ast.expr]:
-    """What `and`, `or` and `not` join: each is true, false or unknown of a row by itself."""
+    """Yield what `and`, `or` and `not` join: each is true, false or unknown of a row by itself."""
     if isinstance(node, ast.BoolOp):
         for value in node.values:
             yield from _parts(value)
@@ -119,7 +119,7 @@ def _parts(node: ast.expr) -> Iterator[ast.expr]:
 
 
 def _names_in(part: ast.expr) -> list[str]:
-    """The keys that a part speaks of, but for those that `has` asks for."""
+    """List the keys that a part speaks of, but for those that `has` asks for."""
     if isinstance(part, ast.Call):
         return [] if _is_has(part) else [name for one in part.args for name in _names_in(one)]
     if isinstance(part, ast.Name):
@@ -129,7 +129,7 @@ def _names_in(part: ast.expr) -> list[str]:
 
 
 def _asked_for(tree: ast.expr) -> list[str]:
-    """The keys that `has` asks for."""
+    """List the keys that `has` asks for."""
     calls = (one for one in ast.walk(tree) if isinstance(one, ast.Call) and _is_has(one))
     return [key_of(call.args[0]) or "" for call in calls]
 

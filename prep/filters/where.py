@@ -201,7 +201,7 @@ def _applied(name: str, value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """A number, also one that is written as text, as in a CSV file."""
+    """Read a number, also one that is written as text, as in a CSV file."""
     if not isinstance(value, int | float | str):
         return UNKNOWN
     try:
@@ -212,7 +212,7 @@ def _number(value: Any) -> Any:
 
 
 def _comparison(node: ast.Compare, inner: Callable[[ast.expr], Evaluate]) -> Evaluate:
-    """A chain such as `0.3 < similarity <= 1`, which is true where all its links are."""
+    """Compile a chain such as `0.3 < similarity <= 1`, which is true where all its links are."""
     for op, right in zip(node.ops, node.comparators, strict=True):
         none = isinstance(right, ast.Constant) and right.value is None
         if isinstance(op, ast.Is | ast.IsNot) and not none:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -40,7 +41,7 @@ class Buckets:
         return tuple(sorted(found))
 
     def choose(self, height: int, width: int) -> Size | None:
-        """The size whose aspect ratio is nearest to the picture's; None where none may be had.
+        """Choose the size of the aspect ratio nearest to the picture's; None where none may be had.
 
         With `no_upscale`, a picture that does not cover that size keeps its own, rounded down to
         `steps`, and one too small for the shortest side has none.
@@ -67,8 +68,8 @@ class Buckets:
         }
 
     @staticmethod
-    def from_json(resolution: int, value: dict[str, int | bool]) -> Buckets:
-        """The inverse of `to_json`."""
+    def from_json(resolution: int, value: Mapping[str, int | bool]) -> Buckets:
+        """Invert `to_json`."""
         return Buckets(
             resolution,
             value["bucket_reso_steps"],
@@ -81,7 +82,7 @@ class Buckets:
 def choose_buckets(
     resolution: int, steps: int | None, low: int | None, high: int | None, no_upscale: bool
 ) -> Buckets:
-    """Flags, else kohya's numbers for 512 pixels in proportion: 64, 256 and 1024.
+    """Take flags, else kohya's numbers for 512 pixels in proportion: 64, 256 and 1024.
 
     Raises UserError for numbers that make no table.
     """
@@ -102,6 +103,6 @@ def choose_buckets(
 
 
 def _mismatch(a: Size, b: Size) -> Fraction:
-    """The quotient of two aspect ratios, 1 or more; exact, so that ties are ties everywhere."""
+    """Divide two aspect ratios, to 1 or more; exactly, so that ties are ties everywhere."""
     quotient = Fraction(a[0] * b[1], a[1] * b[0])
     return max(quotient, 1 / quotient)

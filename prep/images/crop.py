@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.images.bare import bare
 from prep.images.buckets import Buckets, Size
 from prep.images.decode import UNDECODABLE, BadImage, opened, shown_size, upright_rgb
+from prep.images.strip_metadata import strip_metadata
 from shared.cache.identity import Preprocessing
 
 __all__ = ["BadImage", "Framing", "Picture", "prepare"]
@@ -42,7 +42,7 @@ class Framing:
         return self.crop == "random" or self.random_flip
 
     def size(self, height: int, width: int) -> Size:
-        """What a picture of this size is cropped to. Raises BadImage for one that is too small."""
+        """Choose what a picture of this size is cropped to. Raises BadImage for a smaller one."""
         if min(height, width) < self.min_size:
             raise BadImage("smaller than --min-size")
         if self.buckets is None:
@@ -67,7 +67,7 @@ class Framing:
 
     @staticmethod
     def of(made: Preprocessing) -> Framing:
-        """The inverse of `to_json`."""
+        """Invert `to_json`."""
         crop = "center" if made.center_crop else "corner"
         buckets = made.buckets
         return Framing(
@@ -104,7 +104,7 @@ def prepare(data: bytes, framing: Framing) -> tuple[Picture, ...]:
     try:
         return _prepared(data, framing)
     except BadImage as error:
-        pixels = bare(data) if str(error) == UNDECODABLE else None
+        pixels = strip_metadata(data) if str(error) == UNDECODABLE else None
         if pixels is None:
             raise
     return _prepared(pixels, framing)
@@ -134,7 +134,7 @@ def _prepared(data: bytes, framing: Framing) -> tuple[Picture, ...]:
 
 
 def _covering(size: Size, target: Size) -> Size:
-    """The smallest size of the same shape that `target` fits into."""
+    """Compute the smallest size of the same shape that `target` fits into."""
     scale = max(target[0] / size[0], target[1] / size[1])
     return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 
@@ -144,10 +144,11 @@ def _cut_and_enlarge(
 ) -> Image.Image:
     """`box` of the picture as if it had been resized to `covering`."""
     scale = max(covering[0] / image.height, covering[1] / image.width)
-    sides = zip(box, 2 * image.size, strict=True)
-    part = tuple(min(edge / scale, side) for edge, side in sides)
+    left, top, right, bottom = (
+        min(edge / scale, side) for edge, side in zip(box, 2 * image.size, strict=True)
+    )
     size = (box[2] - box[0], box[3] - box[1])
-    return image.resize(size, Image.Resampling.LANCZOS, box=part)
+    return image.resize(size, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
 
 
 def _place(

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, TiffImagePlugin
+from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from prep.images.kinds import HEAD_BYTES, Sort, kind_of, why_no_picture
 
@@ -55,7 +55,7 @@ class BadImage(Exception):
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """The picture before its pixels are decoded, of whatever kind its bytes are.
+    """Open a picture of whatever kind its bytes are; its pixels are not decoded yet.
 
     Raises BadImage, also where the body runs out of memory.
     """
@@ -77,7 +77,7 @@ def _open(data: bytes) -> Image.Image:
     with _pillows_errors():
         try:
             return Image.open(io.BytesIO(data), formats=_formats())
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             kind = kind_of(data[:HEAD_BYTES])
             if kind is not None and kind.name == "Targa":  # which any bytes may look like
                 return Image.open(io.BytesIO(data), formats=("TGA",))
@@ -90,7 +90,7 @@ def _open(data: bytes) -> Image.Image:
 
 @contextmanager
 def _pillows_errors() -> Iterator[None]:
-    """What Pillow's readers raise, as BadImage. Stands around calls of theirs only."""
+    """Raise what Pillow's readers raise as BadImage. Stands around calls of theirs only."""
     try:
         yield
     except (Image.DecompressionBombError, MemoryError):
@@ -165,7 +165,7 @@ def upright_rgb(image: Image.Image, short: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of more bits, or of floating point numbers, as one of 8, rounded.
+    """Round a grey picture of more bits, or of floating point numbers, to 8 bits.
 
     16 bits are a range of 65,535. Otherwise the numbers tell which they are meant to fill: 0 to 1,
     0 to 255 or 0 to 65,535. Raises BadImage where they do not.
@@ -198,7 +198,7 @@ def _white(levels: NDArray[np.float32]) -> float:
 
 
 def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The picture's colours converted from its profile, its alpha kept."""
+    """Convert the picture's colours from its profile, and keep its alpha."""
     mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     transform = _transform(profile, mode)
     if transform is None:

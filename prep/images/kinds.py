@@ -44,7 +44,7 @@ class Kind:
 
 
 def kind_of(head: bytes) -> Kind | None:
-    """What begins with these bytes (`HEAD_BYTES` of them, or all there are); None if unknown."""
+    """Tell what begins with these bytes (`HEAD_BYTES`, or all there are); None if unknown."""
     for matches, name, sort in _KINDS:
         if matches(head):
             return Kind(name, sort)
@@ -79,7 +79,7 @@ def no_picture_in(head: bytes) -> str:
 
 
 def not_a_source(head: bytes, again: str = "download it again") -> str:
-    """What a file that is no source is, and what to pass instead; nothing where it may be one.
+    """Say what a file that is no source is, and what to pass instead; nothing where it may be one.
 
     `again`: what to do where the right file was not sent.
     """
@@ -110,7 +110,7 @@ def _riff(*forms: bytes) -> Callable[[bytes], bool]:
 
 
 def _brands(*wanted: bytes, major: bool = False) -> Callable[[bytes], bool]:
-    """An ISO base media file of one of these brands; by the first brand alone, or by any."""
+    """Match an ISO base media file of one of these brands; by the first brand alone, or by any."""
 
     def matches(head: bytes) -> bool:
         if head[4:8] != b"ftyp":
@@ -125,7 +125,7 @@ def _brands(*wanted: bytes, major: bool = False) -> Callable[[bytes], bool]:
 
 
 def _markup(head: bytes) -> bytes:
-    """The text of a page or a drawing in lower case; nothing where it is neither."""
+    """Take the text of a page or a drawing in lower case; nothing where it is neither."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     return (
         text.lower()

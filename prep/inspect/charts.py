@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.cache.random_samples import places
+from prep.cache.random_samples import draw_indices
 from shared.cache.identity import VaeIdentity
 from shared.cache.paths import CachePaths
 from shared.cache.units import Shard
@@ -27,7 +27,7 @@ class Histogram:
     channel: int
     mean: float
     std: float
-    outside: float  # share of the values beyond the chart
+    outside: float  # fraction of the values beyond the chart
     area: str
     normal: str
 
@@ -35,12 +35,12 @@ class Histogram:
 def histograms(
     cache: CachePaths, vae: VaeIdentity, shards: Sequence[Shard], seed: int = 0
 ) -> list[Histogram]:
-    """A histogram per channel over `SAMPLES` samples drawn at random, times the scaling factor."""
+    """Draw a histogram per channel over `SAMPLES` random samples, times the scaling factor."""
     channels, scale = vae.channels, vae.scaling_factor
     edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
     counts = np.zeros((channels, BINS))
     total, first, second = 0, np.zeros(channels), np.zeros(channels)
-    for shard, index in places(shards, SAMPLES, seed):
+    for shard, index in draw_indices(shards, SAMPLES, seed):
         values = read_mean(cache, shard, index, channels).astype(np.float64) * scale
         total += values.shape[1]
         first += values.sum(1)
@@ -63,7 +63,7 @@ def histograms(
 
 
 def read_mean(cache: CachePaths, shard: Shard, index: int, channels: int) -> NDArray[np.float16]:
-    """The first view's mean `[C, h * w]` of a sample, without reading the rest."""
+    """Read the first view's mean `[C, h * w]` of a sample, and nothing else of it."""
     layout = shard.layout
     latents = layout.fields[0]
     height, width = layout.latent_size
@@ -74,7 +74,7 @@ def read_mean(cache: CachePaths, shard: Shard, index: int, channels: int) -> NDA
 
 
 def area_path(heights: Sequence[float] | NDArray[np.float64]) -> str:
-    """A closed step curve of bars between 0 and 1, in SVG's words."""
+    """Write a closed step curve of bars between 0 and 1 as an SVG path."""
     step = WIDTH / len(heights)
     words = [f"M0 {HEIGHT}"]
     for number, height in enumerate(heights):
@@ -83,7 +83,7 @@ def area_path(heights: Sequence[float] | NDArray[np.float64]) -> str:
 
 
 def normal_path(top: float) -> str:
-    """The unit normal's density, of which `top` would be the upper edge."""
+    """Write the unit normal's density as an SVG path; `top` is the upper edge."""
     points = []
     for x in np.linspace(-LIMIT, LIMIT, 81):
         y = math.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) / top

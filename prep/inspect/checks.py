@@ -37,13 +37,13 @@ class Check:
 
 
 def verdict(checks: Sequence[Check]) -> tuple[str, str]:
-    """The worst level and what it means."""
+    """Find the worst level and what it means."""
     worst = max((check.level for check in checks), key=(GOOD, LOOK, BAD).index)
     return worst, VERDICTS[worst]
 
 
-def told(checks: Sequence[Check]) -> str:
-    """The verdict in a line, with what it rests on unless all is good."""
+def one_line(checks: Sequence[Check]) -> str:
+    """Write the verdict in a line, with what it rests on unless all is good."""
     worst, _ = verdict(checks)
     why = " ".join(f"{check.title}: {check.detail}" for check in checks if check.level == worst)
     return {GOOD: VERDICTS[GOOD], LOOK: f"worth a look. {why}", BAD: f"something is wrong. {why}"}[
@@ -115,10 +115,11 @@ def check_rejected(summary: Summary) -> Check:
     if not unusable:
         return Check(GOOD, "Rejected", f"Every row that the filters leave is in the cache.{more}")
     read = summary.read - filtered
-    share = count / read
-    level = GOOD if share <= REJECTED_LOOK else LOOK if share <= REJECTED_BAD else BAD
-    told = f"{count:,} of {read:,} rows ({percent(count, read)}), mostly for: {unusable[0].reason}."
-    return Check(level, "Rejected", told + more)
+    fraction = count / read
+    level = GOOD if fraction <= REJECTED_LOOK else LOOK if fraction <= REJECTED_BAD else BAD
+    part = f"{count:,} of {read:,} rows ({percent(count, read)})"
+    detail = f"{part}, mostly for: {unusable[0].reason}."
+    return Check(level, "Rejected", detail + more)
 
 
 def check_captions(summary: Summary) -> Check:
@@ -127,8 +128,8 @@ def check_captions(summary: Summary) -> Check:
     if not summary.truncated_captions:
         return Check(GOOD, "Captions", f"All fit in the encoder's {length} tokens.")
     captions = summary.written * summary.identity.preprocessing.max_captions
-    share = summary.truncated_captions / max(captions, 1)
-    level = GOOD if share <= TRUNCATED_LOOK else LOOK
+    fraction = summary.truncated_captions / max(captions, 1)
+    level = GOOD if fraction <= TRUNCATED_LOOK else LOOK
     return Check(
         level, "Captions",
         f"{summary.truncated_captions:,} ({percent(summary.truncated_captions, captions)}) are "

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from prep.config import DecodeConfig
+from prep.inspect.find_originals import Originals
 from prep.inspect.originals import Pair, draw, pairs, vae_of
-from prep.inspect.recorded import Originals
 from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
@@ -39,12 +39,12 @@ def decode(config: DecodeConfig) -> None:
     print(
         f"{config.output}: {counted(len(tiles), 'picture')}, original left, decoded latents right"
     )
-    if unasked := originals.told():
+    if unasked := originals.unasked_note():
         print(f"without originals: {unasked}")
 
 
 def tile(pair: Pair) -> NDArray[np.uint8]:
-    """The pair with a line of text below it."""
+    """Draw the pair with a line of text below it."""
     zoom = max(1, SHORTEST_SIDE // min(pair.decoded.shape[:2]))
     right = pair.decoded.repeat(zoom, 0).repeat(zoom, 1)
     left = np.full_like(right, 128)

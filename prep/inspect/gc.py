@@ -13,7 +13,6 @@ from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.storage.files import file_sizes, guard
 from shared.storage.temporary import strays, sweep
-from shared.storage.urls import Place
 from shared.wording import counted, size_of
 
 KEPT_SECONDS = 24 * 3600.0
@@ -40,7 +39,7 @@ def gc(config: GcConfig) -> None:
         raise UserError(f"{cache.root} is not a cache (no identity.json); nothing was removed")
     candidates = list(written_files(cache))
     named = names_in_use(cache)
-    unnamed = [path for path in candidates if str(path.relative_to(cache.root)) not in named]
+    unnamed = [cache.root / name for name in candidates if name not in named]
     removed, young, freed = 0, 0, 0
     dropped = last_named(cache)
     for path in unnamed:
@@ -79,12 +78,13 @@ def last_named(cache: CachePaths) -> float:
     return float(last.stat().st_mtime)
 
 
-def written_files(cache: CachePaths) -> Iterator[Place]:
-    """Shards and tables of any age that an encode may have written."""
-    for folder, name in ((cache.shards, OURS["shards"]), (cache.samples, OURS["samples"])):
-        for path in (folder / found for found in file_sizes(folder) if name.fullmatch(found)):
-            if not (isinstance(path, Path) and path.is_symlink()):
-                yield path
+def written_files(cache: CachePaths) -> Iterator[str]:
+    """Name shards and tables of any age that an encode may have written."""
+    for folder, ours in OURS.items():
+        for name in (f"{folder}/{found}" for found in file_sizes(cache.root / folder)):
+            path = cache.root / name
+            if ours.fullmatch(path.name) and not (isinstance(path, Path) and path.is_symlink()):
+                yield name
 
 
 def names_in_use(cache: CachePaths) -> set[str]:

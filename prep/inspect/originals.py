@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from prep.cache.accounts import accounts
-from prep.cache.random_samples import places
+from prep.cache.random_samples import draw_indices
 from prep.config import OriginalsFlags
 from prep.encode.decode import decode_row
 from prep.encode.samples import Decoded
@@ -24,7 +24,7 @@ from prep.encode.settings import Settings
 from prep.encode.shuffle import Shuffle
 from prep.encode.writer import sample_key
 from prep.images.crop import Framing
-from prep.inspect.recorded import Originals
+from prep.inspect.find_originals import Originals
 from prep.sources.find import Row
 from shared.cache.identity import Identity
 from shared.cache.manifest import read_unit
@@ -49,7 +49,7 @@ class Stored:
     unit: UnitRecord | None  # None where its record is gone
 
     def first_latents(self, channels: int) -> torch.Tensor:
-        """The raw mean of the first view, fp32 `[1, C, h, w]`."""
+        """Take the raw mean of the first view, fp32 `[1, C, h, w]`."""
         return torch.from_numpy(self.arrays["latents"][:1, :channels].astype(np.float32))
 
 
@@ -69,7 +69,7 @@ class Pair:
 
 
 def settings_of(identity: Identity) -> Settings:
-    """The settings a cache was encoded with."""
+    """Read the settings that a cache was encoded with."""
     made = identity.preprocessing
     return Settings(
         framing=Framing.of(made),
@@ -81,7 +81,7 @@ def settings_of(identity: Identity) -> Settings:
 
 
 def vae_of(identity: Identity, flags: OriginalsFlags) -> AutoencoderKL:
-    """The VAE a cache was made with, from where the flags say or the identity does.
+    """Load the VAE a cache was made with, from where the flags say or the identity does.
 
     Raises UserError where it cannot be loaded or is another one.
     """
@@ -110,7 +110,7 @@ def draw(cache: CachePaths, shards: Sequence[Shard], count: int, seed: int) -> l
     Raises UserError where a shard is missing or the bytes drawn are not a sample.
     """
     try:
-        return [read_sample(cache, shard, i) for shard, i in places(shards, count, seed)]
+        return [read_sample(cache, shard, i) for shard, i in draw_indices(shards, count, seed)]
     except (OSError, ValueError) as error:
         raise UserError(f"{cache.root} is damaged ({error}); `prep verify` lists where") from None
 
@@ -145,7 +145,7 @@ def pairs(
 
 
 def pixels_of(sample: Decoded) -> NDArray[np.uint8] | None:
-    """The first view of the prepared picture, or None where the row was rejected."""
+    """Take the first view of the prepared picture; None where the row was rejected."""
     return sample.pictures[0].pixels if sample.pictures else None
 
 
@@ -153,7 +153,7 @@ def rows_of(
     cache: CachePaths, stored: Sequence[Stored], originals: Originals,
     deadline: float = float("inf"),
 ) -> dict[str, Row]:  # fmt: skip
-    """The source row of each sample by key; without those that are gone, changed or not asked for.
+    """Find the source row of each sample by key, but for those gone, changed or not asked for.
 
     Each source is read once, as far as needed, and until `deadline` (`time.monotonic`).
     """

@@ -17,8 +17,8 @@ from prep.encode.identity import same_encoder
 from prep.encode.networks import Encoders, VaeChoice, load_encoders
 from prep.encode.samples import Decoded, Encoded
 from prep.encode.settings import Settings
+from prep.inspect.find_originals import Originals
 from prep.inspect.originals import Stored, draw, rows_of, settings_of, vae_source
-from prep.inspect.recorded import Originals
 from shared.cache.identity import Identity
 from shared.cache.manifest import Manifest
 from shared.cache.paths import CachePaths
@@ -35,7 +35,7 @@ TOLERANCE = {"float32": 0.005, "float16": 0.02, "bfloat16": 0.1}
 def disagreements(
     config: VerifyConfig, manifest: Manifest, progress: Progress
 ) -> Iterator[tuple[str, str]]:
-    """Unit and a line for each of `config.reencode` random samples that does not come out again.
+    """Yield unit and a line for each of `config.reencode` samples that does not come out again.
 
     Samples whose source is gone or has changed are counted and said, which is no damage. Raises
     UserError where the model is another one than the cache was made with.
@@ -69,7 +69,7 @@ def disagreements(
     progress.write(
         f"encoded again: {counted(len(fresh), 'sample')}; largest relative difference: {largest}"
     )
-    if unasked := originals.told():
+    if unasked := originals.unasked_note():
         progress.write(f"not compared: {unasked}")
     if missing := len(stored) - len(fresh) - originals.unasked.total():
         progress.write(
@@ -78,7 +78,7 @@ def disagreements(
 
 
 def encoders_of(config: VerifyConfig, identity: Identity) -> Encoders:
-    """The cache's encoders, on this machine's device, with the recorded batch shapes."""
+    """Load the cache's encoders on this machine's device, with the recorded batch shapes."""
     model = resolve_model(config.model or recorded_model(identity.model))
     vae = VaeChoice(vae_source(identity, config), identity.vae.dtype, identity.vae.rescale)
     device, clip_skip = pick_device(config.device), identity.text.clip_skip

@@ -27,9 +27,9 @@ from PIL import Image
 
 from prep.config import OriginalsFlags, ReportConfig
 from prep.inspect.charts import HEIGHT, LIMIT, WIDTH, Histogram, histograms
-from prep.inspect.checks import Check, check_all, told, verdict
+from prep.inspect.checks import Check, check_all, one_line, verdict
+from prep.inspect.find_originals import Originals, WrongShards
 from prep.inspect.originals import Pair, draw, pairs, vae_of
-from prep.inspect.recorded import Originals, WrongShards
 from prep.inspect.stats import Summary, flat, speed, summarize
 from prep.rows.unit import Unit
 from shared.cache.manifest import Manifest, check_shards, open_manifest
@@ -67,7 +67,7 @@ def report(config: ReportConfig) -> None:
 
 
 def load_vae_for(cache: CachePaths, flags: OriginalsFlags) -> AutoencoderKL | str:
-    """The cache's VAE, or why it cannot be had. Raises UserError where there is no cache."""
+    """Load the cache's VAE, or say why it cannot be had. Raises UserError without a cache."""
     identity = open_manifest(cache.root, check_sizes=False).identity
     try:
         return vae_of(identity, flags)
@@ -79,7 +79,7 @@ def write_after_encode(
     cache: CachePaths, vae: AutoencoderKL, images: int, seconds: float,
     units: Sequence[Unit] = (),
 ) -> None:  # fmt: skip
-    """The report at the end of `prep encode`, which it never makes fail; and how fast that was.
+    """Write the report at the end of `prep encode`, which it never makes fail, and the speed.
 
     `units` are those that were named: the originals of others are looked for in local files.
     """
@@ -105,7 +105,7 @@ def write_report(
     contents = gather(cache, manifest, vae, originals, seconds)
     path = cache.root / "report.html"
     publish([page(summary, contents).encode("utf-8", "backslashreplace")], path, cache.tmp)
-    return f"{path}: {told(checks_of(summary, contents))}"
+    return f"{path}: {one_line(checks_of(summary, contents))}"
 
 
 def gather(
@@ -120,7 +120,7 @@ def gather(
             return Contents(histograms=charts, no_pictures=vae)
         stored = draw(cache, manifest.shards, PICTURES, SEED)
         found = list(pairs(cache, manifest.identity, vae, stored, originals, seconds))
-        return Contents(found, charts, unasked=originals.told())
+        return Contents(found, charts, unasked=originals.unasked_note())
     except WrongShards:
         raise
     except UserError as error:
@@ -130,13 +130,13 @@ def gather(
 
 
 def checks_of(summary: Summary, contents: Contents) -> list[Check]:
-    """The checks that the page lists."""
+    """Make the checks that the page lists."""
     psnrs = [pair.psnr for pair in contents.pairs if pair.psnr is not None]
     return check_all(summary, contents.damage, psnrs, contents.no_pictures or contents.unasked)
 
 
 def page(summary: Summary, contents: Contents) -> str:
-    """The HTML."""
+    """Render the HTML."""
     folder = files("prep.inspect")
     style = (folder / "report.css").read_text("utf-8")
     environment = jinja2.Environment(
@@ -162,12 +162,12 @@ def page(summary: Summary, contents: Contents) -> str:
         missing=missing_pictures(summary, contents),
         psnr=median(psnrs) if psnrs else None,
         most=max((bucket.samples for bucket in summary.buckets), default=1),
-        share=percent, infinity=math.inf, plot={"width": WIDTH, "height": HEIGHT, "limit": LIMIT},
+        percent=percent, infinity=math.inf, plot={"width": WIDTH, "height": HEIGHT, "limit": LIMIT},
     )  # fmt: skip
 
 
 def missing_pictures(summary: Summary, contents: Contents) -> str:
-    """A sentence on why there are fewer pictures than there could be, or nothing."""
+    """Say why there are fewer pictures than there could be, or nothing."""
     wanted = min(PICTURES, summary.written)
     if contents.no_pictures:
         return f"Not shown: {contents.no_pictures}."
@@ -208,7 +208,7 @@ def code(text: str) -> Markup:
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> Markup:
-    """A picture `[H, W, 3]` as a URI that holds it: PNG if it is small, else JPEG."""
+    """Write a picture `[H, W, 3]` as a URI that holds it: PNG if it is small, else JPEG."""
     image = Image.fromarray(pixels)
     small = max(image.size) <= LOSSLESS_SIDE
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)

@@ -143,7 +143,7 @@ def summarize(cache: CachePaths) -> Summary:
 
 
 def throughput_of(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What the last `prep encode` said of its speed. Raises ValueError for anything else."""
+    """Read what the last `prep encode` said of its speed. Raises ValueError for anything else."""
     kinds = {"images": int, "seconds": float, "device": str}
     return {name: typed(stored[name], kind, name) for name, kind in kinds.items()}
 
@@ -186,7 +186,7 @@ def count_rejections(cache: CachePaths, unit: UnitRecord, rejected: dict[str, Re
 
 
 def table(summary: Summary) -> str:
-    """The summary for a terminal."""
+    """Format the summary for a terminal."""
     s = summary
     lines = [
         f"{s.cache}: {s.state}",
@@ -204,7 +204,7 @@ def table(summary: Summary) -> str:
          percent(b.samples, s.written), f"{b.shards:,}", size_of(b.bytes))
         for b in s.buckets
     ]  # fmt: skip
-    heads = ("pixels (h x w)", "latents", "samples", "share", "shards", "bytes")
+    heads = ("pixels (h x w)", "latents", "samples", "percent", "shards", "bytes")
     lines += columns("buckets", heads, rows)
     scale = s.identity.vae.scaling_factor
     rows = [

@@ -70,7 +70,7 @@ def verify(config: VerifyConfig) -> int:
 
 
 def remedy(config: VerifyConfig, manifest: Manifest) -> str:
-    """What to do about damage."""
+    """Say what to do about damage."""
     return (
         f"to mend it: `python -m prep verify --cache {config.cache} --repair`, then the "
         f"`prep encode` that made the cache (model {manifest.identity.model})"
@@ -100,7 +100,7 @@ def repair(cache: CachePaths, damaged: list[Place]) -> str:
 
 
 def read_record(path: Place) -> UnitRecord | str:
-    """A unit's record, or what is wrong where the file holds none.
+    """Read a unit's record, or say what is wrong where the file holds none.
 
     Raises UserError where it cannot be read, or a newer version wrote it: it may be right.
     """
@@ -137,7 +137,7 @@ def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRe
 
 
 def damages_of_conditioning(cache: CachePaths, manifest: Manifest) -> Iterator[str]:
-    """A line where the embeddings of prompts are missing, damaged or not finite."""
+    """Yield a line where the embeddings of prompts are missing, damaged or not finite."""
     try:
         stored = load_conditioning(cache.conditioning, manifest.layouts)
     except UserError:
@@ -152,7 +152,7 @@ def damages_of_conditioning(cache: CachePaths, manifest: Manifest) -> Iterator[s
 
 
 def damages_of_unit(cache: CachePaths, unit: UnitRecord, progress: Progress) -> Iterator[str]:
-    """A line for each file or sample of the unit that is not what its record says."""
+    """Yield a line for each file or sample of the unit that is not what its record says."""
     if sha256_of(cache.root / unit.samples) != unit.samples_sha256:
         yield f"{unit.samples} is missing or changed"
     for shard in unit.shards:
@@ -166,7 +166,7 @@ def damages_of_unit(cache: CachePaths, unit: UnitRecord, progress: Progress) -> 
 
 
 def sha256_of(path: Place) -> str:
-    """The sha256 of a file, or in words what is there instead of one."""
+    """Compute the sha256 of a file, or say in words what is there instead of one."""
     try:
         return file_sha256(path)
     except FileNotFoundError:
@@ -176,7 +176,7 @@ def sha256_of(path: Place) -> str:
 
 
 def damages_of_shard(path: Place, shard: Shard) -> Iterator[str]:
-    """A line for each sample whose bytes, checksum or values are wrong."""
+    """Yield a line for each sample whose bytes, checksum or values are wrong."""
     try:
         layout = shard.layout
     except (ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 from prep.images.kinds import NO_PICTURE
 from prep.rows.text_encoding import UnreadableText, decode_json_text, is_blank
 from shared.errors import UserError
+from shared.text import storable
 
 # Usual ones of pictures that are read, which is told by content; the first that a row has counts.
 IMAGE_EXTENSIONS = (
@@ -46,7 +47,7 @@ class Row:
     weight: int = 0  # bytes of memory until it is decoded, about
 
     def unburdened(self) -> Row:
-        """The row without what nobody needs once it is decoded: all but key, captions and url."""
+        """Drop what nobody needs once the row is decoded: all but key, captions and url."""
         url = {"url": str(self.metadata["url"])} if "url" in self.metadata else {}
         return replace(self, image=None, metadata=url)
 
@@ -59,7 +60,7 @@ def make_row(
     problem: str = "",
     metadata_weight: int = 0,
 ) -> Row:
-    """The row, with its problem if it lacks a picture or a caption or has an endless one."""
+    """Make a row, with its problem if it lacks a picture or a caption or has an endless one."""
     if any(len(caption) > MAX_CAPTION for caption in captions):
         captions, problem = (), problem or LONG_CAPTION
     if not problem and image is None:
@@ -71,7 +72,7 @@ def make_row(
 
 
 def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """The captions under the first key that has any."""
+    """Take the captions under the first key that has any."""
     for name in CAPTION_KEYS:
         if found := as_captions(metadata.get(name)):
             return found
@@ -79,7 +80,7 @@ def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def record_in(content: bytes, encoding: str | None) -> tuple[Mapping[str, Any], str]:
-    """The object in a json, and why it cannot be read; one that is no JSON says nothing."""
+    """Read the object in a json, or say why it cannot be read; one that is no JSON says nothing."""
     try:
         value = json.loads(decode_json_text(content, encoding))
     except UnreadableText as error:
@@ -90,14 +91,10 @@ def record_in(content: bytes, encoding: str | None) -> tuple[Mapping[str, Any], 
 
 
 def as_captions(value: Any) -> tuple[str, ...]:
-    """A string, or the strings of a list, without blanks around them.
+    """Take a string, or the strings of a list, without blanks around them.
 
     Those that show nothing (blanks, marks of width and direction) are none.
     """
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(_text(text) for text in values if isinstance(text, str) and not is_blank(text))
-
-
-def _text(value: str) -> str:
-    """Lone surrogates, which JSON allows, are no text."""
-    return value.strip().encode("utf-8", "replace").decode()
+    texts = (text for text in values if isinstance(text, str) and not is_blank(text))
+    return tuple(storable(text.strip()) for text in texts)

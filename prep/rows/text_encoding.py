@@ -28,7 +28,7 @@ class UnreadableText(Exception):
 
 
 def decode_text(data: bytes, encoding: str | None = None) -> str:
-    """The text: a byte order mark decides, else `encoding`, else it is UTF-8.
+    """Decode text: a byte order mark decides, else `encoding`, else it is UTF-8.
 
     Raises UnreadableText where it is not, also for UTF-16 without a mark, which is UTF-8 by
     chance.
@@ -86,10 +86,10 @@ def _decoded(data: bytes, encoding: str) -> str:
         return data.decode(encoding)
     except UnicodeError:
         if encoding == UTF8:
-            told = "not UTF-8; save as UTF-8, or say --caption-encoding cp1252 or what it is"
+            reason = "not UTF-8; save as UTF-8, or say --caption-encoding cp1252 or what it is"
         else:
-            told = f"not {encoding}; save as UTF-8"
-        raise UnreadableText(told) from None
+            reason = f"not {encoding}; save as UTF-8"
+        raise UnreadableText(reason) from None
 
 
 def _is_wide(encoding: str | None) -> bool:

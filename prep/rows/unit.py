@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ class Reader(Protocol):
     """How a unit's rows are read. Readers hold no open handles: units go to other processes."""
 
     def rows(self) -> Iterator[Row]:
-        """The rows in source order, occurrences not counted. Raises SourceError for damage."""
+        """Read the rows in source order, occurrences not counted. Raises SourceError for damage."""
 
     def sample(self) -> tuple[int, int]:
         """Rows counted at little cost, and the bytes of the source that they take."""
@@ -58,8 +58,8 @@ class Unit:
     # Units that share a source and may share keys count their occurrences from different numbers.
     first_occurrence: int = 0
 
-    def rows(self) -> Iterator[Row]:
-        """The rows in source order. Raises SourceError where the source is damaged."""
+    def rows(self) -> Generator[Row, None, None]:
+        """Read the rows in source order. Raises SourceError where the source is damaged."""
         seen: dict[str, int] = {}
         for row in self.reader.rows():
             occurrence = seen.get(row.key, self.first_occurrence)
@@ -75,7 +75,7 @@ class Counted:
     handed: int = 0
 
     def rows(self) -> Iterator[Row]:
-        """The reader's rows."""
+        """Read the reader's rows and count them."""
         for row in self.reader.rows():
             self.handed += 1
             yield row
@@ -86,7 +86,7 @@ class Counted:
 
 
 def unit_name(basename: str, source: str) -> str:
-    """A file name that is readable and unique: basename and 8 hex digits of the full source.
+    """Make a readable and unique file name: basename and 8 hex digits of the full source.
 
     Of a long basename the middle goes: its end may tell the source's units apart.
     """
@@ -98,20 +98,20 @@ def unit_name(basename: str, source: str) -> str:
 
 
 def stem(path: str) -> str:
-    """The last part of a path without the ending that says what it is."""
+    """Take the last part of a path without the ending that says what it is."""
     name = PurePosixPath(path).name
     ending = max((end for end in SUFFIXES if name.endswith(end)), key=len, default="")
     return name.removesuffix(ending)
 
 
 def caption_flags(options: SourceOptions) -> dict[str, str]:
-    """The flags given about captions in files, which decide what rows say: for a unit's state."""
+    """Collect the flags about captions in files, which decide what rows say: for a unit's state."""
     flags = {"caption_column": options.caption_column, "caption_encoding": options.caption_encoding}
     return {name: value for name, value in flags.items() if value is not None}
 
 
 def power_of_two(at_least: float) -> int:
-    """The smallest power of two that is not below `at_least`."""
+    """Find the smallest power of two that is not below `at_least`."""
     power = 1
     while power < at_least:
         power *= 2

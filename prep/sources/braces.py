@@ -19,7 +19,7 @@ def expand_braces(pattern: str, escapes: bool = True) -> list[str]:
     try:
         expanded = braceexpand.braceexpand(pattern, escape=escapes)
         names = list(itertools.islice(expanded, MANY + 1))
-    except braceexpand.UnbalancedBracesError:
+    except ValueError:  # its UnbalancedBracesError
         raise UserError(f"--shards: the braces of {pattern!r} do not match") from None
     if len(names) > MANY:
         raise UserError(f"--shards: {pattern!r} stands for more than {MANY} names; use a glob")

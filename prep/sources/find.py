@@ -47,7 +47,7 @@ __all__ = [
 
 
 def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> list[Unit]:
-    """The units that `--shards` names, sorted by name.
+    """Find the units that `--shards` names, sorted by name.
 
     Raises UserError where a pattern matches nothing, naming the nearest thing that exists. Without
     `options.pipes` a `pipe:` is refused, so that what a file says runs no shell.
@@ -83,14 +83,14 @@ def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> l
 
 
 def _with_external(unit: Unit) -> Unit:
-    """A table's unit that reads pictures outside of it is another one."""
+    """Mark the unit of a table that reads pictures outside of it: it is another one."""
     if not isinstance(unit.reader, ParquetReader | RangeReader | ShardReader):
         return unit
     return replace(unit, state={**unit.state, "external_images": True})
 
 
 def options_of(state: Mapping[str, Any]) -> SourceOptions:
-    """The flags with which a unit was read, from its state; those that cut it to units apart."""
+    """Read from a unit's state the flags it was read with, but for those that cut it to units."""
     return SourceOptions(
         # As flagged for Parquet, as chosen for a dataset: chosen again, it is the same.
         image_column=state.get("image_column", state.get("image")),
@@ -167,13 +167,13 @@ def _local(path: Path, options: SourceOptions) -> list[Unit]:
 
 
 def _refuse_other_files(path: Path, file: LocalFile, head: bytes) -> None:
-    told = not_a_source(head)
+    what = not_a_source(head)
     if head.startswith(b"ARROW1"):
-        told = f"an Arrow file; name it {path.stem}.arrow"
-    if not told and path.suffix.lower() in TEXTS:
-        told = "a text; if it describes pictures, pass the folder that they are in"
-    if told:
-        raise UserError(f"{file.source} is {told}")
+        what = f"an Arrow file; name it {path.stem}.arrow"
+    if not what and path.suffix.lower() in TEXTS:
+        what = "a text; if it describes pictures, pass the folder that they are in"
+    if what:
+        raise UserError(f"{file.source} is {what}")
 
 
 def _folder(path: Path, options: SourceOptions) -> list[Unit]:
@@ -226,12 +226,12 @@ def _parquet(
 
 
 def _identity(stream: LocalFile | RemoteFile | Command) -> str:
-    """What the unit's name is a hash of."""
+    """Name what the unit's name is a hash of."""
     return stream.path if isinstance(stream, LocalFile) else stream.source
 
 
 def _check_columns(units: Sequence[Unit]) -> None:
-    """A wrong --image-column is told at once, by the first table."""
+    """Refuse a wrong --image-column at once, by the first table."""
     reader = next((unit.reader for unit in units if isinstance(unit.reader, ParquetReader)), None)
     if reader is not None:
         with contextlib.suppress(SourceError):  # damage costs its unit only

@@ -36,13 +36,13 @@ def is_url(name: str) -> bool:
 
 
 def local_path(name: str) -> str:
-    """The path that a name in `--shards` is, as it stands if something has just that name."""
+    """Turn a name in `--shards` into a path, as it stands if something has just that name."""
     remote = "://" in name and not name.startswith(FILE)
     return name if remote or os.path.lexists(name) else local_text(name)
 
 
 def matches(name: str) -> list[str]:
-    """The paths that a name stands for: itself, or what of a glob's matches is data."""
+    """Find the paths that a name stands for: itself, or what of a glob's matches is data."""
     path = local_path(name)
     if not _magic(name):
         return [path]
@@ -57,7 +57,7 @@ def _magic(name: str) -> bool:
 
 
 def _existing_folder(path: str) -> tuple[str, str]:
-    """The longest beginning that is a folder as it stands (`[2024] trip`), and what follows it."""
+    """Split after the longest beginning that is a folder as it stands (`[2024] trip`)."""
     folder = os.path.dirname(path)
     while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
@@ -65,7 +65,7 @@ def _existing_folder(path: str) -> tuple[str, str]:
 
 
 def without_sidecars(names: Sequence[str]) -> list[str]:
-    """What of a glob's names is data: no litter, and none of img2dataset's accounts.
+    """Keep what of a glob's names is data: no litter, and none of img2dataset's accounts.
 
     Those are STEM.parquet and STEM_stats.json, and any other STEM.json, .txt, .csv or .idx, beside
     a tar of that stem, or beside a folder of that stem which has such a STEM_stats.json.

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 import tyro
 
+from shared.cli.ranges import annotation
 from shared.errors import UsageError, UserError
 from shared.storage.urls import Place, place
 
@@ -55,7 +56,7 @@ def read_paths(kind: type[Any], values: Mapping[str, Any], text: type[str] = str
     """
     found = dict[str, Any]()
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        value, path = values.get(name), path_kind(hint)
+        value, path = values.get(name), annotation(hint, PathKind)
         several = isinstance(value, tuple | list)
         texts: list[Any] = [*value] if isinstance(value, tuple | list) else [value]
         if path is None or not all(isinstance(one, text) for one in texts):
@@ -66,12 +67,6 @@ def read_paths(kind: type[Any], values: Mapping[str, Any], text: type[str] = str
             raise UsageError(f"--{name.replace('_', '-')} {error}") from None
         found[name] = read if several else read[0]
     return found
-
-
-def path_kind(hint: Any) -> PathKind | None:
-    """Return a type's kind of path, also of `LocalPath | None` or `tuple[SourceFlag, ...]`."""
-    inner = [getattr(one, "__metadata__", ()) for one in (hint, *typing.get_args(hint))]
-    return next((one for extras in inner for one in extras if isinstance(one, PathKind)), None)
 
 
 def local_path(text: str) -> Path:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import typing
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from shared.errors import UsageError
+
+T = TypeVar("T")
 
 
 class Numbers(tyro.constructors.PrimitiveConstructorSpec[Any]):
@@ -75,13 +77,13 @@ BelowOne = Annotated[float, Numbers(float, 0, 1, below=True)]
 def check_numbers(config: Any) -> None:
     """Raise UsageError for the first number of a dataclass of flags that is out of its range."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        value, numbers = getattr(config, name), numbers_of(hint)
+        value, numbers = getattr(config, name), annotation(hint, Numbers)
         if numbers is not None and value is not None and value not in numbers:
             flag, shown = name.replace("_", "-"), value if isinstance(value, int) else f"{value:g}"
             raise UsageError(f"--{flag} {shown} must be {numbers.words()}")
 
 
-def numbers_of(hint: Any) -> Numbers | None:
-    """Return the range that a type names, also as one of `int | None`."""
+def annotation(hint: Any, kind: type[T]) -> T | None:
+    """Return what of a `kind` a type is annotated with, also as one of `Count | None`."""
     inner = [getattr(one, "__metadata__", ()) for one in (hint, *typing.get_args(hint))]
-    return next((one for extras in inner for one in extras if isinstance(one, Numbers)), None)
+    return next((one for extras in inner for one in extras if isinstance(one, kind)), None)

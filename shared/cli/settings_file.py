@@ -55,7 +55,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     if LAUNCHER & stored.keys():
         raise UsageError(f"--config {path}: {LAUNCHER_HINT}")
     for name, value in stored.items():
-        if isinstance(value, dict) or (isinstance(value, list) and any(map(_is_dict, value))):
+        inner = value if isinstance(value, list) else [value]
+        if any(isinstance(one, dict) for one in inner):
             raise UsageError(f"--config {path}: {sections_hint(name)}")
     return {name: value for name, value in stored.items() if value is not None}
 
@@ -78,7 +79,3 @@ def sections_hint(name: str) -> str:
     return f"[{name}] is a section, and settings stand here without; " + known.get(
         name, "take its line away, and give each stage of the work its own file"
     )
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)

@@ -1,7 +1,7 @@
 """Models given as one `.safetensors` file in the layout of the original Stable Diffusion code.
 
 Such a file holds weights alone. What a diffusers folder says in its JSON files comes from a folder
-that has the file's name without `.safetensors`, as far as it is there, else from `shared/configs`,
+that has the file's name without `.safetensors`, as far as it is there, else from `configs/` here,
 the published configurations of the families; diffusers' own inference from the keys names the
 family.
 """

@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt
-from tenacity.wait import wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from shared.errors import UserError
 from shared.storage.errors import is_mistake, is_permanent
@@ -36,7 +35,7 @@ def with_retries(
     """
     retrying = Retrying(
         stop=stop_after_attempt(tries),
-        wait=wait_exponential_jitter(FIRST_WAIT, LONGEST_WAIT, jitter=FIRST_WAIT),
+        wait=wait_exponential(FIRST_WAIT, LONGEST_WAIT) + wait_random(0, FIRST_WAIT),
         retry=retry_if_exception(worth_another_try),
         before_sleep=failed and (lambda state: failed(state.attempt_number)),
         sleep=time.sleep,

@@ -119,7 +119,7 @@ def test_every_command_takes_the_url(url, local, tmp_path):
     assert objects(other) == local
     assert prep("embed", "--cache", url, "--prompts", "a red fox").status == 0
     assert "a red fox" in load_conditioning(place(url) / "conditioning.safetensors").prompts
-    assert open_manifest(place(url)).totals["written"] == 14
+    assert open_manifest(place(url)).totals.written == 14
 
 
 def test_damage_is_found_and_mended(url, local):
@@ -160,7 +160,7 @@ def test_mistakes_are_one_line(url, server, monkeypatch):
 
 
 def test_little_room_for_the_scratch_is_told(url, tmp_path, monkeypatch):
-    monkeypatch.setattr("prep.encode.plan.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("shared.cache.paths.free_bytes", lambda folder: 1000)
     line = refusal(*words(url))
     assert line.startswith(f"{tmp_path}/distillery-")
     assert line.endswith("free some space or set TMPDIR to a folder with more")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shared.cache.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
-from shared.cache.identity import claim_identity, differences
+from shared.cache.identity import Identity, claim_identity, differences, other_settings
 from shared.cache.layout import cache_layout
 from shared.cache.manifest import (
     commit_unit,
@@ -85,6 +85,19 @@ def test_the_first_to_claim_sets_the_identity(cache):
     with pytest.raises(UserError, match=r"vae\.fingerprint is f there, g here"):
         claim_identity(cache, an_identity(fingerprint="g", resolution=512), "")
     assert cache.identity.read_bytes() == before
+
+
+def test_an_identity_is_written_back_as_it_was_read():
+    """With what this version does not know, and without what older ones did not say."""
+    stored = json.loads(json.dumps(an_identity().to_json()))
+    stored["vae"] |= {"shift": 0.5}
+    del stored["preprocessing"]["where"]
+    identity = Identity.from_json(stored | {"later": {"a": 1}})
+    assert identity.to_json() == stored | {"later": {"a": 1}}
+    assert identity.preprocessing.where is None
+    assert other_settings(identity, an_identity()) == (
+        "later is {'a': 1} there, None here; vae.shift is 0.5 there, None here"
+    )
 
 
 # ---- Units.

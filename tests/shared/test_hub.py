@@ -211,7 +211,7 @@ def test_the_folder_one_stands_in(here, monkeypatch):
     ],
 )
 def test_the_resolution_is_the_models_own(repo, tmp_path, preset, sample_size, pixels):
-    shutil.copytree(repo / "shared" / "configs" / preset, tmp_path / "m")
+    shutil.copytree(repo / "shared" / "models" / "configs" / preset, tmp_path / "m")
     path = tmp_path / "m" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": sample_size}))
     model = resolve_model(str(tmp_path / "m"))
@@ -220,7 +220,7 @@ def test_the_resolution_is_the_models_own(repo, tmp_path, preset, sample_size, p
 
 
 def test_another_downscale_of_the_vae(repo, tmp_path):
-    shutil.copytree(repo / "shared" / "configs" / "sd15", tmp_path / "m")
+    shutil.copytree(repo / "shared" / "models" / "configs" / "sd15", tmp_path / "m")
     path = tmp_path / "m" / "vae" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "block_out_channels": [8, 16, 32]}))
     assert native_resolution(resolve_model(str(tmp_path / "m"))) == 256

@@ -10,7 +10,7 @@ from typing import Annotated
 import pytest
 
 from shared.cli.config import parse
-from shared.cli.ranges import BelowOne, Count, Fraction, Natural, Numbers, Positive, numbers_of
+from shared.cli.ranges import BelowOne, Count, Fraction, Natural, Numbers, Positive, annotation
 from shared.errors import UsageError, UserError
 
 
@@ -84,6 +84,6 @@ def test_every_number_of_every_command_has_a_range(stage):
             hint = plain[field.name]
             union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
             if {int, float} & set(typing.get_args(hint) if union else (hint,)):
-                numbers = numbers_of(hints[field.name])
+                numbers = annotation(hints[field.name], Numbers)
                 assert numbers is not None, (kind, field.name)
                 assert field.default is None or field.default in numbers, (kind, field.name)

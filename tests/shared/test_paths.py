@@ -11,7 +11,8 @@ import pytest
 
 from prep.sources.find import find_units
 from shared.cli.config import parse, to_dict
-from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag, path_kind
+from shared.cli.paths import LocalPath, NameOrPath, PathKind, PlaceFlag, SourceFlag
+from shared.cli.ranges import annotation
 from shared.errors import UsageError, UserError
 from shared.storage.urls import RemotePlace
 
@@ -159,7 +160,7 @@ def test_every_path_of_every_command_has_its_kind():
             for field in fields(kind):
                 is_path = Path in (hints[field.name], *typing.get_args(hints[field.name]))
                 if field.name in names or is_path:
-                    assert path_kind(hints[field.name]), (kind, field.name)
+                    assert annotation(hints[field.name], PathKind), (kind, field.name)
 
 
 def test_nothing_is_made_by_the_real_command(cli, tmp_path, tiny_cache):

@@ -189,12 +189,12 @@ def test_files_that_are_no_such_model_are_refused_in_a_line(models, tmp_path, cl
 
 
 def test_without_a_tokenizer_it_is_said_where_one_goes(models, tmp_path, monkeypatch):
-    import prep.encoders.text
+    import prep.encoders.clip
 
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(prep.encoders.text, "with_files", offline)
+    monkeypatch.setattr(prep.encoders.clip, "with_files", offline)
     file = tmp_path / "one.safetensors"
     shutil.copy(models["tiny-sd"][1], file)
     copy_configs(models["tiny-sd"][0], tmp_path / "one")

@@ -103,3 +103,7 @@ def joined(batches: list[Batch]) -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def joined_by_size(batches: list[Batch]) -> list[dict]:
+    return [joined([batch]) for batch in batches]

@@ -9,6 +9,7 @@ import torch
 
 from shared.cli.config import parse
 from shared.errors import UserError
+from shared.wording import size_of
 from train.config import DistillConfig
 from train.flags import check_flags
 from train.memory.advice import apply, ladder, memory_line, words
@@ -123,5 +124,6 @@ def test_a_run_that_is_refused_alone_goes_on_in_shards(unet, monkeypatch):
     with pytest.raises(UserError, match=r"no flags make it fit.*--use_fsdp --fsdp_version 2"):
         memory_line(unet, config, SIZE, card)
     line = memory_line(unet, config, SIZE, card, FSDP)
-    assert "on each of 4 processes, with FSDP's shards of all weights (weights 0.0 GB" in line
+    weights = size_of(estimate(unet, config, SIZE, FSDP).weights)
+    assert f"on each of 4 processes, with FSDP's shards of all weights (weights {weights}" in line
     assert "with DDP's buckets" in memory_line(unet, config, SIZE, 10**12, DDP)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from shared.errors import UserError
+from tests.support import warm
 from train.trainer.launch import TORCH, join
 
 SLURM = {
@@ -92,11 +93,10 @@ def words(tiny_cache, tiny_sd, run) -> list[str]:
 
 
 def test_accelerates_one_process_of_several_is_refused(repo, tiny_cache, tiny_sd, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    answer = subprocess.run(
-        [*command, "-m", "train", *words(tiny_cache, tiny_sd, tmp_path / "run")], cwd=repo,
-        env={**os.environ, "PYTHONPATH": str(repo)}, capture_output=True, text=True,
-    )  # fmt: skip
+    """The launcher starts warm, and `python -m train`, as the launcher starts it, does not."""
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "train"]
+    command += words(tiny_cache, tiny_sd, tmp_path / "run")
+    answer = warm.run(command, repo, PYTHONPATH=str(repo))
     assert answer.returncode != 0
     assert "error: accelerate was asked for several processes and has started one" in answer.stderr
     assert not (tmp_path / "run").exists()

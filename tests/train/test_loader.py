@@ -10,7 +10,16 @@ import torch
 import webdataset
 
 from shared.cache.manifest import open_manifest
-from tests.support.loader import SCALE, SENTINEL, equal, joined, make_cache, open_loader, take
+from tests.support.loader import (
+    SCALE,
+    SENTINEL,
+    equal,
+    joined,
+    joined_by_size,
+    make_cache,
+    open_loader,
+    take,
+)
 from train.data.batch import Batch
 from train.data.draws import draw
 
@@ -118,10 +127,6 @@ def test_threads_do_not_matter(posterior, threads):
     one = joined_by_size(take(open_loader(posterior, threads=1), 20))
     other = joined_by_size(take(open_loader(posterior, threads=threads), 20))
     assert all(equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def joined_by_size(batches: list[Batch]) -> list[dict]:
-    return [joined([batch]) for batch in batches]
 
 
 @pytest.mark.parametrize("world", [2, 3])

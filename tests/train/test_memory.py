@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
+from shared.wording import size_of
 from train.config import DistillConfig
 from train.data.loader import Batch
 from train.memory.advice import ROOM, memory_line
@@ -220,7 +221,7 @@ def test_what_a_user_reads(tiny_sd):
     peak = estimate(unet, settings, SIZE).peak
     roomy = memory_line(unet, settings, SIZE, 2 * peak)
     assert "\n" not in roomy
-    assert roomy.startswith("memory: about 0.")
+    assert roomy.startswith(f"memory: about {size_of(peak)} ")
     tight = memory_line(unet, settings, SIZE, int(0.9 * peak))
     assert "warning: that is too much for the device: it fits with --mixed-precision bf16" in tight
     checkpointed = replace(settings, mixed_precision="bf16", gradient_checkpointing=True)

@@ -13,7 +13,7 @@ from upath import UPath
 from shared.cache.manifest import open_manifest
 from shared.errors import UserError
 from shared.storage import retry
-from tests.train.test_loader import equal, joined_by_size, make_cache, open_loader, take
+from tests.support.loader import equal, joined_by_size, make_cache, open_loader, take
 from train.data import remote
 from train.data.bucket import open_buckets
 from train.data.loader import Loader

@@ -86,9 +86,7 @@ class Loader:
         remote = any(bucket.remote for bucket in buckets)
         self.ahead = ahead or (REMOTE_AHEAD if remote else AHEAD)
         self.threads = max(threads, self.ahead) if remote else threads
-        self._copies: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ring: Ring[RingEntry, tuple[Batch, torch.cuda.Event | None]] | None = None
 
     @property

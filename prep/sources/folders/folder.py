@@ -50,7 +50,7 @@ class FolderReader:
     options: SourceOptions
 
     def rows(self) -> Iterator[Row]:
-        """A row for each member, whether or not its picture is there."""
+        """Read a row for each member, whether or not its picture is there."""
         for member in self.members:
             image, problem = None, member.problem
             if not problem:
@@ -72,14 +72,14 @@ class FolderReader:
         return captions_of(row) or captions_of(record)
 
     def _record(self, path: str) -> tuple[Mapping[str, Any], str]:
-        """What the NAME.json beside a picture says, and why it cannot be read, if so."""
+        """Read the NAME.json beside a picture, or say why it cannot be read."""
         content, problem = self._content(path, TEXT_BYTES, LARGE_JSON)
         return (
             ({}, problem) if content is None else record_in(content, self.options.caption_encoding)
         )
 
     def _content(self, path: str, most: int, too_large: str) -> tuple[bytes | None, str]:
-        """A file of the folder, or why it is not read."""
+        """Read a file of the folder, or say why it is not read."""
         try:
             if not path or not (file := Path(self.folder, path)).is_file():
                 return None, MISSING  # reading a pipe would wait for ever
@@ -95,7 +95,7 @@ class FolderReader:
 
 
 def folder_units(path: Path, members: Sequence[Member], options: SourceOptions) -> list[Unit]:
-    """The units of a folder. Raises UserError where no row can have a caption."""
+    """Cut a folder into units. Raises UserError where no row can have a caption."""
     _refuse_uncaptioned(path, members, options)
     wanted = options.folder_units or power_of_two(len(members) / UNIT_ROWS)
     if wanted < 1 or wanted & (wanted - 1):
@@ -147,7 +147,7 @@ def _refuse_uncaptioned(path: Path, members: Sequence[Member], options: SourceOp
 
 
 def _likely_list(path: Path) -> str:
-    """What to say of a list of pictures that has another name, or nothing."""
+    """Note a list of pictures that has another name, or nothing."""
     likely = [
         name
         for level in islice(walk(path), 1)
@@ -161,7 +161,7 @@ def _likely_list(path: Path) -> str:
 
 
 def repeats_in(units: Sequence[Unit]) -> str:
-    """What to say of folders named in kohya's way, whose repeats are not applied; or nothing."""
+    """Note folders named in kohya's way, whose repeats are not applied; or nothing."""
     named: dict[str, None] = {}
     for unit in units:
         if isinstance(unit.reader, FolderReader):
@@ -179,7 +179,7 @@ def repeats_in(units: Sequence[Unit]) -> str:
 
 
 def _state(path: Path, members: Sequence[Member]) -> dict[str, Any]:
-    """A hash over the rows and each picture's size and modification time."""
+    """Hash the rows and each picture's size and modification time."""
     digest = hashlib.sha256()
     for member in members:
         digest.update(json.dumps(member.row, sort_keys=True).encode())

@@ -60,7 +60,7 @@ class Member:
 
 
 def list_folder(root: Path, encoding: str | None) -> list[Member]:
-    """The rows, sorted by name; of pictures without captions too. UserError for bad metadata."""
+    """List the rows by name, also those without captions. Raises UserError for bad metadata."""
     finder = Finder(root)
     members = [one for level in walk(root, LISTS) for one in _members(finder, level, encoding)]
     return sorted(members, key=lambda member: member.name)
@@ -131,7 +131,7 @@ def _beside(root: Path, level: Level, name: str, encoding: str | None) -> Member
 
 
 def _caption_in(path: Path, encoding: str | None) -> tuple[str | None, str]:
-    """The text of a file, or why there is none; nothing of either where it is no file."""
+    """Read the text of a file, or say why there is none; nothing of either where it is no file."""
     try:
         if not path.is_file():
             return None, ""

@@ -35,7 +35,7 @@ Rows = list[dict[str, Any]]
 
 
 def read_list(path: Path, encoding: str | None) -> Rows:
-    """The rows of a list of pictures. Raises UserError where they cannot be told."""
+    """Read the rows of a list of pictures. Raises UserError where they cannot be told."""
     data = path.read_bytes()
     is_json = path.suffix.startswith(".json")
     try:
@@ -51,7 +51,7 @@ def _shown(path: Path) -> str:
 
 
 def _named(rows: Sequence[Any], path: Path) -> Rows:
-    """The rows with a `file_name`, whatever key they have it under."""
+    """Give every row a `file_name`, whatever key it has it under."""
     first = rows[0] if rows and isinstance(rows[0], Mapping) else {}
     usual = {key.strip().lower(): key for key in first if isinstance(key, str)}
     key = next((usual[n] for n in NAME_KEYS if isinstance(first.get(usual.get(n)), str)), FILE_NAME)
@@ -76,7 +76,7 @@ def _instead(row: Mapping[str, Any]) -> str:
 
 
 def _json_rows(text: str, path: Path) -> list[Any]:
-    """An object a line; else objects or a list over several lines, or an object by names."""
+    """Read an object a line; else objects or a list over several lines, or an object by names."""
     try:
         rows = list(_json_lines(text, path))
         if all(isinstance(row, dict) for row in rows) and len(rows) != 1:
@@ -105,7 +105,7 @@ def _json_lines(text: str, path: Path) -> Iterator[Any]:
 
 
 def _json_values(text: str) -> Iterator[Any]:
-    """The values that follow each other in a text, with blanks or commas between them."""
+    """Yield the values that follow each other in a text, with blanks or commas between them."""
     decoder, start = json.JSONDecoder(), 0
     while (start := _after(BETWEEN, text, start)) < len(text):
         value, start = decoder.raw_decode(text, start)

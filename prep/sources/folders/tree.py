@@ -29,7 +29,7 @@ class Level:
         self.stems[stem].setdefault(extension[1:].lower(), name)
 
     def beside(self, name: str, *extensions: str) -> str:
-        """The file beside a picture with one of these extensions: NAME.txt, else NAME.jpg.txt."""
+        """Find the file beside a picture of one of these extensions: NAME.txt or NAME.jpg.txt."""
         for stem in (os.path.splitext(name)[0], name):
             for extension in extensions:
                 if found := self.stems.get(stem, {}).get(extension):

@@ -57,12 +57,12 @@ def _list(values: list[Any] | tuple[Any, ...]) -> Cell:
 
 
 def _text(text: str) -> Cell:
-    """A name, unless it is a picture written as text."""
+    """Take text for a name, unless it is a picture written as text."""
     if text[:5].lower() == "data:":
-        kind, comma, content = text.partition(",")
+        mime, comma, content = text.partition(",")
         if not comma:
             return Cell(problem="a data URI without data")
-        if kind.lower().endswith(";base64"):
+        if mime.lower().endswith(";base64"):
             data = _base64(unquote_to_bytes(content).decode("ascii", "replace"))
             return Cell(data) if data else Cell(problem="a data URI that is not base64")
         return Cell(unquote_to_bytes(content))

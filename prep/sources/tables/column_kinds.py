@@ -9,7 +9,7 @@ PICTURE, MAYBE, TEXT, OTHER = "picture", "maybe a picture", "text", "other"
 
 
 def arrow_kind(kind: pa.DataType) -> str:
-    """What a column of this Arrow type may hold."""
+    """Tell what a column of this Arrow type may hold."""
     types = pa.types
     if types.is_dictionary(kind):
         return arrow_kind(kind.value_type)
@@ -33,7 +33,7 @@ def arrow_kind(kind: pa.DataType) -> str:
 
 
 def column_kinds(schema: pa.Schema) -> dict[str, str]:
-    """The kind of each column, and of each field of a struct, or of a list of them, within."""
+    """Tell the kind of each column, and of each field of a struct, or of a list of them, within."""
     kinds = {}
     for field in schema:
         kinds[field.name] = arrow_kind(field.type)
@@ -49,4 +49,4 @@ def is_list(kind: pa.DataType) -> bool:
     """Is it a list of one of Arrow's five kinds?"""
     types = pa.types
     plain = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return plain or types.is_list_view(kind) or types.is_large_list_view(kind)
+    return bool(plain or types.is_list_view(kind) or types.is_large_list_view(kind))

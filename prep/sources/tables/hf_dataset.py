@@ -51,7 +51,7 @@ class RangeReader:
     anywhere: bool = False  # may pictures lie outside of the data set?
 
     def rows(self) -> Iterator[Row]:
-        """The rows, one at a time: their pictures may be large."""
+        """Read the rows, one at a time: their pictures may be large."""
         indices = self._indices()
         most = self.max_image_bytes
         with told(self.dataset.source, SourceError):
@@ -87,7 +87,7 @@ class ShardReader:
     anywhere: bool = False
 
     def rows(self) -> Iterator[Row]:
-        """The rows in the shard's order."""
+        """Read the rows in the shard's order."""
         with told(self.dataset.source, SourceError):
             opened = _stream(self.dataset)
             records = iter(opened.data.shard(self.shards, self.shard).decode(False))
@@ -108,7 +108,7 @@ class ShardReader:
 
 
 def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
-    """The units of the dataset that `name` stands for: a path, or `hf://owner/name[:split]`.
+    """Find the units of the dataset that `name` is: a path, or `hf://owner/name[:split]`.
 
     Raises UserError where it cannot be opened or has no columns of pictures and captions.
     """
@@ -203,7 +203,7 @@ def _key_hashes(source: DatasetSource, columns: Columns) -> NDArray[np.uint32]:
 
 
 def _fingerprint(source: DatasetSource, data: datasets.Dataset) -> str:
-    """What changes with the content: of a bare file, its size and time."""
+    """Give what changes with the content: of a bare file, its size and time."""
     if source.location.endswith(".arrow"):
         stat = Path(source.location).stat()
         return f"{stat.st_size} {stat.st_mtime_ns}"

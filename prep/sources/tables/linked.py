@@ -41,7 +41,7 @@ class Home:
     anywhere: bool = False  # --allow-external-images
 
     def picture(self, name: str, most: int) -> tuple[bytes | None, str]:
-        """The named picture's bytes, up to `most` and one more, or why there are none."""
+        """Read the named picture's bytes, up to `most` and one more, or say why there are none."""
         name = name.removeprefix("file://")
         if _is_url(name):
             return self._fetched(name, most)
@@ -90,7 +90,7 @@ class Home:
 
 
 def home_of(path: str) -> Home:
-    """The home of a table at a local path, or of a folder of them."""
+    """Make the home of a table at a local path, or of a folder of them."""
     return Home(local_folders(path if os.path.isdir(path) else os.path.dirname(path)))
 
 
@@ -102,7 +102,7 @@ def local_folders(*folders: str) -> tuple[str, ...]:
 
 
 def _read_url(url: str, most: int, stay: bool) -> bytes:
-    """Raises Unreadable, or UserError for an address that cannot be used."""
+    """Fetch an address. Raises Unreadable, or UserError for one that cannot be used."""
     protocol = url.rpartition("::")[2].partition("://")[0]
     web = protocol in WEB  # where a whole file is one request, and a range is two
     options = {protocol: dict(web_options(stay))} if web else {}

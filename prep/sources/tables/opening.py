@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prep.files.blame import raised_in
 from prep.sources.tables.linked import Home, home_of, local_folders
-from shared.errors import UserError
+from shared.errors import UserError, words_of
 from shared.text import printable
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Opened:
 
 
 def dataset_source(name: str, config: str | None) -> DatasetSource:
-    """What a path or `hf://...` stands for; of several splits it is `train`, which is said.
+    """Tell what a path or `hf://...` stands for; of several splits it is `train`, which is said.
 
     Raises UserError where there is no split of that name.
     """
@@ -87,7 +87,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 @lru_cache(maxsize=4)
 def load(source: DatasetSource) -> Opened:
-    """The dataset, memory-mapped, with its pictures left as they are."""
+    """Open the dataset, memory-mapped, with its pictures left as they are."""
     import datasets
 
     if source.split is not None:
@@ -110,7 +110,7 @@ def load(source: DatasetSource) -> Opened:
 
 @lru_cache(maxsize=4)
 def stream(source: DatasetSource) -> Opened:
-    """A dataset of the hub that is read without downloading it first."""
+    """Open a dataset of the hub that is read without downloading it first."""
     import datasets
 
     builder = datasets.load_dataset_builder(source.location, source.config)
@@ -138,7 +138,7 @@ def _arrow_file(path: str) -> datasets.Dataset:
 
 
 def _home_of_builder(source: DatasetSource, builder: datasets.DatasetBuilder) -> Home:
-    """The repository on the hub, what this machine has of it, and where archives are unpacked.
+    """List the repository on the hub, what this machine has of it, and unpacked archives.
 
     Of a dataset that is files on this machine: the folders they are in.
     """
@@ -157,7 +157,7 @@ def _home_of_builder(source: DatasetSource, builder: datasets.DatasetBuilder) ->
 
 @contextmanager
 def told(source: str, kind: type[UserError]) -> Iterator[None]:
-    """What goes wrong in `datasets`, which raises all kinds of errors, in one line."""
+    """Say in one line what goes wrong in `datasets`, which raises all kinds of errors."""
     try:
         yield
     except UserError:
@@ -165,5 +165,4 @@ def told(source: str, kind: type[UserError]) -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, OSError) or raised_in(error, *LIBRARIES)):
             raise
-        words = " ".join(str(error).split())[:300] or type(error).__name__
-        raise kind(f"{source} cannot be read: {words}") from None
+        raise kind(f"{source} cannot be read: {words_of(error)}") from None

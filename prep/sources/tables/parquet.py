@@ -60,11 +60,11 @@ class Columns:
     encoding: str | None = None  # of captions that are bytes, see prep/rows/text_encoding.py
 
     def row(self, found: pa.RecordBatch | pa.Table, number: int, home: Home, most: int) -> Row:
-        """The one row of `found`, whose picture of up to `most` bytes it holds or names."""
+        """Read the one row of `found`, whose picture of up to `most` bytes it holds or names."""
         return self.row_of(record_of(found), number, home, most)
 
     def row_of(self, record: Mapping[str, Any], number: int, home: Home, most: int) -> Row:
-        """The same of a record."""
+        """Read a record likewise."""
         cell = cell_of(record[self.image])
         data, problem = cell.data, cell.problem
         if cell.name and is_litter(cell.name):
@@ -103,7 +103,7 @@ class Columns:
         return str(number if value is None else value)
 
     def state(self) -> dict[str, Any]:
-        """What of the columns decides the samples."""
+        """Give what of the columns decides the samples."""
         return {"image": self.image, "caption": self.caption, "key": self.key}
 
 
@@ -150,7 +150,7 @@ def _image_column(
 
 
 def _no_pictures(columns: Sequence[str]) -> str:
-    """What to do about a table in which no column of pictures is found."""
+    """Say what to do about a table in which no column of pictures is found."""
     if _is_account(columns):
         return (
             "it is img2dataset's account of the tar (or folder) of the same name; pass the tars "
@@ -173,7 +173,7 @@ def _is_account(columns: Sequence[str]) -> bool:
 
 
 def record_of(found: pa.RecordBatch | pa.Table) -> dict[str, Any]:
-    """The one row's values; text that is no UTF-8 as bytes, or nothing where it lies deeper."""
+    """Read the one row's values; text that is no UTF-8 as bytes, nothing where it lies deeper."""
     try:
         (record,) = found.to_pylist()
         return dict(record)
@@ -195,7 +195,7 @@ def _value(column: pa.Array | pa.ChunkedArray) -> Any:
 
 
 def _reached(value: Any, name: str) -> Any:
-    """The value of `name`, or of `column.field`: in a list of structs, each one's."""
+    """Take the value of `name`, or of `column.field`: in a list of structs, each one's."""
     if isinstance(value, list):
         return [_reached(one, name) for one in value]
     if not isinstance(value, Mapping):
@@ -220,7 +220,7 @@ class ParquetReader:
             return self._columns(parquet)
 
     def rows(self) -> Iterator[Row]:
-        """The rows, row group by row group."""
+        """Read the rows, row group by row group."""
         home, most = self._home(), self.options.max_image_bytes
         with self._open() as parquet:
             try:
@@ -269,4 +269,5 @@ class ParquetReader:
 
 def _batch_rows(group: pq.RowGroupMetaData) -> int:
     """How many rows of a row group are held at a time."""
-    return max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+    rows, size = int(group.num_rows), int(group.total_byte_size)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))

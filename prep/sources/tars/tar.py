@@ -27,6 +27,7 @@ from prep.rows.row import (
 )
 from prep.rows.unit import SourceOptions
 from prep.sources.tars.tar_rows import CAPTION_FILES, Member, Together, row_of, split_name
+from shared.errors import words_of
 
 HEADER_BYTES = 1 << 20  # of a long name or of PAX keywords; more is damage or an attack
 SAMPLE_BYTES = 4 << 20  # read of a tar, packed or not, to estimate its rows
@@ -43,7 +44,7 @@ class StrictInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> StrictInfo:
-        """The next header. Raises ReadError unless it is one, or the end mark."""
+        """Read the next header. Raises ReadError unless it is one, or the end mark."""
         try:
             info = super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -60,7 +61,7 @@ class StrictInfo(tarfile.TarInfo):
         return info
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> StrictInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> StrictInfo:
         """One header's fields."""
         info = super().frombuf(buf, encoding, errors)
         if info.size < 0 or (info.type in EXTENDED and info.size > HEADER_BYTES):
@@ -109,7 +110,7 @@ class TarReader:
         found = 0
         with contextlib.suppress(SourceError), self._open(seek=True) as (tar, packed):
             while (info := tar.next()) is not None:
-                tar.members = []
+                _forget_members(tar)
                 read = info.offset if packed is None else packed.tell()
                 enough = read > SAMPLE_BYTES or info.offset > SAMPLE_UNPACKED
                 if enough and not self._seekable:
@@ -129,7 +130,7 @@ class TarReader:
         """Every regular file that is no litter. Raises SourceError where the tar is cut or none."""
         with self._open() as (tar, _):
             while (info := tar.next()) is not None:
-                tar.members = []  # tarfile would remember them all
+                _forget_members(tar)
                 if info.isfile() and split_name(info.name)[1] and not is_litter(info.name):
                     yield info.name, self._read(tar, info)
                 _skip_to(tar, tar.offset)
@@ -166,7 +167,7 @@ class TarReader:
 
     @contextlib.contextmanager
     def _open(self, seek: bool = False) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
-        """The tar, and the file that it is packed in, if it is."""
+        """Open the tar, and the file that it is packed in, if it is."""
         head = b""
         try:
             with self.stream.open() as raw, decompressed(raw) as file:
@@ -179,9 +180,8 @@ class TarReader:
         except (tarfile.TarError, EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
             if told := not_a_source(head, self.stream.remedy):
                 raise SourceError(f"{self.stream.source} is not a whole tar but {told}") from None
-            words = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(
-                f"{self.stream.source} is not a whole tar ({words}); {self.stream.remedy}"
+                f"{self.stream.source} is not a whole tar ({words_of(error)}); {self.stream.remedy}"
             ) from None
 
 
@@ -191,3 +191,8 @@ def _skip_to(tar: tarfile.TarFile, offset: int) -> None:
     while (left := offset - tar.fileobj.tell()) > 0:
         if not tar.fileobj.read(min(left, BUFFER_BYTES)):
             raise tarfile.ReadError("unexpected end of data")
+
+
+def _forget_members(tar: tarfile.TarFile) -> None:
+    """Keep memory flat: tarfile remembers every header it has read."""
+    tar.members = []  # type: ignore[attr-defined]

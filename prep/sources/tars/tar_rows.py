@@ -54,7 +54,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def row_of(key: str, files: Mapping[str, Member], options: SourceOptions) -> Row:
-    """The row that files of one key are, by their extensions."""
+    """Make the row of the files of one key, by their extensions."""
     picture, problem = _picture(files)
     metadata: Mapping[str, Any] = {}
     unread, weight = "", 0
@@ -76,7 +76,7 @@ def row_of(key: str, files: Mapping[str, Member], options: SourceOptions) -> Row
 
 
 def _text(files: Mapping[str, Member], encoding: str | None) -> tuple[str, str]:
-    """The text of the row's caption file, and why it cannot be read."""
+    """Read the text of the row's caption file, or say why it cannot be read."""
     found = next((one for one in CAPTION_FILES if one in files), "")
     if not found or files[found].problem:
         return "", files[found].problem if found else ""
@@ -87,7 +87,7 @@ def _text(files: Mapping[str, Member], encoding: str | None) -> tuple[str, str]:
 
 
 def _picture(files: Mapping[str, Member]) -> tuple[bytes | None, str]:
-    """The row's picture, by extension, else by content; or why it has none, where that is known."""
+    """Find the row's picture by extension, else by content; or why it has none, where known."""
     usual = next((files[one] for one in IMAGE_EXTENSIONS if one in files), None)
     others = [file for file in files.values() if file.is_picture]
     chosen = usual or next((file for file in others if not file.problem), next(iter(others), None))
@@ -106,7 +106,7 @@ class Together:
         self.example = ""
 
     def seen(self, row: Row) -> Row:
-        """The row, with what is known of its other half."""
+        """Join the row with what is known of its other half."""
         self.rows += 1
         picture, captions = row.image is not None, bool(row.captions)
         if not row.problem:

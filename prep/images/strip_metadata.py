@@ -8,8 +8,8 @@ PACKED = (b"iCCP", b"zTXt", b"iTXt")
 SCAN, COMMENT, APPLICATIONS = 0xDA, 0xFE, range(0xE0, 0xF0)  # markers of JPEG
 
 
-def bare(data: bytes) -> bytes | None:
-    """The same picture with its pixels alone; None where there is nothing to leave out.
+def strip_metadata(data: bytes) -> bytes | None:
+    """Leave only the pixels of a picture; None where there is nothing to leave out.
 
     Of a PNG the ancillary chunks go (gamma, resolution, EXIF ...), of a JPEG the segments of
     applications and comments (JFIF, EXIF, Adobe's).

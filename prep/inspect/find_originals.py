@@ -38,7 +38,7 @@ class Originals:
         self._found: dict[SourceOptions, list[Unit]] = {}
 
     def of(self, record: UnitRecord, samples: int) -> list[Unit]:
-        """The units in which `samples` of a unit may be found; what is not asked is noted.
+        """Find the units in which `samples` of a unit may be; note what is not asked.
 
         Raises WrongShards for `shards` that name nothing.
         """
@@ -54,8 +54,8 @@ class Originals:
             return [unit for unit in units if unit.name == record.name] or units
         return []
 
-    def told(self) -> str:
-        """A sentence on the sources that were not asked, or nothing."""
+    def unasked_note(self) -> str:
+        """Write a sentence on the sources that were not asked, or nothing."""
         if not self.unasked:
             return ""
         first, samples = next(iter(self.unasked)), self.unasked.total()
@@ -89,5 +89,5 @@ def _is_local(source: str) -> bool:
 
 
 def _typed(source: str) -> str:
-    """What `--shards` takes for this one source."""
+    """Quote a source as `--shards` takes it."""
     return re.sub(r"([{}\\])", r"\\\1", glob.escape(source))
