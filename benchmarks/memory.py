@@ -56,11 +56,11 @@ class Counted:
         return max(int((room - self.one.peak) // self.slope) + 1, 0)
 
 
-def count(unet: dict[str, Any], size: tuple[int, int], student: str, change: Any) -> Counted:
+def count(unet: dict[str, Any], size: tuple[int, int], student: Any, change: Any) -> Counted:
     """With accumulation, so that gradients are there all the time: the larger number."""
     config = DistillConfig(
         model="", cache=Path(), run=Path(), student=student, gradient_accumulation_steps=2, **change
-    )  # type: ignore[arg-type]
+    )
     one, two = (estimate(unet, replace(config, train_batch_size=batch), size) for batch in (1, 2))
     return Counted(one, two)
 

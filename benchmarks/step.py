@@ -21,7 +21,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,6 +31,7 @@ from benchmarks.common.models import model_folder, write_cache
 from benchmarks.common.online import Online, TwoCalls, build_teacher
 from benchmarks.common.steps import Cached, compare, flops, open_run
 from shared.machine.device import pick_device
+from train.networks.lora import LoraStudent
 
 REPO = Path(__file__).resolve().parent.parent
 WARM_UP = 2
@@ -93,9 +94,10 @@ def measure_memory(case: Case, root: Path, device: torch.device, kind: str) -> d
     """The peak of this process after two LoRA steps; `kind` is one_unet or separate_teacher."""
     trainer = cached(case, root, device)
     if kind == "separate_teacher":
-        networks = TwoCalls(trainer.run.student, build_teacher(trainer.run))
+        networks = TwoCalls(cast(LoraStudent, trainer.run.student), build_teacher(trainer.run))
         objective = trainer.run.objective
-        trainer.run.objective = lambda batch, empty, _: objective(batch, empty, networks)
+        other: Any = lambda batch, empty, _: objective(batch, empty, networks)  # noqa: E731
+        trainer.run.objective = other
     for _ in range(2):
         trainer.fed()
     trainer.close()
@@ -107,7 +109,8 @@ def in_child(kind: str, case: Case, root: Path, device: torch.device) -> dict[st
     words = [kind, case.model, case.resolution, case.batch, case.threads or 0, root, device]
     command = [sys.executable, "-m", "benchmarks.step", "--child", *map(str, words)]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=REPO)
-    return json.loads(answer.stdout)
+    found: dict[str, float] = json.loads(answer.stdout)
+    return found
 
 
 def child(words: list[str]) -> None:

@@ -80,7 +80,7 @@ def _field(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
     near = np.linalg.norm(colours - np.median(colours, axis=0), axis=-1)
     keep = near <= np.quantile(near, 0.8)
     weights, *_ = np.linalg.lstsq(basis[keep], colours[keep], rcond=None)
-    return plane @ weights
+    return np.asarray(plane @ weights)
 
 
 def _outline(mask: NDArray[np.bool_]) -> tuple[str | None, NDArray[np.float64], float]:

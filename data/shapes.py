@@ -107,7 +107,7 @@ def render(scene: Scene, rng: np.random.Generator, width: int, height: int) -> N
     figure = _tint(scene.colour, rng) * np.ones((height, width, 1))
     ground = _tint(scene.background, rng) * _shading(x, y, rng)
     picture = coverage * figure + (1 - coverage) * ground
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(picture), 0, 255), dtype=np.uint8)
 
 
 def contains(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -129,7 +129,7 @@ def contains(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDAr
         tip, notch = 1.0, 0.45
         sine = tip * notch * np.sin(np.pi / 5)
         edge = notch * np.sin(np.pi / 5 - angle) + tip * np.sin(angle)
-        return r * edge < sine
+        return np.asarray(r * edge < sine)
     raise ValueError(f"unknown shape {shape!r}")
 
 
@@ -146,4 +146,5 @@ def _shading(
 ) -> NDArray[np.float64]:
     """A soft light across the field, up to a tenth brighter or darker at the rim."""
     slope_x, slope_y = rng.uniform(-0.2, 0.2, 2)
-    return (1 + slope_x * (x[None, :] - 0.5) + slope_y * (y[:, None] - 0.5))[..., None]
+    light = 1 + slope_x * (x[None, :] - 0.5) + slope_y * (y[:, None] - 0.5)
+    return np.asarray(light[..., None])

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import train.trainer.setup
+import train.networks.build
 from benchmarks.common.public_unets import SD15, SDXL
 from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
 from shared.cache.identity import Identity, Preprocessing, Shapes, TextIdentity, VaeIdentity
@@ -124,7 +124,8 @@ def random_text_encoder(
     """The text encoder in a model's folder `part`, frozen."""
     config = CLIPTextConfig.from_pretrained(source, subfolder=part, dtype=dtype)
     kind = CLIPTextModelWithProjection if part.endswith("_2") else CLIPTextModel
-    return frozen(lambda: kind(config), device, dtype)
+    encoder: nn.Module = frozen(lambda: kind(config), device, dtype)
+    return encoder
 
 
 def frozen(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
@@ -142,7 +143,7 @@ def frozen(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -
 @contextmanager
 def random_weights(device: torch.device) -> Iterator[None]:
     """Both stages build what they would load, on `device`."""
-    build_student = train.trainer.setup.build_student
+    build_student = train.networks.build.build_student
 
     def build_there(*args: Any) -> Any:
         with torch.device(device):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -21,8 +22,8 @@ from shared.models.family import resolve_model
 from train.data.batch import Batch
 from train.networks.denoiser import call_unet
 from train.networks.full import FullStudent
+from train.networks.lora import LoraStudent
 from train.networks.precision import DTYPES
-from train.networks.student import Student
 from train.trainer.loop import update
 from train.trainer.run import Distillation
 
@@ -31,7 +32,7 @@ from train.trainer.run import Distillation
 class TwoCalls:
     """A student's networks (see `train.objectives.lcd.Networks`) with the teacher held apart."""
 
-    trained: Student
+    trained: FullStudent | LoraStudent
     teacher_unet: UNet2DConditionModel
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
@@ -101,7 +102,7 @@ def build_teacher(run: Distillation) -> UNet2DConditionModel:
     """The teacher beside the student: a full student has one already, a LoRA needs a second."""
     if isinstance(run.student, FullStudent):
         return run.student.teacher_unet
-    dtype = DTYPES.get(run.config.mixed_precision, torch.float32)
+    dtype = DTYPES.get(run.config.mixed_precision or "no", torch.float32)
     return random_unet(run.config.model, run.distributed.device, dtype)
 
 
@@ -113,12 +114,12 @@ class Online:
     ) -> None:
         self.run, self.draws = run, draws
         device, size = run.distributed.device, len(draws.latents)
-        dtype = DTYPES.get(run.config.mixed_precision, torch.float32)
+        dtype = DTYPES.get(run.config.mixed_precision or "no", torch.float32)
         source = Path(run.config.model)
         self.encoders = build_encoders(source, device, dtype, vae_dtype or dtype)
-        self.networks = TwoCalls(run.student, build_teacher(run))
+        self.networks = TwoCalls(cast(LoraStudent, run.student), build_teacher(run))
         self.pixels = torch.rand(size, 3, resolution, resolution, device=device) * 2 - 1
-        config = self.encoders.text_encoders[0].config
+        config: Any = self.encoders.text_encoders[0].config
         shape = (size, config.max_position_embeddings)
         self.ids = torch.randint(config.vocab_size, shape, device=device)
 

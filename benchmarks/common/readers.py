@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -165,7 +166,7 @@ def webdataset(samples: Samples) -> Read:
     return read
 
 
-class _Places(torch.utils.data.Dataset):
+class _Places(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __init__(self, samples: Samples, ids: Sequence[int]) -> None:
         self.places = [samples.place(number) for number in ids]
         self.files: dict[Path, int] = {}
@@ -179,7 +180,8 @@ class _Places(torch.utils.data.Dataset):
             self.files[path] = os.open(path, os.O_RDONLY)
         gap = bytearray(LAYOUT.offsets["prompt_embeds"] - LAYOUT.offsets["latents"] - 32_768)
         arrays = {f.name: np.empty(f.shape[1:], f.dtype) for f in LAYOUT.fields}
-        os.preadv(self.files[path], [arrays["latents"], gap, arrays["prompt_embeds"]], offset)
+        into: list[Any] = [arrays["latents"], gap, arrays["prompt_embeds"]]
+        os.preadv(self.files[path], into, offset)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

@@ -7,6 +7,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.common.models import random_weights
-from train.config import DistillConfig
+from train.config import RunConfig
 from train.data.batch import Batch
 from train.state.optim import set_learning_rate
 from train.trainer.loop import backward, update
@@ -29,7 +30,7 @@ def open_run(
     source: Path, cache: Path, run: Path, device: torch.device, **flags: Any
 ) -> Distillation:
     """A run of the real trainer, ready for its first step; the weights are random."""
-    config = DistillConfig(
+    config = RunConfig(
         model=str(source), cache=cache, run=run, device=str(device), validation_steps=0,
         report_to=(), **flags,
     )  # fmt: skip
@@ -47,9 +48,8 @@ class Cached:
         self.waited = 0.0
         first = next(self.batches)
         # A copy: on a CPU the loader fills its batches again.
-        self.resident = Batch(
-            **{k: None if v is None else v.clone() for k, v in vars(first).items()}
-        )
+        copies = {name: tensor.clone() for name, tensor in first.tensors().items()}
+        self.resident = replace(first, **copies)
 
     def fed(self) -> None:
         """A step with the loader's next batch; `waited` adds up the seconds until it came."""
@@ -86,17 +86,17 @@ def flops(step: Callable[[], object]) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=cpu)
     with counter:
         step()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return int(sdpa_flop_count(query, key, value))
 
 
 def attention_backward_flops(
     grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
 ) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
 def synchronize(device: torch.device) -> None:

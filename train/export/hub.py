@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]
+    HTTPError,
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

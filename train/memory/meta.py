@@ -23,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts each storage once, from the operation that makes it until its last tensor is gone."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.alive: set[int] = set()
 
