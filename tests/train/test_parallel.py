@@ -168,6 +168,18 @@ def test_the_world_may_change_and_every_sample_comes_once(launch, tiny_cache):
     assert relative(weights(run, steps), weights(whole, steps)) < 1e-2
 
 
+def test_torchrun_starts_a_run_of_two_processes(repo, tiny_cache, tiny_sd, tmp_path):
+    """The command as a launcher types it, once for real; `launch` only sets its variables."""
+    words = [
+        "train", "--", "distill", "--model", tiny_sd, "--cache", tiny_cache, "--run", tmp_path,
+        "--train-batch-size", 2, "--max-train-steps", 1, "--validation-steps", 0, "--lora-rank", 2,
+    ]  # fmt: skip
+    answer = torchrun(repo, 2, words)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr.count("over 2 processes") == 1
+    assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", [None, FSDP], ids=["ddp", "fsdp"])
 def test_all_enter_saving_and_previews_and_one_signal_ends_all(
