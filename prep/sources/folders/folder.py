@@ -30,7 +30,7 @@ from prep.rows.row import (
     make_row,
     record_in,
 )
-from prep.rows.unit import UNIT_ROWS, SourceOptions, Unit, caption_flags, power_of_two, unit_name
+from prep.rows.unit import Reader, SourceOptions, Unit, caption_flags, count_units, unit_name
 from prep.sources.folders.listing import MISSING, Member
 from prep.sources.folders.metadata import EXAMPLE, FILE_NAME, LISTS
 from prep.sources.folders.tree import walk
@@ -42,7 +42,7 @@ KOHYA = re.compile(r"([1-9]\d{0,2})_.+")  # a folder's name: how often its pictu
 
 
 @dataclass(frozen=True)
-class FolderReader:
+class FolderReader(Reader):
     """Reads the pictures of some rows of a folder."""
 
     folder: str
@@ -61,10 +61,6 @@ class FolderReader:
                 problem = problem or unread
             said = _typed(member.row) if member.text_only else member.row
             yield make_row(member.name, image, captions, {**record, **said}, problem)
-
-    def sample(self) -> tuple[int, int]:
-        """Never asked: the rows are known."""
-        return len(self.members), 0
 
     def _captions(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, ...]:
         if column := self.options.caption_column:
@@ -97,9 +93,7 @@ class FolderReader:
 def folder_units(path: Path, members: Sequence[Member], options: SourceOptions) -> list[Unit]:
     """Cut a folder into units. Raises UserError where no row can have a caption."""
     _refuse_uncaptioned(path, members, options)
-    wanted = options.folder_units or power_of_two(len(members) / UNIT_ROWS)
-    if wanted < 1 or wanted & (wanted - 1):
-        raise UserError(f"--folder-units {wanted} is not a power of two")
+    wanted = count_units(options, len(members))
     parts: list[list[Member]] = [[] for _ in range(wanted)]
     for member in members:
         digest = hashlib.sha256(member.name.encode("utf-8", "surrogatepass")).digest()
