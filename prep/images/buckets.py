@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,8 @@ from shared.errors import UserError
 
 LATENT_STEP = 8  # what a side must be a multiple of
 KOHYA_STEPS = 64
+# Of the fields of Buckets, from the second on.
+FLAGS = ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")
 
 Size = tuple[int, int]  # height, width
 
@@ -21,10 +23,10 @@ class Buckets:
     """The table of sizes around `resolution`², and the choice of one for a picture."""
 
     resolution: int
-    bucket_reso_steps: int  # every side is a multiple of it
-    min_bucket_reso: int  # the shortest side there is
-    max_bucket_reso: int  # the longest
-    bucket_no_upscale: bool = False
+    steps: int  # every side is a multiple of it
+    min_reso: int  # the shortest side there is
+    max_reso: int  # the longest
+    no_upscale: bool = False
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
@@ -34,9 +36,9 @@ class Buckets:
         """
         square = self._floor(self.resolution)
         found = {(square, square)}
-        first = -(-self.min_bucket_reso // self.bucket_reso_steps) * self.bucket_reso_steps
-        for short in range(first, self.max_bucket_reso + 1, self.bucket_reso_steps):
-            long = self._floor(min(self.max_bucket_reso, self.resolution**2 // short))
+        first = -(-self.min_reso // self.steps) * self.steps
+        for short in range(first, self.max_reso + 1, self.steps):
+            long = self._floor(min(self.max_reso, self.resolution**2 // short))
             if long >= first:
                 found |= {(short, long), (long, short)}
         return tuple(sorted(found))
@@ -44,29 +46,29 @@ class Buckets:
     def choose(self, height: int, width: int) -> Size | None:
         """Choose the size of the aspect ratio nearest to the picture's; None where none may be had.
 
-        With `bucket_no_upscale`, a picture that does not cover that size keeps its own, rounded
-        down to the steps, and one too small for the shortest side has none.
+        With `no_upscale`, a picture that does not cover that size keeps its own, rounded down to
+        `steps`, and one too small for the shortest side has none.
         """
         nearest = min(self.sizes, key=lambda size: (_mismatch(size, (height, width)), size))
-        if not self.bucket_no_upscale or (height >= nearest[0] and width >= nearest[1]):
+        if not self.no_upscale or (height >= nearest[0] and width >= nearest[1]):
             return nearest
         short, long = sorted((self._floor(height), self._floor(width)))
-        if short == 0 or short < self.min_bucket_reso:
+        if short == 0 or short < self.min_reso:
             return None
-        long = self._floor(min(long, self.max_bucket_reso, self.resolution**2 // short))
+        long = self._floor(min(long, self.max_reso, self.resolution**2 // short))
         return (short, long) if height <= width else (long, short)
 
     def _floor(self, side: int) -> int:
-        return side // self.bucket_reso_steps * self.bucket_reso_steps
+        return side // self.steps * self.steps
 
     def to_json(self) -> dict[str, int | bool]:
         """For the cache's identity, under the names of the flags."""
-        return {name: value for name, value in asdict(self).items() if name != "resolution"}
+        return dict(zip(FLAGS, astuple(self)[1:], strict=True))
 
     @staticmethod
     def from_json(resolution: int, value: Mapping[str, Any]) -> Buckets:
         """Invert `to_json`."""
-        return Buckets(resolution, **value)
+        return Buckets(resolution, *(value[flag] for flag in FLAGS))
 
 
 def choose_buckets(

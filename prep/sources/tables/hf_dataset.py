@@ -101,6 +101,7 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
     Raises UserError where it cannot be opened or has no columns of pictures and captions.
     """
     source = dataset_source(name, options.dataset_config_name)
+    options = replace(options, dataset_config_name=None)  # the source has it
     if options.streaming and source.split is not None:
         return _streaming_units(name, source, options)
     with told(source.source, UserError):
