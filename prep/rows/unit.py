@@ -102,10 +102,10 @@ def stem(path: str) -> str:
     return name.removesuffix(ending)
 
 
-def caption_flags(options: SourceOptions) -> dict[str, str]:
-    """Collect the flags about captions in files, which decide what rows say: for a unit's state."""
-    flags = {"caption_column": options.caption_column, "caption_encoding": options.caption_encoding}
-    return {name: value for name, value in flags.items() if value is not None}
+def given_flags(options: SourceOptions, *others: str) -> dict[str, str]:
+    """Collect the flags about captions, and others, that decide what rows say: for its state."""
+    names = ("caption_column", "caption_encoding", *others)
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def count_units(options: SourceOptions, rows: int) -> int:

@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from prep.files.remote import Found, RemoteFile, find_remote
-from prep.files.stream import Command, LocalFile
+from prep.files.stream import Command, LocalFile, Stream
 from prep.images.kinds import HEAD_BYTES, not_a_source
-from prep.rows.row import MAX_IMAGE_BYTES, Row, SourceError
-from prep.rows.unit import UNIT_ROWS, Reader, SourceOptions, Unit, caption_flags, stem, unit_name
+from prep.rows.row import MAX_IMAGE_BYTES, SourceError
+from prep.rows.unit import UNIT_ROWS, Reader, SourceOptions, Unit, given_flags, stem, unit_name
 from prep.sources.braces import expand_braces
 from prep.sources.folders.folder import FolderReader, folder_units
 from prep.sources.folders.listing import list_folder
@@ -35,15 +35,7 @@ PIPE = "pipe:"
 TEXTS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".md", ".log", ".toml", ".yaml", ".yml")
 COUNTED = 16  # units whose rows are counted; the others' are estimated by size
 
-__all__ = [
-    "Row",
-    "SourceError",
-    "SourceOptions",
-    "Unit",
-    "estimate_rows",
-    "find_units",
-    "options_of",
-]
+__all__ = ["SourceError", "SourceOptions", "Unit", "estimate_rows", "find_units", "options_of"]
 
 
 def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> list[Unit]:
@@ -200,34 +192,24 @@ def _remote(found: Found, options: SourceOptions) -> Unit:
 
 
 def _tar(
-    stream: LocalFile | RemoteFile | Command,
-    path: str,
-    size: int | None,
-    state: Any,
-    options: SourceOptions,
+    stream: Stream, path: str, size: int | None, state: Mapping[str, Any], options: SourceOptions
 ) -> Unit:
-    name = unit_name(stem(path), _identity(stream))
-    reader = TarReader(stream, size, options)
-    return Unit(name, stream.source, {**state, **caption_flags(options)}, reader, size=size)
+    state = {**state, **given_flags(options)}
+    return _unit(stream, path, state, TarReader(stream, size, options), size)
 
 
 def _parquet(
     file: LocalFile | RemoteFile, path: str, size: int, state: Any, options: SourceOptions
 ) -> Unit:
-    flags = {
-        name: value
-        for name in ("image_column", "caption_column", "caption_encoding", "key_column")
-        if (value := getattr(options, name)) is not None
-    }
-    name = unit_name(stem(path), _identity(file))
-    return Unit(
-        name, file.source, {**state, **flags}, ParquetReader(file, size, options), size=size
-    )
+    state = {**state, **given_flags(options, "image_column", "key_column")}
+    return _unit(file, path, state, ParquetReader(file, size, options), size)
 
 
-def _identity(stream: LocalFile | RemoteFile | Command) -> str:
-    """Name what the unit's name is a hash of."""
-    return stream.path if isinstance(stream, LocalFile) else stream.source
+def _unit(
+    stream: Stream, path: str, state: Mapping[str, Any], reader: Reader, size: int | None
+) -> Unit:
+    identity = stream.path if isinstance(stream, LocalFile) else stream.source
+    return Unit(unit_name(stem(path), identity), stream.source, state, reader, size=size)
 
 
 def _check_columns(units: Sequence[Unit]) -> None:

@@ -30,7 +30,7 @@ from prep.rows.row import (
     make_row,
     record_in,
 )
-from prep.rows.unit import Reader, SourceOptions, Unit, caption_flags, count_units, unit_name
+from prep.rows.unit import Reader, SourceOptions, Unit, count_units, given_flags, unit_name
 from prep.sources.folders.listing import MISSING, Member
 from prep.sources.folders.metadata import EXAMPLE, FILE_NAME, LISTS
 from prep.sources.folders.tree import walk
@@ -102,7 +102,7 @@ def folder_units(path: Path, members: Sequence[Member], options: SourceOptions) 
         Unit(
             name=unit_name(f"{path.name}-{number}of{wanted}", str(path)),
             source=printable(str(path)),
-            state=_state(path, part) | caption_flags(options),
+            state=_state(path, part) | given_flags(options),
             reader=FolderReader(str(path), tuple(part), options),
             rows_known=len(part),
         )
