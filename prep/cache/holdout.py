@@ -81,9 +81,8 @@ def choose(cache: CachePaths, manifest: Manifest) -> None:
     chosen = dump_json({"count": count, "keys": keys[:count]})
 
     def change(content: bytes | None) -> bytes | None:
-        return (
-            None if "keys" in parsed(content, cache) else chosen
-        )  # another process has finished it, too
+        # Another process may have finished it, too.
+        return None if "keys" in parsed(content, cache) else chosen
 
     update(cache.holdout, change, cache.tmp)
 

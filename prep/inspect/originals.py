@@ -19,13 +19,12 @@ from prep.cache.accounts import accounts
 from prep.cache.random_samples import draw_indices
 from prep.config import OriginalsFlags
 from prep.encode.decode import decode_row
-from prep.encode.samples import Decoded
 from prep.encode.settings import Settings
 from prep.encode.shuffle import Shuffle
 from prep.encode.writer import sample_key
 from prep.images.crop import Framing
 from prep.inspect.find_originals import Originals
-from prep.sources.find import Row
+from prep.rows.row import Row
 from shared.cache.identity import Identity
 from shared.cache.manifest import read_unit
 from shared.cache.paths import CachePaths
@@ -137,16 +136,10 @@ def pairs(
         decoded = decode_latents(vae, sample.first_latents(identity.vae.channels))[0]
         original = None
         if sample.key in rows:
-            original = pixels_of(decode_row(rows[sample.key], settings))
-        if original is not None and original.shape != decoded.shape:
-            original = None
+            views = decode_row(rows[sample.key], settings).pictures  # none of a rejected row
+            original = views[0].pixels if views and views[0].pixels.shape == decoded.shape else None
         captions = sample.record.get("captions") or [""]
         yield Pair(sample.key, captions[0], decoded, original)
-
-
-def pixels_of(sample: Decoded) -> NDArray[np.uint8] | None:
-    """Take the first view of the prepared picture; None where the row was rejected."""
-    return sample.pictures[0].pixels if sample.pictures else None
 
 
 def rows_of(

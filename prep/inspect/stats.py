@@ -185,9 +185,8 @@ def count_rejections(cache: CachePaths, unit: UnitRecord, rejected: dict[str, Re
             return
 
 
-def table(summary: Summary) -> str:
+def table(s: Summary) -> str:
     """Format the summary for a terminal."""
-    s = summary
     lines = [
         f"{s.cache}: {s.state}",
         "",
