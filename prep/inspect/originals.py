@@ -47,10 +47,6 @@ class Stored:
     arrays: Mapping[str, NDArray[Any]]
     unit: UnitRecord | None  # None where its record is gone
 
-    def first_latents(self, channels: int) -> torch.Tensor:
-        """Take the raw mean of the first view, fp32 `[1, C, h, w]`."""
-        return torch.from_numpy(self.arrays["latents"][:1, :channels].astype(np.float32))
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -75,7 +71,7 @@ def settings_of(identity: Identity) -> Settings:
         keep_logvar=identity.posterior,
         max_captions=made.max_captions,
         clip_skip=identity.text.clip_skip,
-        shuffle=Shuffle.from_json(made.shuffle),
+        shuffle=None if made.shuffle is None else Shuffle(**made.shuffle),
     )
 
 
@@ -133,7 +129,8 @@ def pairs(
     for number, sample in enumerate(stored):
         if number and time.monotonic() > deadline:
             return
-        decoded = decode_latents(vae, sample.first_latents(identity.vae.channels))[0]
+        mean = sample.arrays["latents"][:1, : identity.vae.channels].astype(np.float32)
+        decoded = decode_latents(vae, torch.from_numpy(mean))[0]
         original = None
         if sample.key in rows:
             views = decode_row(rows[sample.key], settings).pictures  # none of a rejected row

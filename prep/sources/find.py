@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from prep.files.remote import Found, RemoteFile, find_remote
-from prep.files.stream import Command, LocalFile, Stream
+from prep.files.stream import Command, LocalFile
 from prep.images.kinds import HEAD_BYTES, not_a_source
 from prep.rows.row import MAX_IMAGE_BYTES, SourceError
 from prep.rows.unit import UNIT_ROWS, Reader, SourceOptions, Unit, given_flags, stem, unit_name
@@ -27,12 +27,13 @@ from prep.sources.patterns import TARS, is_url, local_path, matches, refuse_gaps
 from prep.sources.tables.hf_dataset import RangeReader, ShardReader, dataset_units
 from prep.sources.tables.opening import HUB, is_saved_dataset
 from prep.sources.tables.parquet import ParquetReader
-from prep.sources.tars.tar import TarReader
+from prep.sources.tars.tar import Stream, TarReader
 from shared.errors import UserError
 from shared.text import printable
 
 PIPE = "pipe:"
 TEXTS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".md", ".log", ".toml", ".yaml", ".yml")
+TABLES = (ParquetReader, RangeReader, ShardReader)  # may name pictures outside of themselves
 COUNTED = 16  # units whose rows are counted; the others' are estimated by size
 
 __all__ = ["SourceError", "SourceOptions", "Unit", "estimate_rows", "find_units", "options_of"]
@@ -45,40 +46,36 @@ def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> l
     `options.pipes` a `pipe:` is refused, so that what a file says runs no shell.
     """
     options = options or SourceOptions()
-    units: dict[str, Unit] = {}
+    found: list[Unit] = []
     urls: list[str] = []
     for shard in shards:
         if shard.startswith(PIPE):
-            found = _pipes(shard, options)
+            found += _pipes(shard, options)
         elif shard and os.path.lexists(path := local_path(shard)):  # meant, whatever its name has
-            found = _local(Path(os.path.normpath(path)), options)
+            found += _local(Path(os.path.normpath(path)), options)
         else:
             names = expand_braces(shard)
             refuse_gaps(names, shard)
             urls += [name for name in names if is_url(name)]
-            found = [u for name in names if not is_url(name) for u in _find(name, options)]
-        units.update({unit.name: unit for unit in found})
+            found += [u for name in names if not is_url(name) for u in _find(name, options)]
     remote = find_remote(urls)
     kept = {*urls, *without_sidecars([one.url for one in remote])}
-    for one in remote:
-        if one.url in kept:
-            unit = _remote(one, options)
-            units[unit.name] = unit
-    _check_columns(list(units.values()))
-    _refuse_idle_flags([unit.reader for unit in units.values()], options)
-    if options.max_image_bytes != MAX_IMAGE_BYTES:  # with another limit other rows are rejected
-        limit = {"max_image_bytes": options.max_image_bytes}
-        units = {n: replace(unit, state={**unit.state, **limit}) for n, unit in units.items()}
-    if options.allow_external_images:  # likewise
-        units = {n: _with_external(unit) for n, unit in units.items()}
-    return [units[name] for name in sorted(units)]
+    found += [_remote(one, options) for one in remote if one.url in kept]
+    units = {unit.name: unit for unit in found}.values()
+    _check_columns(list(units))
+    _refuse_idle_flags([unit.reader for unit in units], options)
+    marked = (replace(unit, state={**unit.state, **_limits(unit, options)}) for unit in units)
+    return sorted(marked, key=lambda unit: unit.name)
 
 
-def _with_external(unit: Unit) -> Unit:
-    """Mark the unit of a table that reads pictures outside of it: it is another one."""
-    if not isinstance(unit.reader, ParquetReader | RangeReader | ShardReader):
-        return unit
-    return replace(unit, state={**unit.state, "external_images": True})
+def _limits(unit: Unit, options: SourceOptions) -> dict[str, Any]:
+    """With other limits than the usual ones other rows are rejected: it is another unit."""
+    limits: dict[str, Any] = {}
+    if options.max_image_bytes != MAX_IMAGE_BYTES:
+        limits["max_image_bytes"] = options.max_image_bytes
+    if options.allow_external_images and isinstance(unit.reader, TABLES):
+        limits["external_images"] = True
+    return limits
 
 
 def options_of(state: Mapping[str, Any]) -> SourceOptions:

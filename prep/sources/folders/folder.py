@@ -25,7 +25,6 @@ from prep.rows.row import (
     TEXT_BYTES,
     TOO_LARGE,
     Row,
-    as_captions,
     captions_of,
     make_row,
     record_in,
@@ -56,16 +55,12 @@ class FolderReader(Reader):
             if not problem:
                 image, problem = self._content(member.path, self.options.max_image_bytes, TOO_LARGE)
             record, unread = self._record(member.json) if member.json else ({}, "")
-            captions = self._captions(member.row, record)
+            column = self.options.caption_column
+            captions = captions_of(member.row, column) or captions_of(record, column)
             if image is not None and not captions:
                 problem = problem or unread
             said = _typed(member.row) if member.text_only else member.row
             yield make_row(member.name, image, captions, {**record, **said}, problem)
-
-    def _captions(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, ...]:
-        if column := self.options.caption_column:
-            return as_captions(row.get(column)) or as_captions(record.get(column))
-        return captions_of(row) or captions_of(record)
 
     def _record(self, path: str) -> tuple[Mapping[str, Any], str]:
         """Read the NAME.json beside a picture, or say why it cannot be read."""
