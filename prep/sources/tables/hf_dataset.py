@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from prep.rows.row import Row, SourceError
 from prep.rows.unit import UNIT_ROWS, Reader, SourceOptions, Unit, count_units, unit_name
-from prep.sources.tables.column_kinds import OTHER, column_kinds
+from prep.sources.tables.column_kinds import OTHER, column_kinds, record_of
 from prep.sources.tables.opening import HUB, DatasetSource, Opened, dataset_source, say_split, told
 from prep.sources.tables.opening import load as _load
 from prep.sources.tables.opening import stream as _stream
@@ -60,8 +60,8 @@ class RangeReader(Reader):
         home = replace(opened.home, anywhere=self.options.allow_external_images)
         for number in indices:
             with told(self.dataset.source, SourceError):
-                found = next(tables)
-            yield self.columns.row(found, int(number), home, self.options.max_image_bytes)
+                row = next(tables)
+            yield self.columns.row(record_of(row), int(number), home, self.options.max_image_bytes)
 
     def _indices(self) -> range | NDArray[np.int64]:
         if self.part is None:
@@ -92,7 +92,7 @@ class ShardReader(Reader):
             if record is None:
                 return
             kept = {name: record.get(name) for name in self.columns.read}
-            yield self.columns.row_of(kept, number, home, self.options.max_image_bytes)
+            yield self.columns.row(kept, number, home, self.options.max_image_bytes)
 
 
 def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
