@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,9 @@ class FolderReader(Reader):
     def _record(self, path: str) -> tuple[Mapping[str, Any], str]:
         """Read the NAME.json beside a picture, or say why it cannot be read."""
         content, problem = self._content(path, TEXT_BYTES, LARGE_JSON)
-        return (
-            ({}, problem) if content is None else record_in(content, self.options.caption_encoding)
-        )
+        if content is None:
+            return {}, problem
+        return record_in(content, self.options.caption_encoding)
 
     def _content(self, path: str, most: int, too_large: str) -> tuple[bytes | None, str]:
         """Read a file of the folder, or say why it is not read."""
@@ -137,12 +136,8 @@ def _refuse_uncaptioned(path: Path, members: Sequence[Member], options: SourceOp
 
 def _likely_list(path: Path) -> str:
     """Note a list of pictures that has another name, or nothing."""
-    likely = [
-        name
-        for level in islice(walk(path), 1)
-        for name in level.names
-        if os.path.splitext(name)[1].lower() in (".jsonl", ".csv", ".tsv", ".json")
-    ]
+    endings = (".jsonl", ".csv", ".tsv", ".json")
+    likely = [name for name in next(walk(path)).names if name.lower().endswith(endings)]
     if len(likely) != 1:
         return ""
     name = f"metadata{os.path.splitext(likely[0])[1].lower()}"
