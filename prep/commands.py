@@ -128,10 +128,8 @@ def with_cache(config: config.EncodeConfig) -> config.EncodeConfig:
     if config.cache is not None:
         return config
     config = replace(config, cache=default_cache(config.model))
-    print(
-        f"model {config.model}, cache {config.cache} (--model and --cache choose others)",
-        file=sys.stderr,
-    )
+    chosen = f"model {config.model}, cache {config.cache} (--model and --cache choose others)"
+    print(chosen, file=sys.stderr)
     return config
 
 

@@ -63,16 +63,10 @@ class Framing:
     @staticmethod
     def of(made: Preprocessing) -> Framing:
         """Invert `to_json`."""
-        crop = "center" if made.center_crop else "corner"
-        buckets = made.buckets
+        crop = "random" if made.random_crop else "center" if made.center_crop else "corner"
+        buckets = None if made.buckets is None else Buckets.from_json(made.resolution, made.buckets)
         return Framing(
-            made.resolution,
-            "random" if made.random_crop else crop,
-            made.random_flip,
-            made.views,
-            made.seed,
-            made.min_size,
-            None if buckets is None else Buckets.from_json(made.resolution, buckets),
+            made.resolution, crop, made.random_flip, made.views, made.seed, made.min_size, buckets
         )
 
 

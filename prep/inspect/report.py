@@ -129,9 +129,8 @@ def gather(
     except WrongShards:
         raise
     except UserError as error:
-        return Contents(
-            no_pictures="the cache is damaged", damage=str(error).partition(": the cache")[0]
-        )
+        damage = str(error).partition(": the cache")[0]
+        return Contents(no_pictures="the cache is damaged", damage=damage)
 
 
 def checks_of(summary: Summary, contents: Contents) -> list[Check]:

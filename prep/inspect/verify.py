@@ -143,10 +143,8 @@ def damages_of_conditioning(cache: CachePaths, manifest: Manifest) -> Iterator[s
         yield f"{cache.conditioning.name} is missing or damaged"
         return
     for embeds in (stored.unconditional, stored.embeds):
-        pooled = embeds.pooled_prompt_embeds
-        if not embeds.prompt_embeds.isfinite().all() or not (
-            pooled is None or pooled.isfinite().all()
-        ):
+        both = (embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+        if not all(one.isfinite().all() for one in both if one is not None):
             yield f"{cache.conditioning.name} has non-finite values"
 
 

@@ -110,11 +110,9 @@ def estimate_rows(units: Sequence[Unit]) -> dict[str, int]:
 def _pipes(shard: str, options: SourceOptions) -> list[Unit]:
     if not options.pipes:
         raise UserError(f"{shard!r} would run a shell; type it on the command line, in --shards")
-    units = []
-    for name in expand_braces(shard, escapes=False):  # backslashes are the shell's
-        stream = Command(name.removeprefix(PIPE))
-        units.append(_tar(stream, "pipe", None, {"command": stream.source}, options))
-    return units
+    names = expand_braces(shard, escapes=False)  # backslashes are the shell's
+    commands = [Command(name.removeprefix(PIPE)) for name in names]
+    return [_tar(one, "pipe", None, {"command": one.source}, options) for one in commands]
 
 
 def _find(name: str, options: SourceOptions) -> list[Unit]:
