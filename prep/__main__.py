@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import os
-
 from shared.cli import startup  # isort: skip  # noqa: F401 (before what takes a while)
 
-from prep.config import (
-    DecodeConfig,
-    EmbedConfig,
-    EncodeConfig,
-    FinishConfig,
-    GcConfig,
-    PackConfig,
-    ReportConfig,
-    StatsConfig,
-    UnpackConfig,
-    VerifyConfig,
-)
+from prep import config
 from shared.cli.config import command, dispatch
 from shared.errors import run_main
 
-# transformers' advice about torchvision and its loading bars are not for our users.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 COMMANDS = {
-    "encode": (EncodeConfig, command("prep.commands", "encode")),
-    "finish": (FinishConfig, command("prep.commands", "finish")),
-    "embed": (EmbedConfig, command("prep.encode.prompts", "embed")),
-    "verify": (VerifyConfig, command("prep.inspect.verify", "verify")),
-    "decode": (DecodeConfig, command("prep.inspect.contact_sheet", "decode")),
-    "stats": (StatsConfig, command("prep.inspect.stats", "stats")),
-    "report": (ReportConfig, command("prep.inspect.report", "report")),
-    "gc": (GcConfig, command("prep.inspect.gc", "gc")),
-    "pack": (PackConfig, command("prep.archive.pack", "pack")),
-    "unpack": (UnpackConfig, command("prep.archive.unpack", "unpack")),
+    "encode": (config.EncodeConfig, command("prep.commands", "encode")),
+    "finish": (config.FinishConfig, command("prep.commands", "finish")),
+    "embed": (config.EmbedConfig, command("prep.encode.prompts", "embed")),
+    "verify": (config.VerifyConfig, command("prep.inspect.verify", "verify")),
+    "decode": (config.DecodeConfig, command("prep.inspect.contact_sheet", "decode")),
+    "stats": (config.StatsConfig, command("prep.inspect.stats", "stats")),
+    "report": (config.ReportConfig, command("prep.inspect.report", "report")),
+    "gc": (config.GcConfig, command("prep.inspect.gc", "gc")),
+    "pack": (config.PackConfig, command("prep.archive.pack", "pack")),
+    "unpack": (config.UnpackConfig, command("prep.archive.unpack", "unpack")),
 }
 LESS_MEMORY = (
     "encode needs less of it with a smaller --vae-batch-size or --text-batch-size (of a new cache: "

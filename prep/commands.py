@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
 
 from prep import config
 from prep.cache import holdout
@@ -19,7 +18,6 @@ from prep.encode.settings import Settings, choose_settings
 from prep.encoders.vae import posterior_matters
 from prep.filters.filters import Filters
 from prep.inspect import report
-from prep.inspect.find_originals import Originals
 from prep.rows.text_encoding import check_encoding
 from prep.sources.find import SourceOptions, Unit, find_units
 from prep.sources.folders.folder import repeats_in
@@ -40,8 +38,6 @@ from shared.errors import UserError
 from shared.machine import cpus
 from shared.models.family import Model, resolve_model
 from shared.storage.temporary import sweep
-
-T = TypeVar("T")
 
 MOST_DECODERS = 8  # more do not help one device, and each holds a picture
 
@@ -132,10 +128,8 @@ def with_cache(config: config.EncodeConfig) -> config.EncodeConfig:
     if config.cache is not None:
         return config
     config = replace(config, cache=default_cache(config.model))
-    print(
-        f"model {config.model}, cache {config.cache} (--model and --cache choose others)",
-        file=sys.stderr,
-    )
+    chosen = f"model {config.model}, cache {config.cache} (--model and --cache choose others)"
+    print(chosen, file=sys.stderr)
     return config
 
 
@@ -223,14 +217,14 @@ def encode_units(
         return engine.add_up(outcomes, len(units), progress)
 
 
-def part_of(items: Sequence[T], part: str | None) -> list[T]:
+def part_of(units: Sequence[Unit], part: str | None) -> list[Unit]:
     """Take the I-th of N parts of a list. Raises UserError for anything but I/N with I < N."""
     if part is None:
-        return list(items)
+        return list(units)
     index, _, count = part.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f"--part {part!r} is not I/N, such as 0/4 for the first of four")
-    return list(items[int(index) :: int(count)])
+    return list(units[int(index) :: int(count)])
 
 
 def check_flags(config: config.EncodeConfig) -> None:
@@ -255,5 +249,4 @@ def finish(config: config.FinishConfig) -> None:
     holdout.ask(cache, config.holdout)
     print(engine.finish(cache))
     if config.report:
-        vae = report.load_vae_for(cache, config)
-        print(report.write_report(cache, vae, Originals(config.shards)))
+        report.report(config)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 from shared.cli import startup  # noqa: F401 (before what takes a while)
 from shared.cli.config import command, dispatch
 from shared.errors import run_main
 from train.config import DistillConfig, EvaluateConfig, ExportConfig, SampleConfig
-
-# transformers' advice about torchvision is not for our users.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 COMMANDS = {
     "distill": (DistillConfig, command("train.trainer.distill_command", "distill")),

@@ -9,7 +9,7 @@ SHA256SUMS              of all these, written last: `sha256sum -c SHA256SUMS` ch
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from shared.errors import UserError
@@ -49,24 +49,21 @@ def read_sums(archive: Path) -> dict[str, str]:
         raise UserError(
             f"{archive} is not a finished archive (no {SUMS}); run the same `prep pack` again"
         )
-    return dict(_parse(path))
-
-
-def _parse(path: Path) -> Iterator[tuple[str, str]]:
+    sums: dict[str, str] = {}
     # A name may hold what splitlines() takes for the end of a line.
     lines = read_file(path).decode("utf-8", "replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         digest, _, name = line.partition("  ")
         if not re.fullmatch(r"[0-9a-f]{64}", digest) or not ALLOWED.fullmatch(name):
             raise UserError(f"{path} line {number} is not of a `prep pack` archive; copy it again")
-        yield name, digest
+        sums[name] = digest
+    return sums
 
 
 def refuse_strangers(folder: Place, known: set[str], other: Place, flag: str) -> None:
     """Raise UserError where the folder holds records of units that `other` does not have."""
-    extra = sorted(path.name for path in (folder / "units").glob("*.json"))
-    extra = [name for name in extra if name not in known]
-    if extra:
+    names = {path.name for path in (folder / "units").glob("*.json")}
+    if extra := sorted(names - known):
         raise UserError(
             f"{folder} holds {counted(len(extra), 'unit')} that {other} does not "
             f"(first: {extra[0]}); choose another {flag}"

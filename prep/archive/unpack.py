@@ -94,11 +94,8 @@ def in_place(cache: CachePaths, shard: Shard) -> bool:
     """Is the shard there, byte for byte?"""
     path = cache.root / shard.file
     with guard(path.parent):
-        return (
-            path.is_file()
-            and path.stat().st_size == shard.size
-            and file_sha256(path) == shard.sha256
-        )
+        there = path.is_file() and path.stat().st_size == shard.size
+        return there and file_sha256(path) == shard.sha256
 
 
 def checked(packed: Path, shard: Shard) -> Iterator[bytes]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,17 +32,14 @@ def accounts(cache: CachePaths, unit: UnitRecord, keys: Collection[str]) -> list
 def account_batches(path: Place) -> Iterator[pa.RecordBatch]:
     """Read an accounting table piece by piece, with those of `COLUMNS` that it has."""
     try:
-        with opened(path) as file, pq.ParquetFile(file) as table:
+        # What a reader would wait for raises NotAFile.
+        opened = open_regular(path) if isinstance(path, Path) else path.open("rb")
+        with opened as file, pq.ParquetFile(file) as table:
             columns = [name for name in COLUMNS if name in table.schema_arrow.names]
             if all(is_ours(table.schema_arrow.field(name)) for name in columns):
                 yield from table.iter_batches(batch_size=BATCH_ROWS, columns=columns)
     except (OSError, pa.ArrowException, NotAFile):
         return  # missing or damaged, which is for `prep verify` to say
-
-
-def opened(path: Place) -> AbstractContextManager[BinaryIO]:
-    """Open the file. Raises NotAFile for what a reader would wait for."""
-    return open_regular(path) if isinstance(path, Path) else path.open("rb")
 
 
 def is_ours(column: pa.Field) -> bool:

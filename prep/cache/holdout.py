@@ -25,7 +25,6 @@ from shared.wording import counted
 
 READERS = 16  # shards that are looked into at once
 KEY_BYTES = 16  # of a sample's name, with which its first tar header begins
-LARGEST = 2**64 - 1
 
 
 def ask(cache: CachePaths, count: int | None) -> None:
@@ -76,14 +75,13 @@ def choose(cache: CachePaths, manifest: Manifest) -> None:
     bound, keys = 0.0, list[str]()
     while len(keys) < count:
         bound = min(1.0, 2 * bound or (count + 4 * count**0.5) / total)
-        found = keys_up_to(cache, manifest.shards, f"{min(int(bound * 2**64), LARGEST):016x}")
+        found = keys_up_to(cache, manifest.shards, f"{min(int(bound * 2**64), 2**64 - 1):016x}")
         keys = sorted(key for some in found for key in some)
     chosen = dump_json({"count": count, "keys": keys[:count]})
 
     def change(content: bytes | None) -> bytes | None:
-        return (
-            None if "keys" in parsed(content, cache) else chosen
-        )  # another process has finished it, too
+        # Another process may have finished it, too.
+        return None if "keys" in parsed(content, cache) else chosen
 
     update(cache.holdout, change, cache.tmp)
 

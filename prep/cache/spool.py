@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,9 @@ from shared.storage.files import guard, move, staged, write_all
 from shared.storage.temporary import temporary
 
 
-class Keys:
-    """Samples' keys, 8 bytes each."""
-
-    def __init__(self) -> None:
-        self.numbers = array("Q")
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def add(self, key: str) -> None:
-        """Append a key."""
-        self.numbers.append(int(key, 16))
-
-    def order(self) -> NDArray[np.int64]:
-        """Where the keys stand that are the first, the second, ... when sorted."""
-        order: NDArray[np.int64] = np.argsort(np.asarray(self.numbers), kind="stable")
-        return order
+def order_of(keys: array[int]) -> NDArray[np.int64]:
+    """Where the keys stand that are the first, the second, ... when sorted."""
+    return np.argsort(np.asarray(keys), kind="stable")
 
 
 class Sums:
@@ -46,13 +32,13 @@ class Sums:
     """
 
     def __init__(self) -> None:
-        self.keys = Keys()
+        self.keys = array("Q")
         self.count = 0
         self.values = array("d")  # total and squares of each sample's channels
 
     def add(self, key: str, sums: ChannelSums) -> None:
         """Append a sample's sums."""
-        self.keys.add(key)
+        self.keys.append(int(key, 16))
         self.count += sums.count
         self.values.extend(sums.total + sums.squares)
 
@@ -60,7 +46,7 @@ class Sums:
         """Add up all samples; None where there are none."""
         if not self.keys:
             return None
-        values = np.asarray(self.values).reshape(len(self.keys), -1)[self.keys.order()]
+        values = np.asarray(self.values).reshape(len(self.keys), -1)[order_of(self.keys)]
         whole = values[0]
         for row in values[1:]:  # one after the other: np.sum may pair them
             whole = whole + row
@@ -76,7 +62,7 @@ class Spool:
 
     def __init__(self, layout: Layout, tmp: Path) -> None:
         self.layout = layout
-        self.keys = Keys()
+        self.keys = array("Q")
         self.unwritten: list[bytes] = []
         self.held = ExitStack()
         with guard(tmp):
@@ -86,23 +72,21 @@ class Spool:
         """Append one sample; `write` brings it to the disk."""
         whole = record | {"crc32": self.layout.crc32(arrays)}
         self.unwritten.append(self.layout.pack(key, whole, arrays))
-        self.keys.add(key)
+        self.keys.append(int(key, 16))
 
     def write(self) -> None:
         """Write what was added: many at once, for each call waits for Python's lock again."""
-        if not self.unwritten:
-            return
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        with guard(self.path.parent), opened(self.path, flags) as fd:
-            write_all(fd, b"".join(self.unwritten))
-        self.unwritten.clear()
+        if self.unwritten:
+            with guard(self.path.parent), self.path.open("ab", buffering=0) as file:
+                write_all(file.fileno(), b"".join(self.unwritten))
+            self.unwritten.clear()
 
     def sorted_samples(self) -> Iterator[bytes]:
         """Yield the samples' bytes sorted by key, then the end of the tar."""
         stride = self.layout.stride
-        with opened(self.path, os.O_RDONLY) as fd:
-            for index in self.keys.order().tolist():
-                yield os.pread(fd, stride, index * stride)
+        with self.path.open("rb", buffering=0) as file:
+            for index in order_of(self.keys).tolist():
+                yield os.pread(file.fileno(), stride, index * stride)
         yield TRAILER
 
     def publish(self, cache: CachePaths, unit: str) -> Shard:
@@ -114,19 +98,9 @@ class Spool:
         count = len(self.keys)
         return Shard(
             f"shards/{name}", self.layout, count, self.layout.shard_bytes(count), digest,
-            f"{min(self.keys.numbers):016x}",
+            f"{min(self.keys):016x}",
         )  # fmt: skip
 
     def close(self) -> None:
         """Delete the spool."""
         self.held.close()
-
-
-@contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
-    """Open a file; its descriptor is closed in the end."""
-    fd = os.open(path, flags, 0o644)
-    try:
-        yield fd
-    finally:
-        os.close(fd)

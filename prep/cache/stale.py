@@ -44,11 +44,8 @@ def find_stale(
     names, sources = {unit.name for unit in units}, {unit.source for unit in units}
     stale = [record for record in records if record.name not in names]
     former = [record for record in stale if record.generation != generation]
-    unlisted = [
-        record
-        for record in stale
-        if record.generation == generation and record.source not in sources
-    ]
+    current = of_generation(stale, generation)
+    unlisted = [record for record in current if record.source not in sources]
     if unlisted and not prune:
         raise UserError(
             f"{cache.root} also holds {counted(len(unlisted), 'unit')} that --shards does not "

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Generator, Iterable
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 
 from prep.cache.reuse import NOTHING, Known
 from prep.encode.prefetch import map_ahead
@@ -24,13 +25,9 @@ def decode_rows(
 
     Fewer wait where they are large: `WAITING_BYTES` in all.
     """
+    weight = attrgetter("weight")
     decode = partial(decode_row, settings=settings, known=known)
-    return map_ahead(decode, rows, workers, ahead, "decode", weigh, WAITING_BYTES)
-
-
-def weigh(row: Row) -> int:
-    """Return the bytes of memory that a row takes until it is decoded, about."""
-    return row.weight
+    return map_ahead(decode, rows, workers, ahead, "decode", weight, WAITING_BYTES)
 
 
 def decode_row(row: Row, settings: Settings, known: Known = NOTHING) -> Decoded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 
@@ -68,11 +68,7 @@ class Work:
     copied: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.pictures + other.pictures,
-            self.captions + other.captions,
-            self.copied + other.copied,
-        )
+        return Work(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         if not (self.pictures or self.captions or self.copied):
@@ -87,7 +83,6 @@ class Outcome:
     """How a unit ended: committed, or left out for its damaged source."""
 
     rows: int
-    rejected: int
     work: Work
     damage: str = ""
 
@@ -117,7 +112,7 @@ def encode_unit(
     finally:
         writer.close()
     work = Work(writer.encoded, memo.encoded, writer.copied)
-    return Outcome(writer.read, writer.rejected.total(), work, damage)
+    return Outcome(writer.read, work, damage)
 
 
 def encode_here(
@@ -202,15 +197,9 @@ def refuse_nothing(cache: CachePaths, units: Sequence[UnitRecord]) -> None:
         return
     reason, times = rejected.most_common(1)[0]
     unit = next(unit for unit in units if reason in unit.rejected)
-    example = next(
-        (
-            row["source_key"]
-            for batch in account_batches(cache.root / unit.samples)
-            for row in batch.to_pylist()
-            if row["reason"] == reason
-        ),
-        None,
-    )
+    batches = account_batches(cache.root / unit.samples)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    example = next((row["source_key"] for row in rows if row["reason"] == reason), None)
     raise UserError(
         f"{cache.root}: {rejected.total()} of {counted(rejected.total(), 'row')} rejected, "
         f"{times} of them for {reason!r} (first: {example!r} of {unit.source}); "

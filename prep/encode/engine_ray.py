@@ -73,9 +73,8 @@ def encode_with_ray(
         raise UserError(EXTRA) from None
     try:
         connect(ray, address)
-        needs: dict[str, Any] = (
-            {"num_gpus": 1} if job.shapes.device == "cuda" else {"num_cpus": cpus}
-        )
+        on_gpu = job.shapes.device == "cuda"
+        needs: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": cpus}
         remote = ray.remote(**needs)(Worker)  # restarted by us, who count how often
         sent, folder = ray.put(job), os.getcwd()  # held to the end: later workers read it, too
         count = min(slots(ray, **needs), len(units))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from prep.encode.networks import Encoders
 from prep.encode.settings import Settings
@@ -27,7 +27,7 @@ def build_identity(
             max_captions=settings.max_captions,
             where=settings.filters.where,
             max_pwatermark=settings.filters.max_pwatermark,
-            shuffle=settings.shuffle.to_json() if settings.shuffle else None,
+            shuffle=asdict(settings.shuffle) if settings.shuffle else None,
         ),
         shapes, generation,
     )  # fmt: skip

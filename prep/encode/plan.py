@@ -179,9 +179,8 @@ class Search:
         if self.damage is not None:
             return self.damage
         more = f" and {counted(len(units) - 1, 'more unit')}" if len(units) > 1 else ""
-        reasons = (
-            Counter({r: n for r, n in self.reasons.items() if not is_filter(r)}) or self.reasons
-        )
+        unusable = Counter({r: n for r, n in self.reasons.items() if not is_filter(r)})
+        reasons = unusable or self.reasons
         why = "they have no rows"
         if reasons:
             reason = reasons.most_common(1)[0][0]

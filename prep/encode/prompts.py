@@ -21,10 +21,7 @@ PREVIEWS = 4  # taken from the data where none are named
 
 
 def add_prompts(
-    cache: CachePaths,
-    encoder: TextEncoder,
-    prompts: Sequence[str],
-    captions: Sequence[str] = (),
+    cache: CachePaths, encoder: TextEncoder, prompts: Sequence[str], captions: Sequence[str] = ()
 ) -> int:
     """Put prompts that are not there yet into conditioning.safetensors; returns how many.
 

@@ -89,13 +89,7 @@ def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Fra
         buckets = choose_buckets(resolution, *table, config.bucket_no_upscale)
     elif config.bucket_no_upscale or any(value is not None for value in table):
         raise UserError("the flags about bucket sizes need --buckets")
-    crop = "center" if config.center_crop else "corner"
-    return Framing(
-        resolution,
-        "random" if config.random_crop else crop,
-        config.random_flip,
-        config.views,
-        config.seed if random else 0,  # which decides nothing otherwise
-        config.min_size,
-        buckets,
-    )
+    crop = "random" if config.random_crop else "center" if config.center_crop else "corner"
+    seed = config.seed if random else 0  # which decides nothing otherwise
+    flip, views = config.random_flip, config.views
+    return Framing(resolution, crop, flip, views, seed, config.min_size, buckets)

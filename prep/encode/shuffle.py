@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,15 +18,6 @@ class Shuffle:
     separator: str = ","
     keep_tokens: int = 0
     seed: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """As identity.json has it."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any] | None) -> Shuffle | None:
-        """Invert `to_json`; None for a cache whose captions are as they were written."""
-        return None if value is None else Shuffle(**value)
 
     def captions(self, captions: Sequence[str], image_sha256: str, count: int) -> tuple[str, ...]:
         """Up to `count` captions in orders of their own, of several captions in turns.

@@ -18,7 +18,8 @@ from prep.cache.spool import Spool, Sums
 from prep.encode.samples import Encoded
 from prep.encode.settings import Settings
 from prep.filters.filters import is_filter
-from prep.sources.find import Row, Unit
+from prep.rows.row import Row
+from prep.rows.unit import Unit
 from shared.cache.layout import cache_layout
 from shared.cache.manifest import commit_unit
 from shared.cache.paths import CachePaths
@@ -32,23 +33,17 @@ from shared.wording import counted
 ROW_GROUP = 4096  # rows of the accounts that are sorted and compressed at once
 LONGEST_KEY = 256  # characters; a longer one stands in samples/ alone
 
-ACCOUNT = pa.schema(
-    [
-        ("key", pa.string()),
-        ("source_key", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("captions", pa.list_(pa.string())),
-        ("image_sha256", pa.string()),
-        ("latent_size", pa.list_(pa.int32())),  # height, width
-        ("time_ids", pa.list_(pa.int32())),
-        ("fp32_retries", pa.int32()),  # views that were encoded a second time
-    ]
-)
-
-
-class TooManyRejected(UserError):
-    """The unit's rows are mostly unusable, which is better known now than after a night."""
+ACCOUNT = pa.schema({
+    "key": pa.string(),
+    "source_key": pa.string(),
+    "status": pa.string(),
+    "reason": pa.string(),
+    "captions": pa.list_(pa.string()),
+    "image_sha256": pa.string(),
+    "latent_size": pa.list_(pa.int32()),  # height, width
+    "time_ids": pa.list_(pa.int32()),
+    "fp32_retries": pa.int32(),  # views that were encoded a second time
+})  # fmt: skip
 
 
 def sample_key(source: str, row: Row) -> str:
@@ -147,8 +142,8 @@ class UnitWriter:
     def commit(self, max_reject_fraction: float, handed: int) -> UnitRecord:
         """Publish shards and accounts, then the record that makes them count.
 
-        `handed` rows came from the source: every one must have arrived here. Raises
-        TooManyRejected before anything is published.
+        `handed` rows came from the source: every one must have arrived here. Raises UserError,
+        before anything is published, where too many are unusable: better now than after a night.
         """
         assert self.read == handed, f"{self.unit.source}: {self.read} of {handed} rows accounted"
         self._check_rejections(max_reject_fraction)
@@ -185,7 +180,7 @@ class UnitWriter:
         count, read = unusable.total(), self.read - filtered
         if count > max_reject_fraction * read:
             reason, times = unusable.most_common(1)[0]
-            raise TooManyRejected(
+            raise UserError(
                 f"{self.unit.source}: {count} of {counted(read, 'row')} rejected, {times} of "
                 f"them for {reason!r} (first: {self.examples[reason]!r}); mend the source or raise "
                 f"--max-reject-fraction (now {max_reject_fraction})"

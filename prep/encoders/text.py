@@ -88,12 +88,10 @@ class TextEncoder:
         """Of each caption: has it more tokens than the encoder reads?"""
         return tokenized(self.tokenizers[0], captions, self.length)[1] if captions else []
 
-    @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextEmbeds:
         """fp16 embeddings of any number of captions, `[N, L, D]` and `[N, P]`."""
         return self._encode(captions, self.clip_skip)[0]
 
-    @torch.inference_mode()
     def encode_and_count(self, captions: Sequence[str]) -> tuple[TextEmbeds, list[bool]]:
         """Do what `encode` and `truncated` do, in one pass."""
         return self._encode(captions, self.clip_skip)

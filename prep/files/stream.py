@@ -9,10 +9,10 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO, ClassVar, Protocol, cast
+from typing import BinaryIO, ClassVar, cast
 
 import zstandard
 
@@ -23,25 +23,12 @@ PATIENCE = 5.0  # seconds that a command has to end when it is asked to
 ZSTD, GZIP = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"
 
 
-class Stream(Protocol):
-    """Something whose bytes can be read in order, as often as one likes."""
-
-    remedy: ClassVar[str]  # where the bytes are not what they should be
-
-    @property
-    def source(self) -> str:
-        """What the user typed, for messages and records."""
-
-    def open(self) -> AbstractContextManager[BinaryIO]:
-        """Return the bytes. Raises OSError or SourceError where they cannot be had."""
-
-
 @dataclass(frozen=True)
 class LocalFile:
     """A file by its path."""
 
     path: str
-    remedy: ClassVar[str] = "download it again"
+    remedy: ClassVar[str] = "download it again"  # where the bytes are not what they should be
 
     @property
     def source(self) -> str:

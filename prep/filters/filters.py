@@ -22,8 +22,7 @@ class Filters:
     max_pwatermark: float | None = None
 
     def __post_init__(self) -> None:
-        if self.where is not None:
-            _ = self._predicate
+        _ = self._predicate
 
     @cached_property
     def _predicate(self) -> Where | None:

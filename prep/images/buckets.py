@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 from shared.errors import UserError
 
 LATENT_STEP = 8  # what a side must be a multiple of
 KOHYA_STEPS = 64
+# Of the fields of Buckets, from the second on.
+FLAGS = ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")
 
 Size = tuple[int, int]  # height, width
 
@@ -60,23 +63,12 @@ class Buckets:
 
     def to_json(self) -> dict[str, int | bool]:
         """For the cache's identity, under the names of the flags."""
-        return {
-            "bucket_reso_steps": self.steps,
-            "min_bucket_reso": self.min_reso,
-            "max_bucket_reso": self.max_reso,
-            "bucket_no_upscale": self.no_upscale,
-        }
+        return dict(zip(FLAGS, astuple(self)[1:], strict=True))
 
     @staticmethod
-    def from_json(resolution: int, value: Mapping[str, int | bool]) -> Buckets:
+    def from_json(resolution: int, value: Mapping[str, Any]) -> Buckets:
         """Invert `to_json`."""
-        return Buckets(
-            resolution,
-            value["bucket_reso_steps"],
-            value["min_bucket_reso"],
-            value["max_bucket_reso"],
-            bool(value["bucket_no_upscale"]),
-        )
+        return Buckets(resolution, *(value[flag] for flag in FLAGS))
 
 
 def choose_buckets(

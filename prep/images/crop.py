@@ -36,11 +36,6 @@ class Framing:
     min_size: int = 0
     buckets: Buckets | None = None  # None: squares
 
-    @property
-    def is_random(self) -> bool:
-        """Does a draw decide what is seen?"""
-        return self.crop == "random" or self.random_flip
-
     def size(self, height: int, width: int) -> Size:
         """Choose what a picture of this size is cropped to. Raises BadImage for a smaller one."""
         if min(height, width) < self.min_size:
@@ -68,16 +63,10 @@ class Framing:
     @staticmethod
     def of(made: Preprocessing) -> Framing:
         """Invert `to_json`."""
-        crop = "center" if made.center_crop else "corner"
-        buckets = made.buckets
+        crop = "random" if made.random_crop else "center" if made.center_crop else "corner"
+        buckets = None if made.buckets is None else Buckets.from_json(made.resolution, made.buckets)
         return Framing(
-            made.resolution,
-            "random" if made.random_crop else crop,
-            made.random_flip,
-            made.views,
-            made.seed,
-            made.min_size,
-            None if buckets is None else Buckets.from_json(made.resolution, buckets),
+            made.resolution, crop, made.random_flip, made.views, made.seed, made.min_size, buckets
         )
 
 
@@ -119,7 +108,8 @@ def _prepared(data: bytes, framing: Framing) -> tuple[Picture, ...]:
         covering = _covering((image.height, image.width), target)
         if not stretched and (image.height, image.width) != covering:
             image = image.resize(covering[::-1], Image.Resampling.LANCZOS)
-    digest = hashlib.sha256(data).hexdigest() if framing.is_random else ""
+    drawn = framing.crop == "random" or framing.random_flip
+    digest = hashlib.sha256(data).hexdigest() if drawn else ""
     pictures = []
     for view in range(framing.views):
         flip, top, left = _place(framing, covering, target, digest, view)

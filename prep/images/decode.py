@@ -74,9 +74,10 @@ def opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def _open(data: bytes) -> Image.Image:
+    formats = (*FORMATS, "HEIF") if reads_heif() else FORMATS
     with _pillows_errors():
         try:
-            return Image.open(io.BytesIO(data), formats=_formats())
+            return Image.open(io.BytesIO(data), formats=formats)
         except UnidentifiedImageError:
             kind = kind_of(data[:HEAD_BYTES])
             if kind is not None and kind.name == "Targa":  # which any bytes may look like
@@ -110,10 +111,6 @@ def reads_heif() -> bool:
         decode_threads=1, thumbnails=False, depth_images=False, aux_images=False
     )
     return True
-
-
-def _formats() -> tuple[str, ...]:
-    return (*FORMATS, "HEIF") if reads_heif() else FORMATS
 
 
 def _is_camera_raw(image: Image.Image) -> bool:
@@ -215,9 +212,8 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """To sRGB, perceptual; None for a broken profile and for one that is sRGB itself."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.buildTransform(
-            source, SRGB, mode, "RGB", ImageCms.Intent.PERCEPTUAL
-        )  # refuses a profile of other colours than the picture's
+        # Refuses a profile of other colours than the picture's.
+        transform = ImageCms.buildTransform(source, SRGB, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
     return None if mode == "RGB" and _changes_nothing(transform) else transform

@@ -127,11 +127,8 @@ def _brands(*wanted: bytes, major: bool = False) -> Callable[[bytes], bool]:
 def _markup(head: bytes) -> bytes:
     """Take the text of a page or a drawing in lower case; nothing where it is neither."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    return (
-        text.lower()
-        if text.startswith((b"<!", b"<?", b"<s", b"<S", b"<h", b"<H", b"<b", b"<B"))
-        else b""
-    )
+    is_markup = text.startswith((b"<!", b"<?", b"<s", b"<S", b"<h", b"<H", b"<b", b"<B"))
+    return text.lower() if is_markup else b""
 
 
 def is_tga(head: bytes) -> bool:

@@ -76,10 +76,8 @@ def read_mean(cache: CachePaths, shard: Shard, index: int, channels: int) -> NDA
 def area_path(heights: Sequence[float] | NDArray[np.float64]) -> str:
     """Write a closed step curve of bars between 0 and 1 as an SVG path."""
     step = WIDTH / len(heights)
-    words = [f"M0 {HEIGHT}"]
-    for number, height in enumerate(heights):
-        words.append(f"V{HEIGHT * (1 - height):.1f}H{(number + 1) * step:.1f}")
-    return "".join([*words, f"V{HEIGHT}Z"])
+    tops = (f"V{HEIGHT * (1 - y):.1f}H{n * step:.1f}" for n, y in enumerate(heights, 1))
+    return f"M0 {HEIGHT}{''.join(tops)}V{HEIGHT}Z"
 
 
 def normal_path(top: float) -> str:

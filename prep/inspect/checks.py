@@ -44,24 +44,19 @@ def verdict(checks: Sequence[Check]) -> tuple[str, str]:
 
 def one_line(checks: Sequence[Check]) -> str:
     """Write the verdict in a line, with what it rests on unless all is good."""
-    worst, _ = verdict(checks)
+    worst, sentence = verdict(checks)
+    if worst == GOOD:
+        return sentence
     why = " ".join(f"{check.title}: {check.detail}" for check in checks if check.level == worst)
-    return {GOOD: VERDICTS[GOOD], LOOK: f"worth a look. {why}", BAD: f"something is wrong. {why}"}[
-        worst
-    ]
+    return f"{'worth a look' if worst == LOOK else 'something is wrong'}. {why}"
 
 
 def check_all(
     summary: Summary, damage: str, psnrs: Sequence[float], no_pictures: str
 ) -> list[Check]:
     """Every check; `damage` and `no_pictures` say what is wrong, or are empty."""
-    return [
-        check_files(summary, damage),
-        check_pictures(psnrs, no_pictures),
-        check_latents(summary),
-        check_rejected(summary),
-        check_captions(summary),
-    ]
+    own = [check(summary) for check in (check_latents, check_rejected, check_captions)]
+    return [check_files(summary, damage), check_pictures(psnrs, no_pictures), *own]
 
 
 def check_files(summary: Summary, damage: str) -> Check:

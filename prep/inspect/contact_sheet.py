@@ -36,9 +36,8 @@ def decode(config: DecodeConfig) -> None:
             Image.fromarray(sheet).save(config.output)
     except ValueError:
         raise UserError(f"--output {config.output}: no such kind of picture; use .png") from None
-    print(
-        f"{config.output}: {counted(len(tiles), 'picture')}, original left, decoded latents right"
-    )
+    shown = counted(len(tiles), "picture")
+    print(f"{config.output}: {shown}, original left, decoded latents right")
     if unasked := originals.unasked_note():
         print(f"without originals: {unasked}")
 

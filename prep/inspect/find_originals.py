@@ -46,11 +46,13 @@ class Originals:
         for alike in ALIKE:  # the same; moved elsewhere; moved, or a folder split in other units
             if found := [unit for unit in named if alike(unit.name) == alike(record.name)]:
                 return found
-        if not _is_local(record.source):
-            self.unasked[record.source] += samples
+        source = record.source
+        if source.startswith(PIPE) or is_url(source) or HUB.fullmatch(source):
+            self.unasked[source] += samples
             return []
+        quoted = re.sub(r"([{}\\])", r"\\\1", glob.escape(source))  # as --shards takes it
         with contextlib.suppress(UserError):  # a source that cannot be read any more
-            units = find_units([_typed(record.source)], options_of(record.source_state))
+            units = find_units([quoted], options_of(record.source_state))
             return [unit for unit in units if unit.name == record.name] or units
         return []
 
@@ -82,12 +84,3 @@ ALIKE: tuple[Callable[[str], str], ...] = (
     lambda name: HASH.sub("", name),
     lambda name: NUMBER.sub("", HASH.sub("", name)),
 )
-
-
-def _is_local(source: str) -> bool:
-    return not (source.startswith(PIPE) or is_url(source) or HUB.fullmatch(source))
-
-
-def _typed(source: str) -> str:
-    """Quote a source as `--shards` takes it."""
-    return re.sub(r"([{}\\])", r"\\\1", glob.escape(source))

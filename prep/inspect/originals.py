@@ -19,13 +19,12 @@ from prep.cache.accounts import accounts
 from prep.cache.random_samples import draw_indices
 from prep.config import OriginalsFlags
 from prep.encode.decode import decode_row
-from prep.encode.samples import Decoded
 from prep.encode.settings import Settings
 from prep.encode.shuffle import Shuffle
 from prep.encode.writer import sample_key
 from prep.images.crop import Framing
 from prep.inspect.find_originals import Originals
-from prep.sources.find import Row
+from prep.rows.row import Row
 from shared.cache.identity import Identity
 from shared.cache.manifest import read_unit
 from shared.cache.paths import CachePaths
@@ -47,10 +46,6 @@ class Stored:
     record: Mapping[str, Any]
     arrays: Mapping[str, NDArray[Any]]
     unit: UnitRecord | None  # None where its record is gone
-
-    def first_latents(self, channels: int) -> torch.Tensor:
-        """Take the raw mean of the first view, fp32 `[1, C, h, w]`."""
-        return torch.from_numpy(self.arrays["latents"][:1, :channels].astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def settings_of(identity: Identity) -> Settings:
         keep_logvar=identity.posterior,
         max_captions=made.max_captions,
         clip_skip=identity.text.clip_skip,
-        shuffle=Shuffle.from_json(made.shuffle),
+        shuffle=None if made.shuffle is None else Shuffle(**made.shuffle),
     )
 
 
@@ -134,19 +129,14 @@ def pairs(
     for number, sample in enumerate(stored):
         if number and time.monotonic() > deadline:
             return
-        decoded = decode_latents(vae, sample.first_latents(identity.vae.channels))[0]
+        mean = sample.arrays["latents"][:1, : identity.vae.channels].astype(np.float32)
+        decoded = decode_latents(vae, torch.from_numpy(mean))[0]
         original = None
         if sample.key in rows:
-            original = pixels_of(decode_row(rows[sample.key], settings))
-        if original is not None and original.shape != decoded.shape:
-            original = None
+            views = decode_row(rows[sample.key], settings).pictures  # none of a rejected row
+            original = views[0].pixels if views and views[0].pixels.shape == decoded.shape else None
         captions = sample.record.get("captions") or [""]
         yield Pair(sample.key, captions[0], decoded, original)
-
-
-def pixels_of(sample: Decoded) -> NDArray[np.uint8] | None:
-    """Take the first view of the prepared picture; None where the row was rejected."""
-    return sample.pictures[0].pixels if sample.pictures else None
 
 
 def rows_of(

@@ -25,7 +25,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from prep.config import OriginalsFlags, ReportConfig
+from prep.config import OriginalsFlags
 from prep.inspect.charts import HEIGHT, LIMIT, WIDTH, Histogram, histograms
 from prep.inspect.checks import Check, check_all, one_line, verdict
 from prep.inspect.find_originals import Originals, WrongShards
@@ -57,8 +57,13 @@ class Contents:
     damage: str = ""
     unasked: str = ""  # where originals may be that were not asked for
 
+    @property
+    def psnrs(self) -> list[float]:
+        """dB of the pairs that have an original."""
+        return [pair.psnr for pair in self.pairs if pair.psnr is not None]
 
-def report(config: ReportConfig) -> None:
+
+def report(config: OriginalsFlags) -> None:
     """Write CACHE/report.html. Raises UserError where there is no cache."""
     cache = CachePaths(config.cache)
     vae = load_vae_for(cache, config)
@@ -124,15 +129,14 @@ def gather(
     except WrongShards:
         raise
     except UserError as error:
-        return Contents(
-            no_pictures="the cache is damaged", damage=str(error).partition(": the cache")[0]
-        )
+        damage = str(error).partition(": the cache")[0]
+        return Contents(no_pictures="the cache is damaged", damage=damage)
 
 
 def checks_of(summary: Summary, contents: Contents) -> list[Check]:
     """Make the checks that the page lists."""
-    psnrs = [pair.psnr for pair in contents.pairs if pair.psnr is not None]
-    return check_all(summary, contents.damage, psnrs, contents.no_pictures or contents.unasked)
+    why_none = contents.no_pictures or contents.unasked
+    return check_all(summary, contents.damage, contents.psnrs, why_none)
 
 
 def page(summary: Summary, contents: Contents) -> str:
@@ -143,16 +147,10 @@ def page(summary: Summary, contents: Contents) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
-    environment.filters |= {
-        "size": size_of,
-        "speed": speed,
-        "picture": data_uri,
-        "number": number,
-        "code": code,
-    }
+    own = {"size": size_of, "speed": speed, "picture": data_uri, "number": number, "code": code}
+    environment.filters |= own
     checks = checks_of(summary, contents)
     level, sentence = verdict(checks)
-    psnrs = [pair.psnr for pair in contents.pairs if pair.psnr is not None]
     return environment.from_string((folder / "report.html.jinja").read_text("utf-8")).render(
         style=Markup(style),
         # The one style sheet that the page may use, by its hash; scripts and network: none.
@@ -160,7 +158,7 @@ def page(summary: Summary, contents: Contents) -> str:
         s=summary, c=contents, checks=checks, level=level, sentence=sentence,
         name=Path(summary.cache).resolve().name, groups=identity_groups(summary.identity.to_json()),
         missing=missing_pictures(summary, contents),
-        psnr=median(psnrs) if psnrs else None,
+        psnr=median(contents.psnrs) if contents.psnrs else None,
         most=max((bucket.samples for bucket in summary.buckets), default=1),
         percent=percent, infinity=math.inf, plot={"width": WIDTH, "height": HEIGHT, "limit": LIMIT},
     )  # fmt: skip

@@ -185,9 +185,8 @@ def count_rejections(cache: CachePaths, unit: UnitRecord, rejected: dict[str, Re
             return
 
 
-def table(summary: Summary) -> str:
+def table(s: Summary) -> str:
     """Format the summary for a terminal."""
-    s = summary
     lines = [
         f"{s.cache}: {s.state}",
         "",
@@ -239,9 +238,8 @@ def columns(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
     lines = ["", title]
     for row in (heads, *rows):
         cells = zip(row, widths, right, strict=True)
-        lines.append(
-            "  " + "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in cells).rstrip()
-        )
+        padded = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in cells)
+        lines.append("  " + "  ".join(padded).rstrip())
     return lines
 
 

@@ -15,7 +15,6 @@ from prep.config import VerifyConfig
 from prep.inspect.reencode import disagreements
 from shared.cache.conditioning import load_conditioning
 from shared.cache.identity import read_identity
-from shared.cache.layout import Layout
 from shared.cache.manifest import Manifest, fold, open_manifest, parse_unit, unit_files
 from shared.cache.paths import CachePaths
 from shared.cache.units import Shard, UnitRecord
@@ -144,10 +143,8 @@ def damages_of_conditioning(cache: CachePaths, manifest: Manifest) -> Iterator[s
         yield f"{cache.conditioning.name} is missing or damaged"
         return
     for embeds in (stored.unconditional, stored.embeds):
-        pooled = embeds.pooled_prompt_embeds
-        if not embeds.prompt_embeds.isfinite().all() or not (
-            pooled is None or pooled.isfinite().all()
-        ):
+        both = (embeds.prompt_embeds, embeds.pooled_prompt_embeds)
+        if not all(one.isfinite().all() for one in both if one is not None):
             yield f"{cache.conditioning.name} has non-finite values"
 
 
@@ -182,18 +179,20 @@ def damages_of_shard(path: Place, shard: Shard) -> Iterator[str]:
     except (ValueError, KeyError, TypeError) as error:
         yield f"{shard.file}: its record has no valid layout ({error})"
         return
-    for index, sample in enumerate(read_samples(path, layout, shard.count)):
-        try:
-            key, record, arrays = layout.unpack(sample)
-        except ValueError as error:
-            yield f"{shard.file} sample {index}: {error}"
-            continue
-        if layout.crc32(arrays) != record.get("crc32"):
-            yield f"{shard.file} sample {index} ({key}): checksum differs"
-        if not all(np.isfinite(array).all() for array in arrays.values()):
-            yield f"{shard.file} sample {index} ({key}): non-finite values"
-        elif name := next((name for name in arrays if is_constant(name, arrays[name])), ""):
-            yield f"{shard.file} sample {index} ({key}): {name} of one value alone"
+    with path.open("rb") as file:
+        for index in range(shard.count):
+            sample = f"{shard.file} sample {index}"
+            try:
+                key, record, arrays = layout.unpack(file.read(layout.stride))
+            except ValueError as error:
+                yield f"{sample}: {error}"
+                continue
+            if layout.crc32(arrays) != record.get("crc32"):
+                yield f"{sample} ({key}): checksum differs"
+            if not all(np.isfinite(array).all() for array in arrays.values()):
+                yield f"{sample} ({key}): non-finite values"
+            elif name := next((name for name in arrays if is_constant(name, arrays[name])), ""):
+                yield f"{sample} ({key}): {name} of one value alone"
 
 
 def is_constant(name: str, array: NDArray[Any]) -> bool:
@@ -206,10 +205,3 @@ def is_constant(name: str, array: NDArray[Any]) -> bool:
     half = array[:, : array.shape[1] // 2] if name == "latents" else array
     rows = half.reshape(len(array), -1)
     return bool((rows == rows[:, :1]).all(1).any()) and rows.shape[1] > 1
-
-
-def read_samples(path: Place, layout: Layout, count: int) -> Iterator[bytes]:
-    """Each sample's bytes."""
-    with path.open("rb") as file:
-        for _ in range(count):
-            yield file.read(layout.stride)

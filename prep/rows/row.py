@@ -71,9 +71,9 @@ def make_row(
     return Row(key, 0, image, captions, metadata, problem, weight)
 
 
-def captions_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Take the captions under the first key that has any."""
-    for name in CAPTION_KEYS:
+def captions_of(metadata: Mapping[str, Any], column: str | None = None) -> tuple[str, ...]:
+    """Take the captions under `column`, else under the first of the usual keys that has any."""
+    for name in (column,) if column else CAPTION_KEYS:
         if found := as_captions(metadata.get(name)):
             return found
     return ()

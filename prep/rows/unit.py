@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from prep.rows.row import MAX_IMAGE_BYTES, Row
+from shared.errors import UserError
 from shared.text import printable
 
 NAME_BYTES = 100  # of a unit's name that come from its source; file names may have 255
@@ -42,7 +43,8 @@ class Reader(Protocol):
         """Read the rows in source order, occurrences not counted. Raises SourceError for damage."""
 
     def sample(self) -> tuple[int, int]:
-        """Rows counted at little cost, and the bytes of the source that they take."""
+        """Rows counted at little cost, and the bytes of the source that they take; 0 if unknown."""
+        return 0, 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Unit:
 
 
 @dataclass
-class Counted:
+class Counted(Reader):
     """A reader that counts the rows it hands over."""
 
     reader: Reader
@@ -79,10 +81,6 @@ class Counted:
         for row in self.reader.rows():
             self.handed += 1
             yield row
-
-    def sample(self) -> tuple[int, int]:
-        """As the reader says."""
-        return self.reader.sample()
 
 
 def unit_name(basename: str, source: str) -> str:
@@ -104,15 +102,15 @@ def stem(path: str) -> str:
     return name.removesuffix(ending)
 
 
-def caption_flags(options: SourceOptions) -> dict[str, str]:
-    """Collect the flags about captions in files, which decide what rows say: for a unit's state."""
-    flags = {"caption_column": options.caption_column, "caption_encoding": options.caption_encoding}
-    return {name: value for name, value in flags.items() if value is not None}
+def given_flags(options: SourceOptions, *others: str) -> dict[str, str]:
+    """Collect the flags about captions, and others, that decide what rows say: for its state."""
+    names = ("caption_column", "caption_encoding", *others)
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
-def power_of_two(at_least: float) -> int:
-    """Find the smallest power of two that is not below `at_least`."""
-    power = 1
-    while power < at_least:
-        power *= 2
-    return power
+def count_units(options: SourceOptions, rows: int) -> int:
+    """Choose how many units rows go to by hash. Raises UserError unless it is a power of two."""
+    units = options.folder_units or 1 << max(0, -(-rows // UNIT_ROWS) - 1).bit_length()
+    if units < 1 or units & (units - 1):
+        raise UserError(f"--folder-units {units} is not a power of two")
+    return units

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from prep.files.remote import Found, RemoteFile, find_remote
 from prep.files.stream import Command, LocalFile
 from prep.images.kinds import HEAD_BYTES, not_a_source
-from prep.rows.row import MAX_IMAGE_BYTES, Row, SourceError
-from prep.rows.unit import UNIT_ROWS, Reader, SourceOptions, Unit, caption_flags, stem, unit_name
+from prep.rows.row import MAX_IMAGE_BYTES, SourceError
+from prep.rows.unit import UNIT_ROWS, Reader, SourceOptions, Unit, given_flags, stem, unit_name
 from prep.sources.braces import expand_braces
 from prep.sources.folders.folder import FolderReader, folder_units
 from prep.sources.folders.listing import list_folder
@@ -27,23 +27,16 @@ from prep.sources.patterns import TARS, is_url, local_path, matches, refuse_gaps
 from prep.sources.tables.hf_dataset import RangeReader, ShardReader, dataset_units
 from prep.sources.tables.opening import HUB, is_saved_dataset
 from prep.sources.tables.parquet import ParquetReader
-from prep.sources.tars.tar import TarReader
+from prep.sources.tars.tar import Stream, TarReader
 from shared.errors import UserError
 from shared.text import printable
 
 PIPE = "pipe:"
 TEXTS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".md", ".log", ".toml", ".yaml", ".yml")
+TABLES = (ParquetReader, RangeReader, ShardReader)  # may name pictures outside of themselves
 COUNTED = 16  # units whose rows are counted; the others' are estimated by size
 
-__all__ = [
-    "Row",
-    "SourceError",
-    "SourceOptions",
-    "Unit",
-    "estimate_rows",
-    "find_units",
-    "options_of",
-]
+__all__ = ["SourceError", "SourceOptions", "Unit", "estimate_rows", "find_units", "options_of"]
 
 
 def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> list[Unit]:
@@ -53,40 +46,36 @@ def find_units(shards: Sequence[str], options: SourceOptions | None = None) -> l
     `options.pipes` a `pipe:` is refused, so that what a file says runs no shell.
     """
     options = options or SourceOptions()
-    units: dict[str, Unit] = {}
+    found: list[Unit] = []
     urls: list[str] = []
     for shard in shards:
         if shard.startswith(PIPE):
-            found = _pipes(shard, options)
+            found += _pipes(shard, options)
         elif shard and os.path.lexists(path := local_path(shard)):  # meant, whatever its name has
-            found = _local(Path(os.path.normpath(path)), options)
+            found += _local(Path(os.path.normpath(path)), options)
         else:
             names = expand_braces(shard)
             refuse_gaps(names, shard)
             urls += [name for name in names if is_url(name)]
-            found = [u for name in names if not is_url(name) for u in _find(name, options)]
-        units.update({unit.name: unit for unit in found})
+            found += [u for name in names if not is_url(name) for u in _find(name, options)]
     remote = find_remote(urls)
     kept = {*urls, *without_sidecars([one.url for one in remote])}
-    for one in remote:
-        if one.url in kept:
-            unit = _remote(one, options)
-            units[unit.name] = unit
-    _check_columns(list(units.values()))
-    _refuse_idle_flags([unit.reader for unit in units.values()], options)
-    if options.max_image_bytes != MAX_IMAGE_BYTES:  # with another limit other rows are rejected
-        limit = {"max_image_bytes": options.max_image_bytes}
-        units = {n: replace(unit, state={**unit.state, **limit}) for n, unit in units.items()}
-    if options.allow_external_images:  # likewise
-        units = {n: _with_external(unit) for n, unit in units.items()}
-    return [units[name] for name in sorted(units)]
+    found += [_remote(one, options) for one in remote if one.url in kept]
+    units = {unit.name: unit for unit in found}.values()
+    _check_columns(list(units))
+    _refuse_idle_flags([unit.reader for unit in units], options)
+    marked = (replace(unit, state={**unit.state, **_limits(unit, options)}) for unit in units)
+    return sorted(marked, key=lambda unit: unit.name)
 
 
-def _with_external(unit: Unit) -> Unit:
-    """Mark the unit of a table that reads pictures outside of it: it is another one."""
-    if not isinstance(unit.reader, ParquetReader | RangeReader | ShardReader):
-        return unit
-    return replace(unit, state={**unit.state, "external_images": True})
+def _limits(unit: Unit, options: SourceOptions) -> dict[str, Any]:
+    """With other limits than the usual ones other rows are rejected: it is another unit."""
+    limits: dict[str, Any] = {}
+    if options.max_image_bytes != MAX_IMAGE_BYTES:
+        limits["max_image_bytes"] = options.max_image_bytes
+    if options.allow_external_images and isinstance(unit.reader, TABLES):
+        limits["external_images"] = True
+    return limits
 
 
 def options_of(state: Mapping[str, Any]) -> SourceOptions:
@@ -121,11 +110,9 @@ def estimate_rows(units: Sequence[Unit]) -> dict[str, int]:
 def _pipes(shard: str, options: SourceOptions) -> list[Unit]:
     if not options.pipes:
         raise UserError(f"{shard!r} would run a shell; type it on the command line, in --shards")
-    units = []
-    for name in expand_braces(shard, escapes=False):  # backslashes are the shell's
-        stream = Command(name.removeprefix(PIPE))
-        units.append(_tar(stream, "pipe", None, {"command": stream.source}, options))
-    return units
+    names = expand_braces(shard, escapes=False)  # backslashes are the shell's
+    commands = [Command(name.removeprefix(PIPE)) for name in names]
+    return [_tar(one, "pipe", None, {"command": one.source}, options) for one in commands]
 
 
 def _find(name: str, options: SourceOptions) -> list[Unit]:
@@ -200,34 +187,24 @@ def _remote(found: Found, options: SourceOptions) -> Unit:
 
 
 def _tar(
-    stream: LocalFile | RemoteFile | Command,
-    path: str,
-    size: int | None,
-    state: Any,
-    options: SourceOptions,
+    stream: Stream, path: str, size: int | None, state: Mapping[str, Any], options: SourceOptions
 ) -> Unit:
-    name = unit_name(stem(path), _identity(stream))
-    reader = TarReader(stream, size, options)
-    return Unit(name, stream.source, {**state, **caption_flags(options)}, reader, size=size)
+    state = {**state, **given_flags(options)}
+    return _unit(stream, path, state, TarReader(stream, size, options), size)
 
 
 def _parquet(
     file: LocalFile | RemoteFile, path: str, size: int, state: Any, options: SourceOptions
 ) -> Unit:
-    flags = {
-        name: value
-        for name in ("image_column", "caption_column", "caption_encoding", "key_column")
-        if (value := getattr(options, name)) is not None
-    }
-    name = unit_name(stem(path), _identity(file))
-    return Unit(
-        name, file.source, {**state, **flags}, ParquetReader(file, size, options), size=size
-    )
+    state = {**state, **given_flags(options, "image_column", "key_column")}
+    return _unit(file, path, state, ParquetReader(file, size, options), size)
 
 
-def _identity(stream: LocalFile | RemoteFile | Command) -> str:
-    """Name what the unit's name is a hash of."""
-    return stream.path if isinstance(stream, LocalFile) else stream.source
+def _unit(
+    stream: Stream, path: str, state: Mapping[str, Any], reader: Reader, size: int | None
+) -> Unit:
+    identity = stream.path if isinstance(stream, LocalFile) else stream.source
+    return Unit(unit_name(stem(path), identity), stream.source, state, reader, size=size)
 
 
 def _check_columns(units: Sequence[Unit]) -> None:

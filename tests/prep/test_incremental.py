@@ -8,7 +8,6 @@ import pytest
 from prep.cache.reuse import Entries, Index, caption_digest
 from prep.encoders.text import TextEncoder
 from prep.encoders.vae import VaeEncoder
-from prep.sources.folders import folder as folders
 from tests.support.sources import (
     captioned,
     encode,
@@ -115,14 +114,14 @@ def walk_through(folder, cache, fresh, encoded):
 
 
 def test_each_change_encodes_what_is_new_and_nothing_else(tmp_path, encoded, monkeypatch):
-    monkeypatch.setattr(folders, "UNIT_ROWS", 10)
+    monkeypatch.setattr("prep.rows.unit.UNIT_ROWS", 10)
     folder = write_folder(tmp_path / "pictures", range(20))
     cache = encode(folder, tmp_path / "cache")
     walk_through(folder, cache, tmp_path / "fresh", encoded)
 
 
 def test_more_units_copy_from_fewer_and_the_other_way_round(tmp_path, encoded, monkeypatch):
-    monkeypatch.setattr(folders, "UNIT_ROWS", 10)
+    monkeypatch.setattr("prep.rows.unit.UNIT_ROWS", 10)
     folder = write_folder(tmp_path / "pictures", range(10))
     cache = encode(folder, tmp_path / "cache")
     assert len(units(cache)) == 1

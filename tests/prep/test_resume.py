@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import prep.encode.engine
-import prep.sources.folders.folder
+import prep.rows.unit
 from shared.errors import UserError
 from tests.support.sources import (
     SIDE,
@@ -37,13 +37,13 @@ def tars(tmp_path):
 
 def encoded_units(*args, **flags):
     """Sources of the units that `encode` encodes this time, by name of the unit."""
-    real, seen = prep.encode.engine.samples, []
+    real, seen = prep.encode.engine.encode_unit, []
 
-    def counted(unit, *rest):
+    def counted(job, unit, *rest):
         seen.append(unit.name)
-        return real(unit, *rest)
+        return real(job, unit, *rest)
 
-    with mock.patch.object(prep.encode.engine, "samples", counted):
+    with mock.patch.object(prep.encode.engine, "encode_unit", counted):
         encode(*args, **flags)
     return seen
 
@@ -133,7 +133,7 @@ def owner(cache, key):
 
 def test_a_folder_may_grow_past_the_size_that_decided_its_units(tmp_path):
     folder = write_folder(tmp_path / "folder", range(4))
-    with mock.patch.object(prep.sources.folders.folder, "UNIT_ROWS", 4):
+    with mock.patch.object(prep.rows.unit, "UNIT_ROWS", 4):
         cache = encode(folder, tmp_path / "cache")
         write_folder(folder, range(5))
         encode(folder, cache)

@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,11 @@ from prep.rows.row import (
     TEXT_BYTES,
     TOO_LARGE,
     Row,
-    as_captions,
     captions_of,
     make_row,
     record_in,
 )
-from prep.rows.unit import UNIT_ROWS, SourceOptions, Unit, caption_flags, power_of_two, unit_name
+from prep.rows.unit import Reader, SourceOptions, Unit, count_units, given_flags, unit_name
 from prep.sources.folders.listing import MISSING, Member
 from prep.sources.folders.metadata import EXAMPLE, FILE_NAME, LISTS
 from prep.sources.folders.tree import walk
@@ -42,7 +40,7 @@ KOHYA = re.compile(r"([1-9]\d{0,2})_.+")  # a folder's name: how often its pictu
 
 
 @dataclass(frozen=True)
-class FolderReader:
+class FolderReader(Reader):
     """Reads the pictures of some rows of a folder."""
 
     folder: str
@@ -56,27 +54,19 @@ class FolderReader:
             if not problem:
                 image, problem = self._content(member.path, self.options.max_image_bytes, TOO_LARGE)
             record, unread = self._record(member.json) if member.json else ({}, "")
-            captions = self._captions(member.row, record)
+            column = self.options.caption_column
+            captions = captions_of(member.row, column) or captions_of(record, column)
             if image is not None and not captions:
                 problem = problem or unread
             said = _typed(member.row) if member.text_only else member.row
             yield make_row(member.name, image, captions, {**record, **said}, problem)
 
-    def sample(self) -> tuple[int, int]:
-        """Never asked: the rows are known."""
-        return len(self.members), 0
-
-    def _captions(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[str, ...]:
-        if column := self.options.caption_column:
-            return as_captions(row.get(column)) or as_captions(record.get(column))
-        return captions_of(row) or captions_of(record)
-
     def _record(self, path: str) -> tuple[Mapping[str, Any], str]:
         """Read the NAME.json beside a picture, or say why it cannot be read."""
         content, problem = self._content(path, TEXT_BYTES, LARGE_JSON)
-        return (
-            ({}, problem) if content is None else record_in(content, self.options.caption_encoding)
-        )
+        if content is None:
+            return {}, problem
+        return record_in(content, self.options.caption_encoding)
 
     def _content(self, path: str, most: int, too_large: str) -> tuple[bytes | None, str]:
         """Read a file of the folder, or say why it is not read."""
@@ -97,9 +87,7 @@ class FolderReader:
 def folder_units(path: Path, members: Sequence[Member], options: SourceOptions) -> list[Unit]:
     """Cut a folder into units. Raises UserError where no row can have a caption."""
     _refuse_uncaptioned(path, members, options)
-    wanted = options.folder_units or power_of_two(len(members) / UNIT_ROWS)
-    if wanted < 1 or wanted & (wanted - 1):
-        raise UserError(f"--folder-units {wanted} is not a power of two")
+    wanted = count_units(options, len(members))
     parts: list[list[Member]] = [[] for _ in range(wanted)]
     for member in members:
         digest = hashlib.sha256(member.name.encode("utf-8", "surrogatepass")).digest()
@@ -108,7 +96,7 @@ def folder_units(path: Path, members: Sequence[Member], options: SourceOptions) 
         Unit(
             name=unit_name(f"{path.name}-{number}of{wanted}", str(path)),
             source=printable(str(path)),
-            state=_state(path, part) | caption_flags(options),
+            state=_state(path, part) | given_flags(options),
             reader=FolderReader(str(path), tuple(part), options),
             rows_known=len(part),
         )
@@ -148,12 +136,8 @@ def _refuse_uncaptioned(path: Path, members: Sequence[Member], options: SourceOp
 
 def _likely_list(path: Path) -> str:
     """Note a list of pictures that has another name, or nothing."""
-    likely = [
-        name
-        for level in islice(walk(path), 1)
-        for name in level.names
-        if os.path.splitext(name)[1].lower() in (".jsonl", ".csv", ".tsv", ".json")
-    ]
+    endings = (".jsonl", ".csv", ".tsv", ".json")
+    likely = [name for name in next(walk(path)).names if name.lower().endswith(endings)]
     if len(likely) != 1:
         return ""
     name = f"metadata{os.path.splitext(likely[0])[1].lower()}"

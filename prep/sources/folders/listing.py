@@ -147,9 +147,6 @@ def _caption_in(path: Path, encoding: str | None) -> tuple[str | None, str]:
         return None, f"its {path.suffix[1:]} is {error}"
 
 
-# --- what metadata names ------------------------------------------------------------------------
-
-
 def _place(finder: Finder, folder: str, name: str) -> tuple[str, str]:
     """Where a picture that metadata names is, or why it has no place."""
     path = inside(finder.root, folder, name)

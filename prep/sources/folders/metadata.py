@@ -29,7 +29,7 @@ NAME_KEYS = (
 )  # fmt: skip
 EXAMPLE = '{"file_name": "a.jpg", "text": "a caption"}'
 
-BETWEEN = re.compile(r"[\s,]*")
+VALUE = re.compile(r"[^\s,]")  # how one begins
 
 Rows = list[dict[str, Any]]
 
@@ -72,9 +72,6 @@ def _instead(row: Mapping[str, Any]) -> str:
     return f", only {', '.join(keys) or 'nothing'}; a row is such as {EXAMPLE}"
 
 
-# --- JSON ---------------------------------------------------------------------------------------
-
-
 def _json_rows(text: str, path: Path) -> list[Any]:
     """Read an object a line; else objects or a list over several lines, or an object by names."""
     try:
@@ -107,14 +104,9 @@ def _json_lines(text: str, path: Path) -> Iterator[Any]:
 def _json_values(text: str) -> Iterator[Any]:
     """Yield the values that follow each other in a text, with blanks or commas between them."""
     decoder, start = json.JSONDecoder(), 0
-    while (start := _after(BETWEEN, text, start)) < len(text):
-        value, start = decoder.raw_decode(text, start)
+    while found := VALUE.search(text, start):
+        value, start = decoder.raw_decode(text, found.start())
         yield value
-
-
-def _after(pattern: re.Pattern[str], text: str, start: int) -> int:
-    found = pattern.match(text, start)
-    return found.end() if found else start
 
 
 def _by_name(value: dict[str, Any]) -> list[Any]:
@@ -128,14 +120,12 @@ def _by_name(value: dict[str, Any]) -> list[Any]:
     return [value]
 
 
-# --- CSV ----------------------------------------------------------------------------------------
-
-
 def _table_rows(text: str, path: Path) -> list[dict[str, Any]]:
     text = text.lstrip()
     head = text.partition("\n")[0].strip()
     try:
-        delimiter = next((one for one in ",;\t|" if _names_a_file(_cells(head, one))), "")
+        naming = (one for one in ",;\t|" if not _cells(head, one).isdisjoint(NAME_KEYS))
+        delimiter = next(naming, "")
         if not delimiter:
             raise UserError(
                 f"{_shown(path)}: its first line must name the columns, file_name and text, with "
@@ -165,10 +155,6 @@ def _records(text: str, delimiter: str, blanks: bool) -> list[dict[Any, Any]]:
     ]
 
 
-def _cells(line: str, delimiter: str) -> list[str]:
+def _cells(line: str, delimiter: str) -> set[str]:
     cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
-    return [cell.strip().lower() for cell in cells]
-
-
-def _names_a_file(cells: Sequence[str]) -> bool:
-    return not set(cells).isdisjoint(NAME_KEYS)
+    return {cell.strip().lower() for cell in cells}

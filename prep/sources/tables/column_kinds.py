@@ -1,6 +1,8 @@
-"""What a table's columns may hold, told from their Arrow types."""
+"""What a table's columns may hold, told from their Arrow types, and the values of a row."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pyarrow as pa
 
@@ -50,3 +52,25 @@ def is_list(kind: pa.DataType) -> bool:
     types = pa.types
     plain = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     return bool(plain or types.is_list_view(kind) or types.is_large_list_view(kind))
+
+
+def record_of(found: pa.RecordBatch | pa.Table) -> dict[str, Any]:
+    """Read the one row's values; text that is no UTF-8 as bytes, nothing where it lies deeper."""
+    try:
+        (record,) = found.to_pylist()
+        return dict(record)
+    except UnicodeDecodeError:  # Arrow does not check what it reads
+        values = [_value(found.column(name)) for name in found.schema.names]
+        return dict(zip(found.schema.names, values, strict=True))
+
+
+def _value(column: pa.Array | pa.ChunkedArray) -> Any:
+    try:
+        (value,) = column.to_pylist()
+    except UnicodeDecodeError:
+        if arrow_kind(column.type) != TEXT or is_list(column.type):
+            return None
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        (value,) = column.cast(pa.binary()).to_pylist()
+    return value

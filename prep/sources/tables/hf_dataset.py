@@ -10,6 +10,7 @@ With `--streaming` each of the dataset's own shards is a unit, and nothing is do
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,8 +23,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from prep.rows.row import Row, SourceError
-from prep.rows.unit import UNIT_ROWS, SourceOptions, Unit, power_of_two, unit_name
-from prep.sources.tables.column_kinds import OTHER, column_kinds
+from prep.rows.unit import UNIT_ROWS, Reader, SourceOptions, Unit, count_units, unit_name
+from prep.sources.tables.column_kinds import OTHER, column_kinds, record_of
 from prep.sources.tables.opening import HUB, DatasetSource, Opened, dataset_source, say_split, told
 from prep.sources.tables.opening import load as _load
 from prep.sources.tables.opening import stream as _stream
@@ -39,34 +40,28 @@ SHARD_ROWS = 1 << 40  # more than a shard has: its rows' occurrences begin at a 
 
 
 @dataclass(frozen=True)
-class RangeReader:
+class RangeReader(Reader):
     """Reads some rows of a dataset that can be indexed."""
 
     dataset: DatasetSource
     columns: Columns
-    max_image_bytes: int
+    options: SourceOptions
     start: int = 0
     stop: int = 0
     part: tuple[int, int] | None = None  # instead of a range: hash of the key mod the second
-    anywhere: bool = False  # may pictures lie outside of the data set?
 
     def rows(self) -> Iterator[Row]:
         """Read the rows, one at a time: their pictures may be large."""
         indices = self._indices()
-        most = self.max_image_bytes
         with told(self.dataset.source, SourceError):
             opened = _load(self.dataset)
             data = opened.data.select_columns(list(self.columns.read))
             tables = data.select(indices).with_format("arrow").iter(1)
-        home = replace(opened.home, anywhere=self.anywhere)
+        home = replace(opened.home, anywhere=self.options.allow_external_images)
         for number in indices:
             with told(self.dataset.source, SourceError):
-                found = next(tables)
-            yield self.columns.row(found, int(number), home, most)
-
-    def sample(self) -> tuple[int, int]:
-        """Never asked: the rows are known."""
-        return len(self._indices()), 0
+                row = next(tables)
+            yield self.columns.row(record_of(row), int(number), home, self.options.max_image_bytes)
 
     def _indices(self) -> range | NDArray[np.int64]:
         if self.part is None:
@@ -76,35 +71,28 @@ class RangeReader:
 
 
 @dataclass(frozen=True)
-class ShardReader:
+class ShardReader(Reader):
     """Reads one shard of a streaming dataset."""
 
     dataset: DatasetSource
     columns: Columns
-    max_image_bytes: int
+    options: SourceOptions
     shard: int
     shards: int
-    anywhere: bool = False
 
     def rows(self) -> Iterator[Row]:
         """Read the rows in the shard's order."""
         with told(self.dataset.source, SourceError):
             opened = _stream(self.dataset)
             records = iter(opened.data.shard(self.shards, self.shard).decode(False))
-        home = replace(opened.home, anywhere=self.anywhere)
-        number = 0
-        while True:
+        home = replace(opened.home, anywhere=self.options.allow_external_images)
+        for number in itertools.count():
             with told(self.dataset.source, SourceError):
                 record = next(records, None)
             if record is None:
                 return
             kept = {name: record.get(name) for name in self.columns.read}
-            yield self.columns.row_of(kept, number, home, self.max_image_bytes)
-            number += 1
-
-    def sample(self) -> tuple[int, int]:
-        """Unknown without downloading the shard."""
-        return 0, 0
+            yield self.columns.row(kept, number, home, self.options.max_image_bytes)
 
 
 def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
@@ -113,6 +101,7 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
     Raises UserError where it cannot be opened or has no columns of pictures and captions.
     """
     source = dataset_source(name, options.dataset_config_name)
+    options = replace(options, dataset_config_name=None)  # the source has it
     if options.streaming and source.split is not None:
         return _streaming_units(name, source, options)
     with told(source.source, UserError):
@@ -124,7 +113,6 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
     state = {"fingerprint": _fingerprint(source, data), **columns.state()}
     if options.key_column is not None:
         return _hashed_units(source, columns, base, state, options)
-    most, anywhere = options.max_image_bytes, options.allow_external_images
     starts = range(0, len(data), UNIT_ROWS)
     ranges = [(start, min(start + UNIT_ROWS, len(data))) for start in starts]
     return [
@@ -132,7 +120,7 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
             name=unit_name(f"{base}-{number:05d}", source.source),
             source=printable(source.source),
             state=state | {"rows": [start, stop]},
-            reader=RangeReader(source, columns, most, start, stop, anywhere=anywhere),
+            reader=RangeReader(source, columns, options, start, stop),
             rows_known=stop - start,
             first_occurrence=start,
         )
@@ -145,17 +133,14 @@ def _hashed_units(
     options: SourceOptions,
 ) -> list[Unit]:  # fmt: skip
     hashes = _key_hashes(source, columns)
-    units = options.folder_units or power_of_two(len(hashes) / UNIT_ROWS)
-    if units < 1 or units & (units - 1):
-        raise UserError(f"--folder-units {units} is not a power of two")
-    most, anywhere = options.max_image_bytes, options.allow_external_images
+    units = count_units(options, len(hashes))
     counts = np.bincount(hashes % units, minlength=units)
     return [
         Unit(
             name=unit_name(f"{base}-{number}of{units}", source.source),
             source=printable(source.source),
             state=state,
-            reader=RangeReader(source, columns, most, part=(number, units), anywhere=anywhere),
+            reader=RangeReader(source, columns, options, part=(number, units)),
             rows_known=int(counts[number]),
         )
         for number in range(units)
@@ -169,13 +154,12 @@ def _streaming_units(name: str, source: DatasetSource, options: SourceOptions) -
     _say_split(name, opened)
     columns = _columns(source, opened.data.features, options)
     shards = opened.data.num_shards
-    most, anywhere = options.max_image_bytes, options.allow_external_images
     return [
         Unit(
             name=unit_name(f"{Path(source.location).name}-{shard}of{shards}", source.source),
             source=source.source,
             state={"fingerprint": opened.version, "shard": [shard, shards], **columns.state()},
-            reader=ShardReader(source, columns, most, shard, shards, anywhere),
+            reader=ShardReader(source, columns, options, shard, shards),
             first_occurrence=shard * SHARD_ROWS,
         )
         for shard in range(shards)

@@ -43,7 +43,7 @@ class Home:
     def picture(self, name: str, most: int) -> tuple[bytes | None, str]:
         """Read the named picture's bytes, up to `most` and one more, or say why there are none."""
         name = name.removeprefix("file://")
-        if _is_url(name):
+        if "://" in name or "::" in name:
             return self._fetched(name, most)
         if self.url and not os.path.isabs(name):
             folder = self.url.partition("?")[0].rpartition("/")[0]
@@ -111,7 +111,3 @@ def _read_url(url: str, most: int, stay: bool) -> bytes:
         io.BufferedReader(raw, 1 << 16) as file,
     ):
         return file.read(most)
-
-
-def _is_url(name: str) -> bool:
-    return "://" in name or "::" in name

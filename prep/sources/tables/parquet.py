@@ -26,15 +26,7 @@ from prep.rows.row import (
 from prep.rows.text_encoding import UnreadableText, decode_text
 from prep.rows.unit import SourceOptions
 from prep.sources.tables.cell import cell_of
-from prep.sources.tables.column_kinds import (
-    MAYBE,
-    OTHER,
-    PICTURE,
-    TEXT,
-    arrow_kind,
-    column_kinds,
-    is_list,
-)
+from prep.sources.tables.column_kinds import MAYBE, OTHER, PICTURE, TEXT, column_kinds, record_of
 from prep.sources.tables.linked import Home, home_of
 from shared.errors import UserError
 
@@ -59,12 +51,8 @@ class Columns:
     read: tuple[str, ...]  # all but pictures that nobody asked for
     encoding: str | None = None  # of captions that are bytes, see prep/rows/text_encoding.py
 
-    def row(self, found: pa.RecordBatch | pa.Table, number: int, home: Home, most: int) -> Row:
-        """Read the one row of `found`, whose picture of up to `most` bytes it holds or names."""
-        return self.row_of(record_of(found), number, home, most)
-
-    def row_of(self, record: Mapping[str, Any], number: int, home: Home, most: int) -> Row:
-        """Read a record likewise."""
+    def row(self, record: Mapping[str, Any], number: int, home: Home, most: int) -> Row:
+        """Make a row of a record that holds or names a picture of up to `most` bytes."""
         cell = cell_of(record[self.image])
         data, problem = cell.data, cell.problem
         if cell.name and is_litter(cell.name):
@@ -172,28 +160,6 @@ def _is_account(columns: Sequence[str]) -> bool:
     return {"key", "status", "url"} <= set(columns)
 
 
-def record_of(found: pa.RecordBatch | pa.Table) -> dict[str, Any]:
-    """Read the one row's values; text that is no UTF-8 as bytes, nothing where it lies deeper."""
-    try:
-        (record,) = found.to_pylist()
-        return dict(record)
-    except UnicodeDecodeError:  # Arrow does not check what it reads
-        values = [_value(found.column(name)) for name in found.schema.names]
-        return dict(zip(found.schema.names, values, strict=True))
-
-
-def _value(column: pa.Array | pa.ChunkedArray) -> Any:
-    try:
-        (value,) = column.to_pylist()
-    except UnicodeDecodeError:
-        if arrow_kind(column.type) != TEXT or is_list(column.type):
-            return None
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        (value,) = column.cast(pa.binary()).to_pylist()
-    return value
-
-
 def _reached(value: Any, name: str) -> Any:
     """Take the value of `name`, or of `column.field`: in a list of structs, each one's."""
     if isinstance(value, list):
@@ -231,7 +197,7 @@ class ParquetReader:
                 size = _batch_rows(parquet.metadata.row_group(group))
                 for batch in parquet.iter_batches(size, [group], list(columns.read)):
                     for one in range(batch.num_rows):
-                        yield columns.row(batch.slice(one, 1), number, home, most)
+                        yield columns.row(record_of(batch.slice(one, 1)), number, home, most)
                         number += 1
 
     def sample(self) -> tuple[int, int]:
@@ -262,9 +228,9 @@ class ParquetReader:
             ) from None
 
     def _bytes(self) -> AbstractContextManager[BinaryIO | RetryingFile]:
-        return (
-            RetryingFile(self.file.url) if isinstance(self.file, RemoteFile) else self.file.open()
-        )
+        if isinstance(self.file, RemoteFile):
+            return RetryingFile(self.file.url)
+        return self.file.open()
 
 
 def _batch_rows(group: pq.RowGroupMetaData) -> int:

@@ -13,7 +13,8 @@ from typing import BinaryIO, cast
 import zstandard
 
 from prep.files.litter import is_litter
-from prep.files.stream import LocalFile, Stream, decompressed
+from prep.files.remote import RemoteFile
+from prep.files.stream import Command, LocalFile, decompressed
 from prep.images.kinds import HEAD_BYTES, NO_PICTURE, no_picture_in, not_a_source
 from prep.rows.row import (
     IMAGE_EXTENSIONS,
@@ -37,6 +38,7 @@ EXTENDED = (
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
+Stream = LocalFile | RemoteFile | Command  # read in order, as often as one likes
 
 
 class StrictInfo(tarfile.TarInfo):
