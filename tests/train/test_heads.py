@@ -105,7 +105,7 @@ def test_a_page_of_each_shard_is_read_and_no_more(cache, monkeypatch):
         asked.extend(spans)
         finish(self, spans)
 
-    monkeypatch.setattr(LocalReader, "begin", lambda self, spans: list(spans))
+    monkeypatch.setattr(LocalReader, "start", lambda self, spans: list(spans))
     monkeypatch.setattr(LocalReader, "finish", note)
     look(cache)
     assert len(asked) == 2
