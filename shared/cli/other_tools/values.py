@@ -36,6 +36,11 @@ class Reader:
 Taken = str | Switch | Reader
 
 
+def refusals(table: Mapping[str, str]) -> dict[str, str]:
+    """Return what to use instead by flag; a key of the table is one flag, or several."""
+    return {name: why for names, why in table.items() for name in names.split()}
+
+
 def _optimizer(value: Any) -> Settings:
     kinds = {"adamw": False, "adamw8bit": True}
     if str(value).lower() not in kinds:
