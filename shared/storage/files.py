@@ -129,7 +129,7 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 
 def sync_folder(folder: Place) -> None:
-    """fsync a folder, so that a rename in it survives a power cut; object storage has none."""
+    """Fsync a folder, so that a rename in it survives a power cut; object storage has none."""
     if not isinstance(folder, Path):
         return
     fd = os.open(folder, os.O_RDONLY)
