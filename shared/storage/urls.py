@@ -100,13 +100,10 @@ class RemotePlace(ProxyUPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the file."""
-        if not self.exists():
-            if not missing_ok:
-                raise self._absent()
-            return
         try:
+            self.stat()  # S3 removes what is not there without a word
             self._attempt(lambda: self.fs.rm_file(self.path))
-        except FileNotFoundError:  # another was faster
+        except FileNotFoundError:  # never there, or another was faster
             if not missing_ok:
                 raise
 

@@ -5,7 +5,8 @@ Those not here have the same name as ours. flags.py explains the tables.
 
 from __future__ import annotations
 
-from shared.cli.other_tools.values import Switch, Taken, optimizer, prompts, refusals
+from shared.cli.other_tools import values
+from shared.cli.other_tools.values import Reader, Switch, Taken, refusals
 
 TAKEN: dict[str, Taken] = {
     "pretrained_teacher_model": "model",
@@ -18,8 +19,8 @@ TAKEN: dict[str, Taken] = {
     "instance_data_dir": "shards",
     "vae_encode_batch_size": "vae_batch_size",
     "rank": "lora_rank",
-    "validation_prompt": prompts,
-    "optimizer": optimizer,
+    "validation_prompt": Reader("validation_prompts", values.prompts),
+    "optimizer": Reader("use_8bit_adam", values.optimizer),
 }
 
 REFUSED = refusals({

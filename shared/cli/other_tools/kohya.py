@@ -6,17 +6,8 @@ shared/cli/other_tools/flags.py.
 
 from __future__ import annotations
 
-from shared.cli.other_tools.values import (
-    Switch,
-    Taken,
-    network,
-    optimizer,
-    refusals,
-    repository,
-    square,
-    trackers,
-    warmup,
-)
+from shared.cli.other_tools import values
+from shared.cli.other_tools.values import Reader, Switch, Taken, refusals
 
 TAKEN: dict[str, Taken] = {
     "caption_dropout_rate": "proportion_empty_prompts",
@@ -24,13 +15,13 @@ TAKEN: dict[str, Taken] = {
     "no_half_vae": Switch("vae_dtype", "float32"),
     "enable_bucket": "buckets",
     "flip_aug": "random_flip",
-    "resolution": square,
-    "lr_warmup_steps": warmup,
+    "resolution": Reader("resolution", values.square),
+    "lr_warmup_steps": Reader("lr_warmup_steps", values.warmup),
     "network_dim": "lora_rank",
     "network_alpha": "lora_alpha",
-    "network_module": network,
+    "network_module": Reader("student", values.network),
     "unet_lr": "learning_rate",
-    "optimizer_type": optimizer,
+    "optimizer_type": Reader("use_8bit_adam", values.optimizer),
     "lr_scheduler_num_cycles": "lr_num_cycles",
     "lr_scheduler_power": "lr_power",
     "max_train_epochs": "num_train_epochs",
@@ -38,9 +29,9 @@ TAKEN: dict[str, Taken] = {
     "save_every_n_steps": "checkpointing_steps",
     "resume": "resume_from_checkpoint",
     "sample_every_n_steps": "validation_steps",
-    "log_with": trackers,
+    "log_with": Reader("report_to", values.trackers),
     "log_tracker_name": "tracker_project_name",
-    "huggingface_repo_id": repository,
+    "huggingface_repo_id": Reader("hub_model_id", values.repository),
     "huggingface_token": "hub_token",
     "xformers": Switch("attention", "xformers"),
     "diffusers_xformers": Switch("attention", "xformers"),
