@@ -8,7 +8,6 @@ so that no file of settings sends a variable's content anywhere.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import typing
@@ -99,14 +98,6 @@ def name_or_path(text: str) -> str:
     return local_text(
         text, "give its name on the hub (owner/name), or download it and give its path"
     )
-
-
-def local_argument(text: str) -> Path:
-    """Be `local_path` as argparse's `type`."""
-    try:
-        return local_path(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 LocalPath = Annotated[Path, PathKind("PATH", local_path)]

@@ -168,11 +168,8 @@ class RemotePlace(ProxyUPath):
             if is_mistake(error):
                 raise
             if is_absence(error):
-                raise self._absent() from error
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
             raise self._refused(error) from None
-
-    def _absent(self) -> FileNotFoundError:
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
 
     def _refused(self, error: Exception) -> UserError:
         return UserError(
