@@ -168,7 +168,8 @@ class RemotePlace(ProxyUPath):
             if is_mistake(error):
                 raise
             if is_absence(error):
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from error
+                absent = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+                raise absent from error
             raise self._refused(error) from None
 
     def _refused(self, error: Exception) -> UserError:
