@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.common import readers
 from benchmarks.common.machine import record
-from shared.cli.paths import local_argument
+from data.arguments import local_argument
 
 PLAIN = ("mmap, random", "preadv, 1 thread", "preadv, 4 threads", "preadv, 16 threads")
 

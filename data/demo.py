@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shared.cli.paths import local_argument
+from data.arguments import local_argument
 
 PROMPTS = (
     "a red circle on a blue field",

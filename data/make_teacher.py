@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from data.arguments import local_argument
 from data.make_pictures import picture
 from data.shapes import caption
 from data.tiny_models import TEACHERS, Teacher, build_vae
-from shared.cli.paths import local_argument
 
 HERE = Path(__file__).resolve().parent
 SEED = 7  # of the pictures the teachers learn from

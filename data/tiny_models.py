@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -80,17 +81,17 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     bpe.train_from_iterator(captions, trainer)
     with tempfile.TemporaryDirectory() as folder:
         _, merges_path = bpe.model.save(folder)
-        merges = [
-            line for line in Path(merges_path).read_text().splitlines() if not line.startswith("#")
-        ]
+        lines = Path(merges_path).read_text().splitlines()
+    # Pairs, as tokenizers' BPE takes them; transformers' annotation says texts.
+    merges: list[Any] = [tuple(line.split()) for line in lines if not line.startswith("#")]
     # CLIP's order: bytes, bytes that end a word, merges, special tokens.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = letters + [f"{letter}</w>" for letter in letters]
-    words += [left + right for left, right in (line.split() for line in merges)]
+    words += [left + right for left, right in merges]
     words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={word: number for number, word in enumerate(words)},
-        merges=[tuple(line.split()) for line in merges],
+        merges=merges,
         model_max_length=MAX_TOKENS,
     )
 
@@ -127,9 +128,10 @@ class Teacher:
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """`[N, 16]` token ids."""
-        return self.tokenizer(
+        tokens = self.tokenizer(
             texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids
+        )
+        return cast(Tensor, tokens.input_ids)
 
     def predict(self, z: Tensor, t: Tensor, tokens: Tensor, empty: Tensor, ids: Tensor) -> Tensor:
         """eps; where `empty`, the caption is replaced by the unconditional embedding."""
@@ -159,7 +161,7 @@ class TinySD(Teacher):
 
     def predict(self, z: Tensor, t: Tensor, tokens: Tensor, empty: Tensor, ids: Tensor) -> Tensor:
         tokens = torch.where(empty[:, None], self.tokenize([""]), tokens)
-        return self.unet(z, t, self.text(tokens).last_hidden_state).sample
+        return cast(Tensor, self.unet(z, t, self.text(tokens).last_hidden_state).sample)
 
     def save(self, folder: Path, vae: AutoencoderKL) -> None:
         StableDiffusionPipeline(
@@ -199,7 +201,7 @@ class TinyXL(Teacher):
         states = states.masked_fill(empty[:, None, None], 0.0)
         pooled = second.text_embeds.masked_fill(empty[:, None], 0.0)
         added = {"text_embeds": pooled, "time_ids": ids}
-        return self.unet(z, t, states, added_cond_kwargs=added).sample
+        return cast(Tensor, self.unet(z, t, states, added_cond_kwargs=added).sample)
 
     def save(self, folder: Path, vae: AutoencoderKL) -> None:
         StableDiffusionXLPipeline(
@@ -220,12 +222,9 @@ TEACHERS: dict[str, type[Teacher]] = {"tiny-sd": TinySD, "tiny-xl": TinyXL}
 
 def _half(module: nn.Module) -> nn.Module:
     """An fp16 copy."""
-    copy = (
-        type(module).from_config(module.config)
-        if hasattr(module, "from_config")
-        else type(module)(module.config)
-    )
+    kind: Any = type(module)
+    copy = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
     copy.load_state_dict(module.state_dict())
     if isinstance(copy, AutoencoderKL):
         copy.register_to_config(_name_or_path="")  # not the folder it was trained in
-    return copy.half().eval()
+    return cast(nn.Module, copy.half().eval())

@@ -1,7 +1,5 @@
 """The user's mistakes, told in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -59,7 +59,7 @@ class Pair:
 
     @property
     def psnr(self) -> float | None:
-        """dB between the two, or None without an original."""
+        """PSNR of the two in dB, or None without an original."""
         return None if self.original is None else psnr(self.original, self.decoded)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,24 +37,20 @@ class TextEmbeds:
         return len(self.prompt_embeds)
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> TextEmbeds:
-        rows = [index] if isinstance(index, int) else index
-        pooled = self.pooled_prompt_embeds
-        return TextEmbeds(self.prompt_embeds[rows], None if pooled is None else pooled[rows])
+        chosen = [index] if isinstance(index, int) else index
+        return self._each(lambda rows: rows[chosen])
 
     def expand(self, count: int) -> TextEmbeds:
-        """Repeat one row, without a copy. (An index would be sent to the GPU, which waits.)"""
-        pooled = self.pooled_prompt_embeds
-        return TextEmbeds(
-            self.prompt_embeds.expand(count, -1, -1),
-            None if pooled is None else pooled.expand(count, -1),
-        )
+        """Repeat one row, without a copy: an index would be sent to the GPU, which waits."""
+        return self._each(lambda rows: rows.expand(count, *rows.shape[1:]))
 
     def to(self, device: torch.device) -> TextEmbeds:
         """Return the same on a device."""
+        return self._each(lambda rows: rows.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TextEmbeds:
         pooled = self.pooled_prompt_embeds
-        return TextEmbeds(
-            self.prompt_embeds.to(device), None if pooled is None else pooled.to(device)
-        )
+        return TextEmbeds(change(self.prompt_embeds), None if pooled is None else change(pooled))
 
     @staticmethod
     def cat(parts: Sequence[TextEmbeds]) -> TextEmbeds:

@@ -177,12 +177,7 @@ class Layout:
         """Return the manifest's entry: the table of fields with their offsets, and the stride."""
         return {
             "fields": [
-                {
-                    "name": field.name,
-                    "dtype": field.dtype,
-                    "shape": list(field.shape),
-                    "offset": self.offsets[field.name],
-                }
+                {**vars(field), "shape": list(field.shape), "offset": self.offsets[field.name]}
                 for field in self.fields
             ],
             "record_bytes": self.record_bytes,

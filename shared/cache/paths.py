@@ -16,39 +16,29 @@ from shared.wording import size_of
 FORMAT = 1
 
 
+class _Inside:
+    """A property: the file or folder of this name in the cache."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, cache: CachePaths, _: type[CachePaths]) -> Place:
+        return cache.root / self.name
+
+
 @dataclass(frozen=True)
 class CachePaths:
     """Where things are in a cache, which is a folder or behind a URL."""
 
     root: Place
 
-    @property
-    def identity(self) -> Place:  # noqa: D102
-        return self.root / "identity.json"
-
-    @property
-    def manifest(self) -> Place:  # noqa: D102
-        return self.root / "manifest.json"
-
-    @property
-    def conditioning(self) -> Place:  # noqa: D102
-        return self.root / "conditioning.safetensors"
-
-    @property
-    def holdout(self) -> Place:  # noqa: D102
-        return self.root / "holdout.json"
-
-    @property
-    def units(self) -> Place:  # noqa: D102
-        return self.root / "units"
-
-    @property
-    def shards(self) -> Place:  # noqa: D102
-        return self.root / "shards"
-
-    @property
-    def samples(self) -> Place:  # noqa: D102
-        return self.root / "samples"
+    identity = _Inside("identity.json")
+    manifest = _Inside("manifest.json")
+    conditioning = _Inside("conditioning.safetensors")
+    holdout = _Inside("holdout.json")
+    units = _Inside("units")
+    shards = _Inside("shards")
+    samples = _Inside("samples")
 
     @property
     def tmp(self) -> Path:

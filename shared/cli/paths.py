@@ -6,9 +6,6 @@ empty text, blanks around it, a URL where only local files are used. In a URL no
 so that no file of settings sends a variable's content anywhere.
 """
 
-from __future__ import annotations
-
-import argparse
 import os
 import re
 import typing
@@ -99,14 +96,6 @@ def name_or_path(text: str) -> str:
     return local_text(
         text, "give its name on the hub (owner/name), or download it and give its path"
     )
-
-
-def local_argument(text: str) -> Path:
-    """Be `local_path` as argparse's `type`."""
-    try:
-        return local_path(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 LocalPath = Annotated[Path, PathKind("PATH", local_path)]

@@ -1,7 +1,5 @@
 """Where the networks run."""
 
-from __future__ import annotations
-
 import torch
 
 from shared.errors import UserError

@@ -1,7 +1,5 @@
 """One table of model families: every "is it SDXL?" question is a field here."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping
@@ -32,9 +30,7 @@ class Family:
     resolution: int  # of models whose own config says none
     cross_attention_dim: int  # with micro_conditioning, what a UNet's config is recognised by
     text_encoders: tuple[str, ...]
-    hidden_state: (
-        int  # which text-encoder layer: -1 the last with its final norm, -2 the one before
-    )
+    hidden_state: int  # of the text encoders: -1 the last, with its final norm, -2 the one before
     micro_conditioning: bool  # pooled embedding and time_ids
     pipeline: str  # diffusers' class that draws
     w_min: float  # guidance drawn for distillation; diffusers' guidance_scale is w + 1

@@ -5,8 +5,6 @@ answers is asked once a process; where it does not, the process goes on with wha
 before, as HF_HUB_OFFLINE=1 would have it.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from functools import cache
@@ -52,6 +50,7 @@ def hub_file(repository: str, file: str) -> Path:
     """
     away = unreachable()
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -62,7 +61,7 @@ def hub_file(repository: str, file: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repository, file))
     except GatedRepoError:
-        why = f"accept its terms on {page(repository)}, then `hf auth login`"
+        why = f"accept its terms on {constants.ENDPOINT}/{repository}, then `hf auth login`"
     except RepositoryNotFoundError:
         why = "the hub has no such repository, or a private one: check the name, or `hf auth login`"
     except (EntryNotFoundError, OSError, ValueError) as error:
@@ -77,13 +76,6 @@ def hub_file(repository: str, file: str) -> Path:
         else:
             why = f"{first_line(error)}; check the name and your connection, or pass a local folder"
     raise UserError(f"model {repository!r} cannot be read from the hub: {why}")
-
-
-def page(repository: str) -> str:
-    """Return where people read about a repository."""
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repository}"
 
 
 def is_downloaded(repository: str, file: str) -> bool:

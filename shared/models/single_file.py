@@ -6,8 +6,6 @@ the published configurations of the families; diffusers' own inference from the 
 family.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,10 +105,9 @@ def load_part(kind: Any, source: str, part: str, dtype: torch.dtype = torch.floa
             source, config=str(folder), subfolder=part, torch_dtype=dtype, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
-        first = first_line(error)
         raise UserError(
-            f"no {part} can be read from {source} ({first}); if its architecture is its own, put "
-            f"{part}/config.json into the folder {Path(source).with_suffix('')}"
+            f"no {part} can be read from {source} ({first_line(error)}); if its architecture is "
+            f"its own, put {part}/config.json into the folder {Path(source).with_suffix('')}"
         ) from None
     return whole(model, source, part)
 

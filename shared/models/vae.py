@@ -1,7 +1,5 @@
 """The VAE both stages use: prep encodes with it, train decodes previews with it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +27,7 @@ def load_vae(source: str) -> AutoencoderKL:
     One that `save_rescaled` wrote comes back as it was. Raises UserError where there is none.
     """
     if is_single_file(source):
-        vae = load_part(AutoencoderKL, source, "vae")
-        return _ready(vae, source)
+        return _ready(load_part(AutoencoderKL, source, "vae"), source)
     if not Path(source).is_dir():
         if source.count("/") != 1:
             raise UserError(
@@ -42,8 +39,7 @@ def load_vae(source: str) -> AutoencoderKL:
         folder = _subfolder(source)
         rescale = _find(source, folder, RESCALE_FILE)
     except (OSError, ValueError) as error:
-        first = first_line(error)
-        raise UserError(f"no VAE can be read from {source!r} ({first})") from None
+        raise UserError(f"no VAE can be read from {source!r} ({first_line(error)})") from None
     vae = load_whole(
         AutoencoderKL.from_pretrained, source, "VAE",
         subfolder=folder, torch_dtype=torch.float32, use_safetensors=True,

@@ -5,8 +5,6 @@ file or the new one and at worst a stray in `tmp/`, which the next run sweeps. B
 is uploaded whole instead of renamed: object storage shows nobody a part of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -129,7 +127,7 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 
 def sync_folder(folder: Place) -> None:
-    """fsync a folder, so that a rename in it survives a power cut; object storage has none."""
+    """Fsync a folder, so that a rename in it survives a power cut; object storage has none."""
     if not isinstance(folder, Path):
         return
     fd = os.open(folder, os.O_RDONLY)

@@ -1,7 +1,5 @@
 """A small file that several processes read, change and write: no change is lost."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -13,9 +11,8 @@ from shared.storage.files import create_exclusively, guard, publish
 from shared.storage.reading import read_if_there
 from shared.storage.urls import Place, RemotePlace
 
-Change = Callable[
-    [bytes | None], bytes | None
-]  # None for a file that is not there, and to leave it
+# None for a file that is not there, and to leave it.
+Change = Callable[[bytes | None], bytes | None]
 
 
 def update(path: Place, change: Change, tmp: Path) -> None:

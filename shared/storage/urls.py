@@ -100,13 +100,10 @@ class RemotePlace(ProxyUPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the file."""
-        if not self.exists():
-            if not missing_ok:
-                raise self._absent()
-            return
         try:
+            self.stat()  # S3 removes what is not there without a word
             self._attempt(lambda: self.fs.rm_file(self.path))
-        except FileNotFoundError:  # another was faster
+        except FileNotFoundError:  # never there, or another was faster
             if not missing_ok:
                 raise
 
@@ -171,11 +168,9 @@ class RemotePlace(ProxyUPath):
             if is_mistake(error):
                 raise
             if is_absence(error):
-                raise self._absent() from error
+                absent = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+                raise absent from error
             raise self._refused(error) from None
-
-    def _absent(self) -> FileNotFoundError:
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
 
     def _refused(self, error: Exception) -> UserError:
         return UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any
 
@@ -41,13 +41,8 @@ class Batch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """A copy on `device`; on the CPU the batch itself."""
-        return Batch(
-            **{
-                f.name: None if (value := getattr(self, f.name)) is None
-                else value.to(device, non_blocking=non_blocking)
-                for f in fields(self)
-            }
-        )  # fmt: skip
+        moved = {n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,10 @@ def allocate(layouts: Sequence[Layout], channels: int, size: int, pinned: bool) 
     for table in tables:
         parts = {n: memory[n][: prod(shape)].view(shape) for n, (shape, _) in table.items()}
         arrays = {name: part.numpy() for name, part in parts.items()}
-        batch = Batch(**{field.name: parts.get(field.name) for field in fields(Batch)})
+        batch = Batch(
+            parts["latents"], parts["prompt_embeds"], parts.get("pooled_prompt_embeds"),
+            parts.get("time_ids"), parts["noise"], parts["index"], parts["w"],
+        )  # fmt: skip
         stored = {"latents": arrays["raw"]} | {n: arrays[n] for n in TEXT if n in arrays}
         views = {name: [memoryview(row).cast("B") for row in stored[name]] for name in stored}
         slots.append(Slot(batch, arrays, views))

@@ -74,7 +74,7 @@ class Artist:
         return replace(self, spacings=spacings)
 
     def spacing(self, sampler: str, steps: int) -> str:
-        """diffusers' `timestep_spacing` of a row; "trailing" unless another was chosen."""
+        """Return diffusers' `timestep_spacing` of a row; "trailing" unless another was chosen."""
         return self.spacings.get((sampler, steps), "trailing")
 
     def draw(self, sampler: str, steps: int, texts: TextEmbeds, seeds: Sequence[int]) -> Tensor:

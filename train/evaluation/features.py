@@ -18,10 +18,11 @@ HIGH_FREQUENCY = 0.25  # cycles per pixel; the Nyquist limit is 0.5
 
 
 def features(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """`[N, 64]` of RGB pictures `[N, H, W, 3]`: per cell of a 4 x 4 grid the mean colour (48
-    numbers) and the root mean square of the luma gradient (16), in percent of the full range.
+    """Return `[N, 64]` features of RGB pictures `[N, H, W, 3]`, in percent of the full range.
 
-    Colours and their places are in the first part, edges and their loss to blur in the second.
+    Of each cell of a 4 x 4 grid the mean colour (48 numbers), then the root mean square of the luma
+    gradient (16). Colours and their places are in the first part, edges and their loss to blur in
+    the second.
     """
     return np.concatenate([_features(portion) for portion in portions(images)])
 

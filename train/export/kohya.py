@@ -59,7 +59,7 @@ def kohya_metadata(unet: Denoiser, tensors: Mapping[str, Tensor]) -> dict[str, s
 
 
 def kohya_tensors(adapter: Mapping[str, Tensor], unet: Denoiser) -> dict[str, Tensor]:
-    """peft's tensors of a UNet (`PATH.lora_A.weight`, `PATH.lora_B.weight`) under kohya's names.
+    """Rename peft's tensors of a UNet (`PATH.lora_A.weight`, `PATH.lora_B.weight`) as kohya's are.
 
     Every `alpha` is its module's rank, so that a strength of 1 is what the weights say. For SDXL,
     paths become those of the original checkpoint; raises UserError for one that has no

@@ -133,6 +133,6 @@ def load_student(
 
 
 def variant(unet: Path) -> str | None:
-    """diffusers' name for the weights to take of an exported UNet: those in fp32 if it has them."""
+    """Return which of an exported UNet's weights diffusers shall take: None for fp32, if there."""
     only_half = not (unet / UNET_FILES["fp32"]).is_file() and (unet / UNET_FILES["fp16"]).is_file()
     return "fp16" if only_half else None

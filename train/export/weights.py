@@ -64,7 +64,7 @@ def write_lora(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:
 
 
 def folded_adapter(unet: Denoiser) -> dict[str, Tensor]:
-    """peft's tensors, `PATH.lora_A.weight` and `PATH.lora_B.weight`, fp32 on the CPU.
+    """Return peft's tensors, `PATH.lora_A.weight` and `PATH.lora_B.weight`, fp32 on the CPU.
 
     lora_B @ lora_A is what the adapter adds to a layer: alpha / rank is part of lora_B.
     """

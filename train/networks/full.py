@@ -1,6 +1,4 @@
-"""A full student of a distillation: a UNet of its own that is told the guidance, its average, and
-the teacher.
-"""
+"""A full student of a distillation: a UNet that is told the guidance, its average, the teacher."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def asked(name: str) -> bool:
 
 
 def apply_fsdp(unet: Denoiser, plugin: FullyShardedDataParallelPlugin) -> None:
-    """torch's fully_shard on every block, then on what is left.
+    """Apply torch's fully_shard to every block, then to what is left.
 
     Of the plugin count `--fsdp_reshard_after_forward` and `--fsdp_offload_params`.
     """

@@ -5,8 +5,6 @@ settings. It raises UsageError, which goes on behind the flag's name, for one th
 here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,14 +34,20 @@ class Reader:
 Taken = str | Switch | Reader
 
 
-def _optimizer(value: Any) -> Settings:
+def refusals(table: Mapping[str, str]) -> dict[str, str]:
+    """Return what to use instead by flag; a key of the table is one flag, or several."""
+    return {name: why for names, why in table.items() for name in names.split()}
+
+
+def optimizer(value: Any) -> Settings:
+    """Read `AdamW8bit` as a switch beside AdamW."""
     kinds = {"adamw": False, "adamw8bit": True}
     if str(value).lower() not in kinds:
         raise UsageError(f"{value!r} is not offered; AdamW and AdamW8bit are (--use-8bit-adam)")
     return {"use_8bit_adam": kinds[str(value).lower()]}
 
 
-def _square(value: Any) -> Settings:
+def square(value: Any) -> Settings:
     """Read `512,512` and `[512, 512]` as 512."""
     sides = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
     if len(sides) == 1:
@@ -61,7 +65,7 @@ def _square(value: Any) -> Settings:
     return {"resolution": numbers[0]}
 
 
-def _warmup(value: Any) -> Settings:
+def warmup(value: Any) -> Settings:
     """Read a whole number of steps; kohya's fraction of them is refused."""
     try:
         fraction = "." in str(value) and 0 < float(value) < 1
@@ -72,30 +76,25 @@ def _warmup(value: Any) -> Settings:
     return {"lr_warmup_steps": value}
 
 
-def _network(value: Any) -> Settings:
+def network(value: Any) -> Settings:
+    """Read kohya's module for a LoRA, the only one that is taken."""
     if value != "networks.lora":
         raise UsageError(f"{value!r} is not offered; networks.lora is, as --student lora")
     return {"student": "lora"}
 
 
-def _prompts(value: Any) -> Settings:
+def prompts(value: Any) -> Settings:
+    """Read one prompt as a list of one."""
     return {"validation_prompts": [value] if isinstance(value, str) else value}
 
 
-def _trackers(value: Any) -> Settings:
+def trackers(value: Any) -> Settings:
+    """Read one tracker's name, or `all`."""
     both = ["tensorboard", "wandb"]  # which kohya calls all
     names = [value] if isinstance(value, str) else value
     return {"report_to": both if value == "all" else names}
 
 
-def _repository(value: Any) -> Settings:
+def repository(value: Any) -> Settings:
+    """Read a repository as the wish to publish there."""
     return {"push_to_hub": True, "hub_model_id": value}
-
-
-optimizer = Reader("use_8bit_adam", _optimizer)
-square = Reader("resolution", _square)
-warmup = Reader("lr_warmup_steps", _warmup)
-network = Reader("student", _network)
-prompts = Reader("validation_prompts", _prompts)
-trackers = Reader("report_to", _trackers)
-repository = Reader("hub_model_id", _repository)
