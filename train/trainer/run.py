@@ -77,7 +77,7 @@ class Distillation:
             whole = checkpoint.Checkpoint(state, networks, optimizer)
             limit = self.config.checkpoints_total_limit
             folder = checkpoint.save_checkpoint(self.config.run, whole, limit)
-            self.recorder.say(f"saved {folder}")
+            self.recorder.progress.write(f"saved {folder}")
         self.distributed.wait()
 
     def _check_weights(self) -> None:
@@ -97,8 +97,8 @@ class Distillation:
             columns = self.previews.draw(self.student.drawing())
             if self.distributed.main:
                 path, sheet = self.previews.write(columns, self.step)
-                self.recorder.picture(self.step, sheet)
-                self.recorder.say(f"drew {path}")
+                self.recorder.trackers.picture("previews", sheet, self.step)
+                self.recorder.progress.write(f"drew {path}")
             self.distributed.wait()
 
     def export(self) -> None:
