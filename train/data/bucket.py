@@ -18,7 +18,7 @@ from shared.cache.layout import BLOCK, Layout
 from shared.cache.manifest import Manifest
 from shared.cache.units import Shard
 from shared.errors import UserError
-from train.data.local import LocalReader, Reader, Span
+from train.data.local import LocalReader, Span
 from train.data.local_cache import KeepingReader, LocalCache
 from train.data.remote import RemoteReader
 
@@ -223,7 +223,7 @@ def samples_of(shard: Shard, heldout: bool) -> int:
 
 def _open_reader(
     paths: Sequence[Any], stride: int, shards: Sequence[Shard], local: LocalCache | None
-) -> Reader:
+) -> LocalReader | RemoteReader | KeepingReader:
     if isinstance(paths[0], Path):
         return LocalReader(paths, stride)
     remote = RemoteReader(paths[0].fs, [path.path for path in paths], list(map(str, paths)), stride)
