@@ -106,8 +106,7 @@ def prepare(config: RunConfig) -> Distillation:
     )
     if distributed.main:
         note_small_buckets(loader)
-        lines = plan(config, parameters, loader, resumed, distributed.world, run.learning_rate)
-        print(lines, file=sys.stderr)
+        print(plan(run, resumed), file=sys.stderr)
         if not config.dry_run:
             run.branch = start_run_folder(config, model, resumed, latest)
     distributed.wait()
