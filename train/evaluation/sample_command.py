@@ -39,7 +39,7 @@ def draw_prompts(config: SampleConfig) -> None:
     run = newest_student(config.run)
     refuse_guidance(config, run_config(run))
     artist = open_artist(run, config)
-    steps = config.steps or artist.objective.sampler.steps
+    steps = config.steps or objective_of(artist.config).sampler.steps
     most = most_steps(artist.config, artist.scheduler_config)
     if steps > most:
         raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")

@@ -107,12 +107,7 @@ def header(origin: Provenance) -> str:
         base_model=hub_id(origin),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[
-            "text-to-image",
-            "diffusers",
-            *origin.objective.card.tags,
-            *(["lora"] if origin.lora else []),
-        ],
+        tags=["text-to-image", "diffusers", *origin.objective.card.tags, *["lora"] * origin.lora],
         inference=False,  # a widget would draw with a sampler of its own
     )
     return f"---\n{data.to_yaml()}\n---"

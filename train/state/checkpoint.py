@@ -63,10 +63,6 @@ class Checkpoint:
     networks: Mapping[str, Tensor]  # `Student.state`
     optimizer: Mapping[str, Tensor]  # `optimizer_state`
 
-    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """Those of each file."""
-        return dict(zip(TENSORS, (self.networks, self.optimizer), strict=True))
-
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of an optimizer step lies."""
@@ -78,7 +74,7 @@ def save_checkpoint(run: Path, whole: Checkpoint, total_limit: int | None) -> Pa
     final = checkpoint_folder(run, whole.state.step)
     tmp = run / "tmp"
     with workshop(tmp, f"-{final.name}") as building:
-        for name, tensors in whole.tensors().items():
+        for name, tensors in ((NETWORKS, whole.networks), (OPTIMIZER, whole.optimizer)):
             publish(tensor_chunks(tensors), building / name, tmp)
         state = {**vars(whole.state), "files": file_sizes(building)}
         publish([dump_json(state)], building / STATE, tmp)
