@@ -108,6 +108,8 @@ class Bucket:
 
     def num_captions(self, numbers: Sequence[int]) -> list[int]:
         """Return how many captions these samples have. Raises UserError as `records` does."""
+        if self.layout.captions == 1:  # then no record need be read
+            return [1] * len(numbers)
         found: list[int] = []
         for number, record in zip(numbers, self.records(numbers), strict=True):
             count = record.get("num_captions")

@@ -123,9 +123,9 @@ def take(folder: Path, work: str, remedy: str, take_over: bool = False) -> None:
         file = path.open("r+b")
         try:
             lock(file, fcntl.LOCK_EX)  # before anybody sees it
-            if other := holder(folder):
-                if not take_over:
-                    raise UserError(f"{folder} is being written by {other}; {remedy}")
+            if not take_over:
+                refuse_other(folder, remedy)
+            elif other := holder(folder):
                 print(f"note: {folder} is taken over from {other}", file=sys.stderr)
             release(folder)
             move(path, folder / OWNER)
