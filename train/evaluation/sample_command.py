@@ -10,10 +10,10 @@ from shared.cache.conditioning import Conditioning, load_conditioning
 from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
-from shared.models.vae import decode_latents
 from train.config import RunConfig, SampleConfig
 from train.data.bucket import largest_bucket
 from train.evaluation.artist import open_artist
+from train.evaluation.score import decode_all
 from train.export.newest import newest_student
 from train.objectives import objective_of
 from train.sampling.pictures import write_grid, write_picture
@@ -57,7 +57,7 @@ def draw_prompts(config: SampleConfig) -> None:
         same = texts[[number] * config.num_images]
         seeds = range(config.seed, config.seed + config.num_images)
         latents = artist.draw("student", steps, same, seeds)
-        rows.append(list(decode_latents(artist.vae, latents / artist.vae.config.scaling_factor)))
+        rows.append(list(decode_all(artist, latents)))
     if len(rows) == config.num_images == 1:
         write_picture(config.output, np.asarray(rows[0][0]))
     else:
