@@ -54,14 +54,10 @@ class Held:
     owner: Owner
     file: BinaryIO
 
-    def is_ours(self) -> bool:
-        """Does `owner.json` still name this process?"""
-        return written(self.folder) == self.owner
-
     def check(self) -> None:
-        """Raise UserError where another process has taken the run."""
-        if not self.is_ours():
-            other = written(self.folder)
+        """Raise UserError where `owner.json` does not name this process any more."""
+        other = written(self.folder)
+        if other != self.owner:
             by = f"was taken over by {other}" if other else f"has lost its {OWNER}"
             raise UserError(
                 f"{self.folder} {by} while this process slept or hung; it ends here and has "
@@ -143,7 +139,7 @@ def release(folder: Path) -> None:
     ownership.taken.pop(root, None)
     if held := _held.pop(root, None):
         with held.file, guard(root):
-            if held.is_ours():
+            if written(root) == held.owner:
                 (root / OWNER).unlink(missing_ok=True)
 
 
