@@ -81,9 +81,10 @@ def few_pictures(count: int) -> str | None:
     """What to know of a Fréchet distance from `count` pictures, where they are few."""
     if count >= ENOUGH:
         return None
+    entries = FEATURE_COUNT * (FEATURE_COUNT + 1) // 2
     return (
         f"Few pictures: {count} for {FEATURE_COUNT} features, whose covariance has "
-        f"{FEATURE_COUNT * (FEATURE_COUNT + 1) // 2:,} entries. A Fréchet distance from so few is biased "
+        f"{entries:,} entries. A Fréchet distance from so few is biased "
         f"upwards and moves with the choice of captions: compare it only between rows of this "
         f"table, and take {ENOUGH} captions or more (better 1,000) to compare students."
     )

@@ -51,7 +51,8 @@ def draw_prompts(config: SampleConfig) -> None:
     config = with_prompts(config, artist.config, conditioning)
     texts = conditioning.find(config.prompt, cache)
     shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)
-    artist = artist.with_empty(conditioning.unconditional).for_shape(shape)
+    empty = conditioning.unconditional.to(artist.device)
+    artist = replace(artist, empty=empty, shape=shape)
     rows = []
     for number in range(len(config.prompt)):
         same = texts[[number] * config.num_images]
