@@ -24,10 +24,7 @@ from train.state.run_paths import recorded_cache
 
 
 def with_prompts(config: SampleConfig, run: RunConfig, conditioning: Conditioning) -> SampleConfig:
-    """The same with the prompts that the run's previews have, unless some are given.
-
-    Raises UserError where there are none.
-    """
+    """The same with the previews' prompts unless some are given. Raises UserError without any."""
     prompts = config.prompt or run.validation_prompts or conditioning.prompts[:MAX_PROMPTS]
     if not prompts:
         raise UserError("the cache has no prompts; pass --prompt")

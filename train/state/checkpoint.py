@@ -36,6 +36,7 @@ from train.state.optim import Scaler, saved
 from train.state.tensor_files import load_tensors
 
 REMEDY = "resume from another checkpoint, or restore it"
+RESUME = "--resume-from-checkpoint"
 STATE = "state.json"
 TENSORS = NETWORKS, OPTIMIZER = "networks.safetensors", "optimizer.safetensors"
 
@@ -154,8 +155,8 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: `latest` (None if there is none yet), a step or a folder.
+def find_checkpoint(run: Path, wanted: str | None, flag: str = RESUME) -> Path | None:
+    """The checkpoint that `flag` names: `latest` (None if there is none yet), a step or a folder.
 
     Raises UserError where there is no such checkpoint or it is not whole, where none is, or where
     the run has checkpoints that nobody asked to resume from.
@@ -164,7 +165,7 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
         if existing := sorted((run / "checkpoints").glob(f"step-*/{STATE}")):
             raise UserError(
                 f"{run} already holds checkpoints up to {existing[-1].parent.name}; go on with "
-                "--resume-from-checkpoint latest, or choose another --run"
+                f"{RESUME} latest, or choose another --run"
             )
         return None
     if wanted == "latest":
@@ -178,16 +179,16 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
         for folder, problem in damaged.items():
             print(f"note: {folder} is damaged ({problem}) and left out", file=sys.stderr)
         return latest_checkpoint(run)
-    folder = named_checkpoint(run, wanted)
+    folder = named_checkpoint(run, wanted, flag)
     if problem := damage(folder):
         raise UserError(
-            f"--resume-from-checkpoint {folder}: not a whole checkpoint ({problem}); "
+            f"{flag} {folder}: not a whole checkpoint ({problem}); "
             "choose another, or latest for the last whole one"
         )
     return folder
 
 
-def named_checkpoint(run: Path, wanted: str) -> Path:
+def named_checkpoint(run: Path, wanted: str, flag: str) -> Path:
     """The folder that `step-N`, diffusers' `checkpoint-N`, N or a path means.
 
     Raises UserError, naming those that there are, where the run has none of that step.
@@ -202,7 +203,7 @@ def named_checkpoint(run: Path, wanted: str) -> Path:
     if not found.exists():
         others = ", ".join(path.name for path in whole_checkpoints(run)) or "none yet"
         raise UserError(
-            f"--resume-from-checkpoint {wanted}: {run} has no checkpoint of step {named[1]}; "
+            f"{flag} {wanted}: {run} has no checkpoint of step {named[1]}; "
             f"choose of those it has ({others}), or latest"
         )
     return found

@@ -39,7 +39,9 @@ def export_checkpoint(run: Path, config: ExportConfig) -> Path:
     """
     check_push(config, run)
     stored = run_config(run)
-    checkpoint = wanted_checkpoint(run, config.checkpoint)
+    checkpoint = find_checkpoint(run, config.checkpoint, "--checkpoint")
+    if checkpoint is None:
+        raise UserError(f"{run} has no checkpoint yet")
     folder = config.output or run
     with guard(folder):
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
@@ -57,14 +59,3 @@ def export_checkpoint(run: Path, config: ExportConfig) -> Path:
     path = write_export(run, origin, student.exported(), folder, config.export_dtype, latest)
     publish_export(run, origin, folder, config, latest)
     return path
-
-
-def wanted_checkpoint(run: Path, wanted: str) -> Path:
-    """The checkpoint to export. Raises UserError where there is none."""
-    try:
-        folder = find_checkpoint(run, wanted)
-    except UserError as error:  # which names the flag of `distill`
-        raise UserError(str(error).replace("--resume-from-checkpoint", "--checkpoint")) from None
-    if folder is None:
-        raise UserError(f"{run} has no checkpoint yet")
-    return folder
