@@ -227,10 +227,7 @@ def is_constant(values: NDArray[np.float16]) -> bool:
 
 
 def finish_latents(
-    raw: NDArray[np.float16],
-    noise: NDArray[np.float32] | None,
-    scaling_factor: float,
-    into: Tensor,
+    raw: NDArray[np.float16], noise: NDArray[np.float32] | None, scaling_factor: float, into: Tensor
 ) -> None:
     """Make x0 `[C, h, w]` of the stored mean, or mean and logvar: sampled and scaled in fp32."""
     values: NDArray[np.float16] | NDArray[np.float32] = raw

@@ -41,10 +41,7 @@ class LocalReader:
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        stride: int,
-        remedy: str = "`prep verify` lists the damage",
+        self, paths: Sequence[Path], stride: int, remedy: str = "`prep verify` lists the damage"
     ) -> None:
         self.paths, self.stride, self.remedy = paths, stride, remedy
         # A file closes itself when it has left this cache and no thread reads it any more.

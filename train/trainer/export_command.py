@@ -13,11 +13,7 @@ from train.export.newest import newest_checkpoint
 from train.export.provenance import of_recorded
 from train.export.student import publish_export, write_export
 from train.networks.build import build_student
-from train.state.checkpoint import (
-    find_checkpoint,
-    latest_checkpoint,
-    read_progress,
-)
+from train.state.checkpoint import find_checkpoint, latest_checkpoint, read_progress
 from train.state.owner import owning
 from train.state.restore import restore_networks
 from train.state.resume_checks import check_invariants, run_invariants

@@ -81,11 +81,7 @@ def plan(run: Distillation, resumed: Path | None) -> str:
 
 
 def print_memory(
-    config: RunConfig,
-    accumulation: int,
-    model: Model,
-    manifest: Manifest,
-    distributed: Distributed,
+    config: RunConfig, accumulation: int, model: Model, manifest: Manifest, distributed: Distributed
 ) -> None:
     """On a GPU, print what the largest latents will take, before anything is loaded there.
 

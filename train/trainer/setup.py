@@ -126,10 +126,7 @@ def settled(config: RunConfig) -> RunConfig:
 
 
 def check_resumed(
-    folder: Path,
-    before: checkpoint.TrainingState,
-    invariants: dict[str, Any],
-    config: RunConfig,
+    folder: Path, before: checkpoint.TrainingState, invariants: dict[str, Any], config: RunConfig
 ) -> None:
     """Raise UserError where a checkpoint is another run's, or further than this one is to go."""
     check_invariants(folder, before.terms, invariants)
