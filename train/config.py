@@ -20,10 +20,9 @@ from train import flag_groups as groups
 
 @dataclass(frozen=True)
 class DistillConfig(
-    groups.PublishFlags, groups.MachineFlags, groups.ReportFlags, groups.CheckpointFlags,
-    groups.SpeedFlags, groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags,
-    groups.FullStudentFlags, groups.SolverFlags, groups.OptimizerFlags, groups.TrainingFlags,
-    groups.ModelFlags,
+    groups.PublishFlags, groups.MachineFlags, groups.ProgressFlags, groups.SpeedFlags,
+    groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags, groups.FullStudentFlags,
+    groups.SolverFlags, groups.OptimizerFlags, groups.RunFlags,
 ):  # fmt: skip
     """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 

@@ -30,8 +30,8 @@ def names_of(*groups: type) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class ModelFlags:
-    """What a run is made from, and its folder."""
+class RunFlags:
+    """What a run is made from, its folder; what is trained, how, and for how long."""
 
     model: NameOrPath | None = None
     """The teacher: sd15, sd21, sdxl, tiny-sd, tiny-xl, a diffusers folder, a hub id or a file. sdxl
@@ -44,12 +44,6 @@ class ModelFlags:
     given, followed by the flags that differ from the defaults."""
     vae: NameOrPath | None = None
     """The VAE that decodes pictures, if the cache was made with another VAE than the model's."""
-
-
-@dataclass(frozen=True)
-class TrainingFlags:
-    """What is trained, how, and for how long."""
-
     student: Literal["lora", "full"] = "lora"
     """lora: adapters on the teacher. full: a UNet of its own, for lcd with guidance and EMA."""
     objective: ObjectiveName = "lcd"
@@ -179,8 +173,8 @@ class SpeedFlags:
 
 
 @dataclass(frozen=True)
-class CheckpointFlags:
-    """When a run is saved, and where it goes on."""
+class ProgressFlags:
+    """When a run is saved and where it goes on; what it shows meanwhile."""
 
     checkpointing_steps: Natural = 500
     """Steps between checkpoints; 0 for the last one alone."""
@@ -190,12 +184,6 @@ class CheckpointFlags:
     """latest, step-N, or the folder of a checkpoint. The same command goes on by itself."""
     take_over: bool = False
     """Take the run over from a process that hangs."""
-
-
-@dataclass(frozen=True)
-class ReportFlags:
-    """What a run leaves to look at."""
-
     validation_steps: Natural = 250
     """Steps between preview pictures; 0 for none."""
     validation_prompts: tuple[str, ...] = ()

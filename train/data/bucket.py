@@ -18,7 +18,7 @@ from shared.cache.layout import BLOCK, Layout
 from shared.cache.manifest import Manifest
 from shared.cache.units import Shard
 from shared.errors import UserError
-from train.data.local import LocalReader, Reader, Span
+from train.data.local import LocalReader, Span
 from train.data.local_cache import KeepingReader, LocalCache
 from train.data.remote import RemoteReader
 
@@ -108,6 +108,8 @@ class Bucket:
 
     def num_captions(self, numbers: Sequence[int]) -> list[int]:
         """Return how many captions these samples have. Raises UserError as `records` does."""
+        if self.layout.captions == 1:  # then no record need be read
+            return [1] * len(numbers)
         found: list[int] = []
         for number, record in zip(numbers, self.records(numbers), strict=True):
             count = record.get("num_captions")
@@ -223,7 +225,7 @@ def samples_of(shard: Shard, heldout: bool) -> int:
 
 def _open_reader(
     paths: Sequence[Any], stride: int, shards: Sequence[Shard], local: LocalCache | None
-) -> Reader:
+) -> LocalReader | RemoteReader | KeepingReader:
     if isinstance(paths[0], Path):
         return LocalReader(paths, stride)
     remote = RemoteReader(paths[0].fs, [path.path for path in paths], list(map(str, paths)), stride)

@@ -138,7 +138,7 @@ class Loader:
         number, ids, positions = self.order.rank_batch(index, self.rank, self.world)
         bucket, slot, samples = self.buckets[number], slots[number], ids.tolist()
         drawn = []
-        captions = self._num_captions(bucket, samples)
+        captions = bucket.num_captions(samples)
         for position, num_captions in zip(positions.tolist(), captions, strict=True):
             rng = generator(self.spec, position)
             drawn.append((rng, choose(self.spec, rng, num_captions)))
@@ -178,12 +178,6 @@ class Loader:
             read += [slot.arrays[name][row] for name in texts if name in slot.arrays]
         if wrong := fault(read, self.latents.channels):
             raise UserError(f"{bucket.name(sample)} holds {wrong}; see `prep verify`")
-
-    def _num_captions(self, bucket: Bucket, samples: list[int]) -> list[int]:
-        # Where one caption is kept, the record need not be read to know how many there are.
-        if bucket.layout.captions == 1:
-            return [1] * len(samples)
-        return bucket.num_captions(samples)
 
     def _allocate(self) -> list[Slot]:
         layouts = [bucket.layout for bucket in self.buckets]
@@ -233,10 +227,7 @@ def is_constant(values: NDArray[np.float16]) -> bool:
 
 
 def finish_latents(
-    raw: NDArray[np.float16],
-    noise: NDArray[np.float32] | None,
-    scaling_factor: float,
-    into: Tensor,
+    raw: NDArray[np.float16], noise: NDArray[np.float32] | None, scaling_factor: float, into: Tensor
 ) -> None:
     """Make x0 `[C, h, w]` of the stored mean, or mean and logvar: sampled and scaled in fp32."""
     values: NDArray[np.float16] | NDArray[np.float32] = raw

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from shared.errors import UserError
 
@@ -34,37 +34,21 @@ class Span(NamedTuple):
             start += len(into)
 
 
-class Reader(Protocol):
-    """Reads spans of a bucket's shards; safe to use from several threads."""
-
-    def start(self, spans: Sequence[Span]) -> list[Span]:
-        """Start reading without waiting; returns the spans that `finish` must still be given."""
-
-    def finish(self, spans: Sequence[Span]) -> None:
-        """Wait until these are filled. Raises UserError, naming the sample, where one cannot be."""
-
-    def peek(self, spans: Sequence[Span]) -> None:
-        """Fill what will not be asked for again. Raises UserError as `finish` does."""
-
-    def close(self) -> None:
-        """Give files back; what is read afterwards opens them anew."""
-
-
 class LocalReader:
-    """Reads local shards with `preadv`; `remedy` ends the sentence where one is damaged."""
+    """Reads local shards with `preadv`; `remedy` ends the sentence where one is damaged.
+
+    Like the other readers it is safe to use from several threads.
+    """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        stride: int,
-        remedy: str = "`prep verify` lists the damage",
+        self, paths: Sequence[Path], stride: int, remedy: str = "`prep verify` lists the damage"
     ) -> None:
         self.paths, self.stride, self.remedy = paths, stride, remedy
         # A file closes itself when it has left this cache and no thread reads it any more.
-        self._file = lru_cache(OPEN_FILES)(lambda shard: _File(self.paths[shard]))
+        self._file = lru_cache(OPEN_FILES)(lambda shard: OpenFile(self.paths[shard], os.O_RDONLY))
 
     def start(self, spans: Sequence[Span]) -> list[Span]:
-        """Fill what lies in the page cache; ask the disk for everything else at once."""
+        """Fill what lies in the page cache; ask the disk at once for the rest, and return that."""
         rest = list(spans) if NOWAIT is None else self._fill_from_page_cache(spans, NOWAIT)
         if hasattr(os, "posix_fadvise"):
             for span in rest:
@@ -88,7 +72,7 @@ class LocalReader:
         return rest
 
     def finish(self, spans: Sequence[Span]) -> None:
-        """Read, waiting for the disk."""
+        """Read, waiting for the disk. Raises UserError, naming the sample, where it cannot."""
         for span in spans:
             try:
                 file = self._file(span.shard)
@@ -114,16 +98,16 @@ class LocalReader:
         return f"{self.paths[span.shard]} sample {span.offset // self.stride}"
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; what is read afterwards opens them anew."""
         self._file.cache_clear()
 
 
-class _File:
+class OpenFile:
     """A file descriptor that is closed with its last user."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flags: int) -> None:
         self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY)
+        self.fd = os.open(path, flags, 0o644)
 
     def __del__(self) -> None:
         if self.fd >= 0:

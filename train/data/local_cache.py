@@ -20,7 +20,7 @@ from shared.cache.units import Shard
 from shared.errors import UserError
 from shared.storage.files import free_bytes
 from shared.wording import size_of
-from train.data.local import OPEN_FILES, LocalReader, Span
+from train.data.local import OPEN_FILES, LocalReader, OpenFile, Span
 from train.data.remote import RemoteReader
 
 SYNCED_AFTER = 512  # samples kept before they are fsynced and marked
@@ -36,7 +36,7 @@ class LocalCache:
         except OSError as error:
             raise UserError(f"--local-cache {folder}: {error.strerror}; choose another") from None
         self.folder, self.full = folder, False
-        self._file = lru_cache(OPEN_FILES)(_KeptFile)
+        self._file = lru_cache(OPEN_FILES)(lambda path: OpenFile(path, os.O_RDWR | os.O_CREAT))
         self._fresh: dict[tuple[Path, int], set[int]] = {}  # written, but not yet marked
         self._lock, self._syncing = threading.Lock(), threading.Lock()
 
@@ -64,7 +64,7 @@ class LocalCache:
         if sample in self._fresh.get(key, ()):
             return True
         try:
-            file = self._file(*key)  # held, for else it might be closed while it is read
+            file = self._file(key[0])  # held, for else it might be closed while it is read
             return os.pread(file.fd, 1, shard.size + sample) == WHOLE
         except OSError as error:
             self._stop(error)
@@ -76,7 +76,7 @@ class LocalCache:
             return
         key = (self.path(shard), shard.size)
         try:
-            file = self._file(*key)
+            file = self._file(key[0])
             _write(file.fd, data, sample * len(data))
         except OSError as error:
             self._stop(error)
@@ -94,7 +94,7 @@ class LocalCache:
                 with self._lock:
                     written = sorted(self._fresh[key])
                 try:
-                    file = self._file(*key)
+                    file = self._file(key[0])
                     os.fdatasync(file.fd)
                     for sample in written:
                         _write(file.fd, WHOLE, key[1] + sample)
@@ -112,18 +112,6 @@ class LocalCache:
                 "read from afar every time",
                 file=sys.stderr,
             )
-
-
-class _KeptFile:
-    """A shard's kept samples, open for reading and writing until its last user is gone."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
 
 
 def _write(fd: int, data: bytes | bytearray, offset: int) -> None:

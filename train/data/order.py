@@ -7,6 +7,7 @@ for every world size, batch size and number of threads, and a run resumes from o
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -74,13 +75,9 @@ class Order:
         return bucket, int(first[bucket] + slot - (ends[bucket - 1] if bucket else 0))
 
     def _epoch_of(self, index: int) -> int:
-        low, high = 0, 1
-        while self.batches_before(high) <= index:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.batches_before(middle) <= index else (low, middle)
-        return low
+        # Each bucket rounds less than a batch away, so no later epoch begins by `index`.
+        most = (index + len(self.sizes)) * self.batch_size // sum(self.sizes)
+        return bisect_right(range(most + 1), index, key=self.batches_before) - 1
 
 
 def permute(positions: Ids, size: int, key: tuple[int, ...]) -> Ids:

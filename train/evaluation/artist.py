@@ -22,8 +22,6 @@ from train.config import EvaluateConfig, RunConfig, SampleConfig
 from train.export.student import load_student
 from train.networks.cache_checks import check_fit, check_vae
 from train.networks.denoiser import Denoiser, load_unet
-from train.objectives import objective_of
-from train.objectives.objective import Objective
 from train.sampling.samplers import (
     draw_latents,
     student_sampler,
@@ -51,19 +49,10 @@ class Artist:
     shape: tuple[int, int, int] = (4, 64, 64)  # of the latents
     spacings: Spacings = field(default_factory=dict)
 
-    @property
-    def objective(self) -> Objective:
-        """Of the run."""
-        return objective_of(self.config)
-
-    def with_empty(self, empty: TextEmbeds) -> Artist:
-        """The same with the unconditional embedding."""
-        return replace(self, empty=empty.to(self.device))
-
     def with_teacher(self, empty: TextEmbeds) -> Artist:
         """The same with the teacher loaded and its unconditional embedding."""
         teacher = load_unet(self.model.source).to(self.device)
-        return replace(self.with_empty(empty), teacher=teacher)
+        return replace(self, teacher=teacher, empty=empty.to(self.device))
 
     def for_shape(self, shape: tuple[int, int, int]) -> Artist:
         """The same for latents `(C, h, w)`."""

@@ -31,6 +31,7 @@ from train.evaluation.teacher_results import (
 from train.export.model_card import update_card
 from train.export.newest import newest_student
 from train.export.weights import exported_student
+from train.objectives import objective_of
 from train.state.owner import owning
 
 STUDENT_SAMPLINGS = tuple(("student", steps) for steps in STEPS)
@@ -91,7 +92,7 @@ def pictures_at_once(config: EvaluateConfig, shape: tuple[int, int, int]) -> int
 
 def student_samplings(artist: Artist) -> Sequence[Sampling]:
     """A student of few steps is drawn in those, another as the teacher's reference is."""
-    classifier_free = artist.objective.sampler.classifier_free
+    classifier_free = objective_of(artist.config).sampler.classifier_free
     return (("student", REFERENCE[1]),) if classifier_free else STUDENT_SAMPLINGS
 
 

@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 
 # The feature space's name stands in evaluation.json; a change of the features needs a new name.
 FEATURES = "thumb48-edges16-percent"
-FEATURE_COUNT = 64
 THUMB = 4  # cells per side
-DIMENSIONS = 4 * THUMB**2  # of the features: three colours and an edge for each cell
-ENOUGH = 10 * DIMENSIONS  # pictures, for a covariance that is more than an impression
+FEATURE_COUNT = 4 * THUMB**2  # three colours and an edge for each cell
+ENOUGH = 10 * FEATURE_COUNT  # pictures, for a covariance that is more than an impression
 PORTION = 2**22  # pixels measured at once
 HIGH_FREQUENCY = 0.25  # cycles per pixel; the Nyquist limit is 0.5
 
@@ -83,9 +82,10 @@ def few_pictures(count: int) -> str | None:
     """What to know of a Fréchet distance from `count` pictures, where they are few."""
     if count >= ENOUGH:
         return None
+    entries = FEATURE_COUNT * (FEATURE_COUNT + 1) // 2
     return (
-        f"Few pictures: {count} for {DIMENSIONS} features, whose covariance has "
-        f"{DIMENSIONS * (DIMENSIONS + 1) // 2:,} entries. A Fréchet distance from so few is biased "
+        f"Few pictures: {count} for {FEATURE_COUNT} features, whose covariance has "
+        f"{entries:,} entries. A Fréchet distance from so few is biased "
         f"upwards and moves with the choice of captions: compare it only between rows of this "
         f"table, and take {ENOUGH} captions or more (better 1,000) to compare students."
     )

@@ -10,10 +10,10 @@ from shared.cache.conditioning import Conditioning, load_conditioning
 from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
-from shared.models.vae import decode_latents
 from train.config import RunConfig, SampleConfig
 from train.data.bucket import largest_bucket
 from train.evaluation.artist import open_artist
+from train.evaluation.score import decode_all
 from train.export.newest import newest_student
 from train.objectives import objective_of
 from train.sampling.pictures import write_grid, write_picture
@@ -24,10 +24,7 @@ from train.state.run_paths import recorded_cache
 
 
 def with_prompts(config: SampleConfig, run: RunConfig, conditioning: Conditioning) -> SampleConfig:
-    """The same with the prompts that the run's previews have, unless some are given.
-
-    Raises UserError where there are none.
-    """
+    """The same with the previews' prompts unless some are given. Raises UserError without any."""
     prompts = config.prompt or run.validation_prompts or conditioning.prompts[:MAX_PROMPTS]
     if not prompts:
         raise UserError("the cache has no prompts; pass --prompt")
@@ -39,7 +36,7 @@ def draw_prompts(config: SampleConfig) -> None:
     run = newest_student(config.run)
     refuse_guidance(config, run_config(run))
     artist = open_artist(run, config)
-    steps = config.steps or artist.objective.sampler.steps
+    steps = config.steps or objective_of(artist.config).sampler.steps
     most = most_steps(artist.config, artist.scheduler_config)
     if steps > most:
         raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")
@@ -51,13 +48,14 @@ def draw_prompts(config: SampleConfig) -> None:
     config = with_prompts(config, artist.config, conditioning)
     texts = conditioning.find(config.prompt, cache)
     shape = (artist.vae.config.latent_channels, *bucket.layout.latent_size)
-    artist = artist.with_empty(conditioning.unconditional).for_shape(shape)
+    empty = conditioning.unconditional.to(artist.device)
+    artist = replace(artist, empty=empty, shape=shape)
     rows = []
     for number in range(len(config.prompt)):
         same = texts[[number] * config.num_images]
         seeds = range(config.seed, config.seed + config.num_images)
         latents = artist.draw("student", steps, same, seeds)
-        rows.append(list(decode_latents(artist.vae, latents / artist.vae.config.scaling_factor)))
+        rows.append(list(decode_all(artist, latents)))
     if len(rows) == config.num_images == 1:
         write_picture(config.output, np.asarray(rows[0][0]))
     else:

@@ -55,11 +55,7 @@ def model_id(config: PublishFlags, run: Path) -> str:
 
 
 def push(
-    config: PublishFlags,
-    run: Path,
-    folder: Path,
-    student: str,
-    write_card: Callable[[str], bool],
+    config: PublishFlags, run: Path, folder: Path, student: str, write_card: Callable[[str], bool]
 ) -> str:
     """Make the repository, let `write_card` name it, upload the export; returns the address.
 

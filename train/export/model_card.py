@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -107,12 +108,7 @@ def header(origin: Provenance) -> str:
         base_model=hub_id(origin),
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[
-            "text-to-image",
-            "diffusers",
-            *origin.objective.card.tags,
-            *(["lora"] if origin.lora else []),
-        ],
+        tags=["text-to-image", "diffusers", *origin.objective.card.tags, *["lora"] * origin.lora],
         inference=False,  # a widget would draw with a sampler of its own
     )
     return f"---\n{data.to_yaml()}\n---"
@@ -144,33 +140,33 @@ def snippet(origin: Provenance, name: str, family: Family, variant: str = "") ->
     lines += f'scheduler = {scheduler}.from_pretrained({quoted(name)}, subfolder="scheduler")\n'
     parts = ["scheduler=scheduler", "torch_dtype=dtype"]
     if not lora:
-        lines += (
-            "unet = UNet2DConditionModel.from_pretrained(\n"
-            f'    {quoted(name)},\n    subfolder="unet",\n    torch_dtype=dtype,\n'
-            + (f"    variant={variant},\n" if variant else "")
-            + ")\n"
-        )
+        options = [quoted(name), 'subfolder="unet"', "torch_dtype=dtype"]
+        options += [f"variant={variant}"] if variant else []
+        lines += f"unet = {call('UNet2DConditionModel.from_pretrained', *options)}\n"
         parts.insert(0, "unet=unet")
     load = "from_pretrained"
     if is_single_file(source):
         load = "from_single_file"
         parts.insert(0, f"config={quoted(pipeline_config(source, family))}")
-    lines += (
-        f"pipe = {kind}.{load}(\n"
-        + "".join(f"    {part},\n" for part in [quoted(source), *parts])
-        + ").to(device)\n"
-    )
+    lines += f"pipe = {call(f'{kind}.{load}', quoted(source), *parts)}.to(device)\n"
     if lora:
         lines += f"pipe.load_lora_weights({quoted(name)}, weight_name={quoted(LORA_FILE)})\n"
     side = resolution(origin, family)
     built_in = lora and not sampler.classifier_free
-    return lines + (
-        f"image = pipe(\n    {quoted(prompt(origin))},\n"
-        f"    num_inference_steps={sampler.steps},\n"
-        f"    guidance_scale={1.0 if built_in else family.guidance_scale},\n"
-        f"    height={side},\n    width={side},\n).images[0]\n"
-        'image.save("picture.png")\n'
+    image = call(
+        "pipe",
+        quoted(prompt(origin)),
+        f"num_inference_steps={sampler.steps}",
+        f"guidance_scale={1.0 if built_in else family.guidance_scale}",
+        f"height={side}",
+        f"width={side}",
     )
+    return lines + f'image = {image}.images[0]\nimage.save("picture.png")\n'
+
+
+def call(function: str, *arguments: str) -> str:
+    """Python that calls a function, each argument on a line of its own."""
+    return f"{function}(\n" + "".join(f"    {one},\n" for one in arguments) + ")"
 
 
 def pipeline_config(source: str, family: Family) -> str:
@@ -240,20 +236,15 @@ def prompt(origin: Provenance) -> str:
     """One that the run was watched with, else any."""
     prompts = origin.config.validation_prompts
     if not prompts and origin.cache is not None:
-        try:
+        with contextlib.suppress(OSError, UserError):  # gone or out of reach
             prompts = load_conditioning(CachePaths(origin.cache).conditioning).prompts
-        except (OSError, UserError):  # gone or out of reach
-            prompts = ()
     return prompts[0] if prompts else ANY_PROMPT
 
 
 def resolution(origin: Provenance, family: Family) -> int:
     """The pixels that the cache was made at; the model's own where it cannot be read any more."""
-    own = Model(origin.teacher, family)
-    if origin.cache is None:
-        return native_resolution(own)
-    try:
-        manifest = open_manifest(origin.cache, check_sizes=False)
-    except (OSError, UserError):
-        return native_resolution(own)
-    return manifest.identity.preprocessing.resolution
+    if origin.cache is not None:
+        with contextlib.suppress(OSError, UserError):
+            manifest = open_manifest(origin.cache, check_sizes=False)
+            return manifest.identity.preprocessing.resolution
+    return native_resolution(Model(origin.teacher, family))

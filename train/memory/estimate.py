@@ -205,34 +205,29 @@ def forward(
     latent_size: tuple[int, int],
 ) -> Tensor:
     """A scalar of the student's forward, after the teacher's; the target's takes half of that."""
-    call = caller(unet_config, latent_size, config)
     count = config.train_batch_size
-    output = call(networks.student, count)
+    output = forward_of(networks.student, unet_config, latent_size, count)
     if objective_of(config).needs_teacher:
         with torch.no_grad():
-            call(networks.teacher, 2 * count)
+            forward_of(networks.teacher, unet_config, latent_size, 2 * count)
     return output.square().mean()
 
 
-def caller(
-    unet_config: Mapping[str, Any], latent_size: tuple[int, int], config: DistillConfig
-) -> Callable[[Denoiser, int], Tensor]:
-    """A function that calls a UNet with a batch of so many samples."""
-    channels, width = unet_config["in_channels"], unet_config["cross_attention_dim"]
-    micro = unet_config.get("addition_embed_type") == "text_time"
+def forward_of(
+    unet: Denoiser, unet_config: Mapping[str, Any], latent_size: tuple[int, int], count: int
+) -> Tensor:
+    """The output of a UNet for a batch of so many samples; `unet_config` is the teacher's."""
 
-    def call(unet: Denoiser, count: int) -> Tensor:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(count, *shape, device=META)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(count, *shape, device=META)
 
-        pooled = ids = guidance = None
-        if micro:
-            sinusoids = 6 * unet_config["addition_time_embed_dim"]
-            pooled = empty(unet_config["projection_class_embeddings_input_dim"] - sinusoids)
-            ids = empty(6)
-        if unet.config.time_cond_proj_dim is not None:
-            guidance = empty(config.unet_time_cond_proj_dim)
-        text = TextEmbeds(empty(TOKENS, width), pooled)
-        return call_unet(unet, empty(channels, *latent_size), empty().long(), text, ids, guidance)
-
-    return call
+    pooled = ids = guidance = None
+    if unet_config.get("addition_embed_type") == "text_time":
+        sinusoids = 6 * unet_config["addition_time_embed_dim"]
+        pooled = empty(unet_config["projection_class_embeddings_input_dim"] - sinusoids)
+        ids = empty(6)
+    if unet.config.time_cond_proj_dim is not None:
+        guidance = empty(unet.config.time_cond_proj_dim)
+    text = TextEmbeds(empty(TOKENS, unet_config["cross_attention_dim"]), pooled)
+    z = empty(unet_config["in_channels"], *latent_size)
+    return call_unet(unet, z, empty().long(), text, ids, guidance)

@@ -26,15 +26,15 @@ class OffloadedAverage:
     @torch.no_grad()
     def move(self, live: Mapping[str, Tensor], decay: float) -> None:
         """Towards the live weights by 1 - decay."""
-        for name, held in self.unet.state_dict().items():
-            average = self.weights[name].lerp_(live[name].cpu(), 1 - decay)
-            held.copy_(average)
+        for name, average in self.weights.items():
+            average.lerp_(live[name].cpu(), 1 - decay)
+        self.show()
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """From a checkpoint."""
+    def show(self) -> None:
+        """Round the averages into `unet`."""
         for name, held in self.unet.state_dict().items():
-            held.copy_(self.weights[name].copy_(weights[name]))
+            held.copy_(self.weights[name])
 
     def network(self) -> Denoiser:
         """The average as a network of its own, fp32 on the CPU."""

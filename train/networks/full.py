@@ -10,7 +10,7 @@ from shared.diffusion import guidance_embedding
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.networks.denoiser import Denoiser, call_unet, cond_and_uncond, load_unet
-from train.networks.dtensor import local, restore
+from train.networks.dtensor import local
 from train.networks.ema import OffloadedAverage
 from train.networks.precision import hold_frozen
 from train.networks.student import Student
@@ -74,12 +74,9 @@ class FullStudent(Student):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave, an average that is offloaded too."""
-        if self.average is None:
-            super().load_state(state)
-            return
-        for name, tensor in self.unet.state_dict().items():
-            restore(tensor, state[f"student.{name}"])
-        self.average.load({name: state[f"target.{name}"] for name in self.average.weights})
+        super().load_state(state)
+        if self.average is not None:
+            self.average.show()
 
     def drawing(self) -> Denoiser:
         """The average, as it lies on the device."""

@@ -52,23 +52,20 @@ def check_speed(
     `sizes` is how many latent sizes the cache has. Each would be compiled by itself, for minutes,
     until torch's limit leaves the rest as they are.
     """
-    if device.type != "cuda":
-        for flag, given in (("--allow-tf32", config.allow_tf32),
-                            ("--attention xformers", config.attention == "xformers")):  # fmt: skip
-            if given:
-                raise UserError(
-                    f"{flag} wants a CUDA device, this is a {device.type}; leave it out"
-                )
-    if config.compile and sizes > 1:
-        raise UserError(
-            f"--compile is for latents of one size, and the cache has {sizes}; leave it out"
-        )
+    no_cuda = device.type != "cuda" and f"wants a CUDA device, this is a {device.type}"
+    several = sizes > 1 and f"is for latents of one size, and the cache has {sizes}"
+    sharded = fsdp and "does not work on weights that FSDP has sharded"
+    for flag, given, problem in (
+        ("--allow-tf32", config.allow_tf32, no_cuda),
+        ("--attention xformers", config.attention == "xformers", no_cuda),
+        ("--compile", config.compile, several),
+        ("--offload-ema", config.offload_ema, sharded),
+        ("--use-8bit-adam", config.use_8bit_adam, sharded),
+    ):
+        if given and problem:
+            raise UserError(f"{flag} {problem}; leave it out")
     if config.compile:
         check_compiler(device)
-    for flag, given in (("--offload-ema", config.offload_ema),
-                        ("--use-8bit-adam", config.use_8bit_adam)):  # fmt: skip
-        if given and fsdp:
-            raise UserError(f"{flag} does not work on weights that FSDP has sharded; leave it out")
     if config.offload_ema and config.mixed_precision not in DTYPES:
         raise UserError(
             "--offload-ema saves memory by a half-precision copy on the device, which wants "

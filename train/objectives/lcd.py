@@ -79,7 +79,7 @@ class LCD:
             # 3. From there to t_n by one step of the guided teacher's solver.
             z_prev = self.solve(networks.teacher(z, start, batch, empty), z, start, end, batch.w)
             target = self.f(networks.target(z_prev, end, batch), z_prev, end)
-        # 4. Student and target are to say the same of both points.
+        # 4. The distance of what the student says at t_{n+k} from what the target says at t_n.
         if self.loss_type == "huber":
             return huber_distance(predicted, target, self.huber_c)
         return l2_distance(predicted, target)

@@ -18,10 +18,6 @@ class Loss(Protocol):
     """A loss with its settings."""
 
     @property
-    def schedule(self) -> Schedule:
-        """The teacher's, on the device of the batches."""
-
-    @property
     def intervals(self) -> int:
         """`batch.index` is drawn from 0 .. intervals - 1."""
 

@@ -36,6 +36,7 @@ from train.state.optim import Scaler, saved
 from train.state.tensor_files import load_tensors
 
 REMEDY = "resume from another checkpoint, or restore it"
+RESUME = "--resume-from-checkpoint"
 STATE = "state.json"
 TENSORS = NETWORKS, OPTIMIZER = "networks.safetensors", "optimizer.safetensors"
 
@@ -63,10 +64,6 @@ class Checkpoint:
     networks: Mapping[str, Tensor]  # `Student.state`
     optimizer: Mapping[str, Tensor]  # `optimizer_state`
 
-    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """Those of each file."""
-        return dict(zip(TENSORS, (self.networks, self.optimizer), strict=True))
-
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of an optimizer step lies."""
@@ -78,7 +75,7 @@ def save_checkpoint(run: Path, whole: Checkpoint, total_limit: int | None) -> Pa
     final = checkpoint_folder(run, whole.state.step)
     tmp = run / "tmp"
     with workshop(tmp, f"-{final.name}") as building:
-        for name, tensors in whole.tensors().items():
+        for name, tensors in ((NETWORKS, whole.networks), (OPTIMIZER, whole.optimizer)):
             publish(tensor_chunks(tensors), building / name, tmp)
         state = {**vars(whole.state), "files": file_sizes(building)}
         publish([dump_json(state)], building / STATE, tmp)
@@ -158,8 +155,8 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: `latest` (None if there is none yet), a step or a folder.
+def find_checkpoint(run: Path, wanted: str | None, flag: str = RESUME) -> Path | None:
+    """The checkpoint that `flag` names: `latest` (None if there is none yet), a step or a folder.
 
     Raises UserError where there is no such checkpoint or it is not whole, where none is, or where
     the run has checkpoints that nobody asked to resume from.
@@ -168,7 +165,7 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
         if existing := sorted((run / "checkpoints").glob(f"step-*/{STATE}")):
             raise UserError(
                 f"{run} already holds checkpoints up to {existing[-1].parent.name}; go on with "
-                "--resume-from-checkpoint latest, or choose another --run"
+                f"{RESUME} latest, or choose another --run"
             )
         return None
     if wanted == "latest":
@@ -182,16 +179,16 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
         for folder, problem in damaged.items():
             print(f"note: {folder} is damaged ({problem}) and left out", file=sys.stderr)
         return latest_checkpoint(run)
-    folder = named_checkpoint(run, wanted)
+    folder = named_checkpoint(run, wanted, flag)
     if problem := damage(folder):
         raise UserError(
-            f"--resume-from-checkpoint {folder}: not a whole checkpoint ({problem}); "
+            f"{flag} {folder}: not a whole checkpoint ({problem}); "
             "choose another, or latest for the last whole one"
         )
     return folder
 
 
-def named_checkpoint(run: Path, wanted: str) -> Path:
+def named_checkpoint(run: Path, wanted: str, flag: str) -> Path:
     """The folder that `step-N`, diffusers' `checkpoint-N`, N or a path means.
 
     Raises UserError, naming those that there are, where the run has none of that step.
@@ -206,7 +203,7 @@ def named_checkpoint(run: Path, wanted: str) -> Path:
     if not found.exists():
         others = ", ".join(path.name for path in whole_checkpoints(run)) or "none yet"
         raise UserError(
-            f"--resume-from-checkpoint {wanted}: {run} has no checkpoint of step {named[1]}; "
+            f"{flag} {wanted}: {run} has no checkpoint of step {named[1]}; "
             f"choose of those it has ({others}), or latest"
         )
     return found

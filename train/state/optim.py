@@ -54,11 +54,8 @@ class Scaler:
 
 def averages_of(optimizer: torch.optim.Optimizer) -> tuple[str, str]:
     """What the optimizer calls its two averages, which have their weight's shape."""
-    return (
-        ("exp_avg", "exp_avg_sq")
-        if isinstance(optimizer, torch.optim.AdamW)
-        else ("state1", "state2")
-    )
+    adamw = isinstance(optimizer, torch.optim.AdamW)
+    return ("exp_avg", "exp_avg_sq") if adamw else ("state1", "state2")
 
 
 def saved(key: str, value: Any) -> Tensor:

@@ -54,14 +54,10 @@ class Held:
     owner: Owner
     file: BinaryIO
 
-    def is_ours(self) -> bool:
-        """Does `owner.json` still name this process?"""
-        return written(self.folder) == self.owner
-
     def check(self) -> None:
-        """Raise UserError where another process has taken the run."""
-        if not self.is_ours():
-            other = written(self.folder)
+        """Raise UserError where `owner.json` does not name this process any more."""
+        other = written(self.folder)
+        if other != self.owner:
             by = f"was taken over by {other}" if other else f"has lost its {OWNER}"
             raise UserError(
                 f"{self.folder} {by} while this process slept or hung; it ends here and has "
@@ -123,9 +119,9 @@ def take(folder: Path, work: str, remedy: str, take_over: bool = False) -> None:
         file = path.open("r+b")
         try:
             lock(file, fcntl.LOCK_EX)  # before anybody sees it
-            if other := holder(folder):
-                if not take_over:
-                    raise UserError(f"{folder} is being written by {other}; {remedy}")
+            if not take_over:
+                refuse_other(folder, remedy)
+            elif other := holder(folder):
                 print(f"note: {folder} is taken over from {other}", file=sys.stderr)
             release(folder)
             move(path, folder / OWNER)
@@ -143,7 +139,7 @@ def release(folder: Path) -> None:
     ownership.taken.pop(root, None)
     if held := _held.pop(root, None):
         with held.file, guard(root):
-            if held.is_ours():
+            if written(root) == held.owner:
                 (root / OWNER).unlink(missing_ok=True)
 
 

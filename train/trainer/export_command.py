@@ -13,11 +13,7 @@ from train.export.newest import newest_checkpoint
 from train.export.provenance import of_recorded
 from train.export.student import publish_export, write_export
 from train.networks.build import build_student
-from train.state.checkpoint import (
-    find_checkpoint,
-    latest_checkpoint,
-    read_progress,
-)
+from train.state.checkpoint import find_checkpoint, latest_checkpoint, read_progress
 from train.state.owner import owning
 from train.state.restore import restore_networks
 from train.state.resume_checks import check_invariants, run_invariants
@@ -39,7 +35,9 @@ def export_checkpoint(run: Path, config: ExportConfig) -> Path:
     """
     check_push(config, run)
     stored = run_config(run)
-    checkpoint = wanted_checkpoint(run, config.checkpoint)
+    checkpoint = find_checkpoint(run, config.checkpoint, "--checkpoint")
+    if checkpoint is None:
+        raise UserError(f"{run} has no checkpoint yet")
     folder = config.output or run
     with guard(folder):
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
@@ -57,14 +55,3 @@ def export_checkpoint(run: Path, config: ExportConfig) -> Path:
     path = write_export(run, origin, student.exported(), folder, config.export_dtype, latest)
     publish_export(run, origin, folder, config, latest)
     return path
-
-
-def wanted_checkpoint(run: Path, wanted: str) -> Path:
-    """The checkpoint to export. Raises UserError where there is none."""
-    try:
-        folder = find_checkpoint(run, wanted)
-    except UserError as error:  # which names the flag of `distill`
-        raise UserError(str(error).replace("--resume-from-checkpoint", "--checkpoint")) from None
-    if folder is None:
-        raise UserError(f"{run} has no checkpoint yet")
-    return folder

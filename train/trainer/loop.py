@@ -1,4 +1,4 @@
-"""The training loop: algorithm 1 of the LCM paper, and what surrounds a step."""
+"""The training loop: algorithm 1 of the LCM paper, numbered as in `LCD`, and what surrounds it."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def take_step(run: Distillation, batches: Iterator[Batch]) -> bool:
     """Take one optimizer step with the next batch; False where fp16 gradients overflowed."""
     seed_dropout(run.config.seed, run.step + 1, run.distributed.rank)
     rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, run.config)
-    loss, norm = backward(run, next(batches))
-    taken = update(run.optimizer, run.scaler)
+    loss, norm = backward(run, next(batches))  # 1 to 4, and the gradient of 5
+    taken = update(run.optimizer, run.scaler)  # 5
     run.position += run.loader.order.batch_size
     if taken:
         run.step += 1
-        run.student.after_step()
+        run.student.after_step()  # 6
         number = run.position // run.loader.order.batch_size - 1
         run.recorder.record(run.step, number, loss, norm, rate)
     return taken

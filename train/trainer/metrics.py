@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.cli.config import to_dict
@@ -171,16 +169,6 @@ class Recorder:
         self.trackers.log(values, step)
         return f"loss {loss:.4f}, {rate_of(rate, 'sample')}"
 
-    def picture(self, step: int, sheet: NDArray[np.uint8]) -> None:
-        """Show a preview in every tracker."""
-        if self.distributed.main:
-            self.trackers.picture("previews", sheet, step)
-
-    def say(self, line: str) -> None:
-        """Print a line without disturbing the progress bar."""
-        if self.distributed.main:
-            self.progress.write(line)
-
     def diverged(self, what: str, step: int, batch: int) -> str:
         """What to say when the numbers are no longer finite, or the loss has exploded.
 
@@ -203,14 +191,9 @@ class Recorder:
             "or use --mixed-precision no"
         )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.distributed.main:
-            self.progress.__exit__(kind, error, trace)
+            self.progress.__exit__(*error)
             self.trackers.close()
             self.file.close()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from shared.cache.manifest import Manifest
@@ -23,6 +22,7 @@ from train.objectives import objective_of
 from train.state.checkpoint import TrainingState
 from train.state.resume_checks import divide
 from train.trainer.distributed import Distributed
+from train.trainer.run import Distillation
 
 
 def batches(
@@ -60,21 +60,15 @@ def with_steps(config: RunConfig, batch_size: int, samples: int) -> RunConfig:
     return replace(config, max_train_steps=math.ceil(epochs * samples / batch_size))
 
 
-def plan(
-    config: RunConfig,
-    parameters: dict[str, nn.Parameter],
-    loader: Loader,
-    resumed: Path | None,
-    world: int,
-    learning_rate: float,
-) -> str:
+def plan(run: Distillation, resumed: Path | None) -> str:
     """What is about to happen, in two lines."""
-    samples, batch = sum(loader.order.sizes), loader.order.batch_size
-    weights = sum(parameter.numel() for parameter in parameters.values())
+    config, order, world = run.config, run.loader.order, run.distributed.world
+    samples, batch = sum(order.sizes), order.batch_size
+    weights = sum(parameter.numel() for parameter in run.parameters.values())
     passes = config.max_train_steps * batch / samples
     over = f" over {world} processes" if world > 1 else ""
     origin = f"from {resumed}" if resumed else "from the teacher"
-    spec = loader.spec
+    spec = run.loader.spec
     drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
     if not objective_of(config).takes_guidance:
         drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
@@ -82,16 +76,12 @@ def plan(
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
         f"{origin}\n{counted(config.max_train_steps, 'step')} of {counted(batch, 'sample')}{over}, "
         f"{passes:.1f} passes over {counted(samples, 'sample')}, {drawn}, "
-        f"learning rate {learning_rate:g}"
+        f"learning rate {run.learning_rate:g}"
     )
 
 
 def print_memory(
-    config: RunConfig,
-    accumulation: int,
-    model: Model,
-    manifest: Manifest,
-    distributed: Distributed,
+    config: RunConfig, accumulation: int, model: Model, manifest: Manifest, distributed: Distributed
 ) -> None:
     """On a GPU, print what the largest latents will take, before anything is loaded there.
 

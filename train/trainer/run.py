@@ -56,29 +56,25 @@ class Distillation:
     def save(self) -> None:
         """Write a checkpoint, unless the weights are no longer finite. All processes enter it."""
         with self.recorder.aside():
-            self._save()
-
-    def _save(self) -> None:
-        self.recorder.flush()
-        self._check_weights()
-        networks = self.distributed.gather(self.student.state())
-        optimizer = self.distributed.gather(
-            checkpoint.optimizer_state(self.optimizer, self.parameters)
-        )
-        if self.distributed.main:
-            state = checkpoint.TrainingState(
-                step=self.step,
-                position=self.position,
-                batch_size=self.loader.order.batch_size,
-                terms=self.invariants,
-                scaler=self.scaler.state_dict(),
-                branch=self.branch,
-            )
-            whole = checkpoint.Checkpoint(state, networks, optimizer)
-            limit = self.config.checkpoints_total_limit
-            folder = checkpoint.save_checkpoint(self.config.run, whole, limit)
-            self.recorder.say(f"saved {folder}")
-        self.distributed.wait()
+            self.recorder.flush()
+            self._check_weights()
+            networks = self.distributed.gather(self.student.state())
+            optimizer = checkpoint.optimizer_state(self.optimizer, self.parameters)
+            optimizer = self.distributed.gather(optimizer)
+            if self.distributed.main:
+                state = checkpoint.TrainingState(
+                    step=self.step,
+                    position=self.position,
+                    batch_size=self.loader.order.batch_size,
+                    terms=self.invariants,
+                    scaler=self.scaler.state_dict(),
+                    branch=self.branch,
+                )
+                whole = checkpoint.Checkpoint(state, networks, optimizer)
+                limit = self.config.checkpoints_total_limit
+                folder = checkpoint.save_checkpoint(self.config.run, whole, limit)
+                self.recorder.progress.write(f"saved {folder}")
+            self.distributed.wait()
 
     def _check_weights(self) -> None:
         parts = [local(parameter).isfinite().all() for parameter in self.parameters.values()]
@@ -97,8 +93,8 @@ class Distillation:
             columns = self.previews.draw(self.student.drawing())
             if self.distributed.main:
                 path, sheet = self.previews.write(columns, self.step)
-                self.recorder.picture(self.step, sheet)
-                self.recorder.say(f"drew {path}")
+                self.recorder.trackers.picture("previews", sheet, self.step)
+                self.recorder.progress.write(f"drew {path}")
             self.distributed.wait()
 
     def export(self) -> None:

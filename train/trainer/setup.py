@@ -106,8 +106,7 @@ def prepare(config: RunConfig) -> Distillation:
     )
     if distributed.main:
         note_small_buckets(loader)
-        lines = plan(config, parameters, loader, resumed, distributed.world, run.learning_rate)
-        print(lines, file=sys.stderr)
+        print(plan(run, resumed), file=sys.stderr)
         if not config.dry_run:
             run.branch = start_run_folder(config, model, resumed, latest)
     distributed.wait()
@@ -127,10 +126,7 @@ def settled(config: RunConfig) -> RunConfig:
 
 
 def check_resumed(
-    folder: Path,
-    before: checkpoint.TrainingState,
-    invariants: dict[str, Any],
-    config: RunConfig,
+    folder: Path, before: checkpoint.TrainingState, invariants: dict[str, Any], config: RunConfig
 ) -> None:
     """Raise UserError where a checkpoint is another run's, or further than this one is to go."""
     check_invariants(folder, before.terms, invariants)

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Stop:
     def __init__(self, distributed: Distributed) -> None:
         self.flagged = False
         self.interrupted = 0.0  # when Ctrl-C came first
-        self._team = distributed
+        self._distributed = distributed
         self._former: dict[int, Any] = {}
         self._sent: tuple[torch.Tensor, Any] | None = None
         self._group = dist.new_group(backend="gloo") if distributed.world > 1 else None
@@ -54,12 +54,7 @@ class Stop:
                     self._former[number] = signal.signal(number, handler)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         if self._sent is not None and error is None:
@@ -70,9 +65,10 @@ class Stop:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.interrupted and (self._team.world == 1 or now - self.interrupted > ECHO_SECONDS):
+        echo = self._distributed.world > 1 and now - self.interrupted <= ECHO_SECONDS
+        if self.interrupted and not echo:
             raise KeyboardInterrupt
-        if not self.interrupted and self._team.main:
+        if not self.interrupted and self._distributed.main:
             line = "interrupted: what is under way is finished and saved; Ctrl-C again ends at once"
             with contextlib.suppress(RuntimeError):  # it came while something else was printed
                 print(f"\n{line}", file=sys.stderr)
