@@ -1,5 +1,7 @@
 """The user's mistakes, told in one line."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os

@@ -4,6 +4,8 @@
 apart, `storable` for columns of text.
 """
 
+from __future__ import annotations
+
 import unicodedata
 
 LONGEST = 280  # characters of a caption or key that are shown

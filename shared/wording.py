@@ -1,5 +1,7 @@
 """Numbers as people say them: counts, bytes, durations, rates. One place, so that none reads 0."""
 
+from __future__ import annotations
+
 
 def counted(count: int, what: str, plural: str = "") -> str:
     """Say `1 file`, `2,000 files`; the plural is `what` with an s unless given."""

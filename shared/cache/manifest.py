@@ -5,6 +5,8 @@ work commits by replacing its record in `units/`; until then nothing it wrote co
 is folded from the records and is all that the trainer opens.
 """
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

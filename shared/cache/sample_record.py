@@ -1,5 +1,7 @@
 """KEY.json: what of a sample's record fits into its fixed number of bytes."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from typing import Any

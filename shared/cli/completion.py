@@ -1,5 +1,7 @@
 """Tab completion of the installed commands, `distillery-prep` and `distillery-train`."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import re

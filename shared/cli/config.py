@@ -6,6 +6,8 @@ take dashes or underscores. Enumerations, ranges of numbers (shared/cli/ranges.p
 told there which flags were given.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import io

@@ -1,5 +1,7 @@
 """What `make prep SHARDS=...` and `make train` mean where they do not say more."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from shared.storage.urls import Place

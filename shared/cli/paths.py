@@ -6,6 +6,8 @@ empty text, blanks around it, a URL where only local files are used. In a URL no
 so that no file of settings sends a variable's content anywhere.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import typing

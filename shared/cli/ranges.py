@@ -3,6 +3,8 @@
 `train_batch_size: Count = 8` is all that a dataclass of flags says of it.
 """
 
+from __future__ import annotations
+
 import math
 import typing
 from typing import Annotated, Any, TypeVar

@@ -1,5 +1,7 @@
 """`--config FILE`: settings in TOML or JSON, with the same names and checks as flags have."""
 
+from __future__ import annotations
+
 import json
 import tomllib
 from pathlib import Path

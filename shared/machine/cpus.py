@@ -6,6 +6,8 @@ fewer by its scheduler, or be told by OMP_NUM_THREADS. Threads beyond that take 
 cores and wait for each other at the end of every operation: a step becomes many times slower.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Iterator, Mapping

@@ -1,5 +1,7 @@
 """Where the networks run."""
 
+from __future__ import annotations
+
 import torch
 
 from shared.errors import UserError

@@ -1,5 +1,7 @@
 """One table of model families: every "is it SDXL?" question is a field here."""
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Mapping

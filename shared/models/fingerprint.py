@@ -1,5 +1,7 @@
 """A hash of a network's weights: whether two encoders are the same, whatever file they came in."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
 

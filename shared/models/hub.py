@@ -5,6 +5,8 @@ answers is asked once a process; where it does not, the process goes on with wha
 before, as HF_HUB_OFFLINE=1 would have it.
 """
 
+from __future__ import annotations
+
 import os
 import threading
 from functools import cache

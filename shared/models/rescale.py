@@ -6,6 +6,8 @@ read it by s * s: a VAE that overflows in fp16 then fits, and in fp32 not a bit 
 changes. docs/fp16-vae.md has the argument and the measurements.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 from collections.abc import Callable, Mapping

@@ -6,6 +6,8 @@ the published configurations of the families; diffusers' own inference from the 
 family.
 """
 
+from __future__ import annotations
+
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar

@@ -1,5 +1,7 @@
 """The VAE both stages use: prep encodes with it, train decodes previews with it."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np

@@ -3,6 +3,8 @@
 diffusers and transformers only warn where a file lacks weights, and draw them at random.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

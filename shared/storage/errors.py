@@ -1,5 +1,7 @@
 """What goes wrong with files behind URLs: worth another try or not, and how to say it."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

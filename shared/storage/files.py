@@ -5,6 +5,8 @@ file or the new one and at worst a stray in `tmp/`, which the next run sweeps. B
 is uploaded whole instead of renamed: object storage shows nobody a part of it.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -4,6 +4,8 @@
 process that slept while another took over leaves the other's files alone.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Small files read whole, where what is no file, or may not be read, ends in one line."""
 
+from __future__ import annotations
+
 import os
 import stat
 from collections.abc import Iterator

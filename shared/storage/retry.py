@@ -1,5 +1,7 @@
 """One way of trying again what a network, or a server behind it, failed at."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from typing import TypeVar

@@ -11,6 +11,8 @@ has no lock: on file systems without locks, and what versions before this one na
 process.
 """
 
+from __future__ import annotations
+
 import contextlib
 import enum
 import fcntl

@@ -5,6 +5,8 @@ an error of its own. Here a file is a stream of chunks, for `shared.storage.file
 refuses in one line, and needs no second copy of the tensors in memory. Reading is safetensors' own.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

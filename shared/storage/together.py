@@ -1,5 +1,7 @@
 """Files that belong together, replaced so that nobody finds old and new ones side by side."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from pathlib import Path

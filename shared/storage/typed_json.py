@@ -1,5 +1,7 @@
 """Records read back from JSON: dataclasses whose every value is of the type that they declare."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import types

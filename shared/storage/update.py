@@ -1,5 +1,7 @@
 """A small file that several processes read, change and write: no change is lost."""
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import os

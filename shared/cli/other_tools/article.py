@@ -1,5 +1,7 @@
 """Names of plain LoRA training scripts, as tutorials have them in a JSON file of settings."""
 
+from __future__ import annotations
+
 from shared.cli.other_tools.values import Taken
 
 TAKEN: dict[str, Taken] = {

@@ -3,6 +3,8 @@
 Those not here have the same name as ours. flags.py explains the tables.
 """
 
+from __future__ import annotations
+
 from shared.cli.other_tools import values
 from shared.cli.other_tools.values import Reader, Switch, Taken, refusals
 

@@ -4,6 +4,8 @@ One module per tool has its two tables: what is TAKEN, as which of ours (values.
 REFUSED, with what to use instead. docs/flags.md lists them all.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

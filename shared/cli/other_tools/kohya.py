@@ -4,6 +4,8 @@ Those not here have the same name as ours or diffusers'. The tables are explaine
 shared/cli/other_tools/flags.py.
 """
 
+from __future__ import annotations
+
 from shared.cli.other_tools import values
 from shared.cli.other_tools.values import Reader, Switch, Taken, refusals
 

@@ -5,6 +5,8 @@ settings. It raises UsageError, which goes on behind the flag's name, for one th
 here.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
