@@ -59,7 +59,7 @@ class Contents:
 
     @property
     def psnrs(self) -> list[float]:
-        """dB of the pairs that have an original."""
+        """PSNR in dB of the pairs that have an original."""
         return [pair.psnr for pair in self.pairs if pair.psnr is not None]
 
 

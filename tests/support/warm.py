@@ -43,6 +43,10 @@ class Process:
         self.pid = int.from_bytes(_exactly(self._end, 4), "little")
         self.returncode: int | None = None
 
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", ()):
+            file.close()
+
     def poll(self) -> int | None:
         with contextlib.suppress(TimeoutError):
             return self.wait(timeout=0)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from shared.cache.layout import cache_layout
 from shared.cache.manifest import open_manifest
 from shared.cache.units import Shard
+from tests.support.draws import draw
 from train.data.bucket import first_samples, open_buckets
-from train.data.draws import DrawSpec, draw
+from train.data.draws import DrawSpec
 from train.data.order import Order
 
 SPEC = DrawSpec(7, 2, 50, 1.0, 5.0, 0.3, latent_noise=False)

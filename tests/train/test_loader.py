@@ -10,6 +10,7 @@ import torch
 import webdataset
 
 from shared.cache.manifest import open_manifest
+from tests.support.draws import draw
 from tests.support.loader import (
     SCALE,
     SENTINEL,
@@ -21,7 +22,6 @@ from tests.support.loader import (
     take,
 )
 from train.data.batch import Batch
-from train.data.draws import draw
 
 
 def stock_samples(root, bucket: int = 0) -> list[dict]:

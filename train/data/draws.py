@@ -37,23 +37,6 @@ class Choice:
     w: float
 
 
-@dataclass(frozen=True)
-class Draw(Choice):
-    """One sample's draws; the noises have the latents' shape `[C, h, w]`, fp32."""
-
-    noise: NDArray[np.float32]
-    latent_noise: NDArray[np.float32] | None
-
-
-def draw(spec: DrawSpec, position: int, num_captions: int, shape: tuple[int, ...]) -> Draw:
-    """The draws of the sample at stream position `position`."""
-    rng = generator(spec, position)
-    choice = choose(spec, rng, num_captions)
-    noise = np.empty(shape, dtype=np.float32)
-    latent_noise = draw_noises(spec, rng, noise)
-    return Draw(**vars(choice), noise=noise, latent_noise=latent_noise)
-
-
 def generator(spec: DrawSpec, position: int) -> np.random.Generator:
     """Where the draws of a position come from: first `choose`, then `draw_noises`."""
     return np.random.Generator(np.random.Philox(key=[spec.seed, position]))

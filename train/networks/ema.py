@@ -1,14 +1,23 @@
-"""A full student's average that leaves the device's memory alone (`--offload-ema`)."""
+"""The exponential moving average of a full student, on the device or off it (`--offload-ema`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.networks.denoiser import Denoiser
+from train.networks.dtensor import local
 from train.networks.precision import hold_frozen
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, live: nn.Module, decay: float) -> None:
+    """Move `average`'s weights, which may be sharded as `live`'s are, towards them by 1 - decay."""
+    averages = [local(parameter) for parameter in average.parameters()]
+    weights = [local(parameter) for parameter in live.parameters()]
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 class OffloadedAverage:

@@ -10,8 +10,7 @@ from shared.diffusion import guidance_embedding
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.networks.denoiser import Denoiser, call_unet, cond_and_uncond, load_unet
-from train.networks.dtensor import local
-from train.networks.ema import OffloadedAverage
+from train.networks.ema import OffloadedAverage, move_average
 from train.networks.precision import hold_frozen
 from train.networks.student import Student
 
@@ -61,10 +60,8 @@ class FullStudent(Student):
         """Move the average towards the student by 1 - decay."""
         if self.average is not None:
             self.average.move(self.unet.state_dict(), self.decay)
-            return
-        averages = [local(p) for p in self.target_unet.parameters()]
-        weights = [local(p) for p in self.unet.parameters()]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        else:
+            move_average(self.target_unet, self.unet, self.decay)
 
     def state(self) -> dict[str, Tensor]:
         """Student and average; the teacher is where it came from."""
