@@ -17,7 +17,7 @@ from typing import Any
 
 from prep.encode.engine import Job, Outcome, encode_unit
 from prep.encode.networks import Encoders, load_encoders
-from prep.files.blame import raised_in
+from prep.files.library_errors import raised_in
 from prep.sources.find import Unit
 from shared.cli.progress import Progress
 from shared.errors import UserError, first_line

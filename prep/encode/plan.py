@@ -16,7 +16,7 @@ from prep.encode.decode import decode_rows
 from prep.encode.networks import Encoders
 from prep.encode.samples import Decoded
 from prep.encode.settings import Settings
-from prep.filters.evidence import Evidence
+from prep.filters.checks import Evidence
 from prep.filters.filters import is_filter
 from prep.images.decode import HEIF_MISSING, reads_heif
 from prep.sources.find import SourceError, Unit, estimate_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prep.config import EncodeConfig
-from prep.encode.shuffle import Shuffle
+from prep.encode.caption_shuffle import Shuffle
 from prep.filters.filters import Filters
 from prep.images.buckets import choose_buckets
 from prep.images.crop import Framing

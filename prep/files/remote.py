@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import fsspec
 
 from prep.files.addresses import strayed
-from prep.files.blame import is_failure
+from prep.files.library_errors import is_failure
 from prep.rows.row import SourceError
 from shared.errors import UserError
 from shared.storage.errors import cause_of, known_protocol, status_of, without_password

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from prep.rows.unit import NUMBER
 from prep.sources.find import PIPE, SourceOptions, Unit, find_units, options_of
-from prep.sources.tables.opening import HUB
+from prep.sources.tables.open_dataset import HUB
 from shared.cache.units import UnitRecord
 from shared.errors import UserError
 from shared.storage.urls import is_url

@@ -25,7 +25,7 @@ from prep.sources.folders.listing import list_folder
 from prep.sources.folders.tree import walk
 from prep.sources.patterns import TARS, is_url, local_path, matches, refuse_gaps, without_sidecars
 from prep.sources.tables.hf_dataset import RangeReader, ShardReader, dataset_units
-from prep.sources.tables.opening import HUB, is_saved_dataset
+from prep.sources.tables.open_dataset import HUB, is_saved_dataset
 from prep.sources.tables.parquet import ParquetReader
 from prep.sources.tars.tar import Stream, TarReader
 from shared.errors import UserError

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from prep.files.litter import is_litter
-from prep.sources.tables.opening import HUB
+from prep.sources.tables.open_dataset import HUB
 from shared.cli.paths import local_text
 from shared.errors import UserError
 from shared.text import printable

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from prep.encode.shuffle import Shuffle
+from prep.encode.caption_shuffle import Shuffle
 from tests.support.sources import accounts, encode, prep, samples, tree, write_folder
 
 SHA, OTHER = "ab" * 32, "cd" * 32

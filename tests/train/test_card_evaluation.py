@@ -10,7 +10,8 @@ import pytest
 
 from train.config import DistillConfig, EvaluateConfig, ExportConfig
 from train.evaluation import evaluate, teacher_results
-from train.evaluation.features import DIMENSIONS, ENOUGH, features, few_pictures
+from train.evaluation.features import ENOUGH, features, few_pictures
+from train.evaluation.features import FEATURE_COUNT
 from train.trainer.export_command import export_checkpoint
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
@@ -97,7 +98,7 @@ def test_few_pictures_are_said_to_be_few(config, held, few_rows, capsys):
 
 def test_enough_pictures_need_no_word():
 
-    assert features(np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, DIMENSIONS)
+    assert features(np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, FEATURE_COUNT)
     assert few_pictures(ENOUGH) is None
     assert "biased upwards" in few_pictures(ENOUGH - 1)
 

@@ -14,8 +14,8 @@ from shared.errors import UserError
 from shared.models.family import recorded_model
 from shared.models.weights import load_whole
 from shared.storage.files import guard, publish, workshop
+from shared.storage.replace_together import replace_together
 from shared.storage.temporary import sweep
-from shared.storage.together import replace_together
 from train.config import RunConfig
 from train.export.file_guide import file_guide
 from train.export.hub import push

@@ -22,9 +22,9 @@ from shared.wording import counted
 from train.config import RunConfig
 from train.data.bucket import open_buckets
 from train.data.draws import DrawSpec
-from train.data.heads import check_heads
 from train.data.loader import LatentSpec, Loader
 from train.data.order import Order
+from train.data.shard_check import check_heads
 from train.flags import check_flags
 from train.networks.build import build_student
 from train.networks.cache_checks import check_fit

@@ -25,9 +25,16 @@ from numpy.typing import NDArray
 from prep.rows.row import Row, SourceError
 from prep.rows.unit import UNIT_ROWS, Reader, SourceOptions, Unit, count_units, unit_name
 from prep.sources.tables.column_kinds import OTHER, column_kinds, record_of
-from prep.sources.tables.opening import HUB, DatasetSource, Opened, dataset_source, say_split, told
-from prep.sources.tables.opening import load as _load
-from prep.sources.tables.opening import stream as _stream
+from prep.sources.tables.open_dataset import (
+    HUB,
+    DatasetSource,
+    Opened,
+    dataset_source,
+    say_split,
+    told,
+)
+from prep.sources.tables.open_dataset import load as _load
+from prep.sources.tables.open_dataset import stream as _stream
 from prep.sources.tables.parquet import Columns, choose_columns
 from shared.errors import UserError
 from shared.text import printable

@@ -27,7 +27,7 @@ from prep.rows.text_encoding import UnreadableText, decode_text
 from prep.rows.unit import SourceOptions
 from prep.sources.tables.cell import cell_of
 from prep.sources.tables.column_kinds import MAYBE, OTHER, PICTURE, TEXT, column_kinds, record_of
-from prep.sources.tables.linked import Home, home_of
+from prep.sources.tables.linked_pictures import Home, home_of
 from shared.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")

@@ -8,7 +8,7 @@ import pytest
 from prep.encode import engine_ray
 from prep.files import remote
 from prep.sources.find import find_units
-from prep.sources.tables import hf_dataset, opening
+from prep.sources.tables import hf_dataset, open_dataset
 from shared.errors import UserError
 from shared.storage import retry
 from tests.support.sources import encode, write_folder
@@ -59,7 +59,7 @@ def test_opening_a_dataset(tmp_path, bug):
     with mock.patch.object(hf_dataset, "_load", side_effect=bug), \
          pytest.raises(type(bug), match="ours"):  # fmt: skip
         hf_dataset.dataset_units(str(tmp_path), hf_dataset.SourceOptions())
-    with mock.patch.object(opening, "home_of", side_effect=bug), \
+    with mock.patch.object(open_dataset, "home_of", side_effect=bug), \
          mock.patch("datasets.load_from_disk"), \
          pytest.raises(type(bug), match="ours"):  # fmt: skip
         hf_dataset.dataset_units(str(tmp_path), hf_dataset.SourceOptions())

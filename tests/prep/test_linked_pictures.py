@@ -14,7 +14,7 @@ import pytest
 
 from prep.files.litter import HIDDEN
 from prep.sources.find import SourceOptions, find_units
-from prep.sources.tables.linked import MISSING, OUTSIDE, UNREACHABLE
+from prep.sources.tables.linked_pictures import MISSING, OUTSIDE, UNREACHABLE
 from shared.storage import retry
 from tests.support.sources import accounts, encode, png, refusal
 

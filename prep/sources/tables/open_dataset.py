@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prep.files.blame import raised_in
-from prep.sources.tables.linked import Home, home_of, local_folders
+from prep.files.library_errors import raised_in
+from prep.sources.tables.linked_pictures import Home, home_of, local_folders
 from shared.errors import UserError, words_of
 from shared.text import printable
 
