@@ -16,7 +16,7 @@ COMMANDS = {
     "decode": (config.DecodeConfig, command("prep.inspect.contact_sheet", "decode")),
     "stats": (config.StatsConfig, command("prep.inspect.stats", "stats")),
     "report": (config.ReportConfig, command("prep.inspect.report", "report")),
-    "gc": (config.GcConfig, command("prep.inspect.gc", "gc")),
+    "gc": (config.GcConfig, command("prep.cache.gc", "gc")),
     "pack": (config.PackConfig, command("prep.archive.pack", "pack")),
     "unpack": (config.UnpackConfig, command("prep.archive.unpack", "unpack")),
 }

@@ -18,7 +18,7 @@ from prep.encode.settings import Settings, choose_settings
 from prep.encoders.vae import posterior_matters
 from prep.filters.filters import Filters
 from prep.inspect import report
-from prep.rows.text_encoding import check_encoding
+from prep.rows.character_encoding import check_encoding
 from prep.sources.find import SourceOptions, Unit, find_units
 from prep.sources.folders.folder import repeats_in
 from shared.cache.identity import (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from shared.text import on_one_line
+from shared.sanitize import on_one_line
 
 # What to do where the operating system refuses.
 REMEDIES = {

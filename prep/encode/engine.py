@@ -29,7 +29,7 @@ from shared.cache.units import UnitRecord
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.models.family import Model
-from shared.text import on_one_line
+from shared.sanitize import on_one_line
 from shared.wording import counted, size_of
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")

@@ -1,8 +1,8 @@
 """From the rows of a unit to its samples, in stages that run at the same time.
 
 1. Reading (`Unit.rows`, in a thread): the source gives rows, bytes of a picture with captions.
-2. Decoding (prep/encode/decode.py, in several threads): a row becomes a `Decoded`, with the pixels
-   of each view, or with the latents that the cache has of its picture, or rejected.
+2. Decoding (decode_rows.py, in several threads): a row becomes a `Decoded`, with the pixels of
+   each view, or with the latents that the cache has of its picture, or rejected.
 3. Captions (prep/encode/captions.py, on a GPU in a thread): a chunk of them becomes `Embedded`.
 4. Batching (prep/encode/latents.py): pictures wait for others of their size.
 5. The VAE (prep/encode/latents.py): a batch becomes `Encoded`. It has the caller's thread, which
@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterable
 from contextlib import closing
 
 from prep.encode.captions import CaptionMemo, embed_captions
-from prep.encode.decode import decode_rows
+from prep.encode.decode_rows import decode_rows
 from prep.encode.latents import encode_pictures
 from prep.encode.networks import Encoders
 from prep.encode.prefetch import chunks, prefetch

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prep.encode.decode import decode_rows
+from prep.encode.decode_rows import decode_rows
 from prep.encode.networks import Encoders
 from prep.encode.samples import Decoded
 from prep.encode.settings import Settings

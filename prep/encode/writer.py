@@ -26,8 +26,8 @@ from shared.cache.paths import CachePaths
 from shared.cache.sums import ChannelSums
 from shared.cache.units import UnitRecord
 from shared.errors import UserError
+from shared.sanitize import storable
 from shared.storage.files import move, staged
-from shared.text import storable
 from shared.wording import counted
 
 ROW_GROUP = 4096  # rows of the accounts that are sorted and compressed at once

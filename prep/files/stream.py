@@ -17,7 +17,7 @@ from typing import BinaryIO, ClassVar, cast
 import zstandard
 
 from prep.rows.row import SourceError
-from shared.text import printable
+from shared.sanitize import printable
 
 PATIENCE = 5.0  # seconds that a command has to end when it is asked to
 ZSTD, GZIP = b"\x28\xb5\x2f\xfd", b"\x1f\x8b"

@@ -12,8 +12,8 @@ from prep.inspect.originals import Pair, draw, pairs, vae_of
 from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
+from shared.sanitize import visible
 from shared.storage.files import guard
-from shared.text import visible
 from shared.wording import counted
 
 GAP = 4

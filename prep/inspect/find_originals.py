@@ -18,8 +18,8 @@ from prep.sources.find import PIPE, SourceOptions, Unit, find_units, options_of
 from prep.sources.tables.open_dataset import HUB
 from shared.cache.units import UnitRecord
 from shared.errors import UserError
+from shared.sanitize import visible
 from shared.storage.urls import is_url
-from shared.text import visible
 
 HASH = re.compile(r"-[0-9a-f]{8}$")  # of the full source, at the end of a unit's name
 SHOWN = 80  # characters of a source

@@ -19,7 +19,7 @@ from prep.cache.accounts import accounts
 from prep.cache.random_samples import draw_indices
 from prep.config import OriginalsFlags
 from prep.encode.caption_shuffle import Shuffle
-from prep.encode.decode import decode_row
+from prep.encode.decode_rows import decode_row
 from prep.encode.settings import Settings
 from prep.encode.writer import sample_key
 from prep.images.crop import Framing

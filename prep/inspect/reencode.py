@@ -12,7 +12,7 @@ from prep.cache.reuse import NOTHING
 from prep.config import VerifyConfig
 from prep.encode import latents
 from prep.encode.captions import CaptionMemo, embed_chunk
-from prep.encode.decode import decode_row
+from prep.encode.decode_rows import decode_row
 from prep.encode.identity import same_encoder
 from prep.encode.networks import Encoders, VaeChoice, load_encoders
 from prep.encode.samples import Decoded, Encoded

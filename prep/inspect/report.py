@@ -35,9 +35,9 @@ from prep.rows.unit import Unit
 from shared.cache.manifest import Manifest, check_shards, open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
+from shared.sanitize import visible
 from shared.storage.files import dump_json, publish
 from shared.storage.temporary import sweep
-from shared.text import visible
 from shared.wording import percent, size_of
 
 PICTURES = 12

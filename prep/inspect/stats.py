@@ -23,9 +23,9 @@ from shared.cache.paths import CachePaths
 from shared.cache.sums import ChannelSums
 from shared.cache.units import UnitRecord
 from shared.errors import UserError
+from shared.sanitize import visible
 from shared.storage.files import load_record
 from shared.storage.typed_json import typed
-from shared.text import visible
 from shared.wording import counted, duration, percent, rate, size_of
 
 SOURCES_SHOWN = 10

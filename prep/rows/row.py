@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prep.images.kinds import NO_PICTURE
-from prep.rows.text_encoding import UnreadableText, decode_json_text, is_blank
+from prep.rows.character_encoding import UnreadableText, decode_json_text, is_blank
 from shared.errors import UserError
-from shared.text import storable
+from shared.sanitize import storable
 
 # Usual ones of pictures that are read, which is told by content; the first that a row has counts.
 IMAGE_EXTENSIONS = (

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from prep.rows.row import MAX_IMAGE_BYTES, Row
 from shared.errors import UserError
-from shared.text import printable
+from shared.sanitize import printable
 
 NAME_BYTES = 100  # of a unit's name that come from its source; file names may have 255
 UNIT_ROWS = 1024  # of a folder or table, about

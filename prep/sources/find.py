@@ -29,7 +29,7 @@ from prep.sources.tables.open_dataset import HUB, is_saved_dataset
 from prep.sources.tables.parquet import ParquetReader
 from prep.sources.tars.tar import Stream, TarReader
 from shared.errors import UserError
-from shared.text import printable
+from shared.sanitize import printable
 
 PIPE = "pipe:"
 TEXTS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".md", ".log", ".toml", ".yaml", ".yml")

@@ -11,7 +11,7 @@ from prep.files.litter import is_litter
 from prep.sources.tables.open_dataset import HUB
 from shared.cli.paths import local_text
 from shared.errors import UserError
-from shared.text import printable
+from shared.sanitize import printable
 
 FILE = "file://"
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.zst")

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from prep.encode import decode
-from prep.encode.decode import decode_rows
+from prep.encode import decode_rows as decode
+from prep.encode.decode_rows import decode_rows
 from prep.encode.prefetch import map_ahead
 from prep.encode.settings import Settings
 from prep.encoders import tokens

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prep.encode import decode, latents
+from prep.encode import decode_rows, latents
 from prep.images.buckets import choose_buckets
 from prep.images.crop import BadImage, Framing, prepare
 from shared.cache.manifest import open_manifest
@@ -172,7 +172,7 @@ def test_neither_neighbours_nor_waiting_show_in_the_latents(cache, tmp_path, mon
 def test_a_fixed_number_of_pictures_waits(tmp_path, monkeypatch):
     """However many sizes there are: pictures on hand stay within what is read ahead and waits."""
     on_hand, most = 0, 0
-    prepare_row, start_batch = decode.decode_row, latents.start
+    prepare_row, start_batch = decode_rows.decode_row, latents.start
 
     def decode_row(row, settings, known):
         nonlocal on_hand, most
@@ -189,7 +189,7 @@ def test_a_fixed_number_of_pictures_waits(tmp_path, monkeypatch):
         on_hand -= sum(len(sample.decoded.pictures) for sample in batch)
         return start_batch(batch, vae)
 
-    monkeypatch.setattr(decode, "decode_row", decode_row)
+    monkeypatch.setattr(decode_rows, "decode_row", decode_row)
     monkeypatch.setattr(latents, "start", start_some)
     files = [
         file

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 import prep.encode.engine
-from prep.encode import captions, decode, latents, prefetch, writer
+from prep.encode import captions, decode_rows, latents, prefetch, writer
 from prep.encode.prefetch import map_ahead
 from shared.errors import UserError
 from tests.support.sources import accounts, captioned, encode, samples, tree, write_tar
@@ -96,7 +96,7 @@ def test_what_any_stage_raises_reaches_the_caller(stage, tar, tmp_path, monkeypa
     wanted = tree(encode(tar, tmp_path / "wanted", vae_batch_size=2, text_batch_size=2))
     place, name = {
         "reading": (prep.encode.engine.Unit, "rows"),
-        "decoding": (decode, "prepare"),
+        "decoding": (decode_rows, "prepare"),
         "captions": (captions.CaptionMemo, "encode"),
         "latents": (latents, "finish"),
         "writing": (writer.Spool, "add"),

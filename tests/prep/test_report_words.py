@@ -4,7 +4,7 @@ import pytest
 
 from prep.inspect.checks import check_rejected
 from prep.inspect.stats import Rejection, Summary
-from shared.text import visible
+from shared.sanitize import visible
 from shared.wording import percent
 
 

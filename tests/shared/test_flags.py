@@ -7,7 +7,7 @@ import re
 import pytest
 
 from shared.cli.config import flags_of, parse
-from shared.cli.other_tools import article, diffusers_scripts, kohya
+from shared.cli.other_tools import diffusers_scripts, kohya, tutorials
 from shared.cli.other_tools.flags import DISTILL, ENCODE, REFUSED, TAKEN, TOOLS, Translation, dashed
 from shared.cli.other_tools.values import Reader, Switch
 from shared.errors import UsageError
@@ -280,6 +280,6 @@ def test_the_article(tmp_path):
         (tmp_path / "x.json").write_text(json.dumps({**settings, name: "x"}))
         with pytest.raises(UsageError, match=f"{dashed(name)}: .*{message}"):
             typed("train distill", "--config", str(tmp_path / "x.json"))
-    assert {*article.TAKEN, *article.REFUSED} < set(ARTICLE)
+    assert {*tutorials.TAKEN, *tutorials.REFUSED} < set(ARTICLE)
     assert {*diffusers_scripts.TAKEN, *diffusers_scripts.REFUSED} <= {*LCM, *DIFFUSERS}
     assert {*kohya.TAKEN, *kohya.REFUSED} <= set(KOHYA)

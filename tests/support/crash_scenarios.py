@@ -11,8 +11,9 @@ from typing import Any
 
 from prep import commands, config
 from prep.archive import pack, unpack
+from prep.cache import gc
 from prep.encode import prompts
-from prep.inspect import gc, verify
+from prep.inspect import verify
 from shared.errors import UserError
 from tests.support.sources import captioned, write_tar
 

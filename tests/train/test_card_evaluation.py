@@ -10,8 +10,7 @@ import pytest
 
 from train.config import DistillConfig, EvaluateConfig, ExportConfig
 from train.evaluation import evaluate, teacher_results
-from train.evaluation.features import ENOUGH, features, few_pictures
-from train.evaluation.features import FEATURE_COUNT
+from train.evaluation.features import ENOUGH, FEATURE_COUNT, features, few_pictures
 from train.trainer.export_command import export_checkpoint
 from train.trainer.loop import distill
 from train.trainer.setup import prepare

@@ -14,7 +14,7 @@ from shared.cache.paths import CachePaths
 from shared.cli.defaults import default_cache
 from shared.errors import UserError
 from train.config import DistillConfig
-from train.export.newest import newest_student
+from train.export.newest_run import newest_student
 from train.trainer import defaults
 from train.trainer.defaults import device_precision, run_name, with_defaults
 

@@ -29,7 +29,7 @@ from train.evaluation.teacher_results import (
     unet_calls,
 )
 from train.export.model_card import update_card
-from train.export.newest import newest_student
+from train.export.newest_run import newest_student
 from train.export.weights import exported_student
 from train.objectives import objective_of
 from train.state.owner import owning

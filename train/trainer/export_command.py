@@ -9,7 +9,7 @@ from shared.models.family import resolve_model
 from shared.storage.files import guard
 from train.config import ExportConfig
 from train.export.hub import check_push
-from train.export.newest import newest_checkpoint
+from train.export.newest_run import newest_checkpoint
 from train.export.provenance import of_recorded
 from train.export.student import publish_export, write_export
 from train.networks.build import build_student

@@ -33,7 +33,7 @@ from prep.sources.folders.listing import MISSING, Member
 from prep.sources.folders.metadata import EXAMPLE, FILE_NAME, LISTS
 from prep.sources.folders.tree import walk
 from shared.errors import UserError
-from shared.text import printable
+from shared.sanitize import printable
 
 READ = (*IMAGE_EXTENSIONS, METADATA_EXTENSION)  # without a look at what it is
 KOHYA = re.compile(r"([1-9]\d{0,2})_.+")  # a folder's name: how often its pictures come in an epoch

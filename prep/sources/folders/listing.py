@@ -16,6 +16,7 @@ from typing import Any
 
 from prep.files.litter import HIDDEN, is_litter
 from prep.images.kinds import HEAD_BYTES, kind_of
+from prep.rows.character_encoding import UnreadableText, decode_text
 from prep.rows.row import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -23,7 +24,6 @@ from prep.rows.row import (
     METADATA_EXTENSION,
     TEXT_BYTES,
 )
-from prep.rows.text_encoding import UnreadableText, decode_text
 from prep.sources.folders.metadata import FILE_NAME, JSON_LIST, LISTS, read_list
 from prep.sources.folders.tree import Level, walk
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prep.rows.character_encoding import UnreadableText, decode_json_text, decode_text
 from prep.rows.row import CAPTION_KEYS
-from prep.rows.text_encoding import UnreadableText, decode_json_text, decode_text
 from shared.errors import UserError, first_line
-from shared.text import printable
+from shared.sanitize import printable
 
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv")  # the first that a folder has counts
 JSON_LIST = "metadata.json"  # only where no picture has a NAME.txt: it is many tools' own

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prep.files.litter import is_litter
 from shared.errors import UserError
-from shared.text import printable
+from shared.sanitize import printable
 
 
 @dataclass

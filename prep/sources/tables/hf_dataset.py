@@ -37,7 +37,7 @@ from prep.sources.tables.open_dataset import load as _load
 from prep.sources.tables.open_dataset import stream as _stream
 from prep.sources.tables.parquet import Columns, choose_columns
 from shared.errors import UserError
-from shared.text import printable
+from shared.sanitize import printable
 
 if TYPE_CHECKING:
     import datasets

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prep.files.library_errors import raised_in
 from prep.sources.tables.linked_pictures import Home, home_of, local_folders
 from shared.errors import UserError, words_of
-from shared.text import printable
+from shared.sanitize import printable
 
 if TYPE_CHECKING:
     import datasets

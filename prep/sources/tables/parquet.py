@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from prep.files.litter import HIDDEN, is_litter
 from prep.files.remote import RemoteFile, RetryingFile
 from prep.files.stream import LocalFile
+from prep.rows.character_encoding import UnreadableText, decode_text
 from prep.rows.row import (
     CAPTION_KEYS,
     TOO_LARGE,
@@ -23,7 +24,6 @@ from prep.rows.row import (
     captions_of,
     make_row,
 )
-from prep.rows.text_encoding import UnreadableText, decode_text
 from prep.rows.unit import SourceOptions
 from prep.sources.tables.cell import cell_of
 from prep.sources.tables.column_kinds import MAYBE, OTHER, PICTURE, TEXT, column_kinds, record_of
@@ -49,7 +49,7 @@ class Columns:
     caption: str | None  # None: the first of CAPTION_KEYS that a row has; `a.b` is b of a struct
     key: str | None
     read: tuple[str, ...]  # all but pictures that nobody asked for
-    encoding: str | None = None  # of captions that are bytes, see prep/rows/text_encoding.py
+    encoding: str | None = None  # of captions that are bytes, see prep/rows/character_encoding.py
 
     def row(self, record: Mapping[str, Any], number: int, home: Home, most: int) -> Row:
         """Make a row of a record that holds or names a picture of up to `most` bytes."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prep.images.kinds import NO_PICTURE
+from prep.rows.character_encoding import UnreadableText, decode_text
 from prep.rows.row import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -19,7 +20,6 @@ from prep.rows.row import (
     make_row,
     record_in,
 )
-from prep.rows.text_encoding import UnreadableText, decode_text
 from prep.rows.unit import SourceOptions
 
 CAPTION_FILES = tuple(  # extensions: NAME.txt, else NAME.jpg.txt, as in a folder

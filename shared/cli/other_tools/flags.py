@@ -10,11 +10,11 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from shared.cli.other_tools import article, diffusers_scripts, kohya
+from shared.cli.other_tools import diffusers_scripts, kohya, tutorials
 from shared.cli.other_tools.values import Reader, Switch, Taken
 from shared.errors import UsageError
 
-TOOLS = (diffusers_scripts, kohya, article)
+TOOLS = (diffusers_scripts, kohya, tutorials)
 TAKEN: dict[str, Taken] = {name: ours for tool in TOOLS for name, ours in tool.TAKEN.items()}
 REFUSED: dict[str, str] = {name: why for tool in TOOLS for name, why in tool.REFUSED.items()}
 
