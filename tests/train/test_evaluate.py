@@ -152,6 +152,7 @@ def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
     assert result["guidance_scale"] == 3.0
 
 
+@pytest.mark.slow
 def test_each_solver_has_its_best_spacing(run, held, tmp_path, few_rows, monkeypatch):
     monkeypatch.setattr(teacher_results, "TRIED", 70)
     result = evaluated(run, held, tmp_path / "out")
