@@ -22,12 +22,6 @@ from train.data.local_cache import LocalCache
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """The same tries, without the half minute of waits between them."""
-    monkeypatch.setattr("shared.storage.retry.FIRST_WAIT", 0.01)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
 
 
