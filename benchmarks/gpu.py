@@ -29,7 +29,7 @@ import torch
 from benchmarks.common.gpu_rows import Bench, Row, matmul_tflops, measure, release, share_of_matmul
 from benchmarks.common.machine import save
 from shared.machine.device import pick_device
-from train.networks.precision import DTYPES
+from shared.networks.precision import DTYPES
 
 # The most telling rows first: on a slow machine the last ones are left out.
 ORDER = (

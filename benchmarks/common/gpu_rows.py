@@ -20,8 +20,8 @@ from benchmarks.common.steps import Cached, compare, flops, open_run, seconds, s
 from prep.encoders.text import TextEncoder
 from prep.encoders.vae import VaeEncoder
 from shared.models.family import load_config, resolve_model
+from shared.networks.precision import DTYPES
 from train.memory.estimate import estimate
-from train.networks.precision import DTYPES
 
 NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 WARM_UP = 3

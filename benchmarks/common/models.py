@@ -105,7 +105,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def random_unet(
     source: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> UNet2DConditionModel:
-    """As `train.networks.denoiser.load_unet` gives it; two calls give the same weights."""
+    """As `shared.networks.denoiser.load_unet` gives it; two calls give the same weights."""
     config = load_config(source, "unet/config.json")
     return frozen(lambda: UNet2DConditionModel.from_config(config), device, dtype)
 

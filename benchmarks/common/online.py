@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from benchmarks.common.models import random_text_encoder, random_unet, random_vae
 from shared.cache.conditioning import TextEmbeds
 from shared.models.family import resolve_model
+from shared.networks.denoiser import call_unet
+from shared.networks.precision import DTYPES
 from train.data.batch import Batch
-from train.networks.denoiser import call_unet
 from train.networks.full import FullStudent
 from train.networks.lora import LoraStudent
-from train.networks.precision import DTYPES
 from train.trainer.loop import update
 from train.trainer.run import Distillation
 

@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 import torch
 
 from shared.cache.conditioning import TextEmbeds
+from shared.cache.draws import DrawSpec
 from shared.cache.layout import TRAILER, cache_layout
 from shared.cache.units import Shard
 from train.data.batch import Slot, allocate
 from train.data.bucket import Bucket
-from train.data.draws import DrawSpec
 from train.data.loader import LatentSpec, Loader
 from train.data.order import Order
 from train.data.prefetch import Ring

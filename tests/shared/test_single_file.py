@@ -20,10 +20,10 @@ from shared.errors import UserError
 from shared.models.family import load_config, resolve_model
 from shared.models.fingerprint import fingerprint
 from shared.models.vae import load_vae
+from shared.networks.denoiser import load_schedule, load_unet
 from tests.support.models import SD15, SD21, SDXL
 from tests.support.single_file import write_single_file
 from tests.support.sources import captioned, samples, write_tar
-from train.networks.denoiser import load_schedule, load_unet
 
 CONFIGS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.draws import Choice, DrawSpec, choose, draw_noises, generator
+from shared.cache.draws import Choice, DrawSpec, choose, draw_noises, generator
 
 
 @dataclass(frozen=True)

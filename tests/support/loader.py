@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from shared.cache.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
+from shared.cache.draws import DrawSpec
 from shared.cache.layout import TRAILER, cache_layout
 from shared.cache.manifest import commit_unit, fold, open_manifest, read_units, write_manifest
 from shared.cache.paths import CachePaths
@@ -15,7 +16,6 @@ from shared.cache.units import Shard, UnitRecord
 from tests.support.identity import an_identity
 from train.data.batch import Batch
 from train.data.bucket import open_buckets
-from train.data.draws import DrawSpec
 from train.data.loader import LatentSpec, Loader
 from train.data.order import Order
 

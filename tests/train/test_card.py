@@ -17,6 +17,7 @@ from shared.cache.conditioning import load_conditioning
 from shared.cache.paths import CachePaths
 from shared.cli.config import to_dict
 from shared.models.family import FAMILIES
+from shared.networks.denoiser import load_schedule
 from shared.storage.urls import place
 from tests.support.single_file import write_single_file
 from train.config import RunConfig
@@ -25,7 +26,6 @@ from train.export.model_card import snippet
 from train.export.provenance import Provenance, of_finished
 from train.export.student import publish_export, write_export
 from train.networks.build import build_student
-from train.networks.denoiser import load_schedule
 
 
 @pytest.fixture(scope="module")

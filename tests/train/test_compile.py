@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from shared.diffusion import schedule_from_config
 from shared.errors import UserError
+from shared.networks.precision import autocast
 from tests.support.students import CPU, KINDS, MODELS, build, lcd_for, make_batch
 from train.config import DistillConfig
 from train.networks.build import build_student
-from train.networks.precision import COMPILED, autocast, check_speed, compile_blocks, speed_up
+from train.networks.precision import COMPILED, check_speed, compile_blocks, speed_up
 from train.objectives.lcd import LCD
 
 

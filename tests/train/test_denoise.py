@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shared.cache.conditioning import TextEmbeds
+from shared.cache.draws import DrawSpec
 from shared.diffusion import schedule_from_config
 from shared.errors import UserError
 from tests.support.draws import draw
 from train.config import DistillConfig
-from train.data.draws import DrawSpec
 from train.data.loader import Batch, Loader
 from train.networks.build import build_student
 from train.objectives import denoise

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from shared.cache.draws import DrawSpec
 from tests.support.draws import Draw, draw
-from train.data.draws import DrawSpec
 
 SPEC = DrawSpec(
     seed=1, views=3, num_ddim_timesteps=50, w_min=2.0, w_max=14.0, proportion_empty_prompts=0.25,

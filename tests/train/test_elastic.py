@@ -4,12 +4,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.cache.draws import DrawSpec
 from shared.cache.layout import cache_layout
 from shared.cache.manifest import open_manifest
 from shared.cache.units import Shard
 from tests.support.draws import draw
 from train.data.bucket import first_samples, open_buckets
-from train.data.draws import DrawSpec
 from train.data.order import Order
 
 SPEC = DrawSpec(7, 2, 50, 1.0, 5.0, 0.3, latent_noise=False)

@@ -14,11 +14,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from shared.errors import UserError
+from shared.networks.denoiser import load_unet
 from shared.storage.files import publish
 from train.config import DistillConfig
 from train.export.student import COMPANIONS, export_student
 from train.export.weights import exported_student
-from train.networks.denoiser import load_unet
 from train.networks.full import guided_copy
 from train.state import checkpoint
 from train.trainer.loop import distill

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from shared.networks.denoiser import load_unet
 from tests.support.models import SD15, SD21, SDXL, weightless
 from train.export.kohya import kohya_metadata, kohya_tensors
 from train.export.student import export_student
-from train.networks.denoiser import load_unet
 from train.networks.full import guided_copy
 
 RANK, ALPHA = 4, 6.0

@@ -252,7 +252,7 @@ def test_the_estimate_is_what_a_gpu_takes(sd15, kind, checkpointing, mixed):
     """SD 1.5's size at 512 px: within 15% of what torch allocates, the workspace of cuBLAS and
     cuDNN, which no estimate sees, left aside."""
     from shared.diffusion import schedule_from_config
-    from train.networks.precision import autocast
+    from shared.networks.precision import autocast
     from train.objectives.lcd import LCD
 
     settings = DistillConfig(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shared.cache.conditioning import TextEmbeds
+from shared.cache.draws import choose
 from tests.support.loader import (
     equal,
     joined,
@@ -18,7 +19,6 @@ from tests.support.loader import (
     open_loader,
     take,
 )
-from train.data.draws import choose
 
 
 @pytest.fixture

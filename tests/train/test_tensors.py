@@ -12,9 +12,9 @@ from prep.encoders.clip import load_clip
 from shared.errors import UserError
 from shared.models.family import FAMILIES, Model
 from shared.models.vae import load_vae
+from shared.networks.denoiser import load_unet
 from train.config import DistillConfig
 from train.export.student import load_student
-from train.networks.denoiser import load_unet
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shared.errors import UserError
+from shared.networks.denoiser import load_unet
 from tests.support import warm
 from train.export.student import export_student, variant
 from train.export.weights import exported_student
-from train.networks.denoiser import load_unet
 from train.networks.full import guided_copy
 
 RANK, ALPHA = 4, 6.5
@@ -158,7 +158,7 @@ import torch
 from peft import LoraConfig
 from train.export.student import export_student
 from train.networks.full import guided_copy
-from train.networks.denoiser import load_unet
+from shared.networks.denoiser import load_unet
 unet = load_unet(sys.argv[1])
 full = guided_copy(unet, 32, "zero")
 torch.manual_seed(0)

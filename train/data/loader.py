@@ -22,15 +22,15 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds
+from shared.cache.draws import Choice, DrawSpec, choose, draw_noises, generator
+from shared.cache.latents import finish_latents
 from shared.cache.layout import Layout
 from shared.errors import UserError
 from shared.machine.device import use_device
 from train.data.batch import Batch, Slot, allocate
 from train.data.bucket import Bucket, Rows
-from train.data.draws import Choice, DrawSpec, choose, draw_noises, generator
 from train.data.order import Order
 from train.data.prefetch import Ring
 
@@ -38,7 +38,6 @@ CPU = torch.device("cpu")
 AHEAD = 4  # batches being filled while one is in use
 REMOTE_AHEAD = 16  # likewise of a remote cache, a thread each: what is far must be asked for early
 
-GRAIN = 16_384  # elements at a time: above 32,767 torch wakes a pool of threads of its own
 EXPONENT = np.uint16(0x7C00)  # of fp16: all ones mean infinite or not a number
 
 
@@ -224,16 +223,3 @@ def is_constant(values: NDArray[np.float16]) -> bool:
     """
     flat = values.reshape(-1)
     return bool(flat[0] == flat[-1] and len(flat) > 1 and (flat == flat[0]).all())
-
-
-def finish_latents(
-    raw: NDArray[np.float16], noise: NDArray[np.float32] | None, scaling_factor: float, into: Tensor
-) -> None:
-    """Make x0 `[C, h, w]` of the stored mean, or mean and logvar: sampled and scaled in fp32."""
-    values: NDArray[np.float16] | NDArray[np.float32] = raw
-    if noise is not None:
-        mean, logvar = np.split(raw.astype(np.float32), 2)
-        values = mean + np.exp(0.5 * logvar) * noise
-    parts = torch.split(torch.from_numpy(values).flatten(), GRAIN)
-    for x0, part in zip(torch.split(into.flatten(), GRAIN), parts, strict=True):
-        x0.copy_(part).mul_(scaling_factor)

@@ -15,7 +15,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor
 
 from shared.errors import UserError
-from train.networks.denoiser import Denoiser
+from shared.networks.denoiser import Denoiser
 
 KOHYA_FILE = "kohya_lora_weights.safetensors"
 OUTSIDE_BLOCKS = {

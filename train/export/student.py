@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from shared.errors import UserError
 from shared.models.family import recorded_model
 from shared.models.weights import load_whole
+from shared.networks.denoiser import Denoiser, load_unet
 from shared.storage.files import guard, publish, workshop
 from shared.storage.replace_together import replace_together
 from shared.storage.temporary import sweep
@@ -31,7 +32,6 @@ from train.export.weights import (
     write_unet,
 )
 from train.flag_groups import PublishFlags
-from train.networks.denoiser import Denoiser, load_unet
 from train.state.run_config import run_config
 from train.state.tensor_files import check_lora
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.models.fingerprint import fingerprint, tensors_fingerprint
+from shared.networks.denoiser import Denoiser
 from shared.storage.files import dump_json, publish, sync_folder
 from shared.storage.tensors import read_metadata, tensor_chunks
 from train.export.kohya import KOHYA_FILE, kohya_metadata, kohya_tensors
-from train.networks.denoiser import Denoiser
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNET_FOLDER = "unet"

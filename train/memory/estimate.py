@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared.cache.conditioning import TextEmbeds
+from shared.networks.denoiser import Denoiser, call_unet
+from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
-from train.networks.denoiser import Denoiser, call_unet
 from train.networks.dtensor import FSDP_BLOCKS
 from train.networks.full import guided_copy
 from train.networks.lora import add_adapters
-from train.networks.precision import hold_frozen
 from train.objectives import objective_of
 
 TOKENS = 77

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from train.networks.precision import DTYPES
+from shared.networks.precision import DTYPES
 
 # What CUDA's autocast computes in half precision, and what in fp32; the rest takes what it gets.
 HALF = ("linear", "conv2d", "matmul", "bmm", "baddbmm")

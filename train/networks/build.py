@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from shared.networks.denoiser import load_unet
 from train.config import DistillConfig
-from train.networks.denoiser import load_unet
 from train.networks.full import FullStudent
 from train.networks.lora import LoraStudent
 from train.networks.student import Student

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from train.networks.denoiser import Denoiser
+from shared.networks.denoiser import Denoiser
+from shared.networks.precision import hold_frozen
 from train.networks.dtensor import local
-from train.networks.precision import hold_frozen
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
+from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond, load_unet
+from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
 from train.data.batch import Batch
-from train.networks.denoiser import Denoiser, call_unet, cond_and_uncond, load_unet
-from train.networks.precision import hold_frozen
 from train.networks.student import Student
 
 LORA_TARGETS = (

@@ -1,4 +1,4 @@
-"""How small and how fast the networks run: precision, attention, compilation, TF32."""
+"""How small and how fast the networks of a run are: attention, compilation, TF32."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,12 @@ import torch
 from torch import nn
 
 from shared.errors import UserError, first_line
+from shared.networks.denoiser import Denoiser
+from shared.networks.precision import DTYPES
 from train.config import DistillConfig
-from train.networks.denoiser import Denoiser
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILED = ("BasicTransformerBlock", "ResnetBlock2D")  # where a UNet's time goes
 RECOMPILES = 64  # torch's limit of 8 is for one network, not for blocks of all sizes in three roles
-
-
-def autocast(mixed_precision: str | None, device: torch.device) -> AbstractContextManager[Any]:
-    """The one dtype in which all networks compute."""
-    dtype = DTYPES.get(mixed_precision or "no")
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def hold_frozen(unet: nn.Module, mixed_precision: str | None) -> None:
-    """Keep the frozen weights of linear layers and convolutions in the autocast dtype.
-
-    Autocast would round just these, in just this way, in every forward: results stay the same to
-    the bit, at half the memory. Norms and whatever is trained stay fp32.
-    """
-    dtype = DTYPES.get(mixed_precision or "no")
-    if dtype is None:
-        return
-    for module in unet.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
 
 
 def check_speed(

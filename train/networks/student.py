@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from shared.networks.denoiser import Denoiser, call_unet
 from train.data.batch import Batch
-from train.networks.denoiser import Denoiser, call_unet
 from train.networks.dtensor import restore
 
 

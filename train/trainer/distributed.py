@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shared.errors import UserError, first_line
 from shared.machine.device import pick_device
+from shared.networks.denoiser import Denoiser
 from train.config import RunConfig
-from train.networks.denoiser import Denoiser
 from train.networks.dtensor import FSDP_BLOCKS
 from train.networks.student import Student
 from train.trainer.launch import join

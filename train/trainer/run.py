@@ -11,13 +11,13 @@ from torch import nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
+from shared.networks.precision import autocast
 from train.config import ExportConfig, RunConfig
 from train.data.loader import Loader
 from train.export.provenance import of_finished
 from train.export.student import publish_export, write_export
 from train.flag_groups import PublishFlags, names_of
 from train.networks.dtensor import local
-from train.networks.precision import autocast
 from train.networks.student import Student
 from train.objectives.objective import Loss
 from train.sampling.preview import Previews

@@ -10,25 +10,25 @@ from typing import Any
 import torch
 
 from shared.cache.conditioning import TextEmbeds, load_conditioning
+from shared.cache.draws import DrawSpec
 from shared.cache.manifest import Manifest, open_manifest
 from shared.cache.paths import CachePaths
 from shared.cli.config import to_dict
 from shared.errors import UserError
 from shared.machine.device import set_threads
 from shared.models.family import Model, resolve_model
+from shared.networks.denoiser import load_schedule
 from shared.storage.files import dump_json, publish
 from shared.storage.temporary import sweep
 from shared.wording import counted
 from train.config import RunConfig
 from train.data.bucket import open_buckets
-from train.data.draws import DrawSpec
 from train.data.loader import LatentSpec, Loader
 from train.data.order import Order
 from train.data.shard_check import check_heads
 from train.flags import check_flags
 from train.networks.build import build_student
 from train.networks.cache_checks import check_fit
-from train.networks.denoiser import load_schedule
 from train.networks.precision import check_speed, speed_up
 from train.networks.student import Student
 from train.objectives import objective_of

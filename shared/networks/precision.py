@@ -1,0 +1,33 @@
+"""In which precision networks compute, and hold what is frozen."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(mixed_precision: str | None, device: torch.device) -> AbstractContextManager[Any]:
+    """The one dtype in which all networks compute."""
+    dtype = DTYPES.get(mixed_precision or "no")
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def hold_frozen(unet: nn.Module, mixed_precision: str | None) -> None:
+    """Keep the frozen weights of linear layers and convolutions in the autocast dtype.
+
+    Autocast would round just these, in just this way, in every forward: results stay the same to
+    the bit, at half the memory. Norms and whatever is trained stay fp32.
+    """
+    dtype = DTYPES.get(mixed_precision or "no")
+    if dtype is None:
+        return
+    for module in unet.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
