@@ -16,6 +16,7 @@ from prep.encode.networks import Encoders
 from prep.encode.prompts import add_prompts
 from prep.encode.settings import Settings, choose_settings
 from prep.encoders.vae import posterior_matters
+from prep.engines.job import add_up, run_here
 from prep.filters.filters import Filters
 from prep.inspect import report
 from prep.rows.character_encoding import check_encoding
@@ -208,13 +209,13 @@ def encode_units(
     """Run the units on the engine that the flags ask for."""
     with Progress("encode", rows, "picture") as progress:
         if config.engine == "ray":
-            from prep.encode.engine_ray import encode_with_ray  # an extra that few need
+            from prep.engines.ray_cluster import run_with_ray  # an extra that few need
 
             each = config.cpus_per_worker or job.shapes.threads or 1
-            outcomes = encode_with_ray(job, units, config.ray_address, each, progress)
+            outcomes = run_with_ray(job, units, config.ray_address, each, progress)
         else:
-            outcomes = engine.encode_here(job, units, encoders, progress)
-        return engine.add_up(outcomes, len(units), progress)
+            outcomes = run_here(job, units, encoders, progress, "rejected in this unit")
+        return add_up(outcomes, len(units), progress, engine.Work())
 
 
 def part_of(units: Sequence[Unit], part: str | None) -> list[Unit]:

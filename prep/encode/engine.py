@@ -1,9 +1,9 @@
-"""Units of work, encoded one after the other around one set of encoders, or by Ray's workers."""
+"""A unit of work, encoded and committed; and all units folded into the manifest."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
@@ -15,21 +15,21 @@ from prep.cache.retire import retire
 from prep.cache.reuse import NOTHING, Known
 from prep.cache.stale import refuse_mixture
 from prep.encode.captions import CaptionMemo
-from prep.encode.networks import Encoders, VaeChoice
+from prep.encode.networks import Encoders, VaeChoice, load_encoders
 from prep.encode.pipeline import encode_rows
 from prep.encode.prefetch import map_ahead
 from prep.encode.settings import Settings
 from prep.encode.writer import UnitWriter
+from prep.engines.job import Outcome, Tick
 from prep.rows.unit import Counted
 from prep.sources.find import SourceError, Unit
 from shared.cache.identity import Shapes, read_identity
 from shared.cache.manifest import Manifest, fold, read_units, write_manifest
 from shared.cache.paths import CachePaths
 from shared.cache.units import UnitRecord
-from shared.cli.progress import Progress
 from shared.errors import UserError
+from shared.machine.device import pick_device
 from shared.models.family import Model
-from shared.sanitize import on_one_line
 from shared.wording import counted, size_of
 
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
@@ -49,6 +49,20 @@ class Job:
     max_reject_fraction: float
     records: tuple[UnitRecord, ...]  # of the cache as it was before: what they hold is copied
     generation: int = 0  # of the cache's settings: how often --overwrite replaced them
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the encoders run on."""
+        return self.shapes.device
+
+    def load(self) -> Encoders:
+        """The encoders, on a device that is free for them."""
+        device = pick_device(self.device)  # Ray shows each worker a GPU of its own
+        return load_encoders(self.model, self.shapes, self.vae, self.settings.clip_skip, device)
+
+    def do(self, unit: Unit, networks: Encoders, tick: Tick) -> Outcome:
+        """Encode and commit a unit."""
+        return encode_unit(self, unit, networks, tick)
 
     @cached_property
     def known(self) -> dict[str, Known]:
@@ -78,18 +92,7 @@ class Work:
         return f"{counted(self.pictures, 'picture')} and {captions} encoded{copied}"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a unit ended: committed, or left out for its damaged source."""
-
-    rows: int
-    work: Work
-    damage: str = ""
-
-
-def encode_unit(
-    job: Job, unit: Unit, encoders: Encoders, tick: Callable[[int, int], None]
-) -> Outcome:
+def encode_unit(job: Job, unit: Unit, encoders: Encoders, tick: Tick) -> Outcome:
     """Encode and commit a unit; `tick` is told of each row, and how many are rejected so far.
 
     It shares nothing with other units, and doing it twice gives the same files. Raises UserError
@@ -113,38 +116,6 @@ def encode_unit(
         writer.close()
     work = Work(writer.encoded, memo.encoded, writer.copied)
     return Outcome(writer.read, work, damage)
-
-
-def encode_here(
-    job: Job, units: Iterable[Unit], encoders: Encoders, progress: Progress
-) -> Iterator[Outcome]:
-    """Encode one unit after the other in this process: the local engine."""
-
-    def tick(rows: int, rejected: int) -> None:
-        progress.update(rows, f"{rejected} rejected in this unit")
-
-    for unit in units:
-        yield encode_unit(job, unit, encoders, tick)
-
-
-def add_up(outcomes: Iterable[Outcome], units: int, progress: Progress) -> Work:
-    """See the units to their end; a damaged source costs its unit, the others are done first.
-
-    Raises UserError at the end where sources were damaged.
-    """
-    work = Work()
-    damages = []
-    for outcome in outcomes:
-        work += outcome.work
-        if outcome.damage:
-            damages.append(outcome.damage)
-            progress.write(f"skipped: {on_one_line(outcome.damage)}")
-    if damages:
-        more = f" (and {len(damages) - 1} more, listed above)" if len(damages) > 1 else ""
-        others = units - len(damages)
-        rest = f"the other {counted(others, 'unit')} {'is' if others == 1 else 'are'}"
-        raise UserError(f"{damages[0]}{more}; {rest} committed")
-    return work
 
 
 def finish(cache: CachePaths) -> str:

@@ -5,7 +5,7 @@ from unittest import mock
 import fsspec
 import pytest
 
-from prep.encode import engine_ray
+from prep.engines import ray_cluster
 from prep.files import remote
 from prep.sources.find import find_units
 from prep.sources.tables import hf_dataset, open_dataset
@@ -79,12 +79,12 @@ def test_ray_that_does_not_start():
     ray = mock.Mock()
     ray.init.side_effect = ConnectionError("nobody there\nat all")
     with pytest.raises(UserError, match=r"Ray does not start here \(nobody there\)"):
-        engine_ray.connect(ray, None)
+        ray_cluster.connect(ray, None)
     ray.init.side_effect = TypeError("ours")
     with pytest.raises(TypeError, match="ours"):
-        engine_ray.connect(ray, None)
+        ray_cluster.connect(ray, None)
     with pytest.raises(UserError, match="'x' is no port"):
-        engine_ray.connect(ray, "host:x")
+        ray_cluster.connect(ray, "host:x")
 
 
 def test_a_mistake_while_a_unit_is_read_is_seen(tmp_path):

@@ -119,7 +119,7 @@ if any("default_worker" in word for word in sys.orig_argv):
 import os, sys
 class Killer:
     def find_spec(self, name, *_):
-        if name == "prep.encode.engine_ray":
+        if name == "prep.engines.ray_cluster":
             os.kill(os.getpid(), 9)
 if any("default_worker" in word for word in sys.orig_argv):
     sys.meta_path.insert(0, Killer())
@@ -138,7 +138,7 @@ def test_workers_that_never_get_ready_end_the_command(ray, tars, tmp_path, monke
     assert line.startswith("no Ray worker gets ready: ")
     if how == "without the package":
         assert "No module named 'prep'" in line
-    assert line.endswith("a worker memory for the encoders")
+    assert line.endswith("a worker memory for the networks")
 
 
 @pytest.mark.slow

@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-from prep.encode.engine import Job, Outcome, encode_unit
-from prep.encode.networks import Encoders, load_encoders
+from prep.engines.job import Job, Outcome, Unit
 from prep.files.library_errors import raised_in
-from prep.sources.find import Unit
 from shared.cli.progress import Progress
 from shared.errors import UserError, first_line
-from shared.machine.device import pick_device
 from shared.storage.errors import is_mistake
 
 EXTRA = "ray is not installed; pip install 'latent-distillery[ray]', or use --engine local"
@@ -31,13 +28,13 @@ MOST_LOSSES = 5  # a unit that so many workers died of will not fare better with
 
 
 class Worker:
-    """One set of encoders on one GPU or on a few cores."""
+    """One set of networks on one GPU or on a few cores."""
 
     def __init__(self, job: Job, folder: str) -> None:
         self.job, self.folder = job, folder
 
     @cached_property
-    def encoders(self) -> Encoders:
+    def networks(self) -> Any:
         """Loaded at the first use, not by __init__, whose errors Ray takes for a death.
 
         Raises UserError where this machine does not see what the others see.
@@ -50,30 +47,28 @@ class Worker:
                 f"{socket.gethostname()} does not see {error.filename}; the folder the command "
                 "starts in, the cache and the sources must be on a file system that all workers see"
             ) from None
-        job = self.job
-        device = pick_device(job.shapes.device)  # Ray shows each worker a GPU of its own
-        return load_encoders(job.model, job.shapes, job.vae, job.settings.clip_skip, device)
+        return self.job.load()
 
     def ready(self) -> None:
-        """Answers when the encoders are loaded."""
-        assert self.encoders
+        """Answers when the networks are loaded."""
+        assert self.networks
 
-    def encode(self, unit: Unit) -> Outcome:
-        """Encode and commit a unit."""
-        return encode_unit(self.job, unit, self.encoders, lambda *_: None)
+    def do(self, unit: Unit) -> Outcome:
+        """Do and commit a unit."""
+        return self.job.do(unit, self.networks, lambda *_: None)
 
 
-def encode_with_ray(
+def run_with_ray(
     job: Job, units: Sequence[Unit], address: str | None, cpus: int, progress: Progress
 ) -> Iterator[Outcome]:
-    """Outcomes as they come. Raises UserError as `encode_unit` does, or without a cluster."""
+    """Outcomes as they come. Raises UserError as `Job.do` does, or without a cluster."""
     try:
         import ray
     except ImportError:
         raise UserError(EXTRA) from None
     try:
         connect(ray, address)
-        on_gpu = job.shapes.device == "cuda"
+        on_gpu = job.device == "cuda"
         needs: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": cpus}
         remote = ray.remote(**needs)(Worker)  # restarted by us, who count how often
         sent, folder = ray.put(job), os.getcwd()  # held to the end: later workers read it, too
@@ -170,7 +165,7 @@ def dispatched(
                 if not (busy or idle):
                     raise UserError(
                         f"no Ray worker gets ready: {cause(error)}; all machines of the cluster "
-                        "need the same packages, and a worker memory for the encoders"
+                        "need the same packages, and a worker memory for the networks"
                     ) from None
         else:
             idle.append(worker)
@@ -178,7 +173,7 @@ def dispatched(
                 yield outcome
         while waiting and idle:
             worker, unit = idle.pop(), waiting.popleft()
-            busy[worker.encode.remote(unit)] = (worker, unit, 0)
+            busy[worker.do.remote(unit)] = (worker, unit, 0)
 
 
 def cause(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""Units of work become outcomes: one after the other in this process, or by Ray's workers."""
