@@ -42,6 +42,12 @@ def generator(spec: DrawSpec, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[spec.seed, position]))
 
 
+def answer_generator(spec: DrawSpec, key: str, number: int) -> np.random.Generator:
+    """Where the draws of a sample's answer come from, likewise; `key` is the sample's 16 digits."""
+    counter = [0, 0, 0, number]  # 2^192 draws apart
+    return np.random.Generator(np.random.Philox(key=[spec.seed, int(key, 16)], counter=counter))
+
+
 def choose(spec: DrawSpec, rng: np.random.Generator, num_captions: int) -> Choice:
     """What to read of the sample, and the numbers."""
     return Choice(

@@ -31,9 +31,10 @@ CHECKSUM = b"chksum"
 NPY_HEADER = 128  # np.lib.format v1.0, for every shape that occurs here
 TRAILER = bytes(2 * BLOCK)  # the end of a tar
 RECORD_BYTES = 1024
-FIELD_ORDER = ("latents", "pooled_prompt_embeds", "prompt_embeds", "time_ids")
-AXES = {"latents": 4, "pooled_prompt_embeds": 2, "prompt_embeds": 3, "time_ids": 2}
-DTYPES = ("<f2", "<i4")
+FIELD_ORDER = ("latents", "pooled_prompt_embeds", "prompt_embeds", "time_ids", "answers")
+AXES = {"latents": 4, "pooled_prompt_embeds": 2, "prompt_embeds": 3, "time_ids": 2, "answers": 5}
+OF_SAMPLES = {"latents", "prompt_embeds"}  # every shard has these, or answers alone
+DTYPES = {"answers": ("<f2", "<f4"), "time_ids": ("<i4",)}  # all else is <f2
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,16 @@ class Layout:
             typed(value.get("record_bytes"), int, "record_bytes"),
         )
         found = {field.name: len(field.shape) for field in layout.fields}
-        sound = [f.dtype in DTYPES and all(side > 0 for side in f.shape) for f in layout.fields]
+        sound = [
+            f.dtype in DTYPES.get(f.name, ("<f2",)) and all(side > 0 for side in f.shape)
+            for f in layout.fields
+        ]
+        of_samples = "answers" not in found and found.keys() >= OF_SAMPLES
         if (
             not all(sound)
             or layout.record_bytes < 1
-            or found != {name: AXES[name] for name in {"latents", "prompt_embeds", *found}}
+            or found != {name: AXES[name] for name in found}
+            or not (of_samples or found.keys() == {"answers"})
         ):
             raise ValueError("the layout is none that a cache has")
         if layout.to_json() != value:

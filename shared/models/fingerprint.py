@@ -1,10 +1,12 @@
-"""A hash of a network's weights: whether two encoders are the same, whatever file they came in."""
+"""A hash of a network's weights: whether two are the same, whatever file they came in."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 
@@ -21,4 +23,16 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
         values = tensor.detach().cpu()
         values = values.float() if values.is_floating_point() else values
         digest.update(values.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def signs(parameters: Iterable[nn.Parameter]) -> str:
+    """16 hex digits over the signs of weights, by which a teacher is told.
+
+    Signs do not change when weights are rounded to half precision, so a run may go on with another
+    --mixed-precision; some do in any further training of a teacher.
+    """
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(np.packbits(torch.signbit(parameter).cpu().numpy().ravel()).data)
     return digest.hexdigest()[:16]

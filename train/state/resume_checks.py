@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import nn
 
 from shared.cache.identity import differences
 from shared.cache.manifest import Manifest
@@ -17,6 +13,7 @@ from shared.cli.config import to_dict
 from shared.diffusion import SCHEDULE
 from shared.errors import UserError
 from shared.models.family import Model, load_config
+from shared.models.fingerprint import signs
 from shared.storage.files import dump_json
 from shared.wording import counted
 from train.config import RunConfig
@@ -121,15 +118,3 @@ def other_samples(then: int, now: int) -> str:
         "began with: train another --run on these, or encode the former --shards into another "
         "--cache and give this run that one"
     )
-
-
-def signs(parameters: Iterable[nn.Parameter]) -> str:
-    """16 hex digits over the signs of weights, by which a teacher is told.
-
-    Signs do not change when weights are rounded to half precision, so a run may go on with another
-    --mixed-precision; some do in any further training of a teacher.
-    """
-    digest = hashlib.sha256()
-    for parameter in parameters:
-        digest.update(np.packbits(torch.signbit(parameter).cpu().numpy().ravel()).data)
-    return digest.hexdigest()[:16]
