@@ -10,7 +10,7 @@ from typing import Any
 from shared.cache.identity import differences
 from shared.cache.manifest import Manifest
 from shared.cli.config import to_dict
-from shared.diffusion import SCHEDULE
+from shared.diffusion import schedule_settings
 from shared.errors import UserError
 from shared.models.family import Model, load_config
 from shared.models.fingerprint import signs
@@ -88,7 +88,7 @@ def run_invariants(
         "cache": hashlib.sha256(content).hexdigest()[:16],
         **({"holdout": manifest.holdout} if manifest and manifest.holdout else {}),
         "samples": samples,  # to say of another cache how it differs
-        **{name: scheduler.get(name, default) for name, default in SCHEDULE.items()},
+        **schedule_settings(scheduler),
         # A full fine-tuning has no teacher beside it, but weights that it began with.
         **({"teacher": signs(frozen)} if frozen else {"model": signs(unet.parameters())}),
     }
