@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prep.config import GcConfig
+from shared.cache.answers_store import open_answers, read_answers
 from shared.cache.manifest import iterate_units, open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
@@ -20,6 +21,7 @@ KEPT_SECONDS = 24 * 3600.0
 OURS = {
     "shards": re.compile(r".+-\d+x\d+-[0-9a-f]{12}\.tar"),
     "samples": re.compile(r".+-[0-9a-f]{12}\.parquet"),
+    "answers/shards": re.compile(r".+-\d+x\d+-[0-9a-f]{12}\.tar"),
 }
 
 
@@ -96,6 +98,10 @@ def names_in_use(cache: CachePaths) -> set[str]:
     if cache.manifest.exists():
         manifest = open_manifest(cache.root, check_sizes=False)
         named.update(shard.file for shard in manifest.shards)
+    for record in read_answers(cache).values():
+        named.update(f"answers/{shard.file}" for shard in record.shards)
+    if answers := open_answers(cache.root, check_sizes=False):
+        named.update(f"answers/{shard.file}" for shard in answers.shards)
     return named
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from prep.cache.holdout import set_aside
 from prep.cache.retire import retire
 from prep.config import VerifyConfig
 from prep.inspect.reencode import disagreements
+from prep.inspect.verify_answers import damages_of_answers, other_answers
+from shared.cache.answers_store import answers_of, read_answers_identity
 from shared.cache.conditioning import load_conditioning
 from shared.cache.identity import read_identity
 from shared.cache.manifest import Manifest, fold, open_manifest, parse_unit, unit_files
@@ -54,9 +56,14 @@ def verify(config: VerifyConfig) -> int:
                 note(path, damage)
         for damage in damages_of_conditioning(cache, manifest):
             note(cache.conditioning, damage)
+        for path, damage in damages_of_answers(cache, manifest):
+            note(path, damage)
         if config.reencode and not damaged:
             for name, damage in disagreements(config, manifest, progress):
                 note(cache.units / f"{name}.json", damage)
+            if identity := read_answers_identity(cache):
+                for path, damage in other_answers(config, manifest, identity, progress):
+                    note(path, damage)
     stale = damage_of_manifest(cache, manifest, units)
     if stale and not damaged:
         print(f"damaged: {stale}", file=sys.stderr)
@@ -64,16 +71,21 @@ def verify(config: VerifyConfig) -> int:
     verdict = counted(count, "damage") if count else "no damage"
     print(f"{config.cache}: {counted(manifest.totals.written, 'sample')} checked, {verdict}")
     if damaged:
-        print(repair(cache, list(damaged)) if config.repair else remedy(config, manifest))
+        print(repair(cache, list(damaged)) if config.repair else remedy(config, manifest, damaged))
     return 1 if count else 0
 
 
-def remedy(config: VerifyConfig, manifest: Manifest) -> str:
+def remedy(config: VerifyConfig, manifest: Manifest, damaged: Collection[Place]) -> str:
     """Say what to do about damage."""
-    return (
-        f"to mend it: `python -m prep verify --cache {config.cache} --repair`, then the "
-        f"`prep encode` that made the cache (model {manifest.identity.model})"
-    )
+    again = f"`prep encode` that made the cache (model {manifest.identity.model})"
+    if only_answers(CachePaths(config.cache), damaged):
+        again = "same `prep teach`"
+    return f"to mend it: `python -m prep verify --cache {config.cache} --repair`, then the {again}"
+
+
+def only_answers(cache: CachePaths, damaged: Collection[Place]) -> bool:
+    """Is all that is damaged among the answers?"""
+    return all(path.parent == answers_of(cache).units for path in damaged)
 
 
 def repair(cache: CachePaths, damaged: list[Place]) -> str:
@@ -83,9 +95,20 @@ def repair(cache: CachePaths, damaged: list[Place]) -> str:
     `prep gc`; and without its manifest nobody trains on the cache. The manifest goes last: were it
     first, a crash would leave the damaged units to be folded into a new one.
     """
+    answers = answers_of(cache)
     with guard(cache.root):
         for path in damaged:
             path.unlink(missing_ok=True)
+        if any(path.parent == answers.units for path in damaged):
+            sync_folder(answers.units)
+            answers.manifest.unlink(missing_ok=True)
+            sync_folder(answers.root)
+    if only_answers(cache, damaged):
+        return (
+            f"{counted(len(damaged), 'record')} of answers removed; run the same `prep teach` to "
+            "ask for these again"
+        )
+    with guard(cache.root):
         if cache.units.is_dir():
             sync_folder(cache.units)
         retire(cache, ())

@@ -89,13 +89,12 @@ class Teacher:
         t, _ = solver_timesteps(index, self.num_ddim_timesteps, self.schedule.num_train_timesteps)
         latents, noise = (self._stack([getattr(q, name) for q in filled])
                           for name in ("latents", "noise"))  # fmt: skip
-        time_ids = [q.time_ids for q in filled if q.time_ids is not None]
         z = add_noise(latents, noise, *self.schedule.alpha_sigma(t))
+        text, unconditional = text_of(filled).to(self.device), empty.to(self.device)
+        each = [question.time_ids for question in filled if question.time_ids is not None]
+        time_ids = self._stack(each) if each else None
         with autocast(mixed_precision, self.device):
-            both = cond_and_uncond(
-                unet, z, t, text_of(filled).to(self.device), empty.to(self.device),
-                self._stack(time_ids) if time_ids else None,
-            )  # fmt: skip
+            both = cond_and_uncond(unet, z, t, text, unconditional, time_ids)
         answers = torch.stack(both, dim=1)[: len(questions)]
         return answers.float().cpu().numpy()
 

@@ -1,0 +1,109 @@
+"""Caring for answers: verify finds what is damaged, gc removes what nothing names."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from prep.teach.teacher import Teacher
+from shared.cache.answers_store import open_answers
+from tests.support.sources import TINY_SD, Answer, captioned, encode, prep, write_tar
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("taught")
+    source = write_tar(folder / "a.tar", captioned(range(4)))
+    cache = encode(source, folder / "cache")
+    assert teach(cache).status == 0
+    return cache
+
+
+@pytest.fixture
+def cache(taught, tmp_path) -> Path:
+    return Path(shutil.copytree(taught, tmp_path / "cache"))
+
+
+def teach(cache: Path, *more: object) -> Answer:
+    return prep("teach", "--cache", cache, "--model", TINY_SD, "--answers", 2, "--threads", 1,
+                "--batch-size", 4, *more)  # fmt: skip
+
+
+def shard_of(cache: Path) -> Path:
+    [shard] = open_answers(cache).shards
+    return cache / "answers" / shard.file
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_sound_cache_has_no_damage(cache):
+    said = prep("verify", "--cache", cache, "--reencode", 2)
+    assert said.status == 0
+    assert "no damage" in said.out
+    assert "asked again: 2 samples; largest relative difference: " in said.err
+
+
+def test_damage_is_named_and_mended_by_asking_for_that_unit(cache, taught):
+    flip(shard_of(cache), open_answers(cache).shards[0].layout.offsets["answers"])
+    said = prep("verify", "--cache", cache)
+    assert said.status == 1
+    assert f"answers/shards/{shard_of(cache).name} is not the file that was committed" in said.err
+    assert "checksum differs" in said.err
+    assert "then the same `prep teach`" in said.out
+    said = prep("verify", "--cache", cache, "--repair")
+    assert said.status == 1
+    assert "run the same `prep teach`" in said.out
+    assert (cache / "manifest.json").exists()  # the samples are whole
+    assert open_answers(cache) is None
+    assert teach(cache).status == 0
+    assert prep("verify", "--cache", cache).status == 0
+    assert shard_of(cache).read_bytes() == shard_of(taught).read_bytes()
+
+
+def test_a_missing_shard_is_asked_for_again(cache, taught):
+    shard_of(cache).unlink()
+    said = prep("verify", "--cache", cache)
+    assert said.status == 1
+    assert "is missing" in said.err
+    assert teach(cache).status == 0
+    assert shard_of(cache).read_bytes() == shard_of(taught).read_bytes()
+
+
+def test_answers_that_the_teacher_does_not_give_are_found(cache, monkeypatch):
+    real = Teacher._forward
+    monkeypatch.setattr(Teacher, "_forward", lambda *args: 1.1 * real(*args))
+    said = prep("verify", "--cache", cache, "--reencode", 1)
+    assert said.status == 1
+    assert "differs by" in said.err
+
+
+def test_gc_keeps_what_is_named_and_removes_what_is_not(cache):
+    former = shard_of(cache)
+    assert teach(cache, "--answers", 3).status == 0
+    assert shard_of(cache) != former
+    assert prep("gc", "--cache", cache).status == 0  # a training may still read the former ones
+    assert former.exists()
+    for path in (cache / "answers" / "shards").iterdir():
+        os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
+    assert prep("gc", "--cache", cache).status == 0
+    assert not former.exists()
+    assert shard_of(cache).exists()
+    assert prep("verify", "--cache", cache).status == 0
+
+
+def test_stats_tell_of_them(cache):
+    assert "answers     2 of each sample by" in prep("stats", "--cache", cache).out
+
+
+def test_a_dry_run_says_what_it_would_take(cache):
+    shutil.rmtree(cache / "answers")
+    line = teach(cache, "--dry-run").err.splitlines()[-1]
+    for part in ("4 samples of 1 unit", "2 answers each", "50 timesteps", "precision no", " free"):
+        assert part in line
+    assert not (cache / "answers").exists()
