@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS is pasted as typed, so that quotes inside it work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce prep train evaluate sample test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce prep teach train evaluate sample test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,6 +40,9 @@ reproduce: $(STAMP) ## the long version behind the README's table and picture
 
 prep: $(STAMP) ## images and captions -> cache: SHARDS='pictures/{00..99}.tar' [MODEL=sdxl] [CACHE=caches/MODEL] [ARGS=]
 	$(PY) -m prep encode $(call option,--shards,SHARDS) $(call option,--model,MODEL) $(call option,--cache,CACHE) $(args)
+
+teach: $(STAMP) ## the teacher's answers into a cache: [MODEL=sdxl] [CACHE=caches/MODEL] [ARGS='--answers 4']
+	$(PY) -m prep teach $(call option,--model,MODEL) $(call option,--cache,CACHE) $(args)
 
 train: $(STAMP) ## cache -> student: [MODEL=sdxl] [CACHE=caches/MODEL] [RUN=runs/MODEL-STUDENT] [ARGS='--student lora']
 	$(PY) -m train distill $(call option,--model,MODEL) $(call option,--cache,CACHE) $(call option,--run,RUN) $(args)

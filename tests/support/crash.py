@@ -35,7 +35,7 @@ from prep.archive.layout import SUMS, read_sums  # noqa: E402
 from shared.errors import UserError  # noqa: E402
 from tests.support.calls import KILLED, Calls, forked, in_child  # noqa: E402
 from tests.support.crash_scenarios import SCENARIOS, Place  # noqa: E402
-from tests.support.reader import read_cache  # noqa: E402
+from tests.support.reader import read_answers, read_cache  # noqa: E402
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -48,9 +48,9 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def seen(place: Place) -> tuple[str, str]:
-    """What a trainer sees of the cache, and a receiver of the archive."""
+    """What a trainer sees of the cache and its answers, and a receiver of the archive."""
     try:
-        cache = read_cache(place.cache)
+        cache = f"{read_cache(place.cache)} {read_answers(place.cache)}"
     except UserError as error:
         cache = "damaged" if "damaged" in str(error) else "no cache"
     try:

@@ -14,6 +14,7 @@ from prep.archive import pack, unpack
 from prep.cache import gc
 from prep.encode import prompts
 from prep.inspect import verify
+from prep.teach import command as teach
 from shared.errors import UserError
 from tests.support.sources import captioned, write_tar
 
@@ -42,6 +43,10 @@ class Place:
         flags = {"threads": 1, "decode_workers": 1, "report": False, **SMALL_BATCHES, **flags}
         shards = tuple(str(self.sources / f"{name}.tar") for name in names)
         commands.encode(config.EncodeConfig(shards, "tiny-sd", self.cache, **flags))
+
+    def teach(self, answers: int) -> None:
+        flags = {"threads": 1, "batch_size": 4, "answers": answers}
+        teach.teach(config.TeachConfig(cache=self.cache, **flags))
 
     def gc(self) -> None:
         gc.gc(config.GcConfig(self.cache))
@@ -139,6 +144,23 @@ def damaged(place: Place) -> None:
     shard.write_bytes(content)
 
 
+def taught(place: Place) -> None:
+    """A cache with an answer of each sample, and with other samples since."""
+    first(place)
+    place.teach(1)
+    changed_since(place)
+
+
+def changed_since(place: Place) -> None:
+    place.tar("a", 0, 2)
+    place.encode("a", "b", prune=True)
+
+
+def many_encoded(place: Place) -> None:
+    many(place)
+    place.encode(*MANY)
+
+
 def repair(place: Place) -> None:
     """What `verify` says is to be done."""
     with contextlib.suppress(UserError):  # without a manifest it says: run `prep encode`
@@ -167,11 +189,14 @@ SCENARIOS = {
         first,
         lambda place: prompts.embed(config.EmbedConfig(place.cache, ("a red kite", "a house"))),
     ),
+    "teach": Scenario(first, lambda place: place.teach(2)),
+    "teach more": Scenario(taught, lambda place: place.teach(2)),
     "gc": Scenario(untidy, Place.gc),
     "repair": Scenario(damaged, repair, may_refuse=True),
     "pack": Scenario(first, Place.pack),
     "unpack": Scenario(archived, unpacking),
     "unpack over": Scenario(archived_beside_an_older_cache, unpacking),
     "many": Scenario(many, lambda place: place.encode(*MANY)),
+    "teach many": Scenario(many_encoded, lambda place: place.teach(2)),
     "many changed": Scenario(many_changed, lambda place: place.encode(*MANY)),
 }

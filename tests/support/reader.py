@@ -17,6 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run by path, so the repository is not on it
 
+from shared.cache.answers_store import open_answers  # noqa: E402
 from shared.cache.conditioning import load_conditioning  # noqa: E402
 from shared.cache.manifest import open_manifest  # noqa: E402
 from shared.cache.paths import CachePaths  # noqa: E402
@@ -32,6 +33,22 @@ def read_cache(root: Path) -> str:
     for bucket in open_buckets(root, manifest):
         read_bucket(bucket)
     return hashlib.sha256(dump_json([manifest.to_json(), prompts])).hexdigest()
+
+
+def read_answers(root: Path) -> str:
+    """A digest of the answers, or what keeps a trainer from them. Raises UserError for damage."""
+    answers = open_answers(root)
+    if answers is None:
+        return "none"
+    for shard in answers.shards:
+        for number in range(shard.count):
+            try:
+                _, record, arrays = shard.layout.read(root / "answers" / shard.file, number)
+            except (OSError, ValueError) as error:
+                raise UserError(f"answers/{shard.file} is damaged: {error}") from None
+            if shard.layout.crc32(arrays) != record["crc32"]:
+                raise UserError(f"answers/{shard.file} is damaged: sample {number}'s checksum")
+    return hashlib.sha256(dump_json(answers.to_json())).hexdigest()
 
 
 def read_bucket(bucket: Bucket) -> None:
