@@ -40,13 +40,13 @@ def drive(folder: Path, scenarios: list[str], *flags: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def crashes(memory: Path) -> dict[str, Any]:
-    """Dying just before each call is dying just after the one before it."""
-    flags = ("--modes", "before", "half", "--distinct")
+    """At each fourth moment; dying just before a call is dying just after the one before it."""
+    flags = ("--modes", "before", "half", "--distinct", "--every", 4)
     return drive(memory / "small", ["encode"], *flags)
 
 
-def test_killed_before_every_call_and_in_every_write_it_ends_with_the_same_bytes(crashes):
-    assert crashes["encode"]["crashes"] > 40
+def test_killed_before_a_call_and_in_a_write_it_ends_with_the_same_bytes(crashes):
+    assert crashes["encode"]["crashes"] > 10
     assert crashes["encode"]["problems"] == []
 
 
@@ -92,8 +92,8 @@ def test_a_record_is_published_after_what_it_owns(crashes):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "scenario",
-    ["longer", "incremental", "overwrite", "finish", "report", "embed", "gc", "repair", "pack",
-     "unpack", "unpack over"],
+    ["encode", "longer", "incremental", "overwrite", "finish", "report", "embed", "gc", "repair",
+     "pack", "unpack", "unpack over"],
 )  # fmt: skip
 def test_killed_before_in_and_after_every_call(memory, scenario):
     """And whoever reads then sees what was there before, or all that the command makes."""

@@ -140,8 +140,10 @@ class Play:
         return f"other bytes: {', '.join(names)}" if names else ""
 
 
-def enumerated(play: Play, modes: list[str], lanes: int, distinct: bool) -> dict[str, Any]:
-    """Die at every call, in some processes at a time."""
+def enumerated(
+    play: Play, modes: list[str], lanes: int, distinct: bool, every: int
+) -> dict[str, Any]:
+    """Die at every call or at each n-th moment, in some processes at a time."""
     points = [
         (n, mode)
         for n, call in enumerate(play.calls)
@@ -151,6 +153,7 @@ def enumerated(play: Play, modes: list[str], lanes: int, distinct: bool) -> dict
     if distinct:  # a killed process leaves the same files before an fsync as after it
         after_fsync = {n + 1 for n, call in enumerate(play.calls) if call[0] == "fsync"}
         points = [p for p in points if p[1] != "before" or p[0] not in after_fsync]
+    points = points[::every]
     children, driver = [], os.getpid()
     for lane in range(lanes):
         answers = play.work / f"lane{lane}.json"
@@ -214,6 +217,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["before", "half", "after"])
     parser.add_argument("--lanes", type=int, default=1)
     parser.add_argument("--distinct", action="store_true", help="not again just after an fsync")
+    parser.add_argument("--every", type=int, default=1, help="only each so-manieth moment")
     parser.add_argument("--random", type=int, default=0, help="so many SIGKILLs, at any moment")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -223,7 +227,7 @@ def main() -> None:
         answers[name] = {"calls": play.calls, "files": play.wanted, "seconds": play.seconds} | (
             killed_at_random(play, args.random)
             if args.random
-            else enumerated(play, args.modes, args.lanes, args.distinct)
+            else enumerated(play, args.modes, args.lanes, args.distinct, args.every)
         )
     print(json.dumps(answers))
 

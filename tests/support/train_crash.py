@@ -152,8 +152,8 @@ class Play:
         return f"other bytes: {', '.join(names)}" if names else ""
 
 
-def enumerated(play: Play, modes: list[str], named: list[str]) -> dict[str, Any]:
-    """Die at every call, or at those whose words hold one of `named`.
+def enumerated(play: Play, modes: list[str], named: list[str], every: int) -> dict[str, Any]:
+    """Die at every call, or at those whose words hold one of `named`, or at each n-th moment.
 
     A killed process leaves the same files before an fsync as after it, so that is tried once.
     """
@@ -165,7 +165,7 @@ def enumerated(play: Play, modes: list[str], named: list[str]) -> dict[str, Any]
         if mode != "half" or call[0] == "write"
         if not (mode == "before" and n in after_fsync and not named)
         if not named or any(name in " ".join(call) for name in named)
-    ]
+    ][::every]
     problems = [
         {"call": play.calls[n], "n": n, "mode": mode, "problem": problem}
         for n, mode in points
@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--modes", nargs="+", default=["before", "half", "after"])
     parser.add_argument("--named", nargs="+", default=[], help="only calls with these words")
+    parser.add_argument("--every", type=int, default=1, help="only each so-manieth moment")
     parser.add_argument("--signal", choices=["KILL", "TERM"])
     parser.add_argument("--count", type=int, default=20, help="so many signals")
     parser.add_argument("--seed", type=int, default=0)
@@ -263,7 +264,7 @@ def main() -> None:
             by = getattr(signal, f"SIG{args.signal}")
             answers[name] = signalled(play, by, args.count, args.seed)
         else:
-            answers[name] = enumerated(play, args.modes, args.named)
+            answers[name] = enumerated(play, args.modes, args.named, args.every)
     print(json.dumps(answers))
 
 

@@ -21,6 +21,7 @@ from train.trainer.setup import prepare
 
 DRIVER = Path(__file__).parents[1] / "support" / "train_crash.py"
 KINDS = ["lora", "full"]
+SAVING = ["save", "save again", "branch"]
 
 
 def drive(folder: Path, scenarios: list[str], *flags: object) -> dict[str, Any]:
@@ -36,10 +37,18 @@ def drive(folder: Path, scenarios: list[str], *flags: object) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def saving(tmp_path_factory) -> dict[str, Any]:
     """Three checkpoints of which one is kept; one in the place of another; and a branch."""
-    return drive(tmp_path_factory.mktemp("saving"), ["save", "save again", "branch"])
+    return drive(tmp_path_factory.mktemp("saving"), SAVING, "--every", 5)
 
 
-def test_killed_before_in_and_after_every_call_of_saving(saving):
+def test_killed_at_each_fifth_moment_of_saving(saving):
+    for scenario in saving.values():
+        assert scenario["crashes"] > 5
+        assert scenario["problems"] == []
+
+
+@pytest.mark.slow
+def test_killed_before_in_and_after_every_call_of_saving(tmp_path):
+    saving = drive(tmp_path, SAVING)
     assert saving["save"]["crashes"] > 100
     assert saving["save again"]["crashes"] > 30
     assert saving["branch"]["crashes"] > 40
@@ -69,11 +78,12 @@ def test_a_power_cut_finds_whole_checkpoints(saving):
 
 
 def test_a_killed_run_ends_with_the_same_files(tmp_path, tiny_cache):
-    """Where the second checkpoint comes and goes, and about the export's card."""
+    """Where the second checkpoint comes, and about the export's card."""
     named = ["--modes", "before", "--named", "checkpoints/step-00000002", "README.md"]
+    named += ["--every", 2]
     answer = drive(tmp_path, ["lora"], "--cache", tiny_cache, *named)["lora"]
     assert answer["problems"] == []
-    assert answer["crashes"] == 4
+    assert answer["crashes"] == 2
 
 
 @pytest.mark.slow

@@ -96,8 +96,9 @@ def untimed(result: dict) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "ms_per_image"} for row in result["rows"]]
 
 
-def test_rows_and_columns(run, held, tmp_path, few_rows, scorer, capsys):
-    result = evaluated(run, held, tmp_path / "out", scorer=scorer)
+def test_rows_and_their_figures(run, held, tmp_path, few_rows, scorer, capsys):
+    more = {"scorer": scorer, "guidance_scale": 3.0, "batch_size": 32}
+    result = evaluated(run, held, tmp_path / "out", **more)
     rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
     assert list(rows) == [*teacher_results.TEACHER_SAMPLINGS, *evaluate.STUDENT_SAMPLINGS]
     assert all(set(row) >= COLUMNS for row in result["rows"])
@@ -112,6 +113,7 @@ def test_rows_and_columns(run, held, tmp_path, few_rows, scorer, capsys):
     assert rows["ddim", 6]["high_frequency"] == 1
     assert rows["student", 1]["ms_per_image"] < rows["ddim", 6]["ms_per_image"]
     assert (result["num_samples"], result["student"], result["scorer"]) == (70, "lora", scorer)
+    assert result["guidance_scale"] == 3.0
     # The table as people read it, in the terminal and in the file.
     table = (tmp_path / "out" / "evaluation.md").read_text()
     assert table.splitlines()[0].split("|")[1].strip() == "sampler"
@@ -120,28 +122,16 @@ def test_rows_and_columns(run, held, tmp_path, few_rows, scorer, capsys):
     picture = np.asarray(Image.open(tmp_path / "out" / "evaluation.png"))
     assert picture.shape[2] == 3
     assert picture.std() > 5
-
-
-def test_without_a_scorer_accuracy_is_null(run, held, tmp_path, three_rows):
-    result = evaluated(run, held, tmp_path / "out")
-    assert [row["accuracy"] for row in result["rows"]] == [None] * len(result["rows"])
-    line = (tmp_path / "out" / "evaluation.md").read_text().splitlines()[2]
-    assert line.split("|")[4].strip() == "-"
-
-
-def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
-    """1-step latent error and the student's latents, computed again from scratch."""
-    result = evaluated(run, held, tmp_path / "out", guidance_scale=3.0, batch_size=32)
-    rows = {(row["sampler"], row["steps"]): row for row in result["rows"]}
-    heldout = load_heldout(held, open_manifest(held), 70)
+    # 1-step latent errors and the student's latents, computed again in other batches.
     artist = (
         open_artist(run, SampleConfig(guidance_scale=3.0, threads=1, device="cpu"))
         .with_teacher(heldout.empty)
         .for_shape(heldout.shape)
     )
     artist = artist.with_spacings({("ddim", 1): rows["ddim", 1]["timestep_spacing"]})
+    parts = [list(range(first, first + 7)) for first in range(0, 70, 7)]
     solution, single, student = (
-        torch.cat([artist.draw(*what, heldout.texts[[i]], [i]) for i in range(70)])
+        torch.cat([artist.draw(*what, heldout.texts[part], part) for part in parts])
         for what in (("ddim", 6), ("ddim", 1), ("student", 1))
     )
     error = float(((single - solution) ** 2).mean())
@@ -149,7 +139,17 @@ def test_figures_are_what_they_say(run, held, tmp_path, few_rows):
     error = float(((student - solution) ** 2).mean())
     assert rows["student", 1]["latent_mse"] == pytest.approx(error, rel=1e-3)
     assert rows["ddim", 1]["fd"] != rows["dpmsolver++", 2]["fd"]
-    assert result["guidance_scale"] == 3.0
+
+
+def test_without_a_scorer_accuracy_is_null_and_a_read_only_cache_is_no_obstacle(
+    run, held, tmp_path, three_rows, capsys
+):
+    (held / "evaluations").write_text("in the way")
+    result = evaluated(run, held, tmp_path / "out")
+    assert "not kept for next time" in capsys.readouterr().out
+    assert [row["accuracy"] for row in result["rows"]] == [None] * 3
+    line = (tmp_path / "out" / "evaluation.md").read_text().splitlines()[2]
+    assert line.split("|")[4].strip() == "-"
 
 
 @pytest.mark.slow
@@ -175,8 +175,14 @@ def test_each_solver_has_its_best_spacing(run, held, tmp_path, few_rows, monkeyp
             assert len(set(distances.values())) > 1
 
 
+OTHER = [{"guidance_scale": 4.0}, {"scorer": None}]
+
+
+@pytest.mark.parametrize(
+    "changes", [[{"seed": 1}], pytest.param(OTHER, marks=pytest.mark.slow)], ids=["seed", "others"]
+)
 def test_the_second_evaluation_takes_over_the_teachers_rows(
-    run, held, tmp_path, three_rows, scorer, monkeypatch
+    run, held, tmp_path, three_rows, scorer, monkeypatch, changes
 ):
     first = evaluated(run, held, tmp_path / "a", scorer=scorer)
     drawn = []
@@ -197,16 +203,9 @@ def test_the_second_evaluation_takes_over_the_teachers_rows(
     stored["rows"][0]["fd"] = 123456.0
     kept.write_text(json.dumps(stored))
     assert evaluated(run, held, tmp_path / "d", scorer=scorer)["rows"][0]["fd"] == 123456
-    for change in ({"seed": 1}, {"guidance_scale": 4.0}, {"scorer": None}):
+    for change in changes:
         more = {"scorer": scorer} | change
         assert evaluated(run, held, tmp_path / "e", **more)["rows"][0]["fd"] != 123456
-
-
-def test_a_read_only_cache_is_evaluated_all_the_same(run, held, tmp_path, three_rows, capsys):
-    (held / "evaluations").write_text("in the way")
-    result = evaluated(run, held, tmp_path / "out")
-    assert len(result["rows"]) == 3
-    assert "not kept for next time" in capsys.readouterr().out
 
 
 def test_heldout_is_read_in_order_and_scaled(tiny_cache):

@@ -9,6 +9,7 @@ from shared.errors import UserError
 from tests.support.runs import KINDS, tensors, train, untimed
 from train.config import DistillConfig
 from train.state import checkpoint
+from train.trainer import loop
 from train.trainer.loop import distill
 from train.trainer.run import Distillation
 from train.trainer.setup import prepare
@@ -142,6 +143,7 @@ def test_a_skipped_fp16_step_is_not_counted_and_its_samples_are_gone(settings, m
 
 
 def test_fp16_that_overflows_at_every_scale_says_so(settings, monkeypatch):
+    monkeypatch.setattr(loop, "SMALLEST_SCALE", 2.0**13)  # three halvings, not sixteen
     run = prepare(settings(mixed_precision="fp16"))
     loss = type(run.objective).__call__
     monkeypatch.setattr(type(run.objective), "__call__", lambda *a: loss(*a) * float("inf"))
