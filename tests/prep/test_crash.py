@@ -93,7 +93,7 @@ def test_a_record_is_published_after_what_it_owns(crashes):
 @pytest.mark.parametrize(
     "scenario",
     ["encode", "longer", "incremental", "overwrite", "finish", "report", "embed", "gc", "repair",
-     "pack", "unpack", "unpack over"],
+     "teach", "teach more", "pack", "unpack", "unpack over"],
 )  # fmt: skip
 def test_killed_before_in_and_after_every_call(memory, scenario):
     """And whoever reads then sees what was there before, or all that the command makes."""
@@ -105,13 +105,16 @@ def test_killed_before_in_and_after_every_call(memory, scenario):
     assert not written & set(answer["files"])  # nothing is written in place
 
 
+RANDOM = [("many", 50), ("many changed", 50), ("teach many", 20)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("scenario", ["many", "many changed"])
-def test_fifty_kills_at_random_moments(memory, scenario):
-    answer = drive(memory / scenario, [scenario], "--random", 50)[scenario]
+@pytest.mark.parametrize(("scenario", "kills"), RANDOM)
+def test_kills_at_random_moments(memory, scenario, kills):
+    answer = drive(memory / scenario, [scenario], "--random", kills)[scenario]
     assert answer["problems"] == []
-    assert answer["killed"] == 50
+    assert answer["killed"] == kills
     assert answer["stages"] > 5  # they fell on several stages of the work
 
 
