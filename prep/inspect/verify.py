@@ -54,7 +54,9 @@ def verify(config: VerifyConfig) -> int:
                 note(path, damage)
         for damage in damages_of_conditioning(cache, manifest):
             note(cache.conditioning, damage)
-        if config.reencode and not damaged:
+        if config.reencode and (drawn := manifest.identity.drawn):
+            progress.write(f"nothing encoded again: {drawn}, there are no pictures to compare with")
+        elif config.reencode and not damaged:
             for name, damage in disagreements(config, manifest, progress):
                 note(cache.units / f"{name}.json", damage)
     stale = damage_of_manifest(cache, manifest, units)
@@ -64,7 +66,9 @@ def verify(config: VerifyConfig) -> int:
     verdict = counted(count, "damage") if count else "no damage"
     print(f"{config.cache}: {counted(manifest.totals.written, 'sample')} checked, {verdict}")
     if damaged:
-        print(repair(cache, list(damaged)) if config.repair else remedy(config, manifest))
+        command = manifest.identity.command
+        mended = repair(cache, list(damaged), command) if config.repair else ""
+        print(mended or remedy(config, manifest))
     return 1 if count else 0
 
 
@@ -72,11 +76,11 @@ def remedy(config: VerifyConfig, manifest: Manifest) -> str:
     """Say what to do about damage."""
     return (
         f"to mend it: `python -m prep verify --cache {config.cache} --repair`, then the "
-        f"`prep encode` that made the cache (model {manifest.identity.model})"
+        f"`{manifest.identity.command}` that made the cache (model {manifest.identity.model})"
     )
 
 
-def repair(cache: CachePaths, damaged: list[Place]) -> str:
+def repair(cache: CachePaths, damaged: list[Place], command: str) -> str:
     """Remove these files, mostly units' records, and the manifest; returns what to do next.
 
     Without its record a unit is encoded anew, its damaged files are replaced then or left to
@@ -93,7 +97,7 @@ def repair(cache: CachePaths, damaged: list[Place]) -> str:
         sync_folder(cache.root)
     units = sum(path.parent == cache.units for path in damaged)
     return (
-        f"{counted(units, 'unit record')} removed; run the same `prep encode` to make these units "
+        f"{counted(units, 'unit record')} removed; run the same `{command}` to make these units "
         "again, or `prep finish` to go on without them"
     )
 
@@ -118,7 +122,7 @@ def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRe
     if files != [shard.file for shard in manifest.shards]:
         return (
             "manifest.json and the units do not name the same shards; run the same "
-            "`prep encode`, or `prep finish` to take the units as they are"
+            f"`{manifest.identity.command}`, or `prep finish` to take the units as they are"
         )
     stored = manifest.to_json()
     identity = read_identity(cache)

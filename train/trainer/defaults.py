@@ -10,14 +10,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.cli.defaults import CACHES, MODEL, RUNS, default_cache
 from shared.errors import UserError
 from shared.machine.device import pick_device
 from shared.models.family import FAMILIES, model_name
+from shared.networks.precision import best_precision
 from shared.storage.urls import Place
 from train.config import DistillConfig, RunConfig
 from train.flag_groups import Precision
@@ -129,7 +128,4 @@ def recorded_precision(config: RunConfig) -> Precision | None:
 
 def device_precision(config: DistillConfig) -> Precision:
     """bf16 where a GPU has it, fp16 on an older one; fp32 elsewhere."""
-    device = pick_device(config.device)
-    if device.type != "cuda":
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return best_precision(pick_device(config.device))
