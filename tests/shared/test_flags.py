@@ -81,7 +81,8 @@ dataset_repeats use_safetensors dataset_config min_snr_gamma scale_v_pred_loss_l
 v_pred_like_loss debiased_estimation_loss weighted_captions
 """.split()  # noqa: SIM905
 ARTICLE = "rank data_dir ckpt_name log_dir n_epochs lr_scheduler_name".split()  # noqa: SIM905
-KNOWN = list(dict.fromkeys(LCM + DIFFUSERS + KOHYA + ARTICLE))
+PIPELINES = ["num_inference_steps"]  # of diffusers' pipelines
+KNOWN = list(dict.fromkeys(LCM + DIFFUSERS + KOHYA + ARTICLE + PIPELINES))
 
 COMMANDS = {
     f"{stage} {name}": kind
@@ -130,7 +131,7 @@ def test_a_flag_is_there_or_refused(rows, name):
     if where == ["refused"]:
         assert say == REFUSED[name]
         assert len(say) > 20
-    assert set(where) <= {*BOTH, "refused"}
+    assert set(where) <= {*BOTH, "prep synthesize", "train sample", "refused"}
 
 
 def test_the_tables_have_nothing_else(rows):
