@@ -183,7 +183,7 @@ def look_ahead(
 ) -> Todo:  # fmt: skip
     """Plan what is to be drawn, how large it will be and how long it may take."""
     records = read_units(cache)
-    stale = find_stale(cache, records, units, config.prune, 0, "--captions")
+    stale = find_stale(cache, records, units, config.prune, 0, "that --captions does not")
     todo = plan.pending(cache, part_of(units, config.part), records)
     work = replace(plan.make_plan(todo, layout_of(chosen), None, cache), verb="draw")
     copied = count_copied(cache, records, todo, config.seed)

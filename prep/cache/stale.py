@@ -35,9 +35,9 @@ def find_stale(
     units: Sequence[Unit],
     prune: bool,
     generation: int,
-    flag: str = "--shards",
+    unlisted_by: str = "that --shards does not",
 ) -> Stale:
-    """Which of the cache's units are not among those that `--shards` (or `flag`) names.
+    """Which of the cache's units are not among those that `--shards`, or another flag, names.
 
     Raises UserError where a source is not listed and may not be dropped: silently kept its units
     would be trained on, silently dropped they would have to be encoded again.
@@ -49,7 +49,7 @@ def find_stale(
     unlisted = [record for record in current if record.source not in sources]
     if unlisted and not prune:
         raise UserError(
-            f"{cache.root} also holds {counted(len(unlisted), 'unit')} that {flag} does not "
+            f"{cache.root} also holds {counted(len(unlisted), 'unit')} {unlisted_by} "
             f"list (first: {unlisted[0].source}); list all, drop what is not listed with --prune, "
             "or give another --cache"
         )

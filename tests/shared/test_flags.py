@@ -282,5 +282,5 @@ def test_the_article(tmp_path):
         with pytest.raises(UsageError, match=f"{dashed(name)}: .*{message}"):
             typed("train distill", "--config", str(tmp_path / "x.json"))
     assert {*tutorials.TAKEN, *tutorials.REFUSED} < set(ARTICLE)
-    assert {*diffusers_scripts.TAKEN, *diffusers_scripts.REFUSED} <= {*LCM, *DIFFUSERS}
+    assert {*diffusers_scripts.TAKEN, *diffusers_scripts.REFUSED} <= {*LCM, *DIFFUSERS, *PIPELINES}
     assert {*kohya.TAKEN, *kohya.REFUSED} <= set(KOHYA)
