@@ -13,13 +13,12 @@ from diffusers import AutoencoderKL
 from prep.cache import holdout
 from prep.cache.reuse import NOTHING, known_by_source
 from prep.cache.stale import drop, find_stale
-from prep.commands import Todo, conclude, fold_and_report, part_of, with_cache
+from prep.commands import Todo, conclude, fold_and_report, with_cache
 from prep.encode import networks, plan
 from prep.encode.prompts import PREVIEWS, add_prompts
 from prep.encode.settings import Settings, check_resolution
 from prep.encoders.vae import vae_identity
-from prep.engines.choose import refuse_idle_flags, run_units
-from prep.engines.job import add_up
+from prep.engines.run import check_engine, part_of, run_units
 from prep.images.crop import Framing
 from prep.rows.character_encoding import check_encoding
 from prep.rows.unit import Unit
@@ -57,7 +56,7 @@ from shared.models.fingerprint import fingerprint
 from shared.models.rescale import plain_vae
 from shared.models.vae import load_vae
 from shared.networks.denoiser import load_unet
-from shared.networks.precision import best_precision
+from shared.networks.precision import device_precision
 from shared.storage.temporary import sweep
 from shared.wording import counted
 
@@ -85,7 +84,7 @@ class Chosen:
 def synthesize(config: SynthesizeConfig) -> None:
     """Turn captions into a cache: claim the identity, draw what is pending, fold the manifest."""
     config = with_cache(config)
-    refuse_idle_flags(config)
+    check_engine(config)
     if config.caption_encoding is not None:
         check_encoding(config.caption_encoding)
     files = read_captions(config)
@@ -171,7 +170,7 @@ def choose_batch(
     """Samples drawn at once and the teacher's precision: as flagged, as recorded, or by default."""
     _, height, width = canvas.shape
     fitting = 8 if device.type == "cpu" else min(64, max(1, DRAWN_VALUES // (height * width)))
-    batch, precision = fitting, str(best_precision(device))
+    batch, precision = fitting, str(device_precision(device))
     if stored and stored.drawn:
         batch, precision = stored.drawn.batch_size, stored.drawn.mixed_precision
     return config.batch_size or batch, config.mixed_precision or precision
@@ -246,5 +245,7 @@ def draw_units(
 ) -> Work:
     """Run the units on the engine that the flags ask for."""
     with Progress("draw", rows, "sample") as progress:
-        outcomes = run_units(config, job, units, networks, job.shapes.threads, progress)
-        return add_up(outcomes, len(units), progress, Work())
+        return run_units(
+            config, job, units, networks, job.shapes.threads, progress, "rejected in this unit",
+            Work(),
+        )  # fmt: skip

@@ -14,11 +14,11 @@ from shared.cli.ranges import (
     NotNegative,
     Numbers,
     Positive,
+    Precision,
     Seed,
 )
 
 ExportDtype = Literal["both", "fp32", "fp16"]
-Precision = Literal["no", "bf16", "fp16"]
 # The name of an objective is that of its file in train/objectives/.
 ObjectiveName = Literal["lcd", "denoise"]
 Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1

@@ -7,7 +7,7 @@ from typing import Literal
 
 from shared.cli.defaults import MODEL
 from shared.cli.paths import NameOrPath, PlaceFlag, SourceFlag
-from shared.cli.ranges import Count, Fraction, Natural, NotNegative
+from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Precision
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SynthesizeConfig:
     """Side of the square in pixels; the cache's own, else the model's, unless given."""
     clip_skip: Natural = 0
     """How many last layers of the text encoders to leave out, as in diffusers: 1 is kohya's 2."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    mixed_precision: Precision | None = None
     """Autocast dtype of the teacher; a started cache keeps its own. bf16 where a GPU has it, fp16
     on an older one, no on a CPU. The solver's own steps are fp32."""
     preview_prompts: tuple[str, ...] = ()

@@ -12,8 +12,8 @@ Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def best_precision(device: torch.device) -> Precision:
-    """bf16 where a GPU has it, fp16 on an older one; fp32 elsewhere."""
+def device_precision(device: torch.device) -> Precision:
+    """bf16 where a GPU has it, fp16 on an older one; no, that is fp32, elsewhere."""
     if device.type != "cuda":
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

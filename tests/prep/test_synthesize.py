@@ -285,10 +285,3 @@ def test_a_dry_run_says_how_much_and_writes_nothing(tmp_path):
     assert answer.status == 0, answer.err
     assert "1 unit to draw, 30 samples: " in answer.err
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.slow
-def test_ray_gives_the_same_bytes(drawn, tmp_path, ray):
-    source, cache = drawn
-    draw(source, tmp_path / "cache", per_caption=2, folder_units=2, engine="ray")
-    assert tree(tmp_path / "cache") == tree(cache)
