@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from prep.rows.unit import Unit
+from shared.cache.identity import command_of
 from shared.cache.paths import CachePaths
 from shared.cache.units import UnitRecord
 from shared.errors import UserError
@@ -74,7 +75,7 @@ def refuse_mixture(cache: CachePaths, records: Sequence[UnitRecord], generation:
     two ways, those of the former way wait until the others are complete: together they would
     hold pictures twice.
     """
-    remedy = "run the same `prep encode`, with --part every part of it, to its end"
+    remedy = f"run the same `{command_of(cache)}`, with --part every part of it, to its end"
     if former := [record for record in records if record.generation != generation]:
         raise UserError(
             f"{cache.root}: {counted(len(former), 'unit')} still to be encoded with the settings "

@@ -23,7 +23,7 @@ from prep.encode.writer import UnitWriter
 from prep.engines.job import Outcome, Tick
 from prep.rows.unit import Counted
 from prep.sources.find import SourceError, Unit
-from shared.cache.identity import Shapes, read_identity
+from shared.cache.identity import Shapes, command_of, read_identity
 from shared.cache.manifest import Manifest, fold, read_units, write_manifest
 from shared.cache.paths import CachePaths
 from shared.cache.units import UnitRecord
@@ -145,7 +145,7 @@ def finish(cache: CachePaths) -> str:
 def write_fold(cache: CachePaths, units: list[UnitRecord]) -> Manifest:
     """Publish the manifest that these units add up to, if they do (`finish` tells)."""
     if not units:
-        raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
+        raise UserError(f"{cache.root} has no committed units; run `{command_of(cache)}` first")
     identity = read_identity(cache)
     if identity is None:
         raise UserError(f"{cache.identity} does not exist; restore it, or choose another --cache")

@@ -7,6 +7,7 @@ made it. So the replacement of this one file makes every former unit stale at on
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -209,6 +210,14 @@ def read_identity(cache: CachePaths) -> Identity | None:
         return Identity.from_json(stored)
 
     return parse_record(content, cache.identity, build, REMEDY)
+
+
+def command_of(cache: CachePaths) -> str:
+    """Name the command that makes the cache, as far as its identity says."""
+    with contextlib.suppress(UserError):
+        if identity := read_identity(cache):
+            return identity.command
+    return "prep encode"
 
 
 def refuse_other_kind(cache: CachePaths, stored: Identity | None, drawn: bool) -> None:

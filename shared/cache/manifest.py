@@ -16,7 +16,7 @@ from operator import add
 from typing import Any
 from unicodedata import normalize
 
-from shared.cache.identity import Identity, read_identity
+from shared.cache.identity import Identity, command_of
 from shared.cache.layout import Layout
 from shared.cache.paths import FORMAT, CachePaths, refuse_format
 from shared.cache.units import Shard, UnitRecord
@@ -160,9 +160,7 @@ def open_manifest(root: Place, check_sizes: bool = True) -> Manifest:
     content = read_if_there(cache.manifest)
     if content is None:
         if cache.identity.exists():
-            identity = read_identity(cache)
-            command = identity.command if identity else "prep encode"
-            raise UserError(f"{root} is unfinished: run the same `{command}` to its end")
+            raise UserError(f"{root} is unfinished: run the same `{command_of(cache)}` to its end")
         raise UserError(
             f"{root} is not a cache (no manifest.json); `prep encode --cache {root}` makes one"
         )
