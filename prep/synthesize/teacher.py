@@ -100,8 +100,9 @@ class Teacher:
         self.source, self.canvas, self.drawn, self.device = source, canvas, drawn, device
         self.empty = empty.to(device)
         self.config = scheduler_config(source)
-        self.unet = (load_unet(source) if unet is None else unet).to(device)
-        hold_frozen(self.unet, drawn.mixed_precision)
+        unet = load_unet(source) if unet is None else unet
+        hold_frozen(unet, drawn.mixed_precision)  # before it takes the device's memory
+        self.unet = unet.to(device)
 
     @cached_property
     def exact(self) -> Denoiser:
