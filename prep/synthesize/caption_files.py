@@ -67,6 +67,13 @@ def read_captions(config: SynthesizeConfig) -> list[CaptionFile]:
             if not one.rows:
                 raise UserError(f"{one.source} holds no captions; leave it out of --captions")
             found[one.source] = one
+    if not any(HUB.fullmatch(source) for source in found):
+        for flag in ("streaming", "dataset_config_name"):
+            if getattr(config, flag):
+                raise UserError(
+                    f"--{flag.replace('_', '-')} is for datasets of the hub (hf://); --captions "
+                    "has none"
+                )
     return list(found.values())
 
 

@@ -260,6 +260,8 @@ MISTAKES = [
     (["c.txt", "--steps", "1001"], "--steps 1001 must be 1 to 1000, all that the model knows"),
     (["c.txt", "--resolution", "60"], "--resolution 60 is not a multiple of 8"),
     (["c.txt", "--folder-units", "3"], "--folder-units 3 is not a power of two"),
+    (["c.txt", "--streaming"],
+     "--streaming is for datasets of the hub (hf://); --captions has none"),
     (["c.txt", "--ray-address", "auto"],
      "--ray-address is for --engine ray; add that, or leave it out"),
 ]  # fmt: skip
