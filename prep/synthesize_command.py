@@ -188,7 +188,7 @@ def look_ahead(
     copied = count_copied(cache, records, todo, config.seed)
     amount = counted(work.rows, "sample")
     if copied:
-        amount += f" ({counted(copied, 'sample')} of them copied)"
+        amount += f" ({copied:,} of them copied)"
     if todo:
         seconds = (work.rows - copied) * chosen.networks.teacher.seconds_per_sample()
         work = replace(work, amount=amount, seconds=seconds)
