@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS is pasted as typed, so that quotes inside it work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce prep teach train evaluate sample test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce prep synthesize teach train evaluate sample test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,9 @@ prep: $(STAMP) ## images and captions -> cache: SHARDS='pictures/{00..99}.tar' [
 
 teach: $(STAMP) ## the teacher's answers into a cache: [MODEL=sdxl] [CACHE=caches/MODEL] [ARGS='--answers 4']
 	$(PY) -m prep teach $(call option,--model,MODEL) $(call option,--cache,CACHE) $(args)
+
+synthesize: $(STAMP) ## captions -> cache that the teacher draws: CAPTIONS=captions.txt [MODEL=sdxl] [CACHE=caches/MODEL] [ARGS=]
+	$(PY) -m prep synthesize $(call option,--captions,CAPTIONS) $(call option,--model,MODEL) $(call option,--cache,CACHE) $(args)
 
 train: $(STAMP) ## cache -> student: [MODEL=sdxl] [CACHE=caches/MODEL] [RUN=runs/MODEL-STUDENT] [ARGS='--student lora']
 	$(PY) -m train distill $(call option,--model,MODEL) $(call option,--cache,CACHE) $(call option,--run,RUN) $(args)
@@ -83,13 +86,17 @@ clean-demo: ## remove what `make demo` wrote
 # ---- Mistakes on the command line: found while this file is read, so before any setup or download.
 
 # A variable that nothing reads would be ignored in silence: MODL=sd15 would train sdxl.
-variables := SHARDS MODEL CACHE RUN ARGS EVAL_CACHE SCORER PROMPT PYTHON PIP_ARGS VENV PY STAMP
+variables := SHARDS CAPTIONS MODEL CACHE RUN ARGS EVAL_CACHE SCORER PROMPT PYTHON PIP_ARGS VENV PY STAMP
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(if $(filter $(variables),$(name)),,$(error $(name) is no variable of this Makefile; there are $(variables)))))
 
 wanted = $(filter $(1),$(MAKECMDGOALS))
 # ARGS may name the shards, in a --config, or ask for --help.
 ifneq ($(call wanted,prep),)
   $(if $(value SHARDS)$(value ARGS),,$(error SHARDS is missing. For example: make prep SHARDS='pictures/{00..99}.tar' MODEL=sdxl))
+endif
+
+ifneq ($(call wanted,synthesize),)
+  $(if $(value CAPTIONS)$(value ARGS),,$(error CAPTIONS is missing. For example: make synthesize CAPTIONS=captions.txt MODEL=sdxl))
 endif
 
 # Unquoted, SHARDS=a/{00..03}.tar reaches make as four SHARDS=..., of which it would keep the last.

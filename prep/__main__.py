@@ -5,12 +5,14 @@ from __future__ import annotations
 from shared.cli import startup  # isort: skip  # noqa: F401 (before what takes a while)
 
 from prep import config
+from prep.synthesize.config import SynthesizeConfig
 from shared.cli.config import command, dispatch
 from shared.errors import run_main
 
 COMMANDS = {
     "encode": (config.EncodeConfig, command("prep.commands", "encode")),
     "teach": (config.TeachConfig, command("prep.teach.command", "teach")),
+    "synthesize": (SynthesizeConfig, command("prep.synthesize_command", "synthesize")),
     "finish": (config.FinishConfig, command("prep.commands", "finish")),
     "embed": (config.EmbedConfig, command("prep.encode.prompts", "embed")),
     "verify": (config.VerifyConfig, command("prep.inspect.verify", "verify")),

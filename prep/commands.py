@@ -6,6 +6,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+from diffusers import AutoencoderKL
 
 from prep import config
 from prep.cache import holdout
@@ -22,6 +25,7 @@ from prep.inspect import report
 from prep.rows.character_encoding import check_encoding
 from prep.sources.find import SourceOptions, Unit, find_units
 from prep.sources.folders.folder import repeats_in
+from prep.synthesize.config import SynthesizeConfig
 from shared.cache.identity import (
     Identity,
     OtherSettings,
@@ -29,6 +33,7 @@ from shared.cache.identity import (
     claim_identity,
     other_settings,
     read_identity,
+    refuse_other_kind,
 )
 from shared.cache.manifest import read_units
 from shared.cache.paths import CachePaths, refuse_full_disk
@@ -39,6 +44,8 @@ from shared.machine import cpus
 from shared.models.family import Model, resolve_model
 from shared.storage.temporary import sweep
 
+Flags = config.EncodeConfig | SynthesizeConfig
+F = TypeVar("F", config.EncodeConfig, SynthesizeConfig)
 MOST_DECODERS = 8  # more do not help one device, and each holds a picture
 
 
@@ -82,7 +89,9 @@ def encode(config: config.EncodeConfig) -> None:
     assert config.cache is not None
     cache = CachePaths(config.cache)
     while True:
-        chosen = choose(config, read_identity(cache), model)
+        stored = read_identity(cache)
+        refuse_other_kind(cache, stored, drawn=False)
+        chosen = choose(config, stored, model)
         chosen, todo = look_ahead(config, cache, units, chosen)
         print(todo.work, file=sys.stderr)
         refuse_full_disk(cache, todo.work.peak_bytes)
@@ -107,23 +116,38 @@ def encode(config: config.EncodeConfig) -> None:
     )  # fmt: skip
     started = time.monotonic()
     done = encode_units(config, job, todo.units, encoders, todo.work.rows)
+    print(done)
+    conclude(config, cache, units, todo, chosen.generation)
+    if config.part is None:
+        fold_and_report(config, cache, units, todo, encoders.vae.vae, done.pictures, started)
+
+
+def conclude(
+    config: Flags, cache: CachePaths, units: Sequence[Unit], todo: Todo, generation: int
+) -> None:
+    """Drop units that others have replaced, once all of these are there; say what a part needs."""
     if todo.stale.replaced:  # last, because what they hold may be copied, also by another part
-        known = of_generation(read_units(cache), chosen.generation)
+        known = of_generation(read_units(cache), generation)
         if not plan.pending(cache, units, known):
             drop(cache, todo.stale.replaced)
-    print(done)
     if config.part is not None:
         print(f"part {config.part} is done; after the last: prep finish --cache {cache.root}")
-        return
+
+
+def fold_and_report(
+    config: Flags, cache: CachePaths, units: Sequence[Unit], todo: Todo, vae: AutoencoderKL,
+    pictures: int, started: float,
+) -> None:  # fmt: skip
+    """Fold the manifest and write the report; `pictures` were made since `started`."""
     print(engine.finish(cache))
     # Of a cache in which nothing has changed no source is read again, not for its report either.
     changed = bool(todo.units or todo.stale.gone or todo.stale.replaced)
     if config.report and (changed or not (cache.root / "report.html").exists()):
         seconds, read = time.monotonic() - started, units if changed else ()
-        report.write_after_encode(cache, encoders.vae.vae, done.pictures, seconds, read)
+        report.write_after_encode(cache, vae, pictures, seconds, read)
 
 
-def with_cache(config: config.EncodeConfig) -> config.EncodeConfig:
+def with_cache(config: F) -> F:
     """Name the cache after the model where no flag does, and say so in a line."""
     if config.cache is not None:
         return config

@@ -163,7 +163,7 @@ def make(tmp_path):
     stand_in.chmod(0o755)
     (tmp_path / ".stamp").touch()  # setup is done
     own = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "GNUMAKEFLAGS"}
-    own |= {"SHARDS", "MODEL", "CACHE", "RUN", "ARGS", "EVAL_CACHE", "SCORER", "PROMPT"}
+    own |= {"SHARDS", "CAPTIONS", "MODEL", "CACHE", "RUN", "ARGS", "EVAL_CACHE", "SCORER", "PROMPT"}
     environment = {name: value for name, value in os.environ.items() if name not in own}
 
     def run(words: str) -> subprocess.CompletedProcess[str]:
@@ -216,6 +216,8 @@ def test_quoted_shards_arrive_as_typed(make, shards):
         ("prep SHARDS='a b/{0..3}.tar'", ["prep", "encode", "--shards", "a b/{0..3}.tar"]),
         ("prep ARGS='--config run.toml'", ["prep", "encode", "--config", "run.toml"]),
         ("prep ARGS=--help", ["prep", "encode", "--help"]),
+        ("synthesize CAPTIONS='my captions.txt' MODEL=sd15",
+         ["prep", "synthesize", "--captions", "my captions.txt", "--model", "sd15"]),
         ("train", ["train", "distill"]),
         ("train MODEL=sdxl", ["train", "distill", "--model", "sdxl"]),
         ("train CACHE= RUN='my run'", ["train", "distill", "--run", "my run"]),
@@ -247,7 +249,7 @@ def test_a_variable_that_nothing_reads_is_refused(make):
     answer = make("train MODL=sd15")
     assert answer.returncode == 2
     assert answer.stdout == ""
-    assert "MODL is no variable of this Makefile; there are SHARDS MODEL" in answer.stderr
+    assert "MODL is no variable of this Makefile; there are SHARDS CAPTIONS MODEL" in answer.stderr
     assert answer.stderr.count("\n") == 1
 
 

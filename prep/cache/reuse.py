@@ -106,6 +106,10 @@ class Known:
         row, arrays = found
         return Latents(arrays["latents"], self._time_ids[row], self._retries[row], copied=True)
 
+    def has_picture(self, sha256: str) -> bool:
+        """Is there such a picture? Its shard is not looked at."""
+        return self._spot(0, bytes.fromhex(sha256)[:DIGEST]) is not None
+
     def caption(self, text: str) -> Arrays | None:
         """Find `prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` of a caption, or None."""
         found = self._find(1, caption_digest(text))
@@ -115,12 +119,15 @@ class Known:
         names = ("prompt_embeds", "pooled_prompt_embeds")
         return {name: arrays[name][slot] for name in names if name in arrays}
 
-    def _find(self, kind: int, digest: bytes) -> tuple[int, Arrays] | None:
+    def _spot(self, kind: int, digest: bytes) -> Spot | None:
         if not self.shards:
             return None
         with self._lock:
             self._indexes = self._indexes or self._build()
-        spot = self._indexes[kind].find(digest)
+        return self._indexes[kind].find(digest)
+
+    def _find(self, kind: int, digest: bytes) -> tuple[int, Arrays] | None:
+        spot = self._spot(kind, digest)
         if spot is None:
             return None
         shard, sample, third = spot
@@ -147,6 +154,14 @@ class Known:
         views = self.shards[0].layout.fields[0].shape[0]  # the same in the whole cache
         self._time_ids = np.asarray(time_ids, np.int32).reshape(-1, views, 6)
         return Index.of(pictures), Index.of(captions)
+
+
+def known_by_source(cache: CachePaths, records: Sequence[UnitRecord]) -> dict[str, Known]:
+    """What the units of each source hold."""
+    by_source = defaultdict(list)
+    for record in records:
+        by_source[record.source].append(record)
+    return {source: Known(cache, mine) for source, mine in by_source.items()}
 
 
 NOTHING = Known(CachePaths(Path()), ())

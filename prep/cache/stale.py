@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from prep.rows.unit import Unit
+from shared.cache.identity import command_of
 from shared.cache.paths import CachePaths
 from shared.cache.units import UnitRecord
 from shared.errors import UserError
@@ -35,8 +36,9 @@ def find_stale(
     units: Sequence[Unit],
     prune: bool,
     generation: int,
+    unlisted_by: str = "that --shards does not",
 ) -> Stale:
-    """Which of the cache's units are not among those that `--shards` names.
+    """Which of the cache's units are not among those that `--shards`, or another flag, names.
 
     Raises UserError where a source is not listed and may not be dropped: silently kept its units
     would be trained on, silently dropped they would have to be encoded again.
@@ -48,7 +50,7 @@ def find_stale(
     unlisted = [record for record in current if record.source not in sources]
     if unlisted and not prune:
         raise UserError(
-            f"{cache.root} also holds {counted(len(unlisted), 'unit')} that --shards does not "
+            f"{cache.root} also holds {counted(len(unlisted), 'unit')} {unlisted_by} "
             f"list (first: {unlisted[0].source}); list all, drop what is not listed with --prune, "
             "or give another --cache"
         )
@@ -73,7 +75,7 @@ def refuse_mixture(cache: CachePaths, records: Sequence[UnitRecord], generation:
     two ways, those of the former way wait until the others are complete: together they would
     hold pictures twice.
     """
-    remedy = "run the same `prep encode`, with --part every part of it, to its end"
+    remedy = f"run the same `{command_of(cache)}`, with --part every part of it, to its end"
     if former := [record for record in records if record.generation != generation]:
         raise UserError(
             f"{cache.root}: {counted(len(former), 'unit')} still to be encoded with the settings "

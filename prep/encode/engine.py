@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass, replace
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from prep.cache import holdout
 from prep.cache.accounts import account_batches
 from prep.cache.retire import retire
-from prep.cache.reuse import NOTHING, Known
+from prep.cache.reuse import NOTHING, Known, known_by_source
 from prep.cache.stale import refuse_mixture
 from prep.encode.captions import CaptionMemo
 from prep.encode.networks import Encoders, VaeChoice, load_encoders
@@ -23,7 +23,7 @@ from prep.encode.writer import UnitWriter
 from prep.engines.job import Outcome, Tick
 from prep.rows.unit import Counted
 from prep.sources.find import SourceError, Unit
-from shared.cache.identity import Shapes, read_identity
+from shared.cache.identity import Shapes, command_of, read_identity
 from shared.cache.manifest import Manifest, fold, read_units, write_manifest
 from shared.cache.paths import CachePaths
 from shared.cache.units import UnitRecord
@@ -67,10 +67,7 @@ class Job:
     @cached_property
     def known(self) -> dict[str, Known]:
         """What the cache has of each source."""
-        by_source = defaultdict(list)
-        for record in self.records:
-            by_source[record.source].append(record)
-        return {source: Known(self.cache, mine) for source, mine in by_source.items()}
+        return known_by_source(self.cache, self.records)
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Work:
     copied: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+        return type(self)(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         if not (self.pictures or self.captions or self.copied):
@@ -135,7 +132,8 @@ def finish(cache: CachePaths) -> str:
     long = totals.truncated_captions
     retries = sum(unit.notes.get("fp32_retries", 0) for unit in units)
     aside = f"; {counted(manifest.heldout, 'sample')} held out" if manifest.heldout else ""
-    again = f"; {counted(retries, 'picture')} encoded again in float32" if retries else ""
+    done = ("sample", "drawn") if manifest.identity.drawn else ("picture", "encoded")
+    again = f"; {counted(retries, done[0])} {done[1]} again in float32" if retries else ""
     return (
         f"{cache.root}: {counted(totals.written, 'sample')} of {counted(totals.read, 'row')}"
         f"{f' ({rejected})' if rejected else ''}, {size_of(totals.bytes)} in "
@@ -147,7 +145,7 @@ def finish(cache: CachePaths) -> str:
 def write_fold(cache: CachePaths, units: list[UnitRecord]) -> Manifest:
     """Publish the manifest that these units add up to, if they do (`finish` tells)."""
     if not units:
-        raise UserError(f"{cache.root} has no committed units; run `prep encode` first")
+        raise UserError(f"{cache.root} has no committed units; run `{command_of(cache)}` first")
     identity = read_identity(cache)
     if identity is None:
         raise UserError(f"{cache.identity} does not exist; restore it, or choose another --cache")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -14,6 +15,7 @@ from shared.errors import UserError
 from shared.machine import cpus
 from shared.machine.device import pick_device, set_threads
 from shared.models.family import Model, recorded_model, unet_config
+from shared.storage.urls import Place
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,27 @@ class Encoders:
     text: TextEncoder
 
 
-def choose_device(config: EncodeConfig, stored: Identity | None) -> torch.device:
+class MachineFlags(Protocol):
+    """The flags about the machine, which several commands have."""
+
+    @property
+    def cache(self) -> Place | None:
+        """Where the cache is."""
+
+    @property
+    def device(self) -> str:
+        """cuda, cpu or auto."""
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads of the networks."""
+
+    @property
+    def cpus_per_worker(self) -> int | None:
+        """CPU cores of a Ray worker."""
+
+
+def choose_device(config: MachineFlags, stored: Identity | None) -> torch.device:
     """Take the flag, else the kind that the cache was started on, else a GPU where there is one.
 
     `stored` is the cache's identity, here and below; None where there is none. Raises UserError for
@@ -48,16 +70,25 @@ def choose_shapes(
     """Take the flags, else what the cache was started with, else defaults."""
     default = Shapes(default_vae_batch_size(device, resolution), 32, device.type)
     begun = stored.shapes if stored else default
-    threads = config.threads or begun.threads or config.cpus_per_worker or cpus.threads()
     return Shapes(
         config.vae_batch_size or begun.vae_batch_size,
         config.text_batch_size or begun.text_batch_size,
         device.type,
-        threads if device.type == "cpu" else None,
+        choose_threads(config, stored, device),
     )
 
 
-def taken_over(config: EncodeConfig, stored: Identity | None) -> str:
+def choose_threads(
+    config: MachineFlags, stored: Identity | None, device: torch.device
+) -> int | None:
+    """Choose likewise; None on a GPU, where they decide nothing."""
+    if device.type != "cpu":
+        return None
+    begun = stored.shapes.threads if stored else None
+    return config.threads or begun or config.cpus_per_worker or cpus.threads()
+
+
+def taken_over(config: MachineFlags, stored: Identity | None) -> str:
     """Note that the cache was started on a machine so unlike this one that it is slow here."""
     if not stored:
         return ""
@@ -116,13 +147,19 @@ def load_encoders(
     set_threads(shapes.threads)
     torch.backends.cudnn.allow_tf32 = False  # torch's default: 10 bits where fp32 has 23
     encoder = VaeEncoder(vae.source, device, shapes.vae_batch_size, vae.dtype, vae.rescale)
-    wanted = unet_config(model.source)["in_channels"]
-    if encoder.channels != wanted:
-        remedy = "pass a VAE made for this model"
-        if vae.source == model.source:
-            remedy = "one that also takes a picture or a mask is no teacher: pass its base model"
-        raise UserError(
-            f"{vae.source}: its VAE's latents have {encoder.channels} channels, the UNet of "
-            f"{model.source} takes {wanted}; {remedy}"
-        )
+    refuse_other_channels(model, vae.source, encoder.channels)
     return Encoders(encoder, TextEncoder(model, device, shapes.text_batch_size, clip_skip))
+
+
+def refuse_other_channels(model: Model, vae: str, channels: int) -> None:
+    """Raise UserError where the model's UNet does not take latents of so many channels."""
+    wanted = unet_config(model.source)["in_channels"]
+    if channels == wanted:
+        return
+    remedy = "pass a VAE made for this model"
+    if vae == model.source:
+        remedy = "one that also takes a picture or a mask is no teacher: pass its base model"
+    raise UserError(
+        f"{vae}: its VAE's latents have {channels} channels, the UNet of "
+        f"{model.source} takes {wanted}; {remedy}"
+    )

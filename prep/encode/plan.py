@@ -41,13 +41,16 @@ class Plan:
     peak_bytes: int
     seconds: float | None  # unknown where parts of the cache may be copied
     free: int
+    verb: str = "encode"
+    amount: str = ""  # what the units hold, if more is known than about how many pictures
 
     def __str__(self) -> str:
         if not self.units:
-            return f"nothing to encode: every unit is there; {size_of(self.free)} free"
+            return f"nothing to {self.verb}: every unit is there; {size_of(self.free)} free"
+        amount = self.amount or f"about {counted(self.rows, 'picture')}"
         long = "" if self.seconds is None else f", {duration(self.seconds)}"
         return (
-            f"{counted(self.units, 'unit')} to encode, about {counted(self.rows, 'picture')}: "
+            f"{counted(self.units, 'unit')} to {self.verb}, {amount}: "
             f"{size_of(self.bytes)}{long}; {size_of(self.free)} free"
         )
 

@@ -74,10 +74,15 @@ def keep_logvar(config: EncodeConfig, stored: Identity | None) -> bool:
     return config.latents == "posterior"
 
 
-def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Framing:
-    """Choose how pictures are cropped. Raises UserError for a resolution the VAE cannot take."""
+def check_resolution(resolution: int, downscale: int) -> None:
+    """Raise UserError for a resolution that is no whole number of latents."""
     if resolution % downscale or resolution <= 0:
         raise UserError(f"--resolution {resolution} is not a multiple of {downscale}")
+
+
+def choose_framing(config: EncodeConfig, resolution: int, downscale: int) -> Framing:
+    """Choose how pictures are cropped. Raises UserError for a resolution the VAE cannot take."""
+    check_resolution(resolution, downscale)
     random = config.random_crop or config.random_flip
     if config.views > 1 and not random:
         raise UserError(

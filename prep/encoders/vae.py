@@ -83,15 +83,7 @@ class VaeEncoder:
 
     def identity(self) -> VaeIdentity:
         """Describe the encoder as a cache records it."""
-        return VaeIdentity(
-            fingerprint=fingerprint(self.vae),
-            channels=self.channels,
-            downscale=self.downscale,
-            scaling_factor=float(self.vae.config.scaling_factor),
-            dtype=self.dtype,
-            rescale=self.rescale,
-            config={name: self.vae.config[name] for name in ("act_fn", "norm_num_groups")},
-        )
+        return vae_identity(self.vae, self.dtype, self.rescale)
 
     def rescale_by(self, scale: float) -> None:
         """Compute with the encoder's stream multiplied by a power of two."""
@@ -176,6 +168,19 @@ class VaeEncoder:
         """Mean and logvar in fp32, the logvar not yet clamped, so that its overflow shows."""
         parameters: Tensor = vae.encode(images.to(vae.dtype)).latent_dist.parameters
         return parameters.float()
+
+
+def vae_identity(vae: AutoencoderKL, dtype: str, rescale: float | None) -> VaeIdentity:
+    """Describe an unscaled VAE, and what it computes in, as a cache records it."""
+    return VaeIdentity(
+        fingerprint=fingerprint(vae),
+        channels=int(vae.config.latent_channels),
+        downscale=downscale_of(vae.config),
+        scaling_factor=float(vae.config.scaling_factor),
+        dtype=dtype,
+        rescale=rescale,
+        config={name: vae.config[name] for name in ("act_fn", "norm_num_groups")},
+    )
 
 
 def _clamped(parameters: Tensor) -> Tensor:

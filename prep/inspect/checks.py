@@ -56,7 +56,12 @@ def check_all(
 ) -> list[Check]:
     """Every check; `damage` and `no_pictures` say what is wrong, or are empty."""
     own = [check(summary) for check in (check_latents, check_rejected, check_captions)]
-    return [check_files(summary, damage), check_pictures(psnrs, no_pictures), *own]
+    if drawn := summary.identity.drawn:
+        said = f"{str(drawn).capitalize()}: there are no pictures to compare with."
+        pictures = Check(GOOD, "Pictures", said)
+    else:
+        pictures = check_pictures(psnrs, no_pictures)
+    return [check_files(summary, damage), pictures, *own]
 
 
 def check_files(summary: Summary, damage: str) -> Check:

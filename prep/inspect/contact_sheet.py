@@ -28,7 +28,8 @@ def decode(config: DecodeConfig) -> None:
     vae = vae_of(identity, config)
     stored = draw(cache, manifest.shards, config.count, config.seed)
     originals = Originals(config.shards)
-    tiles = [tile(pair) for pair in pairs(cache, identity, vae, stored, originals)]
+    drawn = identity.drawn is not None
+    tiles = [tile(pair, drawn) for pair in pairs(cache, identity, vae, stored, originals)]
     sheet = grid(tiles, columns=max(1, round(len(tiles) ** 0.5 / 1.4)))
     try:
         with guard(config.output.parent):
@@ -37,19 +38,22 @@ def decode(config: DecodeConfig) -> None:
     except ValueError:
         raise UserError(f"--output {config.output}: no such kind of picture; use .png") from None
     shown = counted(len(tiles), "picture")
-    print(f"{config.output}: {shown}, original left, decoded latents right")
+    what = f"decoded latents, {identity.drawn}" if drawn else "original left, decoded latents right"
+    print(f"{config.output}: {shown}, {what}")
     if unasked := originals.unasked_note():
         print(f"without originals: {unasked}")
 
 
-def tile(pair: Pair) -> NDArray[np.uint8]:
-    """Draw the pair with a line of text below it."""
+def tile(pair: Pair, drawn: bool = False) -> NDArray[np.uint8]:
+    """Draw the pair, or alone what the teacher has drawn, with a line of text below it."""
     zoom = max(1, SHORTEST_SIDE // min(pair.decoded.shape[:2]))
     right = pair.decoded.repeat(zoom, 0).repeat(zoom, 1)
     left = np.full_like(right, 128)
     if pair.original is not None:
         left = pair.original.repeat(zoom, 0).repeat(zoom, 1)
-    label = "no original" if pair.psnr is None else f"{pair.psnr:.1f} dB"
+    if drawn:
+        left = right[:, :0]
+    label = "drawn" if drawn else "no original" if pair.psnr is None else f"{pair.psnr:.1f} dB"
     both = np.concatenate([left, np.full((len(left), GAP, 3), 255, np.uint8), right], axis=1)
     strip = Image.new("RGB", (both.shape[1], LABEL), "white")
     text = f"{label}  {visible(pair.caption)}".encode("latin-1", "replace").decode("latin-1")

@@ -125,7 +125,9 @@ def pairs(
 ) -> Iterator[Pair]:  # fmt: skip
     """Each sample's decoded latents beside its picture; ends early when `seconds` have passed."""
     deadline = time.monotonic() + seconds
-    rows, settings = rows_of(cache, stored, originals, deadline), settings_of(identity)
+    settings, rows = settings_of(identity), dict[str, Row]()
+    if identity.drawn is None:  # else there are no pictures behind the samples
+        rows = rows_of(cache, stored, originals, deadline)
     for number, sample in enumerate(stored):
         if number and time.monotonic() > deadline:
             return

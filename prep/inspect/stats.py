@@ -132,7 +132,7 @@ def summarize(cache: CachePaths) -> Summary:
             sums = unit.sums if sums is None else sums + unit.sums
     if sums is not None:
         summary.latents_mean, summary.latents_std = sums.mean_std()
-    summary.state = state_of(manifest, files)
+    summary.state = state_of(manifest, files, identity.command)
     summary.buckets = [bucket for _, bucket in sorted(buckets.items())]
     summary.shards, summary.bytes = len(files), sum(bucket.bytes for bucket in summary.buckets)
     summary.rejected = sorted(rejected.values(), key=lambda r: (-r.count, r.reason))
@@ -179,10 +179,10 @@ def throughput_of(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {name: typed(stored[name], kind, name) for name, kind in kinds.items()}
 
 
-def state_of(manifest: Manifest | None, files: list[str]) -> str:
+def state_of(manifest: Manifest | None, files: list[str], command: str) -> str:
     """Is the manifest there, and of these shards?"""
     if manifest is None:
-        return "unfinished: run the same `prep encode`"
+        return f"unfinished: run the same `{command}`"
     if [shard.file for shard in manifest.shards] != files:
         return "manifest.json is older than the units: run `prep finish`"
     return "complete"
@@ -226,6 +226,10 @@ def table(s: Summary) -> str:
         f"  size        {size_of(s.bytes)} in {counted(s.shards, 'shard')}",
         f"  captions    {s.truncated_captions:,} longer than the encoder reads",
     ]
+    if s.identity.drawn:
+        lines.append(
+            f"  made        {s.identity.drawn}, {s.identity.drawn.per_caption} per caption"
+        )
     lines += [f"  note        {count:,} {visible(name)}" for name, count in s.notes.items()]
     if s.answers:
         lines.append(f"  answers     {answers_line(s.answers)}")

@@ -58,12 +58,14 @@ def verify(config: VerifyConfig) -> int:
             note(cache.conditioning, damage)
         for path, damage in damages_of_answers(cache, manifest):
             note(path, damage)
-        if config.reencode and not damaged:
+        if config.reencode and (drawn := manifest.identity.drawn):
+            progress.write(f"nothing encoded again: {drawn}, there are no pictures to compare with")
+        elif config.reencode and not damaged:
             for name, damage in disagreements(config, manifest, progress):
                 note(cache.units / f"{name}.json", damage)
-            if identity := read_answers_identity(cache):
-                for path, damage in other_answers(config, manifest, identity, progress):
-                    note(path, damage)
+        if config.reencode and not damaged and (identity := read_answers_identity(cache)):
+            for path, damage in other_answers(config, manifest, identity, progress):
+                note(path, damage)
     stale = damage_of_manifest(cache, manifest, units)
     if stale and not damaged:
         print(f"damaged: {stale}", file=sys.stderr)
@@ -71,13 +73,16 @@ def verify(config: VerifyConfig) -> int:
     verdict = counted(count, "damage") if count else "no damage"
     print(f"{config.cache}: {counted(manifest.totals.written, 'sample')} checked, {verdict}")
     if damaged:
-        print(repair(cache, list(damaged)) if config.repair else remedy(config, manifest, damaged))
+        command = manifest.identity.command
+        mended = repair(cache, list(damaged), command) if config.repair else ""
+        print(mended or remedy(config, manifest, damaged))
     return 1 if count else 0
 
 
 def remedy(config: VerifyConfig, manifest: Manifest, damaged: Collection[Place]) -> str:
     """Say what to do about damage."""
-    again = f"`prep encode` that made the cache (model {manifest.identity.model})"
+    made = manifest.identity
+    again = f"`{made.command}` that made the cache (model {made.model})"
     if only_answers(CachePaths(config.cache), damaged):
         again = "same `prep teach`"
     return f"to mend it: `python -m prep verify --cache {config.cache} --repair`, then the {again}"
@@ -88,7 +93,7 @@ def only_answers(cache: CachePaths, damaged: Collection[Place]) -> bool:
     return all(path.parent == answers_of(cache).units for path in damaged)
 
 
-def repair(cache: CachePaths, damaged: list[Place]) -> str:
+def repair(cache: CachePaths, damaged: list[Place], command: str) -> str:
     """Remove these files, mostly units' records, and the manifest; returns what to do next.
 
     Without its record a unit is encoded anew, its damaged files are replaced then or left to
@@ -116,7 +121,7 @@ def repair(cache: CachePaths, damaged: list[Place]) -> str:
         sync_folder(cache.root)
     units = sum(path.parent == cache.units for path in damaged)
     return (
-        f"{counted(units, 'unit record')} removed; run the same `prep encode` to make these units "
+        f"{counted(units, 'unit record')} removed; run the same `{command}` to make these units "
         "again, or `prep finish` to go on without them"
     )
 
@@ -141,7 +146,7 @@ def damage_of_manifest(cache: CachePaths, manifest: Manifest, units: list[UnitRe
     if files != [shard.file for shard in manifest.shards]:
         return (
             "manifest.json and the units do not name the same shards; run the same "
-            "`prep encode`, or `prep finish` to take the units as they are"
+            f"`{manifest.identity.command}`, or `prep finish` to take the units as they are"
         )
     stored = manifest.to_json()
     identity = read_identity(cache)

@@ -7,6 +7,7 @@ made it. So the replacement of this one file makes every former unit stale at on
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -19,7 +20,7 @@ from shared.storage.typed_json import record_of
 
 ADDED = ("config", "configs", "tokenizers")  # what older caches do not say of their encoders
 # What is left out of the file where there is none of it; all else is null there.
-OMITTED = ("source", "shuffle", "threads", "generation", "stored", *ADDED)
+OMITTED = ("source", "shuffle", "threads", "generation", "stored", "drawn", *ADDED)
 REMEDY = "restore it, or choose another --cache"
 
 
@@ -86,6 +87,27 @@ class Shapes:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """How a teacher drew the samples of a cache without pictures (`prep synthesize`)."""
+
+    teacher: str  # fingerprint of its UNet
+    schedule: str  # a hash of what its scheduler's configuration decides
+    sampler: str
+    steps: int
+    guidance_scale: float
+    per_caption: int
+    seed: int
+    batch_size: int  # samples drawn at once
+    mixed_precision: str
+
+    def __str__(self) -> str:
+        return (
+            f"drawn by the teacher ({self.sampler}, {self.steps} steps, "
+            f"guidance scale {self.guidance_scale:g})"
+        )
+
+
+@dataclass(frozen=True)
 class Identity:
     """The content of identity.json."""
 
@@ -98,6 +120,7 @@ class Identity:
     preprocessing: Preprocessing
     shapes: Shapes
     generation: int = 0
+    drawn: Drawn | None = None  # None where there were pictures
     # As read from a file, with what this version does not know and without what older ones did not.
     stored: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
@@ -105,6 +128,11 @@ class Identity:
     def posterior(self) -> bool:
         """Do the latents hold the posterior's logvar beside its mean?"""
         return self.latents == "posterior"
+
+    @property
+    def command(self) -> str:
+        """Which command makes such a cache, and its missing units again."""
+        return "prep synthesize" if self.drawn else "prep encode"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as in the file it was read from, else as `prep encode` writes it."""
@@ -124,6 +152,7 @@ class Identity:
             vae.channels, vae.downscale, made.resolution, made.views, made.max_captions,
             found.text.length, found.text.width, shapes.vae_batch_size, shapes.text_batch_size,
             1 if shapes.threads is None else shapes.threads,
+            *((found.drawn.steps, found.drawn.batch_size) if found.drawn else ()),
         )  # fmt: skip
         if min(numbers) < 1 or vae.scaling_factor <= 0 or found.generation < 0:
             raise ValueError("a number in it is zero or below")
@@ -134,7 +163,7 @@ class Identity:
         return replace(found, shapes=shapes, stored=dict(stored))
 
 
-OURS = {field.name for field in fields(Identity)} - {"generation", "stored"}
+OURS = {field.name for field in fields(Identity)} - {"generation", "drawn", "stored"}
 
 
 def _without_omitted(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,6 +210,22 @@ def read_identity(cache: CachePaths) -> Identity | None:
         return Identity.from_json(stored)
 
     return parse_record(content, cache.identity, build, REMEDY)
+
+
+def command_of(cache: CachePaths) -> str:
+    """Name the command that makes the cache, as far as its identity says."""
+    with contextlib.suppress(UserError):
+        if identity := read_identity(cache):
+            return identity.command
+    return "prep encode"
+
+
+def refuse_other_kind(cache: CachePaths, stored: Identity | None, drawn: bool) -> None:
+    """Raise UserError where samples of pictures and samples that a teacher draws would mix."""
+    if stored is None or (stored.drawn is not None) == drawn:
+        return
+    made = "was drawn by the teacher" if stored.drawn else "was made from pictures"
+    raise UserError(f"{cache.root} {made} (`{stored.command}`); choose another --cache")
 
 
 def other_settings(stored: Identity, wanted: Identity) -> str:

@@ -16,7 +16,7 @@ from operator import add
 from typing import Any
 from unicodedata import normalize
 
-from shared.cache.identity import Identity
+from shared.cache.identity import Identity, command_of
 from shared.cache.layout import Layout
 from shared.cache.paths import FORMAT, CachePaths, refuse_format
 from shared.cache.units import Shard, UnitRecord
@@ -160,7 +160,7 @@ def open_manifest(root: Place, check_sizes: bool = True) -> Manifest:
     content = read_if_there(cache.manifest)
     if content is None:
         if cache.identity.exists():
-            raise UserError(f"{root} is unfinished: run the same `prep encode` to its end")
+            raise UserError(f"{root} is unfinished: run the same `{command_of(cache)}` to its end")
         raise UserError(
             f"{root} is not a cache (no manifest.json); `prep encode --cache {root}` makes one"
         )
@@ -209,5 +209,5 @@ def check_shards(cache: CachePaths, manifest: Manifest) -> None:
             found = "is missing" if size is None else f"has {size} bytes"
             raise UserError(
                 f"{cache.root / shard.file} {found}, {shard.size} recorded: the cache is damaged; "
-                "`prep verify` lists what is, `prep encode` makes it again"
+                f"`prep verify` lists what is, `{manifest.identity.command}` makes it again"
             )

@@ -14,6 +14,8 @@ from shared.cache.conditioning import TextEmbeds
 from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # (z [B, C, h, w], t [B]) -> output [B, C, h, w]
+# Is shown z, t, the conditional output, and the unconditional one where it is computed.
+Watch = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
 
 
 def teacher_scheduler(sampler: str, spacing: str, config: Mapping[str, Any]) -> Any:
@@ -34,14 +36,23 @@ def teacher_predictor(
     empty: TextEmbeds,
     guidance_scale: float,
     size: tuple[int, int],
+    watch: Watch | None = None,
 ) -> Predict:
-    """Classifier-free guidance: uncond + guidance_scale (cond - uncond), in one batched forward."""
+    """Classifier-free guidance: uncond + guidance_scale (cond - uncond), in one batched forward.
+
+    `watch` sees the outputs of every step, which cost nothing more.
+    """
     time_ids = sampling_time_ids(text, size)
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
         if guidance_scale == 1.0:
-            return call_unet(unet, z, t, text, time_ids)
+            output = call_unet(unet, z, t, text, time_ids)
+            if watch is not None:
+                watch(z, t, output, None)
+            return output
         cond, uncond = cond_and_uncond(unet, z, t, text, empty, time_ids)
+        if watch is not None:
+            watch(z, t, cond, uncond)
         return uncond + guidance_scale * (cond - uncond)
 
     return predict

@@ -60,7 +60,8 @@ def typed(value: Any, hint: Any, name: str, ignore_unknown: bool = False) -> Any
     if origin in (typing.Union, types.UnionType):
         if type(value) in inner:
             return value
-        return typed(value, next(one for one in inner if one is not type(None)), name)
+        kind = next(one for one in inner if one is not type(None))
+        return typed(value, kind, name, ignore_unknown)
     if origin in (tuple, list) and isinstance(value, list):
         return origin(typed(item, inner[0], name) for item in value)
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):

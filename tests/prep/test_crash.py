@@ -93,7 +93,7 @@ def test_a_record_is_published_after_what_it_owns(crashes):
 @pytest.mark.parametrize(
     "scenario",
     ["encode", "longer", "incremental", "overwrite", "finish", "report", "embed", "gc", "repair",
-     "teach", "teach more", "pack", "unpack", "unpack over"],
+     "teach", "teach more", "pack", "unpack", "unpack over", "synthesize", "synthesize more"],
 )  # fmt: skip
 def test_killed_before_in_and_after_every_call(memory, scenario):
     """And whoever reads then sees what was there before, or all that the command makes."""

@@ -8,6 +8,8 @@ import pytest
 
 from prep.sources.find import SourceError, SourceOptions, find_units
 from prep.sources.tables import hf_dataset as hub_reader
+from prep.synthesize.caption_files import read_captions
+from prep.synthesize.config import SynthesizeConfig
 from shared.errors import UserError
 from tests.support.sources import (
     accounts,
@@ -144,6 +146,15 @@ def test_a_streaming_dataset_has_a_unit_for_each_shard(hub, tmp_path):
     cache = encode(hub, tmp_path / "cache", streaming=True)
     assert manifest(cache)["totals"]["written"] == 5
     assert len({row["key"] for row in accounts(cache)}) == 5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_captions_of_a_dataset_of_the_hub_without_its_pictures(hub, streaming):
+    (found,) = read_captions(SynthesizeConfig((hub,), streaming=streaming))
+    assert (found.source, len(found.rows)) == ("hf://someone/pictures:train", 5)
+    assert all(row.caption == row.key and row.caption for row in found.rows)
+    with pytest.raises(UserError, match="hf://someone/picturse"):
+        read_captions(SynthesizeConfig(("hf://someone/picturse",), streaming=streaming))
 
 
 @pytest.fixture

@@ -81,7 +81,8 @@ dataset_repeats use_safetensors dataset_config min_snr_gamma scale_v_pred_loss_l
 v_pred_like_loss debiased_estimation_loss weighted_captions
 """.split()  # noqa: SIM905
 ARTICLE = "rank data_dir ckpt_name log_dir n_epochs lr_scheduler_name".split()  # noqa: SIM905
-KNOWN = list(dict.fromkeys(LCM + DIFFUSERS + KOHYA + ARTICLE))
+PIPELINES = ["num_inference_steps"]  # of diffusers' pipelines
+KNOWN = list(dict.fromkeys(LCM + DIFFUSERS + KOHYA + ARTICLE + PIPELINES))
 
 COMMANDS = {
     f"{stage} {name}": kind
@@ -130,7 +131,7 @@ def test_a_flag_is_there_or_refused(rows, name):
     if where == ["refused"]:
         assert say == REFUSED[name]
         assert len(say) > 20
-    assert set(where) <= {*BOTH, "refused"}
+    assert set(where) <= {*BOTH, "prep synthesize", "train sample", "refused"}
 
 
 def test_the_tables_have_nothing_else(rows):
@@ -281,5 +282,5 @@ def test_the_article(tmp_path):
         with pytest.raises(UsageError, match=f"{dashed(name)}: .*{message}"):
             typed("train distill", "--config", str(tmp_path / "x.json"))
     assert {*tutorials.TAKEN, *tutorials.REFUSED} < set(ARTICLE)
-    assert {*diffusers_scripts.TAKEN, *diffusers_scripts.REFUSED} <= {*LCM, *DIFFUSERS}
+    assert {*diffusers_scripts.TAKEN, *diffusers_scripts.REFUSED} <= {*LCM, *DIFFUSERS, *PIPELINES}
     assert {*kohya.TAKEN, *kohya.REFUSED} <= set(KOHYA)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep import commands, config
+from prep import commands, config, synthesize_command
 from prep.archive import pack, unpack
 from prep.cache import gc
 from prep.encode import prompts
 from prep.inspect import verify
+from prep.synthesize.config import SynthesizeConfig
 from prep.teach import command as teach
 from shared.errors import UserError
 from tests.support.sources import captioned, write_tar
@@ -47,6 +48,12 @@ class Place:
     def teach(self, answers: int) -> None:
         flags = {"threads": 1, "batch_size": 4, "answers": answers}
         teach.teach(config.TeachConfig(cache=self.cache, **flags))
+
+    def synthesize(self, **flags: Any) -> None:
+        flags = {"threads": 1, "report": False, "batch_size": 2, "text_batch_size": 2, **flags}
+        captions = (str(self.sources / "captions.txt"),)
+        made = SynthesizeConfig(captions, "tiny-sd", self.cache, steps=1, folder_units=2, **flags)
+        synthesize_command.synthesize(made)
 
     def gc(self) -> None:
         gc.gc(config.GcConfig(self.cache))
@@ -161,6 +168,18 @@ def many_encoded(place: Place) -> None:
     place.encode(*MANY)
 
 
+def captions(place: Place) -> None:
+    """Five captions, in two units."""
+    (place.sources / "captions.txt").write_text("\n".join(f"kite {n}" for n in range(5)))
+
+
+def captions_changed(place: Place) -> None:
+    """A finished cache of captions, one of which has changed since."""
+    captions(place)
+    place.synthesize()
+    (place.sources / "captions.txt").write_text("\n".join(f"kite {n}" for n in range(1, 6)))
+
+
 def repair(place: Place) -> None:
     """What `verify` says is to be done."""
     with contextlib.suppress(UserError):  # without a manifest it says: run `prep encode`
@@ -181,6 +200,8 @@ SCENARIOS = {
         lambda place: place.encode("a", "b", resolution=32, overwrite=True),
         may_refuse=True,
     ),
+    "synthesize": Scenario(captions, Place.synthesize),
+    "synthesize more": Scenario(captions_changed, Place.synthesize),
     "finish": Scenario(
         unfolded, lambda place: commands.finish(config.FinishConfig(place.cache, report=False))
     ),

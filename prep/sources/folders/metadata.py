@@ -42,7 +42,7 @@ def read_list(path: Path, encoding: str | None) -> Rows:
         text = decode_json_text(data, encoding) if is_json else decode_text(data, encoding)
     except UnreadableText as error:
         raise UserError(f"{_shown(path)} is {error}") from None
-    rows = _json_rows(text, path) if is_json else _table_rows(text, path)
+    rows = json_rows(text, path) if is_json else _table_rows(text, path)
     return _named(rows, path)
 
 
@@ -72,7 +72,7 @@ def _instead(row: Mapping[str, Any]) -> str:
     return f", only {', '.join(keys) or 'nothing'}; a row is such as {EXAMPLE}"
 
 
-def _json_rows(text: str, path: Path) -> list[Any]:
+def json_rows(text: str, path: Path) -> list[Any]:
     """Read an object a line; else objects or a list over several lines, or an object by names."""
     try:
         rows = list(_json_lines(text, path))

@@ -64,6 +64,14 @@ def record_of(found: pa.RecordBatch | pa.Table) -> dict[str, Any]:
         return dict(zip(found.schema.names, values, strict=True))
 
 
+def records_of(found: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    """Read the values of several rows, as `record_of` does."""
+    try:
+        return list(found.to_pylist())
+    except UnicodeDecodeError:
+        return [record_of(found.slice(number, 1)) for number in range(found.num_rows)]
+
+
 def _value(column: pa.Array | pa.ChunkedArray) -> Any:
     try:
         (value,) = column.to_pylist()

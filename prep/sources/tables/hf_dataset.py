@@ -114,7 +114,7 @@ def dataset_units(name: str, options: SourceOptions) -> list[Unit]:
     with told(source.source, UserError):
         opened = _load(source)
     data = opened.data
-    _say_split(name, opened)
+    tell_split(name, opened)
     columns = _columns(source, data.features, options)
     base = "-".join(filter(None, (Path(source.location).name, source.split)))
     state = {"fingerprint": _fingerprint(source, data), **columns.state()}
@@ -158,7 +158,7 @@ def _hashed_units(
 def _streaming_units(name: str, source: DatasetSource, options: SourceOptions) -> list[Unit]:
     with told(source.source, UserError):
         opened = _stream(source)
-    _say_split(name, opened)
+    tell_split(name, opened)
     columns = _columns(source, opened.data.features, options)
     shards = opened.data.num_shards
     return [
@@ -173,7 +173,7 @@ def _streaming_units(name: str, source: DatasetSource, options: SourceOptions) -
     ]
 
 
-def _say_split(name: str, opened: Opened) -> None:
+def tell_split(name: str, opened: Opened) -> None:
     """Of a dataset of the hub: tell that others than `train` are left out, if nobody named it."""
     if (found := HUB.fullmatch(name)) and found[3] is None:
         named = f"hf://{found[1]}" + (f":{found[2]}" if found[2] else "")
@@ -202,6 +202,11 @@ def _fingerprint(source: DatasetSource, data: datasets.Dataset) -> str:
 
 
 def _columns(source: DatasetSource, features: Any, options: SourceOptions) -> Columns:
+    return choose_columns(source.source, feature_kinds(features), options)
+
+
+def feature_kinds(features: Any) -> dict[str, str]:
+    """Tell the kind of each of a dataset's columns, as `column_kinds` does."""
     import datasets
 
     fields = []
@@ -211,5 +216,4 @@ def _columns(source: DatasetSource, features: Any, options: SourceOptions) -> Co
         with suppress(TypeError, ValueError):  # a kind that has no Arrow type
             fields.append(datasets.Features({name: feature}).arrow_schema[0])
     found = column_kinds(pa.schema(fields))
-    kinds = dict.fromkeys(features, OTHER) | found
-    return choose_columns(source.source, kinds, options)
+    return dict.fromkeys(features, OTHER) | found

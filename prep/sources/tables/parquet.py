@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,7 +67,7 @@ class Columns:
         captions: tuple[str, ...] = ()
         try:
             metadata = self._as_text(metadata)
-            wanted = _reached(metadata, self.caption) if self.caption else None
+            wanted = reached(metadata, self.caption) if self.caption else None
             captions = as_captions(wanted) if self.caption else captions_of(metadata)
         except UnreadableText as error:
             problem = problem or f"its caption is {error}"
@@ -160,16 +160,16 @@ def _is_account(columns: Sequence[str]) -> bool:
     return {"key", "status", "url"} <= set(columns)
 
 
-def _reached(value: Any, name: str) -> Any:
+def reached(value: Any, name: str) -> Any:
     """Take the value of `name`, or of `column.field`: in a list of structs, each one's."""
     if isinstance(value, list):
-        return [_reached(one, name) for one in value]
+        return [reached(one, name) for one in value]
     if not isinstance(value, Mapping):
         return None
     if name in value:
         return value[name]
     column, dot, field = name.partition(".")
-    return _reached(value.get(column), field) if dot else None
+    return reached(value.get(column), field) if dot else None
 
 
 @dataclass(frozen=True)
@@ -216,21 +216,21 @@ class ParquetReader:
     def _columns(self, parquet: pq.ParquetFile) -> Columns:
         return choose_columns(self.file.source, column_kinds(parquet.schema_arrow), self.options)
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[pq.ParquetFile]:
-        try:
-            with self._bytes() as file:
-                yield pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
-        except (pa.ArrowException, OSError) as error:
-            words = " ".join(str(error).split())[:200]
-            raise SourceError(
-                f"{self.file.source} is not a whole Parquet file ({words}); download it again"
-            ) from None
+    def _open(self) -> AbstractContextManager[pq.ParquetFile]:
+        return open_parquet(self.file)
 
-    def _bytes(self) -> AbstractContextManager[BinaryIO | RetryingFile]:
-        if isinstance(self.file, RemoteFile):
-            return RetryingFile(self.file.url)
-        return self.file.open()
+
+@contextlib.contextmanager
+def open_parquet(file: LocalFile | RemoteFile) -> Iterator[pq.ParquetFile]:
+    """Yield the file's tables. Raises SourceError where it is no whole Parquet file."""
+    try:
+        with RetryingFile(file.url) if isinstance(file, RemoteFile) else file.open() as opened:
+            yield pq.ParquetFile(opened, pre_buffer=False, buffer_size=BUFFER_BYTES)
+    except (pa.ArrowException, OSError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f"{file.source} is not a whole Parquet file ({words}); download it again"
+        ) from None
 
 
 def _batch_rows(group: pq.RowGroupMetaData) -> int:

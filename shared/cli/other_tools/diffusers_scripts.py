@@ -17,6 +17,7 @@ TAKEN: dict[str, Taken] = {
     "train_shards_path_or_url": "shards",
     "train_data_dir": "shards",
     "instance_data_dir": "shards",
+    "num_inference_steps": "steps",
     "vae_encode_batch_size": "vae_batch_size",
     "rank": "lora_rank",
     "validation_prompt": Reader("validation_prompts", values.prompts),
@@ -35,6 +36,7 @@ REFUSED = refusals({
     "use_fix_crop_and_size": "time ids are those of the crop that `prep encode` made; leave it out",
     "encode_batch_size": "`prep encode` has --vae-batch-size and --text-batch-size",
     "dataset_name": "`python -m prep encode --shards hf://OWNER/NAME` reads a dataset of the hub",
+    "num_inference_steps": "of drawing: `prep synthesize` and `train sample` have --steps",
     "output_dir": "the cache's folder is --cache",
     "prediction_type": "the model's scheduler_config.json says it; leave it out",
     "num_validation_images": "a preview has one picture of each of --validation-prompts; `python "

@@ -1,0 +1,1 @@
+"""Captions without pictures become samples of a cache: a teacher draws the latents."""
