@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prep.config import EngineFlags
 from shared.cli.defaults import MODEL
 from shared.cli.paths import NameOrPath, PlaceFlag, SourceFlag
 from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Precision
 
 
 @dataclass(frozen=True)
-class SynthesizeConfig:
+class SynthesizeConfig(EngineFlags):
     """Let the teacher draw a cache of captions alone; run it again and it goes on where it stopped.
 
     Where there are pictures, `encode` is the better command: the teacher draws what it knows.
@@ -73,12 +74,6 @@ class SynthesizeConfig:
     """Stop when more than this fraction of a unit's rows is rejected."""
     device: str = "auto"
     """cuda, cpu, or auto."""
-    engine: Literal["local", "ray"] = "local"
-    """local: this process. ray: a worker per GPU, or per --cpus-per-worker, of a Ray cluster."""
-    ray_address: str | None = None
-    """Address of a running Ray cluster (or `auto`); one is started on this machine otherwise."""
-    cpus_per_worker: Count | None = None
-    """CPU cores, and so threads, of a Ray worker without a GPU; as many as --threads."""
     part: str | None = None
     """I/N: only the I-th of N parts of the units (0/N .. N-1/N); `prep finish` after the last."""
     prune: bool = False
