@@ -100,7 +100,7 @@ class Teacher:
     def __call__(self, key, spec, number, record, arrays) -> np.ndarray:
         rng = answer_generator(spec, key, number)
         choice = choose(spec, rng, record.get("num_captions", 1))
-        raw = arrays["latents"][choice.view]
+        raw = arrays["latents"][choice.view].copy()
         noise = np.empty((4, *raw.shape[1:]), np.float32)
         latent_noise = draw_noises(spec, rng, noise)
         x0 = torch.empty(noise.shape)

@@ -36,8 +36,8 @@ def choose_teacher(
     """Decide --teacher, and return the answers that are read.
 
     `empty` is the unconditional embedding. As given, else as the run did `before`, else cached where
-    there are answers. Raises UserError, naming both sides, for answers that are not this teacher's.
-    Its weights are not known yet: they are for `check_teacher`.
+    there are answers. Raises UserError, naming both sides, for answers that are not this
+    teacher's. Its weights are not known yet: they are for `check_teacher`.
     """
     if not objective_of(config).needs_teacher:
         return config, None
