@@ -16,7 +16,7 @@ from prep.encode.networks import Encoders
 from prep.encode.prompts import add_prompts
 from prep.encode.settings import Settings, choose_settings
 from prep.encoders.vae import posterior_matters
-from prep.engines.job import add_up, run_here
+from prep.engines.run import check_engine, part_of, run_units
 from prep.filters.filters import Filters
 from prep.inspect import report
 from prep.rows.character_encoding import check_encoding
@@ -35,7 +35,6 @@ from shared.cache.paths import CachePaths, refuse_full_disk
 from shared.cache.units import UnitRecord
 from shared.cli.defaults import default_cache
 from shared.cli.progress import Progress
-from shared.errors import UserError
 from shared.machine import cpus
 from shared.models.family import Model, resolve_model
 from shared.storage.temporary import sweep
@@ -208,24 +207,10 @@ def encode_units(
 ) -> engine.Work:
     """Run the units on the engine that the flags ask for."""
     with Progress("encode", rows, "picture") as progress:
-        if config.engine == "ray":
-            from prep.engines.ray_cluster import run_with_ray  # an extra that few need
-
-            each = config.cpus_per_worker or job.shapes.threads or 1
-            outcomes = run_with_ray(job, units, config.ray_address, each, progress)
-        else:
-            outcomes = run_here(job, units, encoders, progress, "rejected in this unit")
-        return add_up(outcomes, len(units), progress, engine.Work())
-
-
-def part_of(units: Sequence[Unit], part: str | None) -> list[Unit]:
-    """Take the I-th of N parts of a list. Raises UserError for anything but I/N with I < N."""
-    if part is None:
-        return list(units)
-    index, _, count = part.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise UserError(f"--part {part!r} is not I/N, such as 0/4 for the first of four")
-    return list(units[int(index) :: int(count)])
+        return run_units(
+            config, job, units, encoders, job.shapes.threads, progress, "rejected in this unit",
+            engine.Work(),
+        )  # fmt: skip
 
 
 def check_flags(config: config.EncodeConfig) -> None:
@@ -233,8 +218,7 @@ def check_flags(config: config.EncodeConfig) -> None:
     Filters(config.where, config.max_pwatermark)
     if config.caption_encoding is not None:
         check_encoding(config.caption_encoding)
-    if config.ray_address is not None and config.engine != "ray":
-        raise UserError("--ray-address is for --engine ray; add that, or leave it out")
+    check_engine(config)
 
 
 def source_options(config: config.EncodeConfig) -> SourceOptions:

@@ -6,14 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
+
 from prep.rows.row import MAX_IMAGE_BYTES
 from shared.cli.defaults import MODEL
 from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag
-from shared.cli.ranges import Count, Fraction, Natural, Numbers
+from shared.cli.ranges import Count, Fraction, Natural, Numbers, Precision, Seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """Where units of work are done."""
+
+    engine: Literal["local", "ray"] = "local"
+    """local: this process. ray: a worker per GPU, or per --cpus-per-worker, of a Ray cluster."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster (or `auto`); one is started on this machine otherwise."""
+    cpus_per_worker: Count | None = None
+    """CPU cores, and so threads, of a Ray worker without a GPU; as many as --threads."""
 
 
 @dataclass(frozen=True)
-class EncodeConfig:
+class EncodeConfig(EngineFlags):
     """Encode images and captions into a cache; run it again and it goes on where it stopped."""
 
     shards: tuple[SourceFlag, ...]
@@ -106,12 +120,6 @@ class EncodeConfig:
     """Stop when more than this fraction of a unit's rows is rejected."""
     device: str = "auto"
     """cuda, cpu, or auto."""
-    engine: Literal["local", "ray"] = "local"
-    """local: this process. ray: a worker per GPU, or per --cpus-per-worker, of a Ray cluster."""
-    ray_address: str | None = None
-    """Address of a running Ray cluster (or `auto`); one is started on this machine otherwise."""
-    cpus_per_worker: Count | None = None
-    """CPU cores, and so threads, of a Ray worker without a GPU; as many as --threads."""
     part: str | None = None
     """I/N: only the I-th of N parts of the units (0/N .. N-1/N); `prep finish` after the last."""
     prune: bool = False
@@ -125,6 +133,36 @@ class EncodeConfig:
     """Write report.html, a page that shows whether the cache is good, at the end."""
     dry_run: bool = False
     """Say what would be done, how large and how long, and stop."""
+
+
+@dataclass(frozen=True)
+class TeachConfig(EngineFlags):
+    """Ask the teacher once about every sample, for all runs to come; add to what is there."""
+
+    cache: PlaceFlag | None = None
+    """A finished cache: a folder or a URL. caches/MODEL unless given."""
+    model: NameOrPath | None = None
+    """The teacher: a preset, a diffusers folder, a hub id or a file. The cache's own model unless
+    given."""
+    answers: Count = 4
+    """Answers of each sample, each at a timestep and noise of its own; those there are stay."""
+    num_ddim_timesteps: Count | None = None
+    """Timesteps are drawn from so many points of the solver: 50, what `train distill` takes by
+    default; as many as the schedule has for all of them. Answers that are begun keep theirs."""
+    seed: Seed | None = None
+    """Draws timestep, noise, view and caption of each answer; 0."""
+    mixed_precision: Precision | None = None
+    """In which the teacher computes: bf16 where a GPU has it, fp16 on an older one, no on a CPU."""
+    batch_size: Count | None = None
+    """Answers at a time; answers that are begun keep theirs. 16 of 512 px, 4 of 1024."""
+    threads: Count | None = None
+    """CPU threads; answers that were begun on a CPU keep theirs."""
+    device: str = "auto"
+    part: str | None = None
+    """I/N: only the I-th of N parts of the units (0/N .. N-1/N); the last one to end finishes."""
+    dry_run: bool = False
+    """Say what would be done, how large and how long, and stop."""
+    dtype: tyro.conf.Suppress[str] = "<f2"  # as kept; no flag: fp32 is for tests
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,11 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     return Schedule(abar, prediction)
 
 
+def schedule_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a scheduler's config decides z_t and what its teacher predicts."""
+    return {name: config.get(name, default) for name, default in SCHEDULE.items()}
+
+
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Shift and scale sqrt(abar) so that it ends at zero (arXiv 2305.08891, algorithm 1)."""
     root = torch.cumprod(1 - betas, dim=0).sqrt()

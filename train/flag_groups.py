@@ -14,11 +14,11 @@ from shared.cli.ranges import (
     NotNegative,
     Numbers,
     Positive,
+    Precision,
     Seed,
 )
 
 ExportDtype = Literal["both", "fp32", "fp16"]
-Precision = Literal["no", "bf16", "fp16"]
 TeacherSource = Literal["cached", "online"]
 CACHED: TeacherSource = "cached"
 ONLINE: TeacherSource = "online"

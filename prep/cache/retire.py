@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from shared.cache.manifest import open_manifest
@@ -19,13 +19,16 @@ def retire(cache: CachePaths, kept: Collection[str]) -> None:
     To be called before the manifest is replaced: `gc` counts their age from now on. Objects
     cannot be dated; there `gc` counts from the manifest.
     """
-    if not isinstance(cache.root, Path):
-        return
     try:
         former = open_manifest(cache.root, check_sizes=False).shards
     except UserError:  # none, or a damaged one: nobody reads what it names
         return
-    for shard in former:
-        if shard.file not in kept:
+    date(cache, [shard.file for shard in former if shard.file not in kept])
+
+
+def date(cache: CachePaths, files: Iterable[str]) -> None:
+    """Give files the present time, as far as they are there and can be dated."""
+    if isinstance(cache.root, Path):
+        for file in files:
             with guard(cache.shards), contextlib.suppress(FileNotFoundError):
-                os.utime(cache.root / shard.file)
+                os.utime(cache.root / file)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import typing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -87,3 +87,6 @@ def annotation(hint: Any, kind: type[T]) -> T | None:
     """Return what of a `kind` a type is annotated with, also as one of `Count | None`."""
     inner = [getattr(one, "__metadata__", ()) for one in (hint, *typing.get_args(hint))]
     return next((one for extras in inner for one in extras if isinstance(one, kind)), None)
+
+
+Precision = Literal["no", "bf16", "fp16"]  # --mixed-precision

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+Precision = Literal["no", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def device_precision(device: torch.device) -> Precision:
+    """bf16 where a GPU has it, fp16 on an older one; no, that is fp32, elsewhere."""
+    if device.type != "cuda":
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def autocast(mixed_precision: str | None, device: torch.device) -> AbstractContextManager[Any]:

@@ -21,7 +21,13 @@ from shared.cache.latents import finish_latents
 from shared.cache.layout import TRAILER
 from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
-from shared.diffusion import SCHEDULE, add_noise, schedule_from_config, solver_timesteps
+from shared.diffusion import (
+    SCHEDULE,
+    add_noise,
+    schedule_from_config,
+    schedule_settings,
+    solver_timesteps,
+)
 from shared.models.family import load_config
 from shared.models.fingerprint import signs
 from shared.networks.denoiser import cond_and_uncond, load_unet
@@ -119,8 +125,7 @@ class Teacher:
 
 
 def scheduler_of(model) -> dict:
-    config = load_config(str(model), "scheduler/scheduler_config.json")
-    return {name: config.get(name, default) for name, default in SCHEDULE.items()}
+    return schedule_settings(load_config(str(model), "scheduler/scheduler_config.json"))
 
 
 def teach(root, model, count=2, **more) -> AnswersManifest:

@@ -34,7 +34,8 @@ def sd(tiny_cache, tmp_path):
 
 def settings(model, cache, run="run", **more) -> RunConfig:
     more = {"train_batch_size": 6, "max_train_steps": 2, "lora_rank": 4, "validation_steps": 0,
-            "logging_steps": 1,            "unet_time_cond_proj_dim": 16, "report_to": (), "threads": 1} | more  # fmt: skip
+            "logging_steps": 1, "unet_time_cond_proj_dim": 16, "report_to": (),
+            "threads": 1} | more  # fmt: skip
     return RunConfig(model=str(model), cache=cache, run=cache.parent / run, **more)
 
 

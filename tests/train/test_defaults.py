@@ -16,7 +16,7 @@ from shared.errors import UserError
 from train.config import DistillConfig
 from train.export.newest_run import newest_student
 from train.trainer import defaults
-from train.trainer.defaults import device_precision, run_name, with_defaults
+from train.trainer.defaults import own_precision, run_name, with_defaults
 
 OURS = {"model": "tiny-sd", "cache": "caches/tiny-sd", "run": "runs/mine"}  # of every config.json
 
@@ -216,11 +216,11 @@ def test_a_file_of_settings_alone(cli, here):
 def test_precision_is_the_devices(monkeypatch, kind, has_bf16, precision):
     monkeypatch.setattr(defaults, "pick_device", lambda _: torch.device(kind))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
-    assert device_precision(config()) == precision
+    assert own_precision(config()) == precision
 
 
 def test_a_given_precision_wins_and_a_run_keeps_its_own(here, monkeypatch, capsys):
-    monkeypatch.setattr(defaults, "device_precision", lambda _: "bf16")
+    monkeypatch.setattr(defaults, "own_precision", lambda _: "bf16")
     plain = DistillConfig(model="tiny-sd", cache=Path("caches/tiny-sd"), run=here / "run")
     assert with_defaults(plain).mixed_precision == "bf16"
     assert "precision bf16 (--mixed-precision chooses another)" in capsys.readouterr().err
@@ -238,7 +238,7 @@ def test_a_given_precision_wins_and_a_run_keeps_its_own(here, monkeypatch, capsy
 
 @pytest.mark.parametrize(("launched", "precision"), [("fp16", "fp16"), ("no", "bf16")])
 def test_a_launcher_is_heard_where_it_was_told_something(here, monkeypatch, launched, precision):
-    monkeypatch.setattr(defaults, "device_precision", lambda _: "bf16")
+    monkeypatch.setattr(defaults, "own_precision", lambda _: "bf16")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     plain = DistillConfig(model="tiny-sd", cache=Path("caches/tiny-sd"), run=here / "run")
     assert with_defaults(plain).mixed_precision == precision

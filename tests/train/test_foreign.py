@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
+from shared.cache.compatibility import check_fit
 from shared.cache.layout import Field, Layout
 from shared.cache.manifest import open_manifest
 from shared.errors import UserError
 from shared.models.family import load_config
-from train.data.compatibility import check_fit
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from shared.cache.paths import CachePaths
 from shared.diffusion import add_noise, predicted_eps, predicted_x0, schedule_from_config
 from shared.errors import UserError
 from shared.models.family import resolve_model
+from shared.networks.cache_checks import check_fit
 from shared.networks.denoiser import call_unet, load_schedule
 from shared.networks.sampling import draw_latents, teacher_scheduler
 from train.config import DistillConfig
 from train.networks.build import build_student
-from train.networks.cache_checks import check_fit
 from train.objectives import OBJECTIVES
 from train.objectives.lcd import LCD
 

@@ -17,12 +17,12 @@ from shared.machine.device import pick_device, set_threads
 from shared.models.family import Model, downscale_of, load_config, recorded_model, resolve_model
 from shared.models.fingerprint import fingerprint
 from shared.models.vae import load_vae
+from shared.networks.cache_checks import check_fit, check_vae
 from shared.networks.denoiser import Denoiser, load_unet
 from shared.networks.sampling import draw_latents, teacher_predictor, teacher_scheduler
 from shared.storage.urls import Place
 from train.config import EvaluateConfig, RunConfig, SampleConfig
 from train.export.student import load_student
-from train.networks.cache_checks import check_fit, check_vae
 from train.sampling.samplers import student_sampler
 
 Spacings = Mapping[tuple[str, int], str]  # of the teacher's solvers, by sampler and steps

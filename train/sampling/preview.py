@@ -16,10 +16,10 @@ from shared.cache.conditioning import Conditioning, TextEmbeds
 from shared.cache.manifest import Manifest
 from shared.models.family import Model, downscale_of, load_config
 from shared.models.vae import decode_latents, load_vae
+from shared.networks.cache_checks import check_vae
 from shared.networks.denoiser import Denoiser
 from shared.networks.sampling import draw_latents
 from train.config import RunConfig
-from train.networks.cache_checks import check_vae
 from train.objectives import objective_of
 from train.sampling.pictures import write_grid
 from train.sampling.samplers import most_steps, student_sampler

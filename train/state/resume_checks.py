@@ -11,7 +11,7 @@ from shared.cache.answers import AnswersManifest
 from shared.cache.identity import differences
 from shared.cache.manifest import Manifest
 from shared.cli.config import to_dict
-from shared.diffusion import SCHEDULE
+from shared.diffusion import schedule_settings
 from shared.errors import UserError
 from shared.models.family import Model, load_config
 from shared.storage.files import dump_json
@@ -95,7 +95,7 @@ def run_invariants(
         "cache": hashlib.sha256(content).hexdigest()[:16],
         **({"holdout": manifest.holdout} if manifest and manifest.holdout else {}),
         "samples": samples,  # to say of another cache how it differs
-        **{name: scheduler.get(name, default) for name, default in SCHEDULE.items()},
+        **schedule_settings(scheduler),
         # A full fine-tuning has no teacher beside it, but weights that it began with.
         **student.origin(),
         **({} if answers is None else answers_terms(answers)),

@@ -10,17 +10,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.cli.defaults import CACHES, MODEL, RUNS, default_cache
+from shared.cli.ranges import Precision
 from shared.errors import UserError
 from shared.machine.device import pick_device
 from shared.models.family import FAMILIES, model_name
+from shared.networks.precision import device_precision
 from shared.storage.urls import Place
 from train.config import DistillConfig, RunConfig
-from train.flag_groups import Precision
 from train.state.run_config import run_config
 from train.trainer.distributed import as_launched
 from train.trainer.resume import FREE
@@ -114,7 +113,7 @@ def with_precision(config: RunConfig) -> RunConfig:
     """The same with --mixed-precision: as given, else the run's own, else what the device has."""
     if config.mixed_precision is not None:
         return config
-    return replace(config, mixed_precision=recorded_precision(config) or device_precision(config))
+    return replace(config, mixed_precision=recorded_precision(config) or own_precision(config))
 
 
 def recorded_precision(config: RunConfig) -> Precision | None:
@@ -127,9 +126,6 @@ def recorded_precision(config: RunConfig) -> Precision | None:
     return run_config(run).mixed_precision
 
 
-def device_precision(config: DistillConfig) -> Precision:
-    """bf16 where a GPU has it, fp16 on an older one; fp32 elsewhere."""
-    device = pick_device(config.device)
-    if device.type != "cuda":
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+def own_precision(config: DistillConfig) -> Precision:
+    """That of the device."""
+    return device_precision(pick_device(config.device))

@@ -18,6 +18,7 @@ from shared.cli.config import to_dict
 from shared.errors import UserError
 from shared.machine.device import set_threads
 from shared.models.family import Model, resolve_model
+from shared.networks.cache_checks import check_fit
 from shared.networks.denoiser import load_schedule
 from shared.storage.files import dump_json, publish
 from shared.storage.temporary import sweep
@@ -30,7 +31,6 @@ from train.data.order import Order
 from train.data.shard_check import check_answer_heads, check_heads
 from train.flags import check_flags
 from train.networks.build import build_student
-from train.networks.cache_checks import check_fit
 from train.networks.precision import check_speed, speed_up
 from train.networks.student import Student
 from train.objectives import objective_of

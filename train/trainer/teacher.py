@@ -13,7 +13,7 @@ from shared.cache.conditioning import TextEmbeds
 from shared.cache.identity import differences
 from shared.cache.manifest import Manifest
 from shared.cache.paths import CachePaths
-from shared.diffusion import SCHEDULE
+from shared.diffusion import schedule_settings
 from shared.errors import UserError
 from shared.models.family import Model, load_config
 from shared.wording import counted
@@ -62,10 +62,8 @@ def check_answers(
     answers: AnswersIdentity, model: Model, empty: TextEmbeds, config: RunConfig
 ) -> None:
     """Raise UserError where another schedule, prediction or embedding was answered for."""
-    scheduler = load_config(model.source, "scheduler/scheduler_config.json")
-    here = {name: scheduler.get(name, default) for name, default in SCHEDULE.items()}
-    there = {name: answers.schedule.get(name, default) for name, default in SCHEDULE.items()}
-    if differing := differences(there, here):
+    here = schedule_settings(load_config(model.source, "scheduler/scheduler_config.json"))
+    if differing := differences(schedule_settings(answers.schedule), here):
         raise UserError(
             f"{folder_of(config)} holds answers of another schedule than {model.source}'s: "
             f"{differing}; {WITHOUT}"

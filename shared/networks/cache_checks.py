@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from diffusers import AutoencoderKL
 
+from shared.cache import compatibility
 from shared.cache.manifest import Manifest
 from shared.errors import UserError
 from shared.models.family import Model, force_zeros, unet_config
 from shared.models.rescale import vae_fingerprint
 from shared.storage.urls import Place
-from train.data import compatibility
 
 
 def check_fit(manifest: Manifest, model: Model, cache: Place) -> None:

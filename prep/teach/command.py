@@ -1,0 +1,274 @@
+"""`prep teach`: from flags to a cache with answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prep.cache.retire import date
+from prep.config import TeachConfig
+from prep.engines.run import check_engine, part_of, run_units
+from prep.teach.questions import Asking, read_samples
+from prep.teach.teacher import Teacher
+from prep.teach.unit import TeachJob, Work
+from shared.cache.answers import (
+    FORMAT,
+    AnswersIdentity,
+    AnswersManifest,
+    AnswersRecord,
+    answers_layout,
+    answers_spec,
+    embedding_hash,
+)
+from shared.cache.answers_store import (
+    answered,
+    answers_of,
+    claim_answers,
+    fold_answers,
+    open_answers,
+    read_answers,
+    read_answers_identity,
+    write_answers_manifest,
+)
+from shared.cache.conditioning import TextEmbeds, load_conditioning
+from shared.cache.manifest import Manifest, open_manifest, read_units
+from shared.cache.paths import CachePaths, refuse_full_disk
+from shared.cache.units import Shard, UnitRecord
+from shared.cli.defaults import MODEL, default_cache
+from shared.cli.progress import Progress
+from shared.diffusion import schedule_settings
+from shared.errors import UserError
+from shared.machine import cpus
+from shared.machine.device import pick_device
+from shared.models.family import Model, load_config, recorded_model, resolve_model
+from shared.networks.cache_checks import check_fit
+from shared.networks.precision import device_precision
+from shared.storage.files import file_sizes, free_bytes, guard, sync_folder
+from shared.storage.temporary import sweep
+from shared.wording import counted, duration, size_of
+
+SOLVER_STEPS = 50  # the default of `train distill --num-ddim-timesteps`
+LATENTS_AT_ONCE = 16 * 64 * 64  # elements of a channel: 16 answers of 512 px
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A cache and what is to be asked about it."""
+
+    cache: CachePaths
+    manifest: Manifest
+    model: Model
+    identity: AnswersIdentity
+    empty: TextEmbeds
+    teacher: Teacher
+    new: bool  # nothing was asked before
+
+    @property
+    def asking(self) -> Asking:
+        """How questions are drawn."""
+        samples = self.manifest.identity
+        spec = answers_spec(self.identity, samples)
+        return Asking(spec, samples.vae.channels, samples.vae.scaling_factor)
+
+
+def teach(config: TeachConfig) -> None:
+    """Ask the teacher about what has no answers yet, and fold them into their manifest."""
+    check_engine(config)
+    place = default_cache(config.model or MODEL) if config.cache is None else config.cache
+    cache = CachePaths(place)
+    manifest = open_manifest(place)
+    units = finished_units(cache, manifest)
+    asked = choose(config, cache, manifest)
+    count = at_least(config, cache, asked)
+    records = read_answers(cache)
+    sizes = file_sizes(answers_of(cache).shards)
+    todo = [
+        unit
+        for unit in part_of(units, config.part)
+        if not (answered(records.get(unit.name), unit, count) and there(records[unit.name], sizes))
+    ]
+    announce(asked, todo, count)
+    if config.dry_run:
+        return
+    sweep(cache.tmp)
+    claim_answers(cache, asked.identity)
+    job = TeachJob(
+        cache, asked.model.source, asked.identity, asked.asking, asked.empty, count, records
+    )
+    samples = sum(unit.written for unit in todo)
+    with Progress("teach", samples, "sample") as progress:
+        done = run_units(
+            config, job, todo, asked.teacher, asked.identity.threads, progress,
+            "without answers in this unit", Work(),
+        )  # fmt: skip
+    print(done)
+    print(finish(cache, asked.identity, units, count, config.part))
+
+
+def finished_units(cache: CachePaths, manifest: Manifest) -> list[UnitRecord]:
+    """Return the units with samples. Raises UserError where the manifest is not theirs."""
+    units = read_units(cache)
+    if [shard.file for unit in units for shard in unit.shards] != [s.file for s in manifest.shards]:
+        raise UserError(
+            f"{cache.root}: its units are not those of its manifest; run the same `prep encode` to "
+            "its end, or `prep finish`"
+        )
+    return [unit for unit in units if unit.shards]
+
+
+def choose(config: TeachConfig, cache: CachePaths, manifest: Manifest) -> Asked:
+    """Take the flags, else what the answers were begun with, else defaults; load the teacher.
+
+    Raises UserError for a teacher that does not fit the cache.
+    """
+    stored = read_answers_identity(cache)
+    model = resolve_model(config.model or recorded_model(manifest.identity.model))
+    check_fit(manifest, model, cache.root)
+    schedule = schedule_settings(load_config(model.source, "scheduler/scheduler_config.json"))
+    total = schedule["num_train_timesteps"]
+    steps = config.num_ddim_timesteps or (stored.num_ddim_timesteps if stored else SOLVER_STEPS)
+    if total % steps:
+        raise UserError(
+            f"--num-ddim-timesteps {steps} must divide {total}, the timesteps there are"
+        )
+    device = device_of(config, stored)
+    empty = load_conditioning(cache.conditioning, manifest.layouts).unconditional
+    begun = stored.threads if stored else None
+    threads = None
+    if device.type == "cpu":
+        threads = config.threads or begun or config.cpus_per_worker or cpus.threads()
+    size = config.batch_size or (stored.batch_size if stored else batch_size_of(manifest))
+    precision = config.mixed_precision or (
+        stored.mixed_precision if stored else device_precision(device)
+    )
+    teacher = Teacher(model.source, device, size, precision, steps, threads)
+    seed = config.seed if config.seed is not None else (stored.seed if stored else 0)
+    identity = AnswersIdentity(
+        FORMAT, model.source, teacher.signs, schedule, steps, seed, precision, config.dtype,
+        embedding_hash(empty), size, device.type, threads,
+    )  # fmt: skip
+    return Asked(cache, manifest, model, identity, empty, teacher, new=stored is None)
+
+
+def device_of(config: TeachConfig, stored: AnswersIdentity | None) -> torch.device:
+    """Take the flag, else the kind that the answers were begun on, else a GPU where there is one.
+
+    Raises UserError for a device that is not here.
+    """
+    if config.device != "auto" or stored is None:
+        return pick_device(config.device)
+    try:
+        return pick_device(stored.device)
+    except UserError:
+        raise UserError(
+            f"the answers were begun on {stored.device}, which decides their bytes, and there is "
+            "none here; go on where there is one, or delete the cache's answers/ to ask anew"
+        ) from None
+
+
+def batch_size_of(manifest: Manifest) -> int:
+    """Return 16 for latents of 64 x 64, or as many larger or smaller ones as fit beside them."""
+    areas = [height * width for height, width in (lay.latent_size for lay in manifest.layouts)]
+    return min(64, max(1, LATENTS_AT_ONCE // max(areas)))
+
+
+def at_least(config: TeachConfig, cache: CachePaths, asked: Asked) -> int:
+    """Return the answers of each sample: as many as the flag says, or as there are, if more."""
+    stored = None if asked.new else open_answers(cache.root, check_sizes=False)
+    there = stored.answers if stored else 0
+    if there > config.answers:
+        print(f"note: {there} answers of each sample are there, and stay", file=sys.stderr)
+    return max(config.answers, there)
+
+
+def there(record: AnswersRecord, sizes: dict[str, int]) -> bool:
+    """Are all files of a record in place?"""
+    return all(sizes.get(s.file.removeprefix("shards/")) == s.size for s in record.shards)
+
+
+def announce(asked: Asked, todo: Sequence[UnitRecord], count: int) -> None:
+    """Say what will be asked, its bytes and hours. Raises UserError where the disk is too small.
+
+    How long a batch takes is measured where nothing was asked before.
+    """
+    cache, free = asked.cache, size_of(free_bytes(asked.cache.disk))
+    if not todo:
+        print(f"nothing to ask: every sample has its answers; {free} free", file=sys.stderr)
+        return
+    shards = [shard for unit in todo for shard in unit.shards]
+    sizes = [answers_bytes(asked, shard, count) for shard in shards]
+    samples = sum(shard.count for shard in shards)
+    long = ""
+    if asked.new:
+        per_answer = seconds_per_answer(asked, shards[0])
+        long = f", {duration(per_answer * samples * count)}"
+    identity = asked.identity
+    print(
+        f"teacher {identity.model}, {counted(samples, 'sample')} of {counted(len(todo), 'unit')}, "
+        f"{counted(count, 'answer')} each at {identity.num_ddim_timesteps} timesteps, precision "
+        f"{identity.mixed_precision}: {size_of(sum(sizes))}{long}; {free} free",
+        file=sys.stderr,
+    )
+    refuse_full_disk(cache, sum(sizes) if cache.disk == cache.root else max(sizes))
+
+
+def answers_bytes(asked: Asked, shard: Shard, count: int) -> int:
+    """Return the bytes of the answers of one shard's samples."""
+    channels = asked.manifest.identity.vae.channels
+    layout = answers_layout(count, channels, shard.layout.latent_size, asked.identity.dtype)
+    return layout.shard_bytes(shard.count)
+
+
+def seconds_per_answer(asked: Asked, shard: Shard) -> float:
+    """Measure a batch of questions about the shard's first sample."""
+    sample = next(read_samples(asked.cache.root / shard.file, shard.layout, shard.count))
+    questions = [asked.asking.question(sample, n) for n in range(asked.teacher.batch_size)]
+    return asked.teacher.seconds(questions, asked.empty) / asked.teacher.batch_size
+
+
+def finish(
+    cache: CachePaths, identity: AnswersIdentity, units: Sequence[UnitRecord], count: int,
+    part: str | None,
+) -> str:  # fmt: skip
+    """Fold the records of all units into the manifest, if all are there; returns a line."""
+    records = read_answers(cache)
+    missing = [unit for unit in units if not answered(records.get(unit.name), unit, count)]
+    if missing:
+        assert part is not None, missing
+        return f"part {part} is done; {counted(len(missing), 'unit')} left to the other parts"
+    manifest = fold_answers(identity, [records[unit.name] for unit in units])
+    retire_former(cache, manifest)
+    write_answers_manifest(cache, manifest)
+    drop_strangers(cache, set(records) - {unit.name for unit in units})
+    total = sum(shard.size for shard in manifest.shards)
+    without = manifest.without
+    aside = f"; {counted(without, 'sample')} without, for they are not finite" if without else ""
+    return (
+        f"{answers_of(cache).root}: {counted(manifest.answers, 'answer')} of each of "
+        f"{counted(sum(s.count for s in manifest.shards) - without, 'sample')}, {size_of(total)} "
+        f"in {counted(len(manifest.shards), 'shard')}{aside}"
+    )
+
+
+def retire_former(cache: CachePaths, manifest: AnswersManifest) -> None:
+    """Date the shards that the former manifest names and the next one does not (retire.py)."""
+    try:
+        former = open_answers(cache.root, check_sizes=False)
+    except UserError:
+        return
+    kept = {shard.file for shard in manifest.shards}
+    if former is not None:
+        date(answers_of(cache), [s.file for s in former.shards if s.file not in kept])
+
+
+def drop_strangers(cache: CachePaths, names: set[str]) -> None:
+    """Remove the records of units that the cache has no more; their shards are left to gc."""
+    folder = answers_of(cache).units
+    if names:
+        with guard(folder):
+            for name in sorted(names):
+                (folder / f"{name}.json").unlink(missing_ok=True)
+            sync_folder(folder)
