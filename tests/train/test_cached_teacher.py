@@ -12,7 +12,7 @@ from shared.errors import UserError
 from tests.support.answers import rewrite, teach
 from tests.support.runs import KINDS, tensors, train, untimed
 from tests.support.students import disturb
-from train.config import RunConfig
+from train.config import ExportConfig, RunConfig
 from train.memory.estimate import estimate
 from train.networks.full import FullStudent
 from train.trainer.export_command import export_checkpoint
@@ -50,22 +50,28 @@ def other_model(model, folder, **scheduler):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "cache"), CACHES)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("<f2", 1e-3), ("<f4", 1e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance", "batch_size"), [("<f2", 1e-3, 6), ("<f4", 1e-6, 1)])
 def test_a_step_with_answers_is_a_step_with_the_teacher(
-    request, tmp_path, kind, name, cache, prediction, dtype, tolerance
+    request, tmp_path, kind, name, cache, prediction, dtype, tolerance, batch_size
 ):
-    """The loss on the same draws, w up to 15, the student as if trained; tiny-xl has posteriors."""
+    """The loss on the same draws, w up to 15, the student as if trained; tiny-xl has posteriors.
+
+    In fp32 with the batches of one that the teacher was asked in: another shape rounds otherwise,
+    which w and the noisiest timesteps multiply (2.5e-6 of the loss were seen).
+    """
     model = other_model(request.getfixturevalue(name), tmp_path, prediction_type=prediction)
     cache = copied(request.getfixturevalue(cache), tmp_path)
     teach(cache, model, 1, dtype=dtype)
-    config = settings(model, cache, student=kind, w_min=2.0, w_max=15.0, teacher="online",
-                      proportion_empty_prompts=0.2)  # fmt: skip
+    config = settings(
+        model, cache, student=kind, w_min=2.0, w_max=15.0, train_batch_size=batch_size,
+        teacher="online", proportion_empty_prompts=0.2,
+    )  # fmt: skip
     online = prepare(config)
     disturb(online.parameters.values(), scale=0.05)
     read = prepare(replace(config, teacher=None))
     assert read.config.teacher == "cached"
     batches = read.loader.batches()
-    for _ in range(2):
+    for _ in range(12 // batch_size):
         batch = next(batches)
         assert batch.answers is not None
         ours = online.objective(batch, online.empty, online.student)
@@ -94,7 +100,7 @@ def test_a_run_resumes_bit_for_bit_and_no_teacher_is_asked(sd, tiny_sd, kind, mo
     assert all(torch.equal(found[name], wanted[name]) for name in found)
     assert json.loads((sd.parent / "run/config.json").read_text())["teacher"] == "cached"
     assert "| teacher | cached |" in (sd.parent / "run/README.md").read_text()
-    export_checkpoint(sd.parent / "run", more)
+    export_checkpoint(sd.parent / "run", ExportConfig())
 
 
 def test_a_full_student_holds_no_teacher(sd, tiny_sd):

@@ -35,8 +35,8 @@ def choose_teacher(
 ) -> tuple[RunConfig, AnswersManifest | None]:
     """Decide --teacher, and return the answers that are read.
 
-    `empty` is the unconditional embedding. As given, else as the run did `before`, else cached where
-    there are answers. Raises UserError, naming both sides, for answers that are not this
+    `empty` is the unconditional embedding. As given, else as the run did `before`, else cached
+    where there are answers. Raises UserError, naming both sides, for answers that are not this
     teacher's. Its weights are not known yet: they are for `check_teacher`.
     """
     if not objective_of(config).needs_teacher:
