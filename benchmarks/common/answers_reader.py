@@ -1,4 +1,4 @@
-"""Reading a sample with one of the teacher's answers, as `benchmarks.common.readers` reads it alone."""
+"""Reading samples with one of the teacher's answers each, beside `benchmarks.common.readers`."""
 
 from __future__ import annotations
 
