@@ -71,7 +71,6 @@ def prepare(config: RunConfig) -> Distillation:
     trained = answered(manifest, answers)
     set_threads(config.threads)
     distributed = Distributed(config.device)
-    print_teacher(config, answers, distributed.main)
     batch_size, accumulation = batches(config, distributed, len(manifest.layouts), before)
     config = with_steps(config, batch_size, sum(shard.trained for shard in trained.shards))
     check_speed(config, distributed.device, distributed.fsdp, len(manifest.layouts))
@@ -110,6 +109,7 @@ def prepare(config: RunConfig) -> Distillation:
     )
     if distributed.main:
         note_small_buckets(loader)
+        print_teacher(config, answers)
         print(plan(run, resumed), file=sys.stderr)
         if not config.dry_run:
             run.branch = start_run_folder(config, model, resumed, latest)

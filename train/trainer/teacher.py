@@ -110,20 +110,16 @@ def grid_of(answers: AnswersManifest | None) -> int | None:
     return None if answers is None else answers.identity.num_ddim_timesteps
 
 
-def print_teacher(config: RunConfig, answers: AnswersManifest | None, main: bool) -> None:
-    """Tell the user which it is, once; nothing where no teacher is asked at all."""
-    if main and config.teacher is not None:
-        print(teacher_line(config, answers), file=sys.stderr)
-
-
-def teacher_line(config: RunConfig, answers: AnswersManifest | None) -> str:
-    """Where the teacher's predictions come from."""
-    if answers is None:
-        return f"teacher: {ONLINE}"
-    line = f"teacher: {counted(answers.answers, 'cached answer')} a sample ({folder_of(config)})"
-    if answers.without:
-        line += f"; {counted(answers.without, 'sample')} without any left out"
-    return line
+def print_teacher(config: RunConfig, answers: AnswersManifest | None) -> None:
+    """Tell the user which it is; nothing where no teacher is asked at all."""
+    if config.teacher is None:
+        return
+    line = ONLINE
+    if answers is not None:
+        line = f"{counted(answers.answers, 'cached answer')} a sample ({folder_of(config)})"
+        if answers.without:
+            line += f"; {counted(answers.without, 'sample')} without any left out"
+    print(f"teacher: {line}", file=sys.stderr)
 
 
 def folder_of(config: RunConfig) -> Any:
