@@ -114,7 +114,7 @@ def print_teacher(config: RunConfig, answers: AnswersManifest | None) -> None:
     """Tell the user which it is; nothing where no teacher is asked at all."""
     if config.teacher is None:
         return
-    line = ONLINE
+    line: str = ONLINE
     if answers is not None:
         line = f"{counted(answers.answers, 'cached answer')} a sample ({folder_of(config)})"
         if answers.without:
