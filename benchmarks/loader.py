@@ -6,7 +6,8 @@ Each is short, so that on a busy machine most are not interrupted.
 
 - warm: everything in the page cache. `ratio` is to a memcpy of the same bytes into the same slots.
   `ours` is the loader's reader and ring; `ours, with draws` is all that training waits for, of
-  which drawing the noise takes most.
+  which drawing the noise takes most; `with an answer` reads one of the teacher's, too, and the
+  sample's key before it, and is compared with a memcpy of as many bytes (its MB are the sample's).
 - cold: the page cache is evicted before each contender, proven by mincore (`resident` is what was
   left of it). `ratio` is to the best of the plain read patterns of the same round.
 """
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import readers
+from benchmarks.common.answers_reader import ours_with_answers
 from benchmarks.common.machine import record
 from data.arguments import local_argument
 
@@ -51,6 +53,9 @@ def warm(samples: readers.Samples, rounds: int) -> dict[str, Any]:
         "ours, 4 threads": (readers.ours(samples, 4), 800),
         "ours, with draws, 1 thread": (readers.loader(samples, 1), 800),
         "ours, with draws, 4 threads": (readers.loader(samples, 4), 800),
+        "memcpy, with an answer": (readers.memcpy(samples, answers=True), 800),
+        "ours, with an answer, 1 thread": (ours_with_answers(samples, 1), 800),
+        "ours, with an answer, 4 threads": (ours_with_answers(samples, 4), 800),
         "preadv, 1 thread": (readers.preadv(samples, 1), 800),
         "mmap, random": (readers.mmap_random(samples), 800),
         "webdataset": (readers.webdataset(samples), 200),
@@ -68,7 +73,10 @@ def warm(samples: readers.Samples, rounds: int) -> dict[str, Any]:
         for name in rng.permutation(list(contenders)).tolist():
             read, count = contenders[name]
             rates[name].append(timed(read, rng.permutation(samples.count)[:count].tolist()))
-    found = {name: summary(rate, rates["memcpy"]) for name, rate in rates.items()}
+    found = {}
+    for name, rate in rates.items():
+        same = "memcpy, with an answer" if "with an answer" in name else "memcpy"
+        found[name] = summary(rate, rates[same])
     for name in found:
         if name.startswith(("DataLoader", "MDS")):
             del found[name]["cpu_ratio"]  # its worker processes compute

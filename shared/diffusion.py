@@ -144,13 +144,16 @@ def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma_prev: Tensor) -
     return expand(alpha_prev, x0) * x0 + expand(sigma_prev, x0) * eps
 
 
-def solver_timesteps(index: Tensor, num_ddim_timesteps: int, total: int) -> tuple[Tensor, Tensor]:
+def solver_timesteps(
+    index: Tensor, num_ddim_timesteps: int, total: int, grid: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return t_{n+k} and t_n of solver interval `index` in 0..N-1.
 
     k = T / N; t_{n+k} = k (index + 1) - 1 and t_n = max(t_{n+k} - k, 0), where abar[0] is used.
+    On a finer `grid` of timesteps than the solver's N, index counts those, and k remains T / N.
     """
     k = total // num_ddim_timesteps
-    start = (index + 1) * k - 1
+    start = (index + 1) * (total // (grid or num_ddim_timesteps)) - 1
     return start, (start - k).clamp(min=0)
 
 

@@ -19,6 +19,9 @@ from shared.cli.ranges import (
 )
 
 ExportDtype = Literal["both", "fp32", "fp16"]
+TeacherSource = Literal["cached", "online"]
+CACHED: TeacherSource = "cached"
+ONLINE: TeacherSource = "online"
 # The name of an objective is that of its file in train/objectives/.
 ObjectiveName = Literal["lcd", "denoise"]
 Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1
@@ -101,6 +104,15 @@ class SolverFlags:
     loss_type: Literal["huber", "l2"] = "huber"
     huber_c: Positive = 1e-3
     timestep_scaling_factor: Positive = 10.0
+
+
+@dataclass(frozen=True)
+class TeacherFlags:
+    """Where the teacher's predictions come from."""
+
+    teacher: TeacherSource | None = None
+    """cached: read what `prep teach` has left in the cache. online: compute it in every step.
+    cached where there is something to read unless given; a resumed run keeps its own."""
 
 
 @dataclass(frozen=True)

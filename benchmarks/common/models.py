@@ -21,14 +21,29 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import train.networks.build
 from benchmarks.common.public_unets import SD15, SDXL
-from shared.cache.conditioning import Conditioning, TextEmbeds, save_conditioning
+from shared.cache.answers import (
+    AnswersIdentity,
+    AnswersManifest,
+    AnswersShard,
+    answers_layout,
+    embedding_hash,
+)
+from shared.cache.answers_store import answers_of, write_answers_manifest
+from shared.cache.conditioning import (
+    Conditioning,
+    TextEmbeds,
+    load_conditioning,
+    save_conditioning,
+)
 from shared.cache.identity import Identity, Preprocessing, Shapes, TextIdentity, VaeIdentity
 from shared.cache.layout import TRAILER, Layout, cache_layout
-from shared.cache.manifest import commit_unit, fold, read_units, write_manifest
+from shared.cache.manifest import commit_unit, fold, open_manifest, read_units, write_manifest
 from shared.cache.paths import CachePaths
 from shared.cache.sums import ChannelSums
 from shared.cache.units import Shard, UnitRecord
+from shared.diffusion import schedule_settings
 from shared.models.family import FAMILIES, force_zeros, load_config, resolve_model
+from shared.models.fingerprint import signs
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 TOKENS = 77
@@ -219,6 +234,32 @@ def write_cache(source: Path, root: Path, resolution: int, count: int) -> Path:
     )  # fmt: skip
     write_manifest(cache, fold(identity, read_units(cache), {}))
     return root
+
+
+def write_answers(source: Path, root: Path, device: torch.device, count: int = 2) -> None:
+    """Random answers of this model's teacher, `count` of each sample of the cache at `root`."""
+    cache, manifest = CachePaths(root), open_manifest(root)
+    (shard,) = manifest.shards
+    layout = answers_layout(count, manifest.identity.vae.channels, shard.layout.latent_size)
+    rng = np.random.default_rng(1)
+    shape = layout.fields[0].shape
+    content = b"".join(
+        layout.pack(f"{i:016x}", {}, {"answers": rng.standard_normal(shape)})
+        for i in range(shard.count)
+    )
+    content += TRAILER
+    folder = answers_of(cache).root
+    (folder / "shards").mkdir(parents=True)
+    (folder / "shards/random.tar").write_bytes(content)
+    teacher = signs(random_unet(str(source), device).parameters())
+    schedule = schedule_settings(load_config(str(source), "scheduler/scheduler_config.json"))
+    empty = load_conditioning(cache.conditioning).unconditional
+    identity = AnswersIdentity(
+        1, str(source), teacher, schedule, num_ddim_timesteps=50, seed=0, mixed_precision="no",
+        dtype="<f2", unconditional=embedding_hash(empty), batch_size=1, device=device.type,
+    )  # fmt: skip
+    row = AnswersShard("shards/random.tar", shard.file, layout, shard.count, len(content), "")
+    write_answers_manifest(cache, AnswersManifest(identity, count, (row,)))
 
 
 def sample(layout: Layout, number: int, resolution: int, rng: np.random.Generator) -> bytes:

@@ -100,7 +100,7 @@ def build_encoders(
 
 def build_teacher(run: Distillation) -> UNet2DConditionModel:
     """The teacher beside the student: a full student has one already, a LoRA needs a second."""
-    if isinstance(run.student, FullStudent):
+    if isinstance(run.student, FullStudent) and run.student.teacher_unet is not None:
         return run.student.teacher_unet
     dtype = DTYPES.get(run.config.mixed_precision or "no", torch.float32)
     return random_unet(run.config.model, run.distributed.device, dtype)

@@ -36,6 +36,7 @@ from train.data.prefetch import Ring
 LAYOUT = cache_layout((1, 4, 64, 64), (1, 77, 768))  # SD1.5 at 512 px, mean only
 FIELDS = LAYOUT.fields
 PAYLOAD = sum(field.nbytes for field in FIELDS)
+ANSWER = 2 * FIELDS[0].nbytes  # conditional and unconditional
 BATCH = 16
 PLACES = 5
 
@@ -98,21 +99,26 @@ class Samples:
 WANTED = LAYOUT.offsets["prompt_embeds"] - LAYOUT.offsets["latents"] + LAYOUT.fields[1].nbytes
 
 
-def places() -> list[list[Slot]]:
+def places(answers: torch.dtype | None = None) -> list[list[Slot]]:
     """The loader's memory."""
-    return [allocate([LAYOUT], 4, BATCH, pinned=False) for _ in range(PLACES)]
+    return [allocate([LAYOUT], 4, BATCH, False, answers) for _ in range(PLACES)]
 
 
-def memcpy(samples: Samples, fresh: bool = False) -> Read:
+def memcpy(samples: Samples, fresh: bool = False, answers: bool = False) -> Read:
     """The same bytes from memory into as many slots as the loader has: the yardstick.
 
-    Slots stay in the processor's cache; `fresh` copies to a place of its own for each sample.
+    Slots stay in the processor's cache; `fresh` copies to a place of its own for each sample, and
+    with `answers` as many bytes more as one has are copied.
     """
     slots = np.ones((800 if fresh else PLACES * BATCH, PAYLOAD), np.uint8)
+    beside = np.ones((PLACES * BATCH, ANSWER), np.uint8)
 
     def read(ids: Sequence[int]) -> None:
         for turn, number in enumerate(ids):
             slots[turn % len(slots)] = samples.resident[number % len(samples.resident)]
+            if answers:
+                more = samples.resident[(number + 1) % len(samples.resident)]
+                beside[turn % len(beside)] = more[:ANSWER]
 
     return read
 

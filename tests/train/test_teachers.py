@@ -115,7 +115,7 @@ def test_the_loss_of_a_perfect_teacher_and_student_is_zero_at_the_terminal_step(
             return v(z, t), v(z, t)
 
     last, w = torch.full((4,), 49), torch.full((4,), 7.0)
-    batch = SimpleNamespace(latents=x0, noise=noise, index=last, w=w)
+    batch = SimpleNamespace(latents=x0, noise=noise, index=last, w=w, answers=None)
     loss = LCD(schedule, 50, 10.0, "l2", 1e-3)(batch, None, Networks())
     assert 0 <= float(loss) < 1e-5
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.layout import Layout
 
-TEXT = ("pooled_prompt_embeds", "prompt_embeds", "time_ids")  # as they lie in a sample
+READ = ("pooled_prompt_embeds", "prompt_embeds", "time_ids", "answers")  # besides latents
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Batch:
     noise: Tensor  # [B, C, h, w] fp32
     index: Tensor  # [B] int64, solver interval
     w: Tensor  # [B] fp32, guidance
+    answers: Tensor | None = (
+        None  # [B, 2, C, h, w] fp16: the teacher's, as stored; conditional first
+    )
 
     @property
     def text(self) -> TextEmbeds:
@@ -54,12 +57,19 @@ class Slot:
     views: dict[str, list[memoryview]]  # what is read: each sample's row of each stored field
 
 
-def allocate(layouts: Sequence[Layout], channels: int, size: int, pinned: bool) -> list[Slot]:
+def allocate(
+    layouts: Sequence[Layout],
+    channels: int,
+    size: int,
+    pinned: bool,
+    answers: torch.dtype | None = None,
+) -> list[Slot]:
     """A slot of `size` samples for each layout; all share memory, of which one is used at a time.
 
-    Pinned memory can be copied to a CUDA device while the processor does something else.
+    With a dtype for `answers` there is room for one of the teacher's a sample. Pinned memory can be
+    copied to a CUDA device while the processor does something else.
     """
-    tables = [_shapes(layout, channels, size) for layout in layouts]
+    tables = [_shapes(layout, channels, size, answers) for layout in layouts]
     memory = {}
     for name, (_, dtype) in tables[0].items():
         largest = max(prod(table[name][0]) for table in tables)
@@ -71,15 +81,16 @@ def allocate(layouts: Sequence[Layout], channels: int, size: int, pinned: bool) 
         batch = Batch(
             parts["latents"], parts["prompt_embeds"], parts.get("pooled_prompt_embeds"),
             parts.get("time_ids"), parts["noise"], parts["index"], parts["w"],
+            parts.get("answers"),
         )  # fmt: skip
-        stored = {"latents": arrays["raw"]} | {n: arrays[n] for n in TEXT if n in arrays}
+        stored = {"latents": arrays["raw"]} | {n: arrays[n] for n in READ if n in arrays}
         views = {name: [memoryview(row).cast("B") for row in stored[name]] for name in stored}
         slots.append(Slot(batch, arrays, views))
     return slots
 
 
 def _shapes(
-    layout: Layout, channels: int, size: int
+    layout: Layout, channels: int, size: int, answers: torch.dtype | None
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of everything that is read or drawn for a batch."""
     latents = (size, channels, *layout.latent_size)
@@ -93,4 +104,6 @@ def _shapes(
     for field in layout.fields[1:]:
         dtype = torch.int32 if field.name == "time_ids" else torch.float16
         shapes[field.name] = ((size, *field.shape[1:]), dtype)
+    if answers is not None:
+        shapes["answers"] = ((size, 2, *latents[1:]), answers)
     return shapes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -22,8 +23,11 @@ from train.data.local import LocalReader, Span
 from train.data.local_cache import KeepingReader, LocalCache
 from train.data.remote import RemoteReader
 
+Reader = LocalReader | RemoteReader
 Rows = tuple[tuple[str, int], ...]  # fields and which of their rows, as they lie in the sample
 
+KEY_DIGITS = 16
+KEY = re.compile("[0-9a-f]{16}")
 JOIN = 4096  # gaps up to here (tar and npy headers) are read along: one request, not two
 RUNS = 256  # kept; a sample has at most views x captions
 
@@ -45,6 +49,7 @@ class Bucket:
         heldout: bool = False,
     ) -> None:
         self.layout, self.shards = layout, shards
+        self.layouts = [layout] * len(shards)
         self.paths = [root / shard.file for shard in shards]
         self.ends = list(accumulate(samples_of(shard, heldout) for shard in shards))
         self.picked = [shard.heldout for shard in shards] if heldout else None
@@ -52,7 +57,10 @@ class Bucket:
         self.left_out = [[n - i for i, n in enumerate(shard.heldout)] for shard in shards]
         self.remote = not isinstance(root, Path)
         self._runs = lru_cache(RUNS)(lambda rows: runs(layout, rows))
-        self._reader = _open_reader(self.paths, layout.stride, shards, local)
+        remote = open_reader(self.paths, [layout.stride] * len(shards))
+        self._reader: Reader | KeepingReader = remote
+        if local is not None and isinstance(remote, RemoteReader):
+            self._reader = KeepingReader(remote, local, shards, layout.stride)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -112,11 +120,31 @@ class Bucket:
             return [1] * len(numbers)
         found: list[int] = []
         for number, record in zip(numbers, self.records(numbers), strict=True):
-            count = record.get("num_captions")
-            if type(count) is not int or not 1 <= count <= self.layout.captions:
-                raise self._damaged_record(number)
-            found.append(count)
+            found.append(self._captions_of(number, record))
         return found
+
+    def _captions_of(self, number: int, record: dict[str, Any]) -> int:
+        count = record.get("num_captions")
+        if type(count) is not int or not 1 <= count <= self.layout.captions:
+            raise self._damaged_record(number)
+        return count
+
+    def keys(self, numbers: Sequence[int]) -> list[tuple[str, int]]:
+        """Read samples' keys, and how many captions each has. Raises UserError as `records`."""
+        several = self.layout.captions > 1  # else the name in the first header is enough
+        found = [bytearray(self.layout.head_bytes if several else KEY_DIGITS) for _ in numbers]
+        places = zip(map(self.locate, numbers), found, strict=True)
+        spans = [Span(*place, len(head), (memoryview(head),)) for place, head in places]
+        self.finish(self.start(spans))
+        keys = []
+        for number, head in zip(numbers, found, strict=True):
+            key, captions = head[:KEY_DIGITS].decode("latin-1"), 1
+            if not KEY.fullmatch(key):
+                raise self._damaged_record(number)
+            if several:
+                captions = self._captions_of(number, self._parsed(number, head[BLOCK:]))
+            keys.append((key, captions))
+        return keys
 
     def record(self, number: int) -> dict[str, Any]:
         """Read a sample's KEY.json."""
@@ -223,10 +251,9 @@ def samples_of(shard: Shard, heldout: bool) -> int:
     return len(shard.heldout) if heldout else shard.trained
 
 
-def _open_reader(
-    paths: Sequence[Any], stride: int, shards: Sequence[Shard], local: LocalCache | None
-) -> LocalReader | RemoteReader | KeepingReader:
+def open_reader(paths: Sequence[Any], strides: Sequence[int]) -> Reader:
+    """Return what reads shards where they are; `strides` are the bytes of a sample in each."""
     if isinstance(paths[0], Path):
-        return LocalReader(paths, stride)
-    remote = RemoteReader(paths[0].fs, [path.path for path in paths], list(map(str, paths)), stride)
-    return remote if local is None else KeepingReader(remote, local, shards, stride)
+        return LocalReader(paths, strides)
+    names = list(map(str, paths))
+    return RemoteReader(paths[0].fs, [path.path for path in paths], names, strides)

@@ -3,7 +3,8 @@
 The stages of a batch; threads go through them several batches ahead of training (prefetch.py):
 
 1. which samples: this rank's slice of a global batch (`Order.rank_batch`);
-2. what of each: view, caption, dropout, timestep and guidance, drawn by position (`choose`);
+2. what of each: view, caption, dropout, timestep and guidance, drawn by position (`choose`), or
+   as the teacher was asked (`Answers.draw`);
 3. where it lies: a span of bytes per run of neighbouring fields (`Bucket.spans`);
 4. reading starts (`Bucket.start`), and while the disk works the noise is drawn (`_draw`);
 5. reading ends (`Bucket.finish`), and what no encoder gives is refused (`_check`);
@@ -29,10 +30,14 @@ from shared.cache.latents import finish_latents
 from shared.cache.layout import Layout
 from shared.errors import UserError
 from shared.machine.device import use_device
+from train.data.answers import Answers, finite
 from train.data.batch import Batch, Slot, allocate
 from train.data.bucket import Bucket, Rows
+from train.data.local import Span
 from train.data.order import Order
 from train.data.prefetch import Ring
+
+Place = tuple[int, int]  # a shard of a bucket, and a sample in it
 
 CPU = torch.device("cpu")
 AHEAD = 4  # batches being filled while one is in use
@@ -62,7 +67,8 @@ class Loader:
 
     Batches are on `device`. On the CPU a batch is valid until the next one is asked for: its
     memory is then filled again. `waited` is how many seconds the consumer has waited for batches.
-    `threads` read and draw; a remote cache has as many as there are batches `ahead`.
+    `threads` read and draw; a remote cache has as many as there are batches `ahead`. With `answers`
+    a batch has one of each sample, and what it was drawn with.
     """
 
     def __init__(
@@ -78,8 +84,9 @@ class Loader:
         threads: int = 4,
         device: torch.device = CPU,
         ahead: int | None = None,
+        answers: Answers | None = None,
     ) -> None:
-        self.buckets, self.order, self.spec = buckets, order, spec
+        self.buckets, self.order, self.spec, self.answers = buckets, order, spec, answers
         self.latents, self.unconditional = latents, unconditional
         self.start, self.rank, self.world, self.device = start, rank, world, device
         remote = any(bucket.remote for bucket in buckets)
@@ -114,6 +121,8 @@ class Loader:
             stream.close()
             for bucket in self.buckets:
                 bucket.close()
+            if self.answers is not None:
+                self.answers.close()
 
     def names(self, index: int) -> list[str]:
         """Return how errors call the samples of global batch `index`."""
@@ -136,20 +145,22 @@ class Loader:
         """Read global batch `index` into its bucket's slot. Raises UserError for damage."""
         number, ids, positions = self.order.rank_batch(index, self.rank, self.world)
         bucket, slot, samples = self.buckets[number], slots[number], ids.tolist()
-        drawn = []
-        captions = bucket.num_captions(samples)
-        for position, num_captions in zip(positions.tolist(), captions, strict=True):
-            rng = generator(self.spec, position)
-            drawn.append((rng, choose(self.spec, rng, num_captions)))
+        passes = None
+        if self.answers is not None:
+            passes = self.order.rank_passes(index, self.rank, self.world).tolist()
+        drawn = self._choose(bucket, samples, positions.tolist(), passes)
         spans = []
         for at, (sample, (_, choice)) in enumerate(zip(samples, drawn, strict=True)):
             rows = wanted_rows(bucket.layout, choice)
             views = [slot.views[name][at] for name, _ in rows]
             spans += bucket.spans(sample, rows, views)
         rest = bucket.start(spans)
+        asked = None if passes is None else self._ask(number, slot, samples, passes)
         # The noise is drawn while the disk works.
         latent_noises = [self._draw(slot, row, *pair) for row, pair in enumerate(drawn)]
         bucket.finish(rest)
+        if asked is not None:
+            self._take_answers(number, slot, asked, [choice for _, choice in drawn])
         for row, (sample, noise) in enumerate(zip(samples, latent_noises, strict=True)):
             self._check(slot, row, bucket, sample, drawn[row][1])
             finish_latents(
@@ -157,6 +168,60 @@ class Loader:
                 slot.batch.latents[row],
             )  # fmt: skip
         return slot.batch
+
+    def _choose(
+        self,
+        bucket: Bucket,
+        samples: Sequence[int],
+        positions: Sequence[int],
+        passes: Sequence[int] | None,
+    ) -> list[tuple[np.random.Generator, Choice]]:
+        """What to read of each sample, and where its noises come from."""
+        drawn = []
+        if self.answers is None or passes is None:
+            captions = bucket.num_captions(samples)
+            for position, num_captions in zip(positions, captions, strict=True):
+                rng = generator(self.spec, position)
+                drawn.append((rng, choose(self.spec, rng, num_captions)))
+            return drawn
+        known = bucket.keys(samples)
+        for position, number, (key, num_captions) in zip(positions, passes, known, strict=True):
+            own = choose(self.spec, generator(self.spec, position), num_captions)
+            drawn.append(self.answers.draw(key, number, num_captions, own))
+        return drawn
+
+    def _ask(
+        self, number: int, slot: Slot, samples: Sequence[int], passes: Sequence[int]
+    ) -> tuple[list[Place], list[Span]]:
+        """Start reading a batch's answers; where they lie, and what is left to read."""
+        assert self.answers is not None
+        bucket, answers = self.buckets[number], self.answers.buckets[number]
+        located = [bucket.locate(sample) for sample in samples]
+        places = [(shard, start // bucket.layout.stride) for shard, start in located]
+        spans = [
+            answers.span(*place, turn % self.answers.number, view)
+            for place, turn, view in zip(places, passes, slot.views["answers"], strict=True)
+        ]
+        return places, answers.start(spans)
+
+    def _take_answers(
+        self,
+        number: int,
+        slot: Slot,
+        asked: tuple[Sequence[Place], Sequence[Span]],
+        choices: Sequence[Choice],
+    ) -> None:
+        """Wait for a batch's answers. Raises UserError, naming the sample, for damage."""
+        assert self.answers is not None
+        answers, (places, rest) = self.answers.buckets[number], asked
+        answers.finish(rest)
+        for place, values, choice in zip(places, slot.arrays["answers"], choices, strict=True):
+            sound = all_finite(values) if values.dtype == np.float16 else finite(values)
+            if not sound or is_constant(values[0]):
+                wrong = "one value alone" if sound else "non-finite values"
+                raise UserError(f"{answers.name(*place)} holds {wrong}; see `prep verify`")
+            if choice.drop_caption:
+                values[0] = values[1]  # asked with the same, so it is what the teacher would say
 
     def _draw(
         self, slot: Slot, row: int, rng: np.random.Generator, choice: Choice
@@ -167,7 +232,8 @@ class Loader:
         for name in ("pooled_prompt_embeds", "prompt_embeds"):
             if name in slot.arrays and choice.drop_caption:
                 slot.arrays[name][row] = getattr(self.unconditional, name)[0].numpy()
-        return draw_noises(self.spec, rng, slot.arrays["noise"][row])
+        spec = self.spec if self.answers is None else self.answers.spec
+        return draw_noises(spec, rng, slot.arrays["noise"][row])
 
     def _check(self, slot: Slot, row: int, bucket: Bucket, sample: int, choice: Choice) -> None:
         """Raise UserError, naming the sample, for values that no encoder gives."""
@@ -181,7 +247,9 @@ class Loader:
     def _allocate(self) -> list[Slot]:
         layouts = [bucket.layout for bucket in self.buckets]
         per_rank = self.order.batch_size // self.world
-        return allocate(layouts, self.latents.channels, per_rank, pinned=self._copies is not None)
+        answers = None if self.answers is None else self.answers.dtype
+        pinned = self._copies is not None
+        return allocate(layouts, self.latents.channels, per_rank, pinned, answers)
 
 
 def wanted_rows(layout: Layout, choice: Choice) -> Rows:

@@ -37,13 +37,18 @@ class Span(NamedTuple):
 class LocalReader:
     """Reads local shards with `preadv`; `remedy` ends the sentence where one is damaged.
 
+    `strides` are the bytes of a sample in each shard.
+
     Like the other readers it is safe to use from several threads.
     """
 
     def __init__(
-        self, paths: Sequence[Path], stride: int, remedy: str = "`prep verify` lists the damage"
+        self,
+        paths: Sequence[Path],
+        strides: Sequence[int],
+        remedy: str = "`prep verify` lists the damage",
     ) -> None:
-        self.paths, self.stride, self.remedy = paths, stride, remedy
+        self.paths, self.strides, self.remedy = paths, strides, remedy
         # A file closes itself when it has left this cache and no thread reads it any more.
         self._file = lru_cache(OPEN_FILES)(lambda shard: OpenFile(self.paths[shard], os.O_RDONLY))
 
@@ -95,7 +100,7 @@ class LocalReader:
         self.finish(self.start(spans))
 
     def _name(self, span: Span) -> str:
-        return f"{self.paths[span.shard]} sample {span.offset // self.stride}"
+        return f"{self.paths[span.shard]} sample {span.offset // self.strides[span.shard]}"
 
     def close(self) -> None:
         """Close the files; what is read afterwards opens them anew."""

@@ -129,7 +129,7 @@ class KeepingReader:
     ) -> None:
         self.remote, self.local, self.shards, self.stride = remote, local, shards, stride
         paths = [local.path(shard) for shard in shards]
-        self._kept = LocalReader(paths, stride, f"delete {local.folder} and resume")
+        self._kept = LocalReader(paths, [stride] * len(paths), f"delete {local.folder} and resume")
 
     def start(self, spans: Sequence[Span]) -> list[Span]:
         """Fill what the local cache holds in memory."""

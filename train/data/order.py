@@ -42,6 +42,13 @@ class Order:
         positions = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
         return bucket, ids[here], positions[here]
 
+    def rank_passes(self, index: int, rank: int, world: int) -> Ids:
+        """How many times each sample of that slice has come before: the passes over its bucket."""
+        bucket, number = self._locate(index)
+        share = self.batch_size // world
+        start = number * self.batch_size + rank * share
+        return np.arange(start, start + share) // self.sizes[bucket]
+
     def stream(self, bucket: int, start: int, stop: int) -> Ids:
         """Positions start..stop of a bucket's endless stream of ids."""
         size = self.sizes[bucket]

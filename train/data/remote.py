@@ -19,8 +19,10 @@ TIMEOUT = 60.0  # seconds for all ranges of one call
 class RemoteReader:
     """Reads shards on any fsspec file system; the ranges of a call go out together."""
 
-    def __init__(self, fs: Any, paths: Sequence[str], names: Sequence[str], stride: int) -> None:
-        self.fs, self.paths, self.names, self.stride = fs, paths, names, stride
+    def __init__(
+        self, fs: Any, paths: Sequence[str], names: Sequence[str], strides: Sequence[int]
+    ) -> None:
+        self.fs, self.paths, self.names, self.strides = fs, paths, names, strides
         # Only asynchronous file systems can be told how long to wait.
         self._options = {"timeout": TIMEOUT} if isinstance(fs, AsyncFileSystem) else {}
 
@@ -85,7 +87,7 @@ class RemoteReader:
     def _complaint(self, span: Span, error: Exception) -> str:
         """Say which sample cannot be read, and why."""
         name = without_password(self.names[span.shard])
-        return f"{name} sample {span.offset // self.stride}: {first_line(error)}"
+        return f"{name} sample {span.offset // self.strides[span.shard]}: {first_line(error)}"
 
     def close(self) -> None:
         """Connections belong to fsspec."""

@@ -11,10 +11,25 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from shared.errors import UserError
+from train.data.answers import Answers, BucketAnswers
 from train.data.bucket import Bucket
 
 TOGETHER = 64  # shards looked at in one call, of which
 THREADS = 16  # go out side by side
+
+
+def check_answer_heads(buckets: Sequence[Bucket], answers: Answers) -> None:
+    """Raise UserError, naming the shard, for one of the teacher's answers to other samples."""
+    for bucket, beside in zip(buckets, answers.buckets, strict=True):
+        filled = [number for number, shard in enumerate(bucket.shards) if shard.count]
+        asked = dict(first_keys(bucket, filled))
+        for number, key in first_keys(beside, filled):
+            if key != asked[number]:
+                raise UserError(
+                    f"{beside.paths[number]} begins with the answers to sample {key}, where "
+                    f"{bucket.paths[number]} has {asked[number]}; run `prep teach` again, or train "
+                    "with --teacher online"
+                )
 
 
 def check_heads(buckets: Sequence[Bucket]) -> None:
@@ -41,14 +56,14 @@ def check_heads(buckets: Sequence[Bucket]) -> None:
             seen[key] = path
 
 
-def first_keys(bucket: Bucket, shards: Sequence[int]) -> Iterator[tuple[int, str]]:
+def first_keys(bucket: Bucket | BucketAnswers, shards: Sequence[int]) -> Iterator[tuple[int, str]]:
     """Yield number and first key of these shards. Raises UserError where there is no sample."""
     parts = [shards[start : start + TOGETHER] for start in range(0, len(shards), TOGETHER)]
     with ThreadPoolExecutor(THREADS, thread_name_prefix="heads") as pool:
         for part, heads in zip(parts, pool.map(bucket.heads, parts), strict=True):
             for number, head in zip(part, heads, strict=True):
                 try:
-                    key, _ = bucket.layout.unpack_head(head)
+                    key, _ = bucket.layouts[number].unpack_head(head)
                 except ValueError as error:
                     raise UserError(
                         f"{bucket.paths[number]} is damaged: where its first sample should be is "

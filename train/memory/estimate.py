@@ -28,7 +28,7 @@ from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
 from train.networks.dtensor import FSDP_BLOCKS
 from train.networks.full import guided_copy
 from train.networks.lora import add_adapters
-from train.objectives import objective_of
+from train.objectives import asks_teacher, objective_of
 
 TOKENS = 77
 META = torch.device("meta")
@@ -75,7 +75,10 @@ ALONE = Parallelism()
 
 @dataclass
 class MetaNetworks:
-    """The UNets of a run without their numbers; a LoRA's three are one."""
+    """The UNets of a run without their numbers; a LoRA's three are one.
+
+    Where a full student reads the teacher's answers, its target stands for the teacher.
+    """
 
     student: Denoiser
     target: Denoiser
@@ -106,7 +109,8 @@ def meta_networks(unet_config: Mapping[str, Any], config: DistillConfig) -> Meta
         else:
             width = config.unet_time_cond_proj_dim
             student, target = (guided_copy(teacher, width, "zero") for _ in range(2))
-            networks = MetaNetworks(student.requires_grad_(True), target, teacher)
+            asked = teacher if asks_teacher(config) else target
+            networks = MetaNetworks(student.requires_grad_(True), target, asked)
             if config.offload_ema:
                 hold_frozen(target, config.mixed_precision)
     hold_frozen(teacher, config.mixed_precision)
@@ -204,12 +208,17 @@ def forward(
     unet_config: Mapping[str, Any],
     latent_size: tuple[int, int],
 ) -> Tensor:
-    """A scalar of the student's forward, after the teacher's; the target's takes half of that."""
+    """A scalar of the student's forward, after the teacher's; the target's takes half of that.
+
+    Where the teacher's answers are in the cache, there is the target's alone.
+    """
     count = config.train_batch_size
     output = forward_of(networks.student, unet_config, latent_size, count)
-    if objective_of(config).needs_teacher:
-        with torch.no_grad():
+    with torch.no_grad():
+        if asks_teacher(config):
             forward_of(networks.teacher, unet_config, latent_size, 2 * count)
+        elif objective_of(config).needs_target:
+            forward_of(networks.target, unet_config, latent_size, count)
     return output.square().mean()
 
 

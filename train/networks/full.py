@@ -1,4 +1,4 @@
-"""A full student of a distillation: a UNet that is told the guidance, its average, the teacher."""
+"""A full student of a distillation: a UNet that is told the guidance, its average, a teacher."""
 
 from __future__ import annotations
 
@@ -7,33 +7,47 @@ from torch import Tensor, nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
+from shared.models.fingerprint import signs
 from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond, load_unet
 from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
 from train.data.batch import Batch
+from train.flag_groups import CACHED
 from train.networks.ema import OffloadedAverage, move_average
 from train.networks.student import Student
 
 
 class FullStudent(Student):
-    """A UNet of its own that is told the guidance; its target is an exponential moving average."""
+    """A UNet of its own that is told the guidance; its target is an exponential moving average.
+
+    Where the cache has the teacher's answers, no teacher is in memory.
+    """
 
     def __init__(self, source: str, config: DistillConfig) -> None:
         torch.manual_seed(config.seed)  # of the guidance projection, where it starts at random
-        self.teacher_unet = load_unet(source)
+        teacher = load_unet(source)
+        self.teacher_signs = signs(teacher.parameters())
         self.dim, self.decay = config.unet_time_cond_proj_dim, config.ema_decay
-        super().__init__(guided_copy(self.teacher_unet, self.dim, config.guidance_init))
-        self.target_unet = guided_copy(self.teacher_unet, self.dim, "zero")
+        super().__init__(guided_copy(teacher, self.dim, config.guidance_init))
+        self.target_unet = guided_copy(teacher, self.dim, "zero")
         self.target_unet.load_state_dict(self.unet.state_dict())
         self.unet.train().requires_grad_(True)
-        hold_frozen(self.teacher_unet, config.mixed_precision)
+        self.teacher_unet: Denoiser | None = None
+        if config.teacher != CACHED:  # else the weights have served: its answers are in the cache
+            hold_frozen(teacher, config.mixed_precision)
+            self.teacher_unet = teacher
         self.average = None
         if config.offload_ema:
             self.average = OffloadedAverage(self.target_unet, config.mixed_precision)
 
     def networks(self) -> list[Denoiser]:
-        """The student, its average and the teacher."""
-        return [self.unet, self.target_unet, self.teacher_unet]
+        """The student, its average and, where it is asked, the teacher."""
+        teacher = [] if self.teacher_unet is None else [self.teacher_unet]
+        return [self.unet, self.target_unet, *teacher]
+
+    def origin(self) -> dict[str, str]:
+        """A hash of the teacher's weights."""
+        return {"teacher": self.teacher_signs}
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Predict with gradients, at the guidance `batch.w`."""
@@ -49,6 +63,7 @@ class FullStudent(Student):
         self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
     ) -> tuple[Tensor, Tensor]:
         """Predict with the captions and without."""
+        assert self.teacher_unet is not None
         return cond_and_uncond(self.teacher_unet, z, t, batch.text, empty, batch.time_ids)
 
     def _guided(self, unet: nn.Module, z: Tensor, t: Tensor, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
+from shared.models.fingerprint import signs
 from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond, load_unet
 from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
@@ -35,6 +36,10 @@ class LoraStudent(Student):
         hold_frozen(self.unet, config.mixed_precision)
         self.unet.train()
         self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
+
+    def origin(self) -> dict[str, str]:
+        """A hash of the teacher's weights."""
+        return {"teacher": signs(p for p in self.unet.parameters() if not p.requires_grad)}
 
     @torch.no_grad()
     def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from shared.models.fingerprint import signs
 from shared.networks.denoiser import Denoiser, call_unet
 from train.data.batch import Batch
 from train.networks.dtensor import restore
@@ -21,12 +22,16 @@ class Student:
         self.live: nn.Module = unet  # what the student's own forward goes through; DDP wraps it
 
     def networks(self) -> list[Denoiser]:
-        """List every UNet in memory; the last has the teacher's weights, where any are frozen."""
+        """List every UNet in memory."""
         return [self.unet]
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Predict eps or v `[B, C, h, w]`, with gradients."""
         return call_unet(self.live, z, t, batch.text, batch.time_ids)
+
+    def origin(self) -> dict[str, str]:
+        """A hash of the weights that the run began with, by what they are to it."""
+        return {"model": signs(self.unet.parameters())}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name, fp32."""

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import get_args
 
 from train.config import DistillConfig
-from train.flag_groups import ObjectiveName
+from train.flag_groups import CACHED, ObjectiveName
 from train.objectives.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -17,3 +17,8 @@ OBJECTIVES: dict[str, Objective] = {
 def objective_of(config: DistillConfig) -> Objective:
     """The objective that a run's flags name."""
     return OBJECTIVES[config.objective]
+
+
+def asks_teacher(config: DistillConfig) -> bool:
+    """Does a run compute what the teacher says, rather than read it or do without?"""
+    return objective_of(config).needs_teacher and config.teacher != CACHED

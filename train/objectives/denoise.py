@@ -60,8 +60,9 @@ class Denoise:
         return snr.clamp(max=self.snr_gamma) / whole
 
 
-def build(config: DistillConfig, schedule: Schedule) -> Denoise:
-    """The loss that the flags ask for."""
+def build(config: DistillConfig, schedule: Schedule, grid: int | None = None) -> Denoise:
+    """The loss that the flags ask for; it has no teacher, and so no `grid` of its answers."""
+    assert grid is None
     return Denoise(schedule, config.snr_gamma)
 
 

@@ -26,8 +26,8 @@ from shared.diffusion import (
 from shared.errors import UserError
 from train.config import DistillConfig
 from train.data.batch import Batch
-from train.flag_groups import FullStudentFlags, SolverFlags, names_of
-from train.objectives.objective import Card, Objective, Sampler
+from train.flag_groups import FullStudentFlags, SolverFlags, TeacherFlags, names_of
+from train.objectives.objective import Card, Objective, Sampler, teacher_outputs
 
 COMFY_SOLVER = (50, 10.0)  # solver steps and timestep scaling of ComfyUI's LCM sampling
 
@@ -56,11 +56,12 @@ class LCD:
     timestep_scaling: float
     loss_type: str
     huber_c: float
+    grid: int | None = None  # timesteps that the teacher was asked at, where they are more
 
     @property
     def intervals(self) -> int:
-        """`batch.index` is the solver interval."""
-        return self.num_ddim_timesteps
+        """`batch.index` is the solver interval, or one of the finer grid."""
+        return self.grid or self.num_ddim_timesteps
 
     def __call__(self, batch: Batch, empty: TextEmbeds, networks: Networks) -> Tensor:
         """The loss of a batch, a scalar; `empty` is the unconditional embedding, one row.
@@ -70,14 +71,15 @@ class LCD:
         average).
         """
         start, end = solver_timesteps(  # t_{n+k} and t_n
-            batch.index, self.num_ddim_timesteps, self.schedule.num_train_timesteps
+            batch.index, self.num_ddim_timesteps, self.schedule.num_train_timesteps, self.grid
         )
         # 2. Noise the latents to t_{n+k}.
         z = add_noise(batch.latents, batch.noise, *self.schedule.alpha_sigma(start))
         predicted = self.f(networks.student(z, start, batch), z, start)
         with torch.no_grad():
             # 3. From there to t_n by one step of the guided teacher's solver.
-            z_prev = self.solve(networks.teacher(z, start, batch, empty), z, start, end, batch.w)
+            said = teacher_outputs(networks, z, start, batch, empty)
+            z_prev = self.solve(said, z, start, end, batch.w)
             target = self.f(networks.target(z_prev, end, batch), z_prev, end)
         # 4. The distance of what the student says at t_{n+k} from what the target says at t_n.
         if self.loss_type == "huber":
@@ -100,8 +102,11 @@ class LCD:
         return ddim_step(x0, eps, *self.schedule.alpha_sigma(end))
 
 
-def build(config: DistillConfig, schedule: Schedule) -> LCD:
-    """The loss that the flags ask for. Raises UserError for intervals that do not divide T."""
+def build(config: DistillConfig, schedule: Schedule, grid: int | None = None) -> LCD:
+    """The loss that the flags ask for. Raises UserError for intervals that do not divide T.
+
+    Nor may they fail to divide the `grid` of timesteps that the teacher was asked at.
+    """
     steps, total = config.num_ddim_timesteps, schedule.num_train_timesteps
     if total % steps:
         divisors = [n for n in range(1, total + 1) if not total % n]
@@ -110,12 +115,19 @@ def build(config: DistillConfig, schedule: Schedule) -> LCD:
             f"--num-ddim-timesteps {steps} must divide {total}, the timesteps of the teacher "
             f"(num_train_timesteps); the nearest that does is {nearest}"
         )
+    if grid is not None and (grid % steps or total % grid):
+        raise UserError(
+            f"--num-ddim-timesteps {steps} does not divide {grid}, the timesteps of the cache's "
+            f"answers (`prep teach --num-ddim-timesteps {grid}`); give one that does, or add "
+            "--teacher online"
+        )
     return LCD(
         schedule=schedule,
         num_ddim_timesteps=config.num_ddim_timesteps,
         timestep_scaling=config.timestep_scaling_factor,
         loss_type=config.loss_type,
         huber_c=config.huber_c,
+        grid=grid,
     )
 
 
@@ -134,7 +146,7 @@ def comfy_settings(config: DistillConfig) -> str:
 
 OBJECTIVE = Objective(
     build=build,
-    flags=names_of(SolverFlags, FullStudentFlags),
+    flags=names_of(SolverFlags, FullStudentFlags, TeacherFlags),
     learning_rates={"lora": 1e-4, "full": 8e-6},
     needs_teacher=True,
     needs_target=True,
@@ -155,7 +167,7 @@ OBJECTIVE = Objective(
         "(https://arxiv.org/abs/2310.04378)",
         settings=(
             "w_min", "w_max", "num_ddim_timesteps", "loss_type", "lora_rank", "lora_alpha",
-            "ema_decay",
+            "ema_decay", *names_of(TeacherFlags),
         ),
         tags=("latent-consistency",),
         other_programs=comfy_settings,

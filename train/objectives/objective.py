@@ -14,6 +14,28 @@ from train.config import DistillConfig
 from train.data.batch import Batch
 
 
+class Teacher(Protocol):
+    """Networks that can be asked what the teacher says."""
+
+    def teacher(
+        self, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
+    ) -> tuple[Tensor, Tensor]:
+        """Conditional and unconditional prediction, without gradients."""
+
+
+def teacher_outputs(
+    networks: Teacher, z: Tensor, t: Tensor, batch: Batch, empty: TextEmbeds
+) -> tuple[Tensor, Tensor]:
+    """What the teacher says of z at t, with the captions and without: read, or computed now.
+
+    Answers in the batch are to this z and this t: they were drawn by what the loader drew.
+    """
+    if batch.answers is None:
+        return networks.teacher(z, t, batch, empty)
+    cond, uncond = batch.answers.to(z.dtype).unbind(1)
+    return cond, uncond
+
+
 class Loss(Protocol):
     """A loss with its settings."""
 
@@ -61,7 +83,9 @@ class Card:
 class Objective:
     """An objective: a line in `train.objectives`, a file beside it."""
 
-    build: Callable[[DistillConfig, Schedule], Loss]  # UserError for settings that cannot work
+    # UserError for settings that cannot work. With answers of a teacher, the number of timesteps
+    # that they are at comes too, and `batch.index` is drawn from those.
+    build: Callable[[DistillConfig, Schedule, int | None], Loss]
     flags: tuple[str, ...]  # of the configuration, that mean something to it and not to all
     learning_rates: Mapping[str, float]  # by kind of student, where none is given
     needs_teacher: bool  # its two outputs, with and without the caption

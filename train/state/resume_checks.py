@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.cache.answers import AnswersManifest
 from shared.cache.identity import differences
 from shared.cache.manifest import Manifest
 from shared.cli.config import to_dict
 from shared.diffusion import schedule_settings
 from shared.errors import UserError
 from shared.models.family import Model, load_config
-from shared.models.fingerprint import signs
 from shared.storage.files import dump_json
 from shared.wording import counted
 from train.config import RunConfig
+from train.flag_groups import TeacherFlags, names_of
 from train.networks.student import Student
 from train.objectives import objective_of
 from train.state.checkpoint import TrainingState
@@ -26,6 +27,9 @@ INVARIANT_FLAGS = (
     "objective", "student", "seed", "lora_rank", "lora_alpha", "proportion_empty_prompts",
     "max_train_samples", "lora_target_modules", "use_8bit_adam",
 )  # fmt: skip
+
+
+ANSWERS, PER_SAMPLE = "answers", "answers_per_sample"  # terms of a run that reads them
 
 
 def divide(
@@ -66,11 +70,16 @@ def divide(
 
 
 def run_invariants(
-    config: RunConfig, manifest: Manifest | None, model: Model, student: Student
+    config: RunConfig,
+    manifest: Manifest | None,
+    model: Model,
+    student: Student,
+    answers: AnswersManifest | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint remembers and a resume must repeat; `student` is as it was built.
 
-    An export, which reads no cache, has no manifest.
+    An export, which reads no cache, has no manifest. `answers` are the teacher's, where the run
+    reads them.
     """
     shards = manifest.shards if manifest else ()
     named = [
@@ -80,18 +89,29 @@ def run_invariants(
     samples = sum(shard.count for shard in shards)
     scheduler = load_config(model.source, "scheduler/scheduler_config.json")
     flags = to_dict(config)
-    unet = student.networks()[-1]
-    frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
     return {
-        **{name: flags[name] for name in INVARIANT_FLAGS + objective_of(config).flags},
+        **{name: flags[name] for name in invariant_flags(config)},
         "family": model.family.name,
         "cache": hashlib.sha256(content).hexdigest()[:16],
         **({"holdout": manifest.holdout} if manifest and manifest.holdout else {}),
         "samples": samples,  # to say of another cache how it differs
         **schedule_settings(scheduler),
         # A full fine-tuning has no teacher beside it, but weights that it began with.
-        **({"teacher": signs(frozen)} if frozen else {"model": signs(unet.parameters())}),
+        **student.origin(),
+        **({} if answers is None else answers_terms(answers)),
     }
+
+
+def invariant_flags(config: RunConfig) -> list[str]:
+    """The flags that must stay the same; where the teacher's answers come from may change."""
+    own = [name for name in objective_of(config).flags if name not in names_of(TeacherFlags)]
+    return [*INVARIANT_FLAGS, *own]
+
+
+def answers_terms(answers: AnswersManifest) -> dict[str, Any]:
+    """What a checkpoint remembers of the teacher's answers; where the teacher lay is no matter."""
+    content = dump_json({**answers.identity.to_json(), "model": None})
+    return {ANSWERS: hashlib.sha256(content).hexdigest()[:16], PER_SAMPLE: answers.answers}
 
 
 def check_invariants(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -14,10 +14,9 @@ from train.export.model_card import CARD_FILE
 from train.export.provenance import SCHEDULER_FILE
 from train.export.student import student_file
 from train.export.weights import weight_files
-from train.objectives import objective_of
 from train.state import checkpoint
 from train.state.optim import base_learning_rate
-from train.state.resume_checks import INVARIANT_FLAGS
+from train.state.resume_checks import invariant_flags
 from train.state.run_config import run_config
 from train.state.tensor_files import is_whole
 
@@ -28,7 +27,7 @@ FREE = frozenset({
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_prompts",
     "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
     "local_cache", "threads", "device", "push_to_hub", "hub_model_id", "compile", "attention",
-    "gradient_checkpointing", "offload_ema", "allow_tf32",
+    "gradient_checkpointing", "offload_ema", "allow_tf32", "teacher",
 })  # fmt: skip
 LATEST = "latest"
 
@@ -48,8 +47,7 @@ def as_left(config: RunConfig) -> RunConfig:
         return config
     stored = run_config(config.run)
     if changed := changes(stored, config):
-        kept = {*INVARIANT_FLAGS, *objective_of(config).flags}
-        free = saved and not changed.keys() & kept
+        free = saved and not changed.keys() & set(invariant_flags(config))
         before, here = ({name: pair[side] for name, pair in changed.items()} for side in (0, 1))
         way = "--resume-from-checkpoint latest goes on with these" if free else "give the former"
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shared.cache.answers import AnswersManifest, answers_spec
 from shared.cache.conditioning import TextEmbeds, load_conditioning
 from shared.cache.draws import DrawSpec
 from shared.cache.manifest import Manifest, open_manifest
@@ -23,10 +24,11 @@ from shared.storage.files import dump_json, publish
 from shared.storage.temporary import sweep
 from shared.wording import counted
 from train.config import RunConfig
+from train.data.answers import answered, open_bucket_answers
 from train.data.bucket import open_buckets
 from train.data.loader import LatentSpec, Loader
 from train.data.order import Order
-from train.data.shard_check import check_heads
+from train.data.shard_check import check_answer_heads, check_heads
 from train.flags import check_flags
 from train.networks.build import build_student
 from train.networks.precision import check_speed, speed_up
@@ -44,6 +46,7 @@ from train.trainer.metrics import Recorder
 from train.trainer.plan import batches, note_small_buckets, plan, print_memory, with_steps
 from train.trainer.resume import as_left
 from train.trainer.run import Distillation
+from train.trainer.teacher import check_teacher, choose_teacher, grid_of, print_teacher
 from train.trainer.trackers import check_trackers
 
 REPLACE = (
@@ -62,29 +65,29 @@ def prepare(config: RunConfig) -> Distillation:
     latest = checkpoint.latest_checkpoint(config.run)
     resumed = checkpoint.find_checkpoint(config.run, config.resume_from_checkpoint)
     before = None if resumed is None else checkpoint.read_progress(resumed)
+    conditioning = load_conditioning(CachePaths(config.cache).conditioning, manifest.layouts)
+    empty = conditioning.unconditional
+    config, answers = choose_teacher(config, manifest, model, empty, before)
+    trained = answered(manifest, answers)
     set_threads(config.threads)
     distributed = Distributed(config.device)
     batch_size, accumulation = batches(config, distributed, len(manifest.layouts), before)
-    config = with_steps(config, batch_size, sum(shard.trained for shard in manifest.shards))
+    config = with_steps(config, batch_size, sum(shard.trained for shard in trained.shards))
     check_speed(config, distributed.device, distributed.fsdp, len(manifest.layouts))
     print_memory(config, accumulation, model, manifest, distributed)
     schedule = load_schedule(model.source).to(distributed.device)
-    objective = objective_of(config).build(config, schedule)
-    student = build_student(model.source, config)
-    invariants = run_invariants(config, manifest, model, student)
-    speed_up(student.networks(), config, distributed.device)
-    distributed.wrap(student)
+    objective = objective_of(config).build(config, schedule, grid_of(answers))
+    student, invariants = build_networks(config, manifest, model, answers, distributed)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
     scaler = torch.amp.GradScaler(distributed.device.type, enabled=config.mixed_precision == "fp16")
     if resumed is not None and before is not None:
         check_resumed(resumed, before, invariants, config)
         go_on(resumed, before, student, optimizer, scaler)
-    conditioning = load_conditioning(CachePaths(config.cache).conditioning, manifest.layouts)
     start = before or checkpoint.TrainingState(0, 0, batch_size, invariants)
     loader = build_loader(
-        config, manifest, model, conditioning.unconditional, objective.intervals, batch_size,
-        start.position, distributed,
+        config, trained, model, empty, objective.intervals, batch_size, start.position,
+        distributed, answers,
     )  # fmt: skip
     run = Distillation(
         config=config,
@@ -92,7 +95,7 @@ def prepare(config: RunConfig) -> Distillation:
         student=student,
         objective=objective,
         loader=loader,
-        empty=conditioning.unconditional.to(distributed.device),
+        empty=empty.to(distributed.device),
         optimizer=optimizer,
         scaler=scaler,
         parameters=parameters,
@@ -106,11 +109,25 @@ def prepare(config: RunConfig) -> Distillation:
     )
     if distributed.main:
         note_small_buckets(loader)
+        print_teacher(config, answers)
         print(plan(run, resumed), file=sys.stderr)
         if not config.dry_run:
             run.branch = start_run_folder(config, model, resumed, latest)
     distributed.wait()
     return run
+
+
+def build_networks(
+    config: RunConfig, manifest: Manifest, model: Model, answers: AnswersManifest | None,
+    distributed: Distributed,
+) -> tuple[Student, dict[str, Any]]:  # fmt: skip
+    """The student on its device, and what its checkpoints remember."""
+    student = build_student(model.source, config)
+    invariants = run_invariants(config, manifest, model, student, answers)
+    check_teacher(answers, invariants, config)
+    speed_up(student.networks(), config, distributed.device)
+    distributed.wrap(student)
+    return student, invariants
 
 
 def settled(config: RunConfig) -> RunConfig:
@@ -153,7 +170,7 @@ def go_on(
 
 def build_loader(
     config: RunConfig, manifest: Manifest, model: Model, empty: TextEmbeds, intervals: int,
-    batch_size: int, position: int, distributed: Distributed,
+    batch_size: int, position: int, distributed: Distributed, answers: AnswersManifest | None,
 ) -> Loader:  # fmt: skip
     """This process's share of the global batches from sample `position` on."""
     buckets = open_buckets(config.cache, manifest, config.local_cache, config.max_train_samples)
@@ -161,6 +178,11 @@ def build_loader(
         raise UserError(f"{config.cache} holds no samples to train on")
     check_heads(buckets)
     identity, family = manifest.identity, model.family
+    read = None
+    if answers is not None:
+        spec = answers_spec(answers.identity, identity)
+        read = open_bucket_answers(config.cache, buckets, answers, spec)
+        check_answer_heads(buckets, read)
     w_min, w_max = guidance_range(config, family.w_min, family.w_max)
     return Loader(
         buckets,
@@ -182,6 +204,7 @@ def build_loader(
         world=distributed.world,
         threads=config.dataloader_num_workers,
         device=distributed.device,
+        answers=read,
     )
 
 
