@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from prep.cache.accounts import account_batches
 from prep.config import StatsConfig
-from shared.cache.answers_store import open_answers
+from prep.inspect.answers_stats import answers_line, answers_summary
 from shared.cache.identity import Identity, read_identity
 from shared.cache.manifest import Manifest, iterate_units, open_manifest
 from shared.cache.paths import CachePaths
@@ -143,34 +143,6 @@ def summarize(cache: CachePaths) -> Summary:
         summary.throughput = load_record(cache.root / "throughput.json", throughput_of, "delete it")
     summary.answers = answers_summary(cache, manifest)
     return summary
-
-
-def answers_summary(cache: CachePaths, manifest: Manifest | None) -> dict[str, Any] | None:
-    """Say what the cache has of its teacher, None for nothing. Raises UserError for damage."""
-    found = open_answers(cache.root, check_sizes=False)
-    if found is None:
-        return None
-    shards = {shard.file for shard in manifest.shards} if manifest else set()
-    return {
-        "answers": found.answers,
-        "model": found.identity.model,
-        "num_ddim_timesteps": found.identity.num_ddim_timesteps,
-        "without": found.without,
-        "retried": found.retried,
-        "bytes": sum(shard.size for shard in found.shards),
-        "complete": shards == {shard.samples for shard in found.shards},
-    }
-
-
-def answers_line(answers: Mapping[str, Any]) -> str:
-    """`4 of each sample by MODEL at 50 timesteps, 1.2 GB`, and what is missing."""
-    line = (
-        f"{answers['answers']} of each sample by {visible(answers['model'], 60)} at "
-        f"{answers['num_ddim_timesteps']} timesteps, {size_of(answers['bytes'])}"
-    )
-    if answers["without"]:
-        line += f"; {counted(answers['without'], 'sample')} without"
-    return line if answers["complete"] else f"{line}; of another state: run the same `prep teach`"
 
 
 def throughput_of(stored: Mapping[str, Any]) -> dict[str, Any]:
