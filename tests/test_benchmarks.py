@@ -114,7 +114,10 @@ def test_pairs_are_interleaved_in_both_orders():
     assert found["ratio_quartiles"][0] <= found["ratio"] <= found["ratio_quartiles"][1]
 
 
-@pytest.mark.parametrize("kind", ["lora bf16 eager", "full fp16 eager", "encode fp16"])
+SLOW = pytest.param("lora bf16 eager", marks=pytest.mark.slow)  # beside the online baseline
+
+
+@pytest.mark.parametrize("kind", [SLOW, "full fp16 eager", "encode fp16"])
 def test_a_tiny_table_has_every_figure(kind):
     found = gpu.main(["--tiny", "--device", "cpu", "--threads", "1", "--only", f"tiny-xl {kind}"])
     row = found["rows"].get(f"tiny-xl {kind}", {})

@@ -52,6 +52,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves files; a name that ends in .to redirects to what `redirects` says."""
 
     daemon_threads = True
+    request_queue_size = 128  # with 5, a sixth connection at once waits a second for its turn
 
     def __init__(self, files, redirects):
         self.files, self.redirects, self.asked = files, redirects, []

@@ -38,6 +38,7 @@ def run(tmp_path):
     return refused
 
 
+@pytest.mark.slow
 def test_the_real_command_says_it_in_one_line(tmp_path):
     words = ["encode", "--shards", "pictures/{00..03}.tar", "--model", "tiny-sd", "--cache", "c"]
     answer = subprocess.run(

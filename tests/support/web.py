@@ -8,6 +8,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves bytes with ranges and etags, and fails as it is told."""
 
     daemon_threads = True
+    request_queue_size = 128  # with 5, a sixth connection at once waits a second for its turn
 
     def __init__(self):
         self.files, self.faults, self.requests, self.ranges = {}, [], Counter(), True

@@ -222,14 +222,21 @@ def test_what_a_user_reads(tiny_sd):
     roomy = memory_line(unet, settings, SIZE, 2 * peak)
     assert "\n" not in roomy
     assert roomy.startswith(f"memory: about {size_of(peak)} ")
+    with pytest.raises(UserError, match=r"weights and optimizer take .* are free: "):
+        memory_line(unet, settings, SIZE, 1000)
+
+
+@pytest.mark.slow
+def test_what_a_user_reads_where_memory_is_short(tiny_sd):
+    """Flag after flag is tried, each with an estimate of its own."""
+    unet, settings = unet_config(tiny_sd), config(tiny_sd, "full")
+    peak = estimate(unet, settings, SIZE).peak
     tight = memory_line(unet, settings, SIZE, int(0.9 * peak))
     assert "warning: that is too much for the device: it fits with --mixed-precision bf16" in tight
     checkpointed = replace(settings, mixed_precision="bf16", gradient_checkpointing=True)
     less = estimate(unet, checkpointed, SIZE).peak
     smaller = memory_line(unet, checkpointed, SIZE, int(less * 0.9))
     assert "--train-batch-size 1 --gradient-accumulation-steps 3" in smaller
-    with pytest.raises(UserError, match=r"weights and optimizer take .* are free: "):
-        memory_line(unet, settings, SIZE, 1000)
 
 
 @pytest.fixture(scope="module")

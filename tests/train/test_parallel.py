@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed.fsdp  # or each forked process would, for seconds
 from safetensors.torch import load_file
 
 from shared.errors import UserError
@@ -165,6 +166,7 @@ def test_the_world_may_change_and_every_sample_comes_once(launch, tiny_cache):
     assert relative(weights(run, steps), weights(whole, steps)) < 1e-2
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run_of_two_processes(repo, tiny_cache, tiny_sd, tmp_path):
     """The command as a launcher types it, once for real; `launch` only sets its variables."""
     words = [

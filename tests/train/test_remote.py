@@ -82,6 +82,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves a folder with ranges, and fails as it is told."""
 
     daemon_threads = True
+    request_queue_size = 128  # with 5, a sixth connection at once waits a second for its turn
 
     def __init__(self, folder):
         self.folder, self.faults, self.requests = folder, [], Counter()
