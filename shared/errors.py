@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -59,9 +59,9 @@ def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
     command line, 130 on Ctrl-C, 143 on SIGTERM.
     """
     speak_any_name()
-    terminated: list[bool] = []
+    signals: list[int] = []
     try:
-        with _terminable(terminated):
+        with _interruptible(signals):
             status = main() or 0
             sys.stdout.flush()  # here a full disk is still an error of ours
         sys.exit(status)
@@ -69,21 +69,32 @@ def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
         _fail(str(error), error.status)
     except (RuntimeError, MemoryError) as error:
         what = exhausted(error)
+        if not what and signals:
+            _interrupted(signals)
         if not what:
             raise
         _fail(f"{what}; {less_memory}" if less_memory else f"{what}; close other programs")
     except KeyboardInterrupt:
-        print(
-            "interrupted: what was committed is safe; the same command goes on from there",
-            file=sys.stderr,
-        )
-        sys.exit(143 if terminated else 130)
+        _interrupted(signals)
     except BrokenPipeError:  # `python -m prep stats | head`
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
         _drop_unwritten()
         _fail(system_error(error))
+    except Exception:
+        if not signals:
+            raise
+        _interrupted(signals)  # of which a library's C code has made an error of its own
+
+
+def _interrupted(signals: Sequence[int]) -> NoReturn:
+    """Say that these signals ended the command, and exit as shells expect it."""
+    print(
+        "interrupted: what was committed is safe; the same command goes on from there",
+        file=sys.stderr,
+    )
+    sys.exit(143 if signal.SIGTERM in signals else 130)
 
 
 def speak_any_name() -> None:
@@ -154,10 +165,10 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _terminable(terminated: list[bool]) -> Iterator[None]:
-    """SIGTERM is noted and raises KeyboardInterrupt (Ray swallows exceptions it does not know).
+def _interruptible(signals: list[int]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM are noted and raise KeyboardInterrupt (Ray swallows what it knows not).
 
-    A process that is forked from this one dies of it as usual.
+    A process that is forked from this one dies of SIGTERM as usual.
     """
     if threading.current_thread() is not threading.main_thread():  # only there may signals be set
         yield
@@ -166,15 +177,18 @@ def _terminable(terminated: list[bool]) -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see shared/cli/startup.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def terminate(*_: object) -> None:
-        if os.getpid() == owner:
-            terminated.append(True)
-            raise KeyboardInterrupt
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def interrupt(number: int, _: object) -> None:
+        if os.getpid() != owner and number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signals.append(number)
+        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

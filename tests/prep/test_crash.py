@@ -99,7 +99,7 @@ def test_killed_before_in_and_after_every_call(memory, scenario):
     """And whoever reads then sees what was there before, or all that the command makes."""
     answer = drive(memory / scenario, [scenario])[scenario]
     assert answer["problems"] == []
-    assert answer["crashes"] > len(answer["calls"])
+    assert answer["crashes"] > len(set(map(tuple, answer["calls"])))
     writes = ("write", "truncate", "ftruncate")
     written = {call[1] for call in answer["calls"] if call[0] in writes}
     assert not written & set(answer["files"])  # nothing is written in place

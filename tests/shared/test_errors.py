@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -151,3 +152,22 @@ def test_a_shard_of_before_and_one_of_today_are_read():
             Shard.from_json(row | odd)
     with pytest.raises(ValueError, match="shards"):
         UnitRecord.from_json({})
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_that_a_library_made_an_error_of_is_one_all_the_same(
+    capsys, number, status
+):
+    """torch does so where it happens to look at a storage just then."""
+
+    def main() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'X'") from None
+
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    assert end.value.code == status
+    assert capsys.readouterr().err.startswith("interrupted: ")

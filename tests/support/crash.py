@@ -33,7 +33,7 @@ import torch  # noqa: E402
 
 from prep.archive.layout import SUMS, read_sums  # noqa: E402
 from shared.errors import UserError  # noqa: E402
-from tests.support.calls import KILLED, Calls, forked, in_child  # noqa: E402
+from tests.support.calls import KILLED, Calls, forked, in_child, telling  # noqa: E402
 from tests.support.crash_scenarios import SCENARIOS, Place  # noqa: E402
 from tests.support.reader import read_answers, read_cache  # noqa: E402
 
@@ -146,9 +146,9 @@ def enumerated(
     """Die at every call or at each n-th moment, in some processes at a time."""
     points = [
         (n, mode)
-        for n, call in enumerate(play.calls)
+        for n in sorted(telling(play.calls))
         for mode in modes
-        if mode != "half" or call[0] == "write"
+        if mode != "half" or play.calls[n][0] == "write"
     ]
     if distinct:  # a killed process leaves the same files before an fsync as after it
         after_fsync = {n + 1 for n, call in enumerate(play.calls) if call[0] == "fsync"}

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 from torch.utils import tensorboard  # noqa: E402, F401 (or each child would import it)
 
 from shared.errors import run_main  # noqa: E402
-from tests.support.calls import KILLED, Calls, forked, in_child  # noqa: E402
+from tests.support.calls import KILLED, Calls, forked, in_child, telling  # noqa: E402
 from tests.support.train_crash_scenarios import (  # noqa: E402
     RUN,
     Scenario,
@@ -160,11 +160,11 @@ def enumerated(play: Play, modes: list[str], named: list[str], every: int) -> di
     after_fsync = {n + 1 for n, call in enumerate(play.calls) if call[0] == "fsync"}
     points = [
         (n, mode)
-        for n, call in enumerate(play.calls)
+        for n in sorted(telling(play.calls))
         for mode in modes
-        if mode != "half" or call[0] == "write"
+        if mode != "half" or play.calls[n][0] == "write"
         if not (mode == "before" and n in after_fsync and not named)
-        if not named or any(name in " ".join(call) for name in named)
+        if not named or any(name in " ".join(play.calls[n]) for name in named)
     ][::every]
     problems = [
         {"call": play.calls[n], "n": n, "mode": mode, "problem": problem}

@@ -53,9 +53,9 @@ def save_sdxl(folder):
     (folder / "unet").mkdir(parents=True)
     save_file(tensors, folder / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
     unet.save_config(folder / "unet")
-    scheduler = ROOT / "shared/configs/sdxl/scheduler"
-    shutil.copytree(scheduler, folder / "scheduler")
-    shutil.copy(ROOT / "shared/configs/sdxl/model_index.json", folder)
+    configs = ROOT / "shared/models/configs/sdxl"
+    shutil.copytree(configs / "scheduler", folder / "scheduler")
+    shutil.copy(configs / "model_index.json", folder)
 
 
 def save_cache(root):
