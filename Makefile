@@ -41,11 +41,11 @@ reproduce: $(STAMP) ## the long version behind the README's table and picture
 prep: $(STAMP) ## images and captions -> cache: SHARDS='pictures/{00..99}.tar' [MODEL=sdxl] [CACHE=caches/MODEL] [ARGS=]
 	$(PY) -m prep encode $(call option,--shards,SHARDS) $(call option,--model,MODEL) $(call option,--cache,CACHE) $(args)
 
-teach: $(STAMP) ## the teacher's answers into a cache: [MODEL=sdxl] [CACHE=caches/MODEL] [ARGS='--answers 4']
-	$(PY) -m prep teach $(call option,--model,MODEL) $(call option,--cache,CACHE) $(args)
-
 synthesize: $(STAMP) ## captions -> cache that the teacher draws: CAPTIONS=captions.txt [MODEL=sdxl] [CACHE=caches/MODEL] [ARGS=]
 	$(PY) -m prep synthesize $(call option,--captions,CAPTIONS) $(call option,--model,MODEL) $(call option,--cache,CACHE) $(args)
+
+teach: $(STAMP) ## the teacher's answers into a cache: [MODEL=sdxl] [CACHE=caches/MODEL] [ARGS='--answers 4']
+	$(PY) -m prep teach $(call option,--model,MODEL) $(call option,--cache,CACHE) $(args)
 
 train: $(STAMP) ## cache -> student: [MODEL=sdxl] [CACHE=caches/MODEL] [RUN=runs/MODEL-STUDENT] [ARGS='--student lora']
 	$(PY) -m train distill $(call option,--model,MODEL) $(call option,--cache,CACHE) $(call option,--run,RUN) $(args)

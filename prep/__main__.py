@@ -11,8 +11,8 @@ from shared.errors import run_main
 
 COMMANDS = {
     "encode": (config.EncodeConfig, command("prep.commands", "encode")),
-    "teach": (config.TeachConfig, command("prep.teach.command", "teach")),
     "synthesize": (SynthesizeConfig, command("prep.synthesize_command", "synthesize")),
+    "teach": (config.TeachConfig, command("prep.teach.command", "teach")),
     "finish": (config.FinishConfig, command("prep.commands", "finish")),
     "embed": (config.EmbedConfig, command("prep.encode.prompts", "embed")),
     "verify": (config.VerifyConfig, command("prep.inspect.verify", "verify")),

@@ -12,7 +12,7 @@ from tests.support import warm
 USAGE = [
     ("prep", ["encodee"], "did you mean encode?"),
     ("train", ["distil"], "did you mean distill?"),
-    ("prep", ["xyz"], "choose encode, synthesize, finish"),
+    ("prep", ["xyz"], "choose encode, synthesize, teach, finish"),
     ("prep", ["encode", "--cach", "c"], "--cach is unknown; did you mean --cache?"),
     ("train", ["evaluate", "--eval-cash=c"], "did you mean --eval-cache?"),
     ("train", ["distill", "--max-train-steps", "0"], "must be at least 1"),

@@ -32,6 +32,7 @@ BY_PAGE = {
 MINE = "make prep SHARDS=my-pictures MODEL=sd15 CACHE=caches/mine\n"
 GIVEN = {
     "docs/cache-format.md": MINE,
+    "docs/teacher-answers.md": MINE,
     "docs/training.md": "make prep SHARDS=my-pictures\n",
     "docs/exports.md": (
         "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"

@@ -106,7 +106,7 @@ def test_a_run_of_before_goes_on_from_its_checkpoint_to_its_end(before, cli):
         assert_close(run / name, wanted / name)
     assert (run / last / "state.json").read_bytes() == (wanted / last / "state.json").read_bytes()
     flags, expected = (json.loads((r / "config.json").read_text()) for r in (run, wanted))
-    assert flags == expected | {"resume_from_checkpoint": "latest"}
+    assert flags == expected | {"resume_from_checkpoint": "latest", "teacher": "online"}
 
 
 def test_an_export_of_before_is_byte_for_byte_the_same(before, cli):

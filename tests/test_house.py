@@ -218,6 +218,8 @@ def test_quoted_shards_arrive_as_typed(make, shards):
         ("prep ARGS=--help", ["prep", "encode", "--help"]),
         ("synthesize CAPTIONS='my captions.txt' MODEL=sd15",
          ["prep", "synthesize", "--captions", "my captions.txt", "--model", "sd15"]),
+        ("teach CACHE=c ARGS='--answers 4'",
+         ["prep", "teach", "--cache", "c", "--answers", "4"]),
         ("train", ["train", "distill"]),
         ("train MODEL=sdxl", ["train", "distill", "--model", "sdxl"]),
         ("train CACHE= RUN='my run'", ["train", "distill", "--run", "my run"]),

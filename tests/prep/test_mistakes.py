@@ -136,7 +136,7 @@ def test_folder_units_that_are_no_power_of_two(run, tmp_path):
 
 
 def test_an_unknown_command_and_a_missing_setting(tmp_path):
-    assert "encode, synthesize, finish, embed, verify, decode" in refusal("enc")
+    assert "encode, synthesize, teach, finish, embed, verify, decode" in refusal("enc")
     (tmp_path / "run.toml").write_text("shard = ['a.tar']\n")
     line = refusal("encode", "--config", tmp_path / "run.toml", "--model", "m", "--cache", "c")
     assert "no such setting: shard" in line

@@ -42,6 +42,10 @@ def answers_in(cache: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def copied(values) -> torch.Tensor:
+    return torch.from_numpy(np.array(values))
+
+
 def files(cache: Path) -> dict[str, bytes]:
     """The answers' files that count: those that the manifest names, and the records."""
     root = cache / "answers"
@@ -104,17 +108,17 @@ def test_answers_are_the_teachers_outputs(tmp_path, model):
             )
             for half, text in enumerate((arrays, empty)):
                 row = choice.caption if text is arrays else 0
-                prompt = torch.tensor(
-                    arrays["prompt_embeds"] if text is arrays else empty.prompt_embeds
-                )[row : row + 1].float()
+                prompt = copied(arrays["prompt_embeds"] if text is arrays else empty.prompt_embeds)[
+                    row : row + 1
+                ].float()
                 added = None
                 if model == TINY_XL:
-                    pooled = torch.tensor(
+                    pooled = copied(
                         arrays["pooled_prompt_embeds"]
                         if text is arrays
                         else empty.pooled_prompt_embeds
                     )[row : row + 1].float()
-                    ids = torch.tensor(arrays["time_ids"])[choice.view][None].float()
+                    ids = copied(arrays["time_ids"])[choice.view][None].float()
                     added = {"text_embeds": pooled, "time_ids": ids}
                 with torch.no_grad():
                     wanted = unet(z, t, prompt, added_cond_kwargs=added).sample[0]

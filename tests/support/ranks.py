@@ -13,9 +13,10 @@ import torch
 
 from shared.cli.config import coerce
 from shared.errors import run_main
+from shared.networks import denoiser
 from train.config import DistillConfig
 from train.data.loader import Batch, Loader
-from train.networks import build, denoiser, full, lora
+from train.networks import build, full, lora
 from train.trainer import loop, setup
 
 

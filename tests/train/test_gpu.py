@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from shared.errors import UserError
+from shared.models.fingerprint import signs
 from train.config import DistillConfig
 from train.networks.build import build_student
 from train.state.checkpoint import checkpoint_folder
 from train.state.optim import set_learning_rate
-from train.state.resume_checks import signs
 from train.trainer.loop import backward, distill, update
 from train.trainer.setup import prepare
 

@@ -92,6 +92,7 @@ def words(tiny_cache, tiny_sd, run) -> list[str]:
     return list(map(str, told))
 
 
+@pytest.mark.slow
 def test_accelerates_one_process_of_several_is_refused(repo, tiny_cache, tiny_sd, tmp_path):
     """The launcher starts warm, and `python -m train`, as the launcher starts it, does not."""
     command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "train"]

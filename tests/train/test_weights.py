@@ -168,6 +168,7 @@ export_student(full, Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_export_the_same_bytes(tiny_sd, tmp_path, repo):
     """Sets, hash seeds and Rust's maps have another order in each."""
     other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
