@@ -27,10 +27,15 @@ SCORER = "data.oracle:score"
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything goes, and what is said to `train distill` for each student."""
+    """Where everything goes, and what is said to `train distill` for each student.
+
+    `answers` of the teacher are kept for each sample, 0 for none. The table is of `captions`.
+    """
 
     folder: Path
     students: tuple[tuple[str, str], ...]
+    answers: int
+    captions: int
 
 
 # A LoRA student is not told the guidance and applies it again at every step: what it learns is the
@@ -41,6 +46,8 @@ DEMO = Plan(
         ("full", "--max-train-steps 300"),
         ("lora", "--max-train-steps 150 --w-min 0.5 --w-max 1.0"),
     ),
+    answers=2,
+    captions=300,
 )
 REPRODUCE = Plan(
     Path("demo-long"),
@@ -48,6 +55,8 @@ REPRODUCE = Plan(
         ("full", "--max-train-steps 2000 --ema-decay 0.99"),
         ("lora", "--max-train-steps 1000 --w-min 0.5 --w-max 1.0"),
     ),
+    answers=0,
+    captions=1000,
 )
 
 
@@ -55,6 +64,11 @@ def commands(plan: Plan) -> list[list[str]]:
     """Everything that is run, in order."""
     caches = {split: plan.folder / "caches" / split for split in ("train", "heldout")}
     steps = [encode(split, cache) for split, cache in caches.items()]
+    if plan.answers:
+        steps.append(
+            f"prep teach --cache {caches['train']} --model tiny-sd --answers {plan.answers} "
+            "--batch-size 32".split()
+        )
     for student, flags in plan.students:
         run = plan.folder / "runs" / student
         steps.append(
@@ -65,7 +79,8 @@ def commands(plan: Plan) -> list[list[str]]:
             "--resume-from-checkpoint latest".split()
         )
         steps.append(
-            f"train evaluate --run {run} --eval-cache {caches['heldout']} --scorer {SCORER}".split()
+            f"train evaluate --run {run} --eval-cache {caches['heldout']} --scorer {SCORER} "
+            f"--num-samples {plan.captions}".split()
         )
     picture = plan.folder / "sample.png"
     draw = f"train sample --run {plan.folder / 'runs' / 'full'} --output {picture} --prompt".split()
