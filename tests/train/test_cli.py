@@ -40,6 +40,7 @@ def config_of(run) -> dict:
     return json.loads((run / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_nothing_else(repo, tmp_path):
     """The real command, once: what reaches the terminal and the shell."""
     cache = tmp_path / "caches" / "mistyped"

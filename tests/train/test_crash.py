@@ -77,6 +77,7 @@ def test_a_power_cut_finds_whole_checkpoints(saving):
     assert all(calls[i + 1] == ["fsync", "checkpoints"] for i in gone)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_files(tmp_path, tiny_cache):
     """Where the second checkpoint comes, and about the export's card."""
     named = ["--modes", "before", "--named", "checkpoints/step-00000002", "README.md"]

@@ -103,7 +103,7 @@ def test_the_same_flags_give_the_same_run_and_other_seeds_another(settings):
     assert untimed(a) != untimed(c)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_previews_do_not_disturb_training(settings, kind):
     plain = settings("plain", student=kind, **ROUGH[kind])
     drawn = settings("drawn", student=kind, validation_steps=2, **ROUGH[kind])
