@@ -162,7 +162,7 @@ def choose(config: config.EncodeConfig, stored: Identity | None, model: Model) -
 
     With --overwrite the settings become new where they differ from those of the cache.
     """
-    device = networks.choose_device(config, stored)
+    device = networks.choose_device(config, stored.shapes if stored else None)
     settings = choose_settings(config, stored, model)
     shapes = networks.choose_shapes(config, stored, device, settings.framing.resolution)
     vae = networks.choose_vae(config, stored, model, shapes.device)

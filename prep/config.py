@@ -162,7 +162,7 @@ class TeachConfig(EngineFlags):
     """I/N: only the I-th of N parts of the units (0/N .. N-1/N); the last one to end finishes."""
     dry_run: bool = False
     """Say what would be done, how large and how long, and stop."""
-    dtype: tyro.conf.Suppress[str] = "<f2"  # as kept; no flag: fp32 is for tests
+    dtype: tyro.conf.Suppress[Literal["<f2", "<f4"]] = "<f2"  # as kept; no flag: fp32 is for tests
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,8 @@ def choose(config: SynthesizeConfig, stored: Identity | None, model: Model) -> C
 
     Raises UserError for a model that is no teacher, and for flags that it cannot follow.
     """
-    device = networks.choose_device(config, stored)
+    shapes_there = stored.shapes if stored else None
+    device = networks.choose_device(config, shapes_there)
     vae = plain_vae(load_vae(model.source))
     made = vae_identity(vae, "float32", None)
     networks.refuse_other_channels(model, model.source, made.channels)
@@ -141,7 +142,7 @@ def choose(config: SynthesizeConfig, stored: Identity | None, model: Model) -> C
         1,  # no VAE encodes
         config.text_batch_size or (stored.shapes.text_batch_size if stored else 32),
         device.type,
-        networks.choose_threads(config, stored, device),
+        networks.choose_threads(config, shapes_there, device),
     )
     canvas = Canvas(resolution, made)
     settings = Settings(Framing(resolution), False, 1, clip_skip=config.clip_skip)

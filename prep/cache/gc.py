@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prep.config import GcConfig
-from shared.cache.answers_store import open_answers, read_answers
+from shared.cache.answers_store import answers_of, open_answers, read_answers
 from shared.cache.manifest import iterate_units, open_manifest
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
@@ -76,8 +76,9 @@ def last_named(cache: CachePaths) -> float:
     if isinstance(cache.root, Path):
         return 0.0
     # --overwrite removes the manifest when it replaces the identity.
-    last = cache.manifest if cache.manifest.exists() else cache.identity
-    return float(last.stat().st_mtime)
+    last = [cache.manifest if cache.manifest.exists() else cache.identity]
+    last += [path for path in [answers_of(cache).manifest] if path.exists()]
+    return max(float(path.stat().st_mtime) for path in last)
 
 
 def written_files(cache: CachePaths) -> Iterator[str]:

@@ -19,6 +19,8 @@ def retire(cache: CachePaths, kept: Collection[str]) -> None:
     To be called before the manifest is replaced: `gc` counts their age from now on. Objects
     cannot be dated; there `gc` counts from the manifest.
     """
+    if not isinstance(cache.root, Path):
+        return
     try:
         former = open_manifest(cache.root, check_sizes=False).shards
     except UserError:  # none, or a damaged one: nobody reads what it names

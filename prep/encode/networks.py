@@ -46,21 +46,33 @@ class MachineFlags(Protocol):
         """CPU cores of a Ray worker."""
 
 
-def choose_device(config: MachineFlags, stored: Identity | None) -> torch.device:
-    """Take the flag, else the kind that the cache was started on, else a GPU where there is one.
+class Begun(Protocol):
+    """On what a cache, or its answers, were begun."""
 
-    `stored` is the cache's identity, here and below; None where there is none. Raises UserError for
-    a device that is not here.
+    @property
+    def device(self) -> str:
+        """The kind of device."""
+
+    @property
+    def threads(self) -> int | None:
+        """A CPU's."""
+
+
+def choose_device(
+    config: MachineFlags, begun: Begun | None, remedy: str = "choose another --cache"
+) -> torch.device:
+    """Take the flag, else the kind that was begun on, else a GPU where there is one.
+
+    Raises UserError for a device that is not here; `remedy` ends the sentence.
     """
-    if config.device != "auto" or stored is None:
+    if config.device != "auto" or begun is None:
         return pick_device(config.device)
-    kind = stored.shapes.device
     try:
-        return pick_device(kind)
+        return pick_device(begun.device)
     except UserError:
         raise UserError(
-            f"{config.cache} was begun on {kind}, which decides its bytes, and there is none "
-            "here; go on where there is one, or choose another --cache"
+            f"{config.cache} was begun on {begun.device}, which decides its bytes, and there is "
+            f"none here; go on where there is one, or {remedy}"
         ) from None
 
 
@@ -74,18 +86,16 @@ def choose_shapes(
         config.vae_batch_size or begun.vae_batch_size,
         config.text_batch_size or begun.text_batch_size,
         device.type,
-        choose_threads(config, stored, device),
+        choose_threads(config, begun if stored else None, device),
     )
 
 
-def choose_threads(
-    config: MachineFlags, stored: Identity | None, device: torch.device
-) -> int | None:
+def choose_threads(config: MachineFlags, begun: Begun | None, device: torch.device) -> int | None:
     """Choose likewise; None on a GPU, where they decide nothing."""
     if device.type != "cpu":
         return None
-    begun = stored.shapes.threads if stored else None
-    return config.threads or begun or config.cpus_per_worker or cpus.threads()
+    before = begun.threads if begun else None
+    return config.threads or before or config.cpus_per_worker or cpus.threads()
 
 
 def taken_over(config: MachineFlags, stored: Identity | None) -> str:

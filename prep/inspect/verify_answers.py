@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from prep.config import VerifyConfig
+from prep.encode.prefetch import chunks
 from prep.inspect.reencode import TOLERANCE, relative
 from prep.teach.questions import Asking, Sample
 from prep.teach.unit import load_teacher
@@ -112,9 +113,11 @@ def other_answers(
         of = samples[shard.samples]
         sample = Sample(*of.layout.read(cache.root / of.file, number))
         _, _, arrays = shard.layout.read(answers_of(cache).root / shard.file, number)
-        for k, stored in enumerate(arrays["answers"]):
-            again = teacher.ask([asking.question(sample, k)], empty)[0].outputs
-            error = relative(stored, again)
+        questions = [asking.question(sample, k) for k in range(shard.answers)]
+        batches = chunks(questions, teacher.batch_size)
+        again = [answer for batch in batches for answer in teacher.ask(batch, empty)]
+        for k, (stored, answer) in enumerate(zip(arrays["answers"], again, strict=True)):
+            error = relative(stored, answer.outputs)
             worst = max(worst, error)
             if not error <= allowed:
                 yield (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from prep.cache.retire import date
 from prep.config import TeachConfig
+from prep.encode import networks
 from prep.engines.run import check_engine, part_of, run_units
 from prep.teach.questions import Asking, read_samples
 from prep.teach.teacher import Teacher
@@ -24,6 +23,7 @@ from shared.cache.answers import (
     embedding_hash,
 )
 from shared.cache.answers_store import (
+    AGAIN,
     answered,
     answers_of,
     claim_answers,
@@ -41,8 +41,6 @@ from shared.cli.defaults import MODEL, default_cache
 from shared.cli.progress import Progress
 from shared.diffusion import schedule_settings
 from shared.errors import UserError
-from shared.machine import cpus
-from shared.machine.device import pick_device
 from shared.models.family import Model, load_config, recorded_model, resolve_model
 from shared.networks.cache_checks import check_fit
 from shared.networks.precision import device_precision
@@ -77,9 +75,11 @@ class Asked:
 def teach(config: TeachConfig) -> None:
     """Ask the teacher about what has no answers yet, and fold them into their manifest."""
     check_engine(config)
-    place = default_cache(config.model or MODEL) if config.cache is None else config.cache
-    cache = CachePaths(place)
-    manifest = open_manifest(place)
+    if config.cache is None:
+        config = replace(config, cache=default_cache(config.model or MODEL))
+    assert config.cache is not None
+    cache = CachePaths(config.cache)
+    manifest = open_manifest(config.cache)
     units = finished_units(cache, manifest)
     asked = choose(config, cache, manifest)
     count = at_least(config, cache, asked)
@@ -95,9 +95,7 @@ def teach(config: TeachConfig) -> None:
         return
     sweep(cache.tmp)
     claim_answers(cache, asked.identity)
-    job = TeachJob(
-        cache, asked.model.source, asked.identity, asked.asking, asked.empty, count, records
-    )
+    job = TeachJob(cache, asked.model.source, asked.identity, asked.asking, asked.empty, count)
     samples = sum(unit.written for unit in todo)
     with Progress("teach", samples, "sample") as progress:
         done = run_units(
@@ -113,8 +111,8 @@ def finished_units(cache: CachePaths, manifest: Manifest) -> list[UnitRecord]:
     units = read_units(cache)
     if [shard.file for unit in units for shard in unit.shards] != [s.file for s in manifest.shards]:
         raise UserError(
-            f"{cache.root}: its units are not those of its manifest; run the same `prep encode` to "
-            "its end, or `prep finish`"
+            f"{cache.root}: its units are not those of its manifest; run the same "
+            f"`{manifest.identity.command}` to its end, or `prep finish`"
         )
     return [unit for unit in units if unit.shards]
 
@@ -134,12 +132,9 @@ def choose(config: TeachConfig, cache: CachePaths, manifest: Manifest) -> Asked:
         raise UserError(
             f"--num-ddim-timesteps {steps} must divide {total}, the timesteps there are"
         )
-    device = device_of(config, stored)
+    device = networks.choose_device(config, stored, "delete its answers/ to ask anew")
+    threads = networks.choose_threads(config, stored, device)
     empty = load_conditioning(cache.conditioning, manifest.layouts).unconditional
-    begun = stored.threads if stored else None
-    threads = None
-    if device.type == "cpu":
-        threads = config.threads or begun or config.cpus_per_worker or cpus.threads()
     size = config.batch_size or (stored.batch_size if stored else batch_size_of(manifest))
     precision = config.mixed_precision or (
         stored.mixed_precision if stored else device_precision(device)
@@ -153,22 +148,6 @@ def choose(config: TeachConfig, cache: CachePaths, manifest: Manifest) -> Asked:
     return Asked(cache, manifest, model, identity, empty, teacher, new=stored is None)
 
 
-def device_of(config: TeachConfig, stored: AnswersIdentity | None) -> torch.device:
-    """Take the flag, else the kind that the answers were begun on, else a GPU where there is one.
-
-    Raises UserError for a device that is not here.
-    """
-    if config.device != "auto" or stored is None:
-        return pick_device(config.device)
-    try:
-        return pick_device(stored.device)
-    except UserError:
-        raise UserError(
-            f"the answers were begun on {stored.device}, which decides their bytes, and there is "
-            "none here; go on where there is one, or delete the cache's answers/ to ask anew"
-        ) from None
-
-
 def batch_size_of(manifest: Manifest) -> int:
     """Return 16 for latents of 64 x 64, or as many larger or smaller ones as fit beside them."""
     areas = [height * width for height, width in (lay.latent_size for lay in manifest.layouts)]
@@ -178,10 +157,10 @@ def batch_size_of(manifest: Manifest) -> int:
 def at_least(config: TeachConfig, cache: CachePaths, asked: Asked) -> int:
     """Return the answers of each sample: as many as the flag says, or as there are, if more."""
     stored = None if asked.new else open_answers(cache.root, check_sizes=False)
-    there = stored.answers if stored else 0
-    if there > config.answers:
-        print(f"note: {there} answers of each sample are there, and stay", file=sys.stderr)
-    return max(config.answers, there)
+    kept = stored.answers if stored else 0
+    if kept > config.answers:
+        print(f"note: {kept} answers of each sample are there, and stay", file=sys.stderr)
+    return max(config.answers, kept)
 
 
 def there(record: AnswersRecord, sizes: dict[str, int]) -> bool:
@@ -233,11 +212,18 @@ def finish(
     cache: CachePaths, identity: AnswersIdentity, units: Sequence[UnitRecord], count: int,
     part: str | None,
 ) -> str:  # fmt: skip
-    """Fold the records of all units into the manifest, if all are there; returns a line."""
+    """Fold the records of all units into the manifest, if all are there; returns a line.
+
+    Raises UserError where another process has taken away, or overwritten, what this one wrote.
+    """
     records = read_answers(cache)
     missing = [unit for unit in units if not answered(records.get(unit.name), unit, count)]
     if missing:
-        assert part is not None, missing
+        if part is None:
+            raise UserError(
+                f"{cache.root}: another process has changed {counted(len(missing), 'unit')} "
+                f"meanwhile (first: {missing[0].name}); {AGAIN}"
+            )
         return f"part {part} is done; {counted(len(missing), 'unit')} left to the other parts"
     manifest = fold_answers(identity, [records[unit.name] for unit in units])
     retire_former(cache, manifest)

@@ -16,7 +16,7 @@ from shared.cache.answers import (
     AnswersShard,
     answers_layout,
 )
-from shared.cache.answers_store import answers_of, commit_answers
+from shared.cache.answers_store import answers_of, commit_answers, read_record
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.layout import TRAILER, Layout
 from shared.cache.paths import CachePaths
@@ -41,10 +41,10 @@ class Work:
         return Work(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
-        if not self.asked:
+        if not (self.asked or self.copied):
             return "nothing had to be asked"
-        text = counted(self.asked, "answer")
-        text += f", {counted(self.copied, 'answer')} copied" if self.copied else ""
+        text = f"{counted(self.asked, 'answer')} asked for"
+        text += f", {self.copied:,} copied" if self.copied else ""
         text += f"; {self.retried:,} asked again in float32" if self.retried else ""
         if self.without:
             text += f"; {counted(self.without, 'sample')} without, for they are not finite"
@@ -61,7 +61,6 @@ class TeachJob:
     asking: Asking
     empty: TextEmbeds
     answers: int  # K
-    former: dict[str, AnswersRecord]  # of the units, as they were before
 
     @property
     def device(self) -> str:
@@ -91,7 +90,7 @@ def teach_unit(job: TeachJob, unit: UnitRecord, teacher: Teacher, tick: Tick) ->
     It shares nothing with other units, and doing it twice gives the same files.
     """
     asked = teacher.asked
-    known = Known(job.cache, job.former.get(unit.name))
+    known = Known(job.cache, read_record(job.cache, unit.name))
     shards, without, retried = [], 0, 0
     for shard in unit.shards:
         writer = ShardWriter(job, shard, known, teacher)

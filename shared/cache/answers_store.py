@@ -8,14 +8,13 @@ from typing import Any
 
 from shared.cache.answers import AnswersIdentity, AnswersManifest, AnswersRecord, AnswersShard
 from shared.cache.identity import OtherSettings, differences
-from shared.cache.manifest import Manifest
+from shared.cache.manifest import Manifest, refuse_damage, unit_files
 from shared.cache.paths import CachePaths, refuse_format
 from shared.cache.units import Shard, UnitRecord
 from shared.errors import UserError
 from shared.storage.files import (
     create_exclusively,
     dump_json,
-    file_sizes,
     parse_record,
     publish,
     read_all,
@@ -78,14 +77,20 @@ def commit_answers(cache: CachePaths, record: AnswersRecord) -> None:
 
 def read_answers(cache: CachePaths) -> dict[str, AnswersRecord]:
     """Return all records by their units' names. Raises UserError for a damaged one."""
-    folder = answers_of(cache).units
-    paths = [folder / name for name in file_sizes(folder) if name.endswith(".json")]
+    paths = unit_files(answers_of(cache))
     found = {}
     for path, content in zip(paths, read_all(paths), strict=True):
         if content is not None:
             record = parse_answers(content, path)
             found[record.name] = record
     return found
+
+
+def read_record(cache: CachePaths, unit: str) -> AnswersRecord | None:
+    """Return a unit's record, None where there is none. Raises UserError for a damaged one."""
+    path = answers_of(cache).units / f"{unit}.json"
+    content = read_if_there(path)
+    return None if content is None else parse_answers(content, path)
 
 
 def parse_answers(content: bytes, path: Place) -> AnswersRecord:
@@ -122,17 +127,17 @@ def open_answers(
     With the samples' `manifest`, that they answer for all of its shards is checked. Raises
     UserError for damage, and for answers of an earlier state of the cache.
     """
-    cache = CachePaths(root)
-    path = answers_of(cache).manifest
+    paths = answers_of(CachePaths(root))
+    path = paths.manifest
     content = read_if_there(path)
     if content is None:
         return None
     found = parse_record(content, path, AnswersManifest.from_json, AGAIN)
-    refuse_format(found.identity.to_json(), answers_of(cache).root)
+    refuse_format(found.identity.to_json(), paths.root)
     if manifest is not None:
         found = replace(found, shards=_matching(found, manifest, root))
     if check_sizes:
-        _check_sizes(cache, found)
+        refuse_damage(paths, found.shards, f"`prep verify` lists what is, then {AGAIN}")
     return found
 
 
@@ -158,17 +163,3 @@ def _answers_for(by_samples: Mapping[str, AnswersShard], shard: Shard) -> bool:
         and found.count == shard.count
         and found.layout.latent_size == shard.layout.latent_size
     )
-
-
-def _check_sizes(cache: CachePaths, answers: AnswersManifest) -> None:
-    """Raise UserError where a shard is missing or has another size than recorded."""
-    paths = answers_of(cache)
-    sizes = file_sizes(paths.shards)
-    for shard in answers.shards:
-        size = sizes.get(shard.file.removeprefix("shards/"))
-        if size != shard.size:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(
-                f"{paths.root / shard.file} {found}, {shard.size} recorded; `prep verify` lists "
-                f"the damage, then {AGAIN}"
-            )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, Protocol
 from unicodedata import normalize
 
 from shared.cache.identity import Identity, command_of
@@ -202,12 +202,30 @@ def _identity(stored: Mapping[str, Any]) -> Identity:
 
 def check_shards(cache: CachePaths, manifest: Manifest) -> None:
     """Raise UserError where a shard is missing or has another size than its record says."""
+    again = f"`prep verify` lists what is, `{manifest.identity.command}` makes it again"
+    refuse_damage(cache, manifest.shards, again)
+
+
+class FileOfRecord(Protocol):
+    """A shard as a record names it."""
+
+    @property
+    def file(self) -> str:
+        """It is relative to the folder that the record is about."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+
+
+def refuse_damage(cache: CachePaths, shards: Sequence[FileOfRecord], remedy: str) -> None:
+    """Raise UserError where one of the shards is missing or has another size."""
     sizes = file_sizes(cache.shards)
-    for shard in manifest.shards:
+    for shard in shards:
         size = sizes.get(shard.file.removeprefix("shards/"))
         if size != shard.size:
             found = "is missing" if size is None else f"has {size} bytes"
             raise UserError(
                 f"{cache.root / shard.file} {found}, {shard.size} recorded: the cache is damaged; "
-                f"`prep verify` lists what is, `{manifest.identity.command}` makes it again"
+                f"{remedy}"
             )

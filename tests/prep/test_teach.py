@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prep.config import TeachConfig
+from prep.teach import command
 from prep.teach.command import teach
 from prep.teach.teacher import Teacher
 from shared.cache.answers import answers_spec
@@ -23,7 +24,17 @@ from shared.cache.paths import CachePaths
 from shared.diffusion import add_noise
 from shared.errors import UserError
 from shared.networks.denoiser import load_schedule
-from tests.support.sources import TINY_SD, TINY_XL, captioned, encode, prep, tree, write_tar
+from tests.support import warm
+from tests.support.sources import (
+    ROOT,
+    TINY_SD,
+    TINY_XL,
+    captioned,
+    encode,
+    prep,
+    tree,
+    write_tar,
+)
 
 
 def ask(cache: Path, answers: int = 2, **flags) -> None:
@@ -252,4 +263,30 @@ def test_an_unfinished_cache_and_a_cache_that_is_none_are_refused(cache, tmp_pat
         ask(tmp_path / "nothing")
     (cache / "manifest.json").unlink()
     with pytest.raises(UserError, match="is unfinished"):
+        ask(cache)
+
+
+def test_two_at_once_end_with_the_same_files(cache, tmp_path):
+    """Real processes, which may do the same unit at the same time."""
+    alone = Path(shutil.copytree(cache, tmp_path / "alone"))
+    ask(alone)
+    words = ["-m", "prep", "teach", "--cache", cache, "--answers", 2, "--threads", 1,
+             "--batch-size", 4]  # fmt: skip
+    both = [warm.start(words, ROOT, OMP_NUM_THREADS="1") for _ in range(2)]
+    for process in both:
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    assert files(cache) == files(alone)
+
+
+def test_what_another_takes_away_meanwhile_is_one_line(cache, monkeypatch):
+    real = command.run_units
+
+    def then_lose_a_record(*args):
+        done = real(*args)
+        next((cache / "answers" / "units").iterdir()).unlink()
+        return done
+
+    monkeypatch.setattr(command, "run_units", then_lose_a_record)
+    with pytest.raises(UserError, match=r"another process has changed 1 unit .* `prep teach`"):
         ask(cache)

@@ -208,6 +208,17 @@ def test_the_second_evaluation_takes_over_the_teachers_rows(
         assert evaluated(run, held, tmp_path / "e", **more)["rows"][0]["fd"] != 123456
 
 
+def test_the_teachers_rows_are_of_one_seed_guidance_and_scorer(tmp_path, held):
+    def key(guidance_scale: float = 3.0, **more) -> str:
+        config = EvaluateConfig(run=tmp_path, **more)
+        artist = SimpleNamespace(teacher_fingerprint=lambda: "a", guidance_scale=guidance_scale)
+        return teacher_results.reference_key(config, held, 8, artist)
+
+    others = [key(seed=1), key(4.0), key(scorer="a:b"), key(num_samples=70)]
+    assert key() == key()
+    assert len({key(), *others}) == 5
+
+
 def test_heldout_is_read_in_order_and_scaled(tiny_cache):
     manifest = open_manifest(tiny_cache)
     heldout = load_heldout(tiny_cache, manifest, 1000)
