@@ -27,8 +27,8 @@ class EngineFlags:
 
 
 @dataclass(frozen=True)
-class EncodeConfig(EngineFlags):
-    """Encode images and captions into a cache; run it again and it goes on where it stopped."""
+class EncodeFlags:
+    """What is encoded, and how."""
 
     shards: tuple[SourceFlag, ...]
     """Tars, Parquet files, folders, datasets: paths and URLs (braces and globs, quoted)."""
@@ -136,8 +136,13 @@ class EncodeConfig(EngineFlags):
 
 
 @dataclass(frozen=True)
-class TeachConfig(EngineFlags):
-    """Ask the teacher once about every sample, for all runs to come; add to what is there."""
+class EncodeConfig(EngineFlags, EncodeFlags):  # of groups, the last one comes first
+    """Encode images and captions into a cache; run it again and it goes on where it stopped."""
+
+
+@dataclass(frozen=True)
+class TeachFlags:
+    """What the teacher is asked, and how."""
 
     cache: PlaceFlag | None = None
     """A finished cache: a folder or a URL. caches/MODEL unless given."""
@@ -163,6 +168,11 @@ class TeachConfig(EngineFlags):
     dry_run: bool = False
     """Say what would be done, how large and how long, and stop."""
     dtype: tyro.conf.Suppress[Literal["<f2", "<f4"]] = "<f2"  # as kept; no flag: fp32 is for tests
+
+
+@dataclass(frozen=True)
+class TeachConfig(EngineFlags, TeachFlags):  # of groups, the last one comes first
+    """Ask the teacher once about every sample, for all runs to come; add to what is there."""
 
 
 @dataclass(frozen=True)

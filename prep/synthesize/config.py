@@ -12,11 +12,8 @@ from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Precision
 
 
 @dataclass(frozen=True)
-class SynthesizeConfig(EngineFlags):
-    """Let the teacher draw a cache of captions alone; run it again and it goes on where it stopped.
-
-    Where there are pictures, `encode` is the better command: the teacher draws what it knows.
-    """
+class SynthesizeFlags:
+    """What is drawn, and how."""
 
     captions: tuple[SourceFlag, ...]
     """Captions: a text file (one a line), jsonl, Parquet, a dataset (hf://owner/name or a folder);
@@ -84,3 +81,11 @@ class SynthesizeConfig(EngineFlags):
     """Write report.html, a page that shows whether the cache is good, at the end."""
     dry_run: bool = False
     """Say what would be drawn, how large and how long, and stop."""
+
+
+@dataclass(frozen=True)
+class SynthesizeConfig(EngineFlags, SynthesizeFlags):  # of groups, the last one comes first
+    """Let the teacher draw a cache of captions alone; run it again and it goes on where it stopped.
+
+    Where there are pictures, `encode` is the better command: the teacher draws what it knows.
+    """
