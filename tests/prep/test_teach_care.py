@@ -75,6 +75,14 @@ def test_a_missing_shard_is_asked_for_again(cache, taught):
     assert shard_of(cache).read_bytes() == shard_of(taught).read_bytes()
 
 
+def test_answers_without_their_samples_do_not_end_the_search_for_damage(cache):
+    next((cache / "shards").iterdir()).unlink()
+    said = prep("verify", "--cache", cache)
+    assert said.status == 1
+    assert "1 damage" in said.out
+    assert "then the `prep encode` that made the cache" in said.out
+
+
 def test_answers_that_the_teacher_does_not_give_are_found(cache, monkeypatch):
     real = Teacher._forward
     monkeypatch.setattr(Teacher, "_forward", lambda *args: 1.1 * real(*args))

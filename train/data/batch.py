@@ -28,9 +28,7 @@ class Batch:
     noise: Tensor  # [B, C, h, w] fp32
     index: Tensor  # [B] int64, solver interval
     w: Tensor  # [B] fp32, guidance
-    answers: Tensor | None = (
-        None  # [B, 2, C, h, w] fp16: the teacher's, as stored; conditional first
-    )
+    answers: Tensor | None = None  # [B, 2, C, h, w] fp16: the teacher's, conditional first
 
     @property
     def text(self) -> TextEmbeds:
