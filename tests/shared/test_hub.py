@@ -64,7 +64,7 @@ def test_a_hub_that_answers_is_used(fresh, monkeypatch):
     assert not constants.is_offline_mode()
 
 
-@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "refused"])
+@pytest.mark.parametrize("how", [pytest.param("HF_HUB_OFFLINE", marks=pytest.mark.slow), "refused"])
 def test_a_preset_without_a_network_is_one_line_that_says_what_to_do(repo, tmp_path, how):
     """The real command, where sd15 was never downloaded."""
     environment = {**os.environ, "PYTHONPATH": str(repo), "HF_HOME": str(tmp_path)}

@@ -81,7 +81,7 @@ def test_a_step_with_answers_is_a_step_with_the_teacher(
     batches.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_a_run_resumes_bit_for_bit_and_no_teacher_is_asked(sd, tiny_sd, kind, monkeypatch, capsys):
     teach(sd, tiny_sd, 2)
     monkeypatch.setattr("train.networks.full.cond_and_uncond", None)

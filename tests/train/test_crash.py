@@ -37,10 +37,10 @@ def drive(folder: Path, scenarios: list[str], *flags: object) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def saving(tmp_path_factory) -> dict[str, Any]:
     """Three checkpoints of which one is kept; one in the place of another; and a branch."""
-    return drive(tmp_path_factory.mktemp("saving"), SAVING, "--every", 5)
+    return drive(tmp_path_factory.mktemp("saving"), SAVING, "--every", 8)
 
 
-def test_killed_at_each_fifth_moment_of_saving(saving):
+def test_killed_at_each_eighth_moment_of_saving(saving):
     for scenario in saving.values():
         assert scenario["crashes"] > 5
         assert scenario["problems"] == []

@@ -179,7 +179,9 @@ def fixed_loss(run) -> float:
 # ---- Training.
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("lora", 2e-3), ("full", 3e-4)])
+@pytest.mark.parametrize(
+    ("kind", "rate"), [("lora", 2e-3), pytest.param("full", 3e-4, marks=pytest.mark.slow)]
+)
 def test_training_lowers_the_loss(settings, kind, rate):
     run = few_pictures(prepare(settings(
         student=kind, train_batch_size=8, max_train_steps=20, learning_rate=rate, lora_rank=8,

@@ -122,6 +122,7 @@ def test_activations_are_those_that_a_real_forward_saves(model, kind, checkpoint
     assert live.now - weights == gradients  # the rest is free again
 
 
+@pytest.mark.slow
 def test_the_peak_grows_with_the_batch_and_shrinks_with_the_flags(tiny_sd):
     unet, settings = unet_config(tiny_sd), config(tiny_sd, "full")
 

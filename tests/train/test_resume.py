@@ -242,6 +242,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 # ---- fp16, whose overflowing steps are left out; SIGTERM.
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, repo):
     flags = {"max_train_steps": 24, "checkpointing_steps": 1000, "logging_steps": 1}
     whole = settings("whole", **flags)
