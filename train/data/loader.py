@@ -6,7 +6,8 @@ The stages of a batch; threads go through them several batches ahead of training
 2. what of each: view, caption, dropout, timestep and guidance, drawn by position (`choose`), or
    as the teacher was asked (`Answers.draw`);
 3. where it lies: a span of bytes per run of neighbouring fields (`Bucket.spans`);
-4. reading starts (`Bucket.start`), and while the disk works the noise is drawn (`_draw`);
+4. reading starts (`Bucket.start`), and while the disk works the noise is drawn (`_draw`), and
+   what else the objective wants (`draw_more`);
 5. reading ends (`Bucket.finish`), and what no encoder gives is refused (`_check`);
 6. x0 is sampled from the posterior, if that is stored, and scaled (`finish_latents`);
 7. the batch is copied to the device, beside the step before it (`_fill_and_send`).
@@ -25,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.cache.conditioning import TextEmbeds
-from shared.cache.draws import Choice, DrawSpec, choose, draw_noises, generator
+from shared.cache.draws import Choice, DrawSpec, choose, draw_more, draw_noises, generator
 from shared.cache.latents import finish_latents
 from shared.cache.layout import Layout
 from shared.errors import UserError
@@ -158,6 +159,7 @@ class Loader:
         asked = None if passes is None else self._ask(number, slot, samples, passes)
         # The noise is drawn while the disk works.
         latent_noises = [self._draw(slot, row, *pair) for row, pair in enumerate(drawn)]
+        draw_more(self.spec, positions.tolist(), slot.arrays)
         bucket.finish(rest)
         if asked is not None:
             self._take_answers(number, slot, asked, [choice for _, choice in drawn])
@@ -249,7 +251,8 @@ class Loader:
         per_rank = self.order.batch_size // self.world
         answers = None if self.answers is None else self.answers.dtype
         pinned = self._copies is not None
-        return allocate(layouts, self.latents.channels, per_rank, pinned, answers)
+        more = (self.spec.uniforms, self.spec.noises)
+        return allocate(layouts, self.latents.channels, per_rank, pinned, answers, *more)
 
 
 def wanted_rows(layout: Layout, choice: Choice) -> Rows:

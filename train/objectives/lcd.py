@@ -27,7 +27,7 @@ from shared.errors import UserError
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.flag_groups import FullStudentFlags, SolverFlags, TeacherFlags, names_of
-from train.objectives.objective import Card, Objective, Sampler, teacher_outputs
+from train.objectives.objective import Card, Loss, Objective, Sampler, teacher_outputs
 
 COMFY_SOLVER = (50, 10.0)  # solver steps and timestep scaling of ComfyUI's LCM sampling
 
@@ -48,7 +48,7 @@ class Networks(Protocol):
 
 
 @dataclass(frozen=True)
-class LCD:
+class LCD(Loss):
     """The loss with its settings. `schedule` lies on the batch's device, in fp32."""
 
     schedule: Schedule

@@ -34,6 +34,7 @@ from train.networks.build import build_student
 from train.networks.precision import check_speed, speed_up
 from train.networks.student import Student
 from train.objectives import objective_of
+from train.objectives.objective import Loss
 from train.sampling.preview import open_previews
 from train.state import checkpoint, owner
 from train.state.optim import base_learning_rate, build_optimizer
@@ -86,7 +87,7 @@ def prepare(config: RunConfig) -> Distillation:
         go_on(resumed, before, student, optimizer, scaler)
     start = before or checkpoint.TrainingState(0, 0, batch_size, invariants)
     loader = build_loader(
-        config, trained, model, empty, objective.intervals, batch_size, start.position,
+        config, trained, model, empty, objective, batch_size, start.position,
         distributed, answers,
     )  # fmt: skip
     run = Distillation(
@@ -169,7 +170,7 @@ def go_on(
 
 
 def build_loader(
-    config: RunConfig, manifest: Manifest, model: Model, empty: TextEmbeds, intervals: int,
+    config: RunConfig, manifest: Manifest, model: Model, empty: TextEmbeds, objective: Loss,
     batch_size: int, position: int, distributed: Distributed, answers: AnswersManifest | None,
 ) -> Loader:  # fmt: skip
     """This process's share of the global batches from sample `position` on."""
@@ -190,12 +191,14 @@ def build_loader(
         DrawSpec(
             seed=config.seed,
             views=identity.preprocessing.views,
-            num_ddim_timesteps=intervals,
+            num_ddim_timesteps=objective.intervals,
             w_min=w_min,
             w_max=w_max,
             proportion_empty_prompts=config.proportion_empty_prompts,
             latent_noise=identity.posterior,
             noise_offset=config.noise_offset,
+            uniforms=objective.uniforms,
+            noises=objective.noises,
         ),
         LatentSpec(identity.vae.channels, identity.vae.scaling_factor),
         empty,
