@@ -269,4 +269,7 @@ class ArtistFlags:
     guidance_scale: NotNegative | None = None
     """diffusers' meaning (w + 1); the family's unless given. Not for a distilled LoRA's pictures,
     which has learned it."""
+    eta: Fraction = 0.0
+    """Noise between the student's steps, for schedulers that know it: pcm, tcd (whose paper calls
+    it gamma) and denoise."""
     seed: Seed = 0

@@ -20,6 +20,7 @@ from shared.storage.files import copy_durably, load_record, publish
 from train.export.file_guide import file_guide, half_precision
 from train.export.provenance import Provenance
 from train.export.weights import LORA_FILE
+from train.objectives import uses_guidance
 
 ANY_PROMPT = "a photograph of a lighthouse at sunset"
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
@@ -182,20 +183,23 @@ def quoted(text: str) -> str:
 
 def guidance(origin: Provenance) -> str:
     """What guidance_scale means for this student."""
+    config, family, more = origin.config, origin.family, origin.objective.card.drawing
     if origin.objective.sampler.classifier_free:
         return "`guidance_scale` means what it means for the model it was fine-tuned from."
-    config, family = origin.config, origin.family
+    if not uses_guidance(config):
+        return "It is drawn as what it began with, without guidance: leave `guidance_scale` at 1."
     low = family.w_min if config.w_min is None else config.w_min
     high = family.w_max if config.w_max is None else config.w_max
     if origin.lora:
         return (
             f"The guidance is built in (w between {low:g} and {high:g} in training): leave "
-            "`guidance_scale` at 1."
+            f"`guidance_scale` at 1. {more}".rstrip()
         )
-    return (
+    told = (
         f"`guidance_scale` may lie between {low + 1:g} and {high + 1:g}, the range it was trained "
         "for, and costs nothing: the UNet is told it, there is no second pass."
     )
+    return f"{told} {more}".rstrip()
 
 
 def settings(origin: Provenance) -> str:

@@ -18,7 +18,7 @@ from shared.wording import counted
 from train.config import RunConfig
 from train.data.loader import Loader
 from train.memory.estimate import Parallelism
-from train.objectives import objective_of
+from train.objectives import objective_of, uses_guidance
 from train.state.checkpoint import TrainingState
 from train.state.resume_checks import divide
 from train.trainer.distributed import Distributed
@@ -69,8 +69,10 @@ def plan(run: Distillation, resumed: Path | None) -> str:
     over = f" over {world} processes" if world > 1 else ""
     origin = f"from {resumed}" if resumed else "from the teacher"
     spec = run.loader.spec
-    drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
-    if not objective_of(config).takes_guidance:
+    drawn = f"{spec.num_ddim_timesteps} intervals"
+    if uses_guidance(config):
+        drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
+    elif not objective_of(config).takes_guidance:
         drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
