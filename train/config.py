@@ -41,6 +41,7 @@ class RunConfig(DistillConfig):
     model: str
     cache: Place
     run: Path
+    init_fingerprint: str | None = None  # of the weights of --init-student
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,9 @@ class RunFlags:
     objective: ObjectiveName = "lcd"
     """lcd: latent consistency distillation. pcm, tcd: its successors with trajectory targets. lcf:
     consistency fine-tuning on data alone. denoise: the ordinary diffusion loss, to fine-tune."""
+    init_student: LocalPath | None = None
+    """Begin where another student ended: a run, a UNet in diffusers' format, or a LoRA file in
+    diffusers' or kohya's form."""
     train_batch_size: Count = 8
     """Samples per device and micro-step."""
     gradient_accumulation_steps: Count = 1

@@ -119,7 +119,16 @@ def introduction(origin: Provenance, name: str) -> str:
     """Title and a sentence."""
     kind = "LoRA" if origin.lora else "UNet"
     purpose = origin.objective.card.purpose.format(teacher=base_name(origin))
-    return f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery."
+    return (
+        f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery{begun(origin)}."
+    )
+
+
+def begun(origin: Provenance) -> str:
+    """What it began with, where that was not the teacher: a name, and the weights' fingerprint."""
+    if origin.config.init_student is None:
+        return ""
+    return f", started from `{origin.config.init_student.name}` ({origin.config.init_fingerprint})"
 
 
 def preview_title(origin: Provenance) -> str:

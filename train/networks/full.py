@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,13 @@ class FullStudent(Student):
     def origin(self) -> dict[str, str]:
         """A hash of the teacher's weights."""
         return {"teacher": self.teacher_signs}
+
+    def begin_with(self, weights: Mapping[str, Tensor], name: str) -> None:
+        """Let student and average begin with these."""
+        super().begin_with(weights, name)
+        self.target_unet.load_state_dict(self.unet.state_dict())
+        if self.average is not None:
+            self.average.take(self.unet.state_dict())
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Predict with gradients, at the guidance `batch.w`."""

@@ -67,7 +67,7 @@ def plan(run: Distillation, resumed: Path | None) -> str:
     weights = sum(parameter.numel() for parameter in run.parameters.values())
     passes = config.max_train_steps * batch / samples
     over = f" over {world} processes" if world > 1 else ""
-    origin = f"from {resumed}" if resumed else "from the teacher"
+    origin = f"from {resumed or config.init_student or 'the teacher'}"
     spec = run.loader.spec
     drawn = f"{spec.num_ddim_timesteps} intervals"
     if uses_guidance(config):
