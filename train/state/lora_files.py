@@ -32,9 +32,9 @@ def read_lora(path: Path, unet_config: Any) -> dict[str, Tensor]:
     encoders are left out, with a note. Raises UserError for what is no LoRA of a UNet.
     """
     tensors = load_tensors(path, REMEDY)
-    if all(name.startswith("lora_") for name in tensors):
-        tensors = folded_kohya(tensors)
     try:
+        if all(name.startswith("lora_") for name in tensors):
+            tensors = folded_kohya(tensors)
         named, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(
             dict(tensors), unet_config=unet_config
         )
@@ -71,21 +71,26 @@ def adapter_settings(path: Path) -> dict[str, Any]:
     """
     try:
         stored = json.loads(read_metadata(path).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-        return {k.removeprefix("unet."): v for k, v in stored.items() if k.startswith("unet.")}
-    except (ValueError, AttributeError, RecursionError):
+        own = {k.removeprefix("unet."): v for k, v in stored.items() if k.startswith("unet.")}
+        alphas = own.get("alpha_pattern") or {}
+        numbers = {name: float(alpha) for name, alpha in alphas.items()}
+        usual = {name: float(own[name]) for name in own if name == "lora_alpha"}
+        return {**own, **usual, "alpha_pattern": numbers}
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: its metadata cannot be read; {REMEDY}") from None
 
 
 def folded(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """Peft's tensors in fp32, with alpha / rank multiplied into `lora_B`."""
-    alphas = settings.get("alpha_pattern") or {}
+    alphas: dict[str, float] = settings.get("alpha_pattern", {})
     found = {}
     for name, tensor in tensors.items():
         layer, part = split(name)
         values = tensor.float()
         if part == "lora_B":
             rank = tensor.shape[1]
-            alpha = alphas.get(get_pattern_key(alphas, layer), settings.get("lora_alpha", rank))
+            usual: float = settings.get("lora_alpha", rank)
+            alpha = alphas.get(get_pattern_key(list(alphas), layer), usual)
             values = values * (alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
         found[name] = values
     return found
