@@ -178,8 +178,6 @@ def random_weights(device: torch.device) -> Iterator[None]:
         for name, value in (
             ("train.trainer.setup.build_student", build_there),
             ("train.networks.build.load_unet", build_unet),
-            ("train.networks.full.load_unet", build_unet),
-            ("train.networks.lora.load_unet", build_unet),
             ("prep.encoders.vae.load_vae", lambda source: random_vae(source, device)),
             ("prep.encoders.clip.CLIPTextModel", TextEncoders),
             ("prep.encoders.clip.CLIPTextModelWithProjection", TextEncoders),

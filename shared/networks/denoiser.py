@@ -14,6 +14,7 @@ from shared.errors import UserError
 from shared.models.family import load_config
 from shared.models.single_file import is_single_file, load_part
 from shared.models.weights import load_whole
+from shared.networks.precision import no_autocast
 
 Denoiser: TypeAlias = UNet2DConditionModel  # the only architecture so far
 
@@ -72,7 +73,7 @@ def cond_and_uncond(
     time_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Conditional and unconditional output in one batched forward; `empty` has one row."""
-    with torch.autocast(z.device.type, enabled=False):  # which cannot join fp16 on a CPU
+    with no_autocast(z.device):  # which cannot join fp16 on a CPU
         both = TextEmbeds.cat([text, empty.expand(len(z))])
     ids = None if time_ids is None else torch.cat([time_ids, time_ids])
     cond, uncond = call_unet(unet, torch.cat([z, z]), torch.cat([t, t]), both, ids).chunk(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,13 @@ def autocast(mixed_precision: str | None, device: torch.device) -> AbstractConte
     """The one dtype in which all networks compute."""
     dtype = DTYPES.get(mixed_precision or "no")
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """What is computed in here keeps its dtype; of a device that knows no autocast all does."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def hold_frozen(unet: nn.Module, mixed_precision: str | None) -> None:

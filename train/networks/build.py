@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from shared.networks.denoiser import load_unet
+from shared.models.fingerprint import signs
+from shared.networks.denoiser import Denoiser, load_unet
 from train.config import DistillConfig
 from train.networks.full import FullStudent
 from train.networks.lora import LoraStudent
@@ -12,16 +13,23 @@ from train.objectives import objective_of
 
 def build_student(source: str, config: DistillConfig) -> Student:
     """Build the student that the flags ask for, on the CPU; the teacher lies at `source`."""
-    student: Student
-    if config.student == "lora":
-        student = LoraStudent(source, config)
-    elif objective_of(config).needs_target:
-        student = FullStudent(source, config)
-    else:  # the teacher's own UNet, trained as it is
-        student = Student(load_unet(source).train().requires_grad_(True))
+    teacher = load_unet(source)
+    student = student_of(teacher, config, signs(teacher.parameters()))
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
     if config.use_8bit_adam:  # bitsandbytes goes through weights and averages as they lie in memory
         for parameter in student.trainable().values():
             parameter.data = parameter.data.contiguous()
     return student
+
+
+def student_of(teacher: Denoiser, config: DistillConfig, teacher_signs: str) -> Student:
+    """Make the student of a frozen teacher, which becomes part of it.
+
+    `teacher_signs` tell the teacher (shared.models.fingerprint).
+    """
+    if config.student == "lora":
+        return LoraStudent(teacher, config)
+    if objective_of(config).needs_target:
+        return FullStudent(teacher, config, teacher_signs)
+    return Student(teacher.train().requires_grad_(True))  # the teacher's own UNet, trained as it is

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
 from shared.models.fingerprint import signs
-from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond, load_unet
+from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond
 from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
 from train.data.batch import Batch
@@ -32,8 +32,8 @@ ADAPTER = "default"  # peft's name of the student's
 class LoraStudent(Student):
     """One UNet in memory: the student and its own target with adapters, the teacher without."""
 
-    def __init__(self, source: str, config: DistillConfig) -> None:
-        super().__init__(load_unet(source))
+    def __init__(self, teacher: Denoiser, config: DistillConfig) -> None:
+        super().__init__(teacher)
         torch.manual_seed(config.seed)  # peft initialises lora_A at random, lora_B at zero
         add_adapters(self.unet, config)
         hold_frozen(self.unet, config.mixed_precision)
