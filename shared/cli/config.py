@@ -17,7 +17,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,7 +47,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     """
     file, rest = split_config(list(argv))
     known = flags_of(kind)
-    rest = Translation(known).words(rest)
+    rest = without_names(Translation(known).words(rest), positional(kind))
     values = _read_file(kind, file) if file else {}
     given = set(values) | {name for word in rest for name in named(word) if name in known}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
@@ -93,6 +93,28 @@ def _is_rule(line: str) -> bool:
 def flags_of(kind: type[Any]) -> set[str]:
     """Return the names of a dataclass's fields that are flags."""
     return {field.name for field in dataclasses.fields(kind)} - {TYPED}
+
+
+def positional(kind: type[Any]) -> set[str]:
+    """Return the fields whose values may be typed without the flag: `compare A B`."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        name
+        for name, hint in hints.items()
+        if tyro.conf.Positional in getattr(hint, "__metadata__", ())
+    }
+
+
+def without_names(words: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return a command line without these flags, whose values stay: tyro knows only the values."""
+    rest = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") in names:
+            rest += [value] * bool(equals)
+        else:
+            rest.append(word)
+    return rest
 
 
 def named(word: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import typing
+from itertools import chain
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -88,8 +89,9 @@ def check_numbers(config: Any) -> None:
 
 def annotation(hint: Any, kind: type[T]) -> T | None:
     """Return what of a `kind` a type is annotated with, also as one of `Count | None`."""
-    inner = [getattr(one, "__metadata__", ()) for one in (hint, *typing.get_args(hint))]
-    return next((one for extras in inner for one in extras if isinstance(one, kind)), None)
+    own = (one for one in getattr(hint, "__metadata__", ()) if isinstance(one, kind))
+    inner = (annotation(one, kind) for one in typing.get_args(hint))
+    return next((one for one in chain(own, inner) if one is not None), None)
 
 
 Precision = Literal["no", "bf16", "fp16"]  # --mixed-precision
