@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from train.config import EvaluateConfig
 from train.evaluation.artist import Artist, open_artist
 from train.evaluation.features import FEATURES, few_pictures
 from train.evaluation.heldout import HeldOut, load_heldout, open_eval_cache
+from train.evaluation.record import Evaluation
 from train.evaluation.score import Result, Sampling, Scorer, Task, decode_all
 from train.evaluation.table import write_report
 from train.evaluation.teacher_results import (
@@ -62,26 +63,31 @@ def evaluate(config: EvaluateConfig) -> None:
         calls = teacher_calls(len(heldout)) + unet_calls(samplings, len(heldout))
         with Progress("evaluate", calls, "step") as progress:
             task = Task(heldout, batch_size, config.seed, progress)
-            key = reference_key(config, cache, batch_size, artist)
+            teacher_mark = artist.teacher_fingerprint()
+            key = reference_key(config, cache, batch_size, artist, teacher_mark)
             judge, teacher = teacher_reference(CachePaths(cache), key, artist, task, scorer)
             artist = artist.with_spacings(
                 {(result.sampler, result.steps): str(result.timestep_spacing) for result in teacher}
             )
             student = [judge.measure(*one, task.draw(artist, one), artist) for one in samplings]
         results = timed([*teacher, *student], artist, heldout.first(batch_size))
-        report = {
-            "features": FEATURES,
-            "num_samples": len(heldout),
-            "fd_note": few_pictures(len(heldout)),
-            "guidance_scale": artist.guidance_scale,
-            "eta": artist.eta,
-            "student": artist.config.student,
-            "weights": weights,  # the fingerprint of this student
-            "scorer": config.scorer,
-            "rows": [asdict(result) for result in results],
-        }
+        evaluation = Evaluation(
+            heldout=heldout.digest(),
+            num_samples=len(heldout),
+            features=FEATURES,
+            seed=config.seed,
+            guidance_scale=artist.guidance_scale,
+            scorer=config.scorer,
+            eval_cache=str(cache),
+            teacher=teacher_mark,
+            student=artist.config.student,
+            weights=weights,
+            eta=artist.eta,
+            fd_note=few_pictures(len(heldout)),
+            rows=tuple(results),
+        )
         columns = showcase(artist, heldout, config.seed)
-        write_report(folder, report, columns, heldout.captions)
+        write_report(folder, evaluation, columns, heldout.captions)
         still_there = exported_student(run, artist.config.student) == weights
         if folder.resolve() == run.resolve() and still_there:
             update_card(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,12 @@ class HeldOut:
         """The first `count` of them."""
         few = slice(0, count)
         return HeldOut(self.captions[few], self.texts[few], self.latents[few], self.empty)
+
+    def digest(self) -> str:
+        """A hash over captions and latents, 16 hex digits."""
+        found = hashlib.sha256(json.dumps(self.captions).encode())
+        found.update(self.latents.contiguous().numpy().data)
+        return found.hexdigest()[:16]
 
     @property
     def shape(self) -> tuple[int, int, int]:

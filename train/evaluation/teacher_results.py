@@ -150,10 +150,12 @@ def keep_reference(path: Place, tmp: Path, judge: Judge, results: Sequence[Resul
         print(f"the teacher's rows are not kept for next time: {error}")
 
 
-def reference_key(config: EvaluateConfig, cache: Place, batch_size: int, artist: Artist) -> str:
-    """A hash over all that the teacher's results depend on."""
+def reference_key(
+    config: EvaluateConfig, cache: Place, batch_size: int, artist: Artist, teacher: str
+) -> str:
+    """A hash over all that the results of a teacher with this fingerprint depend on."""
     parts = {
-        "teacher": artist.teacher_fingerprint(),
+        "teacher": teacher,
         "cache": hashlib.sha256(read_file(cache / "manifest.json")).hexdigest(),
         "samples": config.num_samples,
         "seed": config.seed,
