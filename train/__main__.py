@@ -5,11 +5,12 @@ from __future__ import annotations
 from shared.cli import startup  # noqa: F401 (before what takes a while)
 from shared.cli.config import command, dispatch
 from shared.errors import run_main
-from train.config import DistillConfig, EvaluateConfig, ExportConfig, SampleConfig
+from train.config import CompareConfig, DistillConfig, EvaluateConfig, ExportConfig, SampleConfig
 
 COMMANDS = {
     "distill": (DistillConfig, command("train.trainer.distill_command", "distill")),
     "evaluate": (EvaluateConfig, command("train.evaluation.evaluate", "evaluate")),
+    "compare": (CompareConfig, command("train.comparison.compare", "compare")),
     "sample": (SampleConfig, command("train.evaluation.sample_command", "draw_prompts")),
     "export": (ExportConfig, command("train.trainer.export_command", "export")),
 }

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
-from shared.cli.ranges import Count, Numbers
+from shared.cli.ranges import Count, Natural, Numbers, Seed
 from shared.storage.urls import Place
 from train import flag_groups as groups
 
@@ -58,6 +58,28 @@ class EvaluateConfig(groups.MachineFlags, groups.ArtistFlags):
     """Pictures drawn at once; unless given 16 of 512 px, 4 of 1024, up to 100 small ones."""
     output: LocalPath | None = None
     """Folder for evaluation.json, evaluation.md and evaluation.png; the run's own unless given."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(groups.MachineFlags):
+    """Set evaluated students of several runs side by side: one table and one picture."""
+
+    runs: tyro.conf.Positional[tuple[LocalPath, ...]] = ()
+    """The runs, each evaluated on the same captions (`train evaluate`)."""
+    num_captions: Natural = 6
+    """Captions in the picture; 0 for no picture."""
+    steps: Count | None = None
+    """Steps in which the picture's students draw; each run's own default unless given."""
+    seed: Seed | None = None
+    """Of the picture's noise; the evaluations' unless given."""
+    eval_cache: PlaceFlag | None = None
+    """Where the cache of the evaluations lies, if it is not where it was."""
+    model: NameOrPath | None = None
+    """Where the teacher is; each run's own, if it is on this machine, unless given."""
+    vae: NameOrPath | None = None
+    """The VAE that decodes; each run's unless given."""
+    output: LocalPath = Path("comparison")
+    """Folder for compare.json, compare.md and compare.png."""
 
 
 @dataclass(frozen=True)

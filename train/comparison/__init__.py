@@ -1,0 +1,1 @@
+"""Runs and their evaluations become one table and one picture: what each took, what came of it."""

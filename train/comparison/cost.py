@@ -1,0 +1,116 @@
+"""What a training step costs beside one of LCD, counted without taking it.
+
+The networks of the run and its loss go through a step on torch's meta device, where tensors have
+shapes and no numbers, and torch counts the floating-point operations of matrix products,
+convolutions and attention. So a teacher that is asked, or whose answers are read, a target, a
+backward pass through adapters or through all weights: each counts as the run has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from shared.cache.conditioning import TextEmbeds
+from shared.models.family import Model, native_resolution, unet_config, vae_downscale
+from shared.networks.denoiser import Denoiser, load_schedule
+from train.config import RunConfig
+from train.data.batch import Batch
+from train.flag_groups import CACHED, ONLINE, FullStudentFlags, LoraFlags, names_of
+from train.memory.estimate import META, TOKENS
+from train.memory.meta import fused_attention
+from train.networks.build import student_of
+from train.objectives import objective_of
+from train.objectives.objective import Loss
+
+# What the baseline has in common with the run; the teacher is the same model.
+SAME = ("student", *names_of(LoraFlags), *names_of(FullStudentFlags))
+
+
+@dataclass(frozen=True)
+class Update:
+    """One of the losses that a run's steps take, and in which part of them."""
+
+    loss: Callable[[Batch, TextEmbeds, Any], Tensor]
+    share: float
+
+
+def relative_cost(model: Model, config: RunConfig, steps: int) -> float:
+    """A step's operations per sample, in those of LCD with the same student and a teacher asked.
+
+    The mean over the run's first `steps` steps, at the model's own resolution. What saves memory
+    (--gradient-checkpointing) or time (--mixed-precision) is left out on both sides.
+    """
+    lcd = RunConfig(
+        model=model.source, cache=Path(), run=Path(), teacher=ONLINE,
+        **{name: getattr(config, name) for name in SAME},
+    )  # fmt: skip
+    return step_flops(model, config, steps) / step_flops(model, lcd, 1)
+
+
+@cache
+def step_flops(model: Model, config: RunConfig, steps: int) -> float:
+    """Floating-point operations of a step with one sample, the mean over the first `steps`."""
+    config = replace(config, mixed_precision="no", offload_ema=False)
+    schedule = load_schedule(model.source).to(META)
+    loss = objective_of(config).build(config, schedule, None)
+    return sum(
+        one.share * update_flops(model, config, loss, one)
+        for one in updates(config, loss, steps)
+        if one.share
+    )
+
+
+def updates(config: RunConfig, loss: Loss, steps: int) -> list[Update]:
+    """What the first `steps` steps of a run consist of."""
+    return [Update(loss, 1.0)]
+
+
+def update_flops(model: Model, config: RunConfig, loss: Loss, update: Update) -> int:
+    """Operations of an update's forwards and its backward pass, for one sample."""
+    unet = unet_config(model.source)
+    side = native_resolution(model) // vae_downscale(model.source)
+    counter = FlopCounterMode(display=False)
+    attention = patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
+    with torch.random.fork_rng([]), META, attention:
+        teacher = Denoiser.from_config(unet).eval().requires_grad_(False)
+        student = student_of(teacher, config, "")
+        batch, empty = one_sample(unet, side, config, loss)
+        with counter:
+            update.loss(batch, empty, student).backward()
+    return int(counter.get_total_flops())
+
+
+def one_sample(
+    unet_config: Mapping[str, Any], side: int, config: RunConfig, loss: Loss
+) -> tuple[Batch, TextEmbeds]:
+    """A batch of one sample for a loss, and the unconditional embedding."""
+    latents = torch.empty(1, unet_config["in_channels"], side, side)
+    text = torch.empty(1, TOKENS, unet_config["cross_attention_dim"])
+    pooled = ids = None
+    if unet_config.get("addition_embed_type") == "text_time":
+        sinusoids = 6 * unet_config["addition_time_embed_dim"]
+        pooled = torch.empty(1, unet_config["projection_class_embeddings_input_dim"] - sinusoids)
+        ids = torch.empty(1, 6)
+    shape = latents.shape[1:]
+    batch = Batch(
+        latents=latents,
+        prompt_embeds=text,
+        pooled_prompt_embeds=pooled,
+        time_ids=ids,
+        noise=torch.empty_like(latents),
+        index=torch.zeros(1, dtype=torch.int64),
+        w=torch.empty(1),
+        answers=torch.empty(1, 2, *shape) if config.teacher == CACHED else None,
+        uniforms=torch.empty(1, loss.uniforms) if loss.uniforms else None,
+        noises=torch.empty(1, loss.noises, *shape) if loss.noises else None,
+    )
+    return batch, TextEmbeds(text, pooled)
