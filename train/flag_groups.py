@@ -23,7 +23,7 @@ TeacherSource = Literal["cached", "online"]
 CACHED: TeacherSource = "cached"
 ONLINE: TeacherSource = "online"
 # The name of an objective is that of its file in train/objectives/.
-ObjectiveName = Literal["lcd", "denoise"]
+ObjectiveName = Literal["lcd", "denoise", "dmd"]
 Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1
 
 
@@ -50,7 +50,8 @@ class RunFlags:
     student: Literal["lora", "full"] = "lora"
     """lora: adapters on the teacher. full: a UNet of its own, for lcd with guidance and EMA."""
     objective: ObjectiveName = "lcd"
-    """lcd: latent consistency distillation. denoise: the ordinary diffusion loss, to fine-tune."""
+    """lcd: latent consistency distillation. dmd: distribution matching. denoise: the ordinary
+    diffusion loss, to fine-tune."""
     train_batch_size: Count = 8
     """Samples per device and micro-step."""
     gradient_accumulation_steps: Count = 1
@@ -70,7 +71,8 @@ class OptimizerFlags:
     """AdamW, its learning rate, and clipping."""
 
     learning_rate: Positive | None = None
-    """1e-4 for lora, 8e-6 (lcd) or 1e-5 (denoise) for full unless given."""
+    """1e-4 (dmd: 5e-5) for lora, 8e-6 (lcd), 1e-5 (denoise) or 1e-6 (dmd) for full unless
+    given."""
     scale_lr: bool = False
     """Multiply the learning rate by the samples of a step, over all processes."""
     lr_scheduler: Literal[
@@ -129,6 +131,27 @@ class FullStudentFlags:
     teacher."""
     unet_time_cond_proj_dim: Annotated[int, Numbers(int, 4)] = 256
     """Width of the guidance embedding."""
+
+
+@dataclass(frozen=True)
+class DistributionFlags:
+    """Distribution matching: the student's steps, the fake score, the GAN term."""
+
+    num_student_steps: Count = 1
+    """dmd: steps N that the student is trained to draw in."""
+    fake: Literal["lora", "full"] = "lora"
+    """dmd: what the fake score is. lora: adapters on the teacher. full: a UNet of its own."""
+    fake_lora_rank: Count | None = None
+    """dmd: rank of the fake score's adapters; --lora-rank unless given."""
+    fake_learning_rate: Positive | None = None
+    """dmd: 4e-4 for --fake lora, 1e-5 for full unless given."""
+    fake_updates: Count = 5
+    """dmd: the fake score learns in every step, the student in each so-manieth."""
+    fake_warmup_steps: Natural = 100
+    """dmd: steps at the start in which the fake score learns and the student stays."""
+    gan_weight: NotNegative = 0.0
+    """dmd: weight of the GAN term against the cache's latents, such as 5e-3; the critic has twice
+    that. 0 for no GAN term."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from shared.errors import run_main
 from shared.networks import denoiser
 from train.config import DistillConfig
 from train.data.loader import Batch, Loader
-from train.networks import build, full, lora
+from train.networks import build, full, lora, matched
 from train.trainer import loop, setup
+
+FLOATS = ("latents", "noise", "w", "uniforms", "noises")
 
 
 def main() -> None:
@@ -38,12 +40,12 @@ def main() -> None:
 def compute_in_float64() -> None:
     torch.set_default_dtype(torch.float64)
     load, to = denoiser.load_unet, Batch.to
-    for kind in (build, full, lora):
+    for kind in (build, full, lora, matched):
         kind.load_unet = lambda source, *rest: load(source, *rest).double()
 
     def doubled(batch: Batch, device: torch.device) -> Batch:
         moved = to(batch, device)
-        floats = {k: v.double() for k, v in vars(moved).items() if k in ("latents", "noise", "w")}
+        floats = {k: v.double() for k, v in vars(moved).items() if k in FLOATS and v is not None}
         return dataclasses.replace(moved, **floats)
 
     Batch.to = doubled
@@ -65,16 +67,19 @@ def keep_ids(loader: Loader, path: Path) -> None:
 
 
 def keep_first_gradients(run, path: Path) -> None:
-    update = loop.update
+    """Of each network that is trained."""
+    backward, kept, resumed = loop.backward, {}, path.exists()
 
-    def keeping(optimizer, scaler):
-        gradients = {name: p.grad for name, p in run.parameters.items()}
-        whole = run.distributed.gather(gradients)
-        if run.distributed.main and not path.exists():
-            torch.save(whole, path)
-        return update(optimizer, scaler)
+    def keeping(run, one, batch):
+        result = backward(run, one, batch)
+        if not resumed and not kept.keys() & one.parameters.keys():
+            gradients = {name: p.grad.clone() for name, p in one.parameters.items()}
+            kept.update(run.distributed.gather(gradients))
+            if run.distributed.main:
+                torch.save(kept, path)
+        return result
 
-    loop.update = keeping
+    loop.backward = keeping
 
 
 if __name__ == "__main__":

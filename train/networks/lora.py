@@ -20,6 +20,7 @@ from train.config import DistillConfig
 from train.data.batch import Batch
 from train.networks.student import Student
 
+STUDENT = "default"  # peft's name for adapters of which there are no others
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
@@ -70,15 +71,15 @@ class LoraStudent(Student):
         return {name: p.detach() for name, p in self.trainable().items()}
 
 
-def add_adapters(unet: Denoiser, config: DistillConfig) -> None:
+def add_adapters(unet: Denoiser, config: DistillConfig, name: str = STUDENT) -> None:
     """LoRA on the layers that the flags name. Raises UserError for a name that fits none."""
     wanted: Sequence[str] = LORA_TARGETS
     if config.lora_target_modules is not None:
         wanted = [name.strip() for name in config.lora_target_modules.split(",")]
-        for name in wanted:
-            if not lora_targets(unet, (name,)):
+        for end in wanted:
+            if not lora_targets(unet, (end,)):
                 raise UserError(
-                    f"--lora-target-modules: no layer's name ends in {name!r}; "
+                    f"--lora-target-modules: no layer's name ends in {end!r}; "
                     f"LCM's are {','.join(LORA_TARGETS)}"
                 )
     alpha: Any = config.lora_alpha or config.lora_rank  # which peft takes for a whole number
@@ -88,15 +89,23 @@ def add_adapters(unet: Denoiser, config: DistillConfig) -> None:
             lora_alpha=alpha,
             lora_dropout=config.lora_dropout,
             target_modules=lora_targets(unet, wanted),
-        )
+        ),
+        name,
     )
 
 
 def lora_targets(unet: Denoiser, wanted: Sequence[str] = LORA_TARGETS) -> list[str]:
-    """Full names of the layers to adapt, so that nothing else matches by accident."""
-    return [
-        name
+    """Full names of the layers to adapt, so that nothing else matches by accident.
+
+    A layer that has an adapter already keeps its name, though it lies within the adapter's.
+    """
+    layers = [
+        name.removesuffix(".base_layer")
         for name, module in unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
-        and any(name == target or name.endswith(f".{target}") for target in wanted)
+    ]
+    return [
+        name
+        for name in layers
+        if any(name == target or name.endswith(f".{target}") for target in wanted)
     ]

@@ -61,6 +61,16 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
+class Partner:
+    """A network that is trained beside the student, in every step, by an optimizer of its own."""
+
+    name: str  # its numbers in the metrics are NAME_loss, NAME_grad_norm, NAME_learning_rate
+    loss: Callable[[Any], Callable[[Batch, TextEmbeds, Any], Tensor]]  # of the objective's loss
+    learning_rate: Callable[[DistillConfig], float]
+    student_due: Callable[[DistillConfig, int], bool]  # does optimizer step 1, 2, ... move it?
+
+
+@dataclass(frozen=True)
 class Sampler:
     """How an objective's students are drawn, here and with stock diffusers."""
 
@@ -103,3 +113,9 @@ class Objective:
     takes_guidance: bool  # w is drawn, and a full student is told it
     sampler: Sampler
     card: Card
+    partner: Partner | None = None
+
+    @property
+    def reads_answers(self) -> bool:
+        """Can a cache's answers of the teacher serve it?"""
+        return "teacher" in self.flags
