@@ -16,7 +16,7 @@ from shared.errors import run_main
 from shared.networks import denoiser
 from train.config import DistillConfig
 from train.data.loader import Batch, Loader
-from train.networks import build, full, lora, matched
+from train.networks import build, full, lora
 from train.trainer import loop, setup
 
 FLOATS = ("latents", "noise", "w", "uniforms", "noises")
@@ -40,7 +40,7 @@ def main() -> None:
 def compute_in_float64() -> None:
     torch.set_default_dtype(torch.float64)
     load, to = denoiser.load_unet, Batch.to
-    for kind in (build, full, lora, matched):
+    for kind in (build, full, lora):
         kind.load_unet = lambda source, *rest: load(source, *rest).double()
 
     def doubled(batch: Batch, device: torch.device) -> Batch:
@@ -68,11 +68,12 @@ def keep_ids(loader: Loader, path: Path) -> None:
 
 def keep_first_gradients(run, path: Path) -> None:
     """Of each network that is trained."""
-    backward, kept, resumed = loop.backward, {}, path.exists()
+    backward, kept, seen, resumed = loop.backward, {}, set(), path.exists()
 
     def keeping(run, one, batch):
         result = backward(run, one, batch)
-        if not resumed and not kept.keys() & one.parameters.keys():
+        if not resumed and one.name not in seen:
+            seen.add(one.name)
             gradients = {name: p.grad.clone() for name, p in one.parameters.items()}
             kept.update(run.distributed.gather(gradients))
             if run.distributed.main:

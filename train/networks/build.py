@@ -15,7 +15,7 @@ def build_student(source: str, config: DistillConfig) -> Student:
     """Build the student that the flags ask for, on the CPU; the teacher lies at `source`."""
     student: Student
     if objective_of(config).partner is not None:
-        student = MatchedStudent(source, config)
+        student = MatchedStudent(load_unet(source), config)
     elif config.student == "lora":
         student = LoraStudent(source, config)
     elif objective_of(config).needs_target:

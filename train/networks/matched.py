@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.models.fingerprint import signs
-from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond, load_unet
+from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond
 from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
 from train.data.batch import Batch
@@ -32,14 +32,12 @@ class MatchedStudent(Student):
 
     partner: FakeScore
 
-    def __init__(self, source: str, config: DistillConfig) -> None:
-        teacher = load_unet(source)
+    def __init__(self, teacher: Denoiser, config: DistillConfig) -> None:
         self.lora = config.student == "lora"
         student = teacher if self.lora else trained_copy(teacher)
         fake = teacher if config.fake == "lora" else trained_copy(teacher)
         super().__init__(student)
         self.teacher_unet = teacher
-        self.teacher_signs = signs(teacher.parameters())
         torch.manual_seed(config.seed)  # of the adapters, as in `LoraStudent`, and then the head
         if self.lora:
             add_adapters(teacher, config)
@@ -66,7 +64,8 @@ class MatchedStudent(Student):
 
     def origin(self) -> dict[str, str]:
         """A hash of the teacher's weights."""
-        return {"teacher": self.teacher_signs}
+        frozen = (weight for weight in self.teacher_unet.parameters() if not weight.requires_grad)
+        return {"teacher": signs(frozen)}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The student's own, by the names that other objectives give them."""
