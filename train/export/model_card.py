@@ -20,6 +20,7 @@ from shared.storage.files import copy_durably, load_record, publish
 from train.export.file_guide import file_guide, half_precision
 from train.export.provenance import Provenance
 from train.export.weights import LORA_FILE
+from train.objectives import guidance_learned, uses_guidance
 
 ANY_PROMPT = "a photograph of a lighthouse at sunset"
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
@@ -118,12 +119,21 @@ def introduction(origin: Provenance, name: str) -> str:
     """Title and a sentence."""
     kind = "LoRA" if origin.lora else "UNet"
     purpose = origin.objective.card.purpose.format(teacher=base_name(origin))
-    return f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery."
+    return (
+        f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery{begun(origin)}."
+    )
+
+
+def begun(origin: Provenance) -> str:
+    """What it began with, where that was not the teacher: a name, and the weights' fingerprint."""
+    if origin.config.init_student is None:
+        return ""
+    return f", started from `{origin.config.init_student.name}` ({origin.config.init_fingerprint})"
 
 
 def preview_title(origin: Provenance) -> str:
     """What the picture shows."""
-    *others, last = map(str, origin.objective.sampler.preview_steps)
+    *others, last = map(str, origin.objective.sampler.previewed_steps(origin.config))
     return f"Prompts at {', '.join(others)} and {last} steps" if others else "Prompts"
 
 
@@ -152,11 +162,11 @@ def snippet(origin: Provenance, name: str, family: Family, variant: str = "") ->
     if lora:
         lines += f"pipe.load_lora_weights({quoted(name)}, weight_name={quoted(LORA_FILE)})\n"
     side = resolution(origin, family)
-    built_in = lora and not sampler.classifier_free
+    built_in = guidance_learned(origin.config)
     image = call(
         "pipe",
         quoted(prompt(origin)),
-        f"num_inference_steps={sampler.steps}",
+        f"num_inference_steps={sampler.usual_steps(origin.config)}",
         f"guidance_scale={1.0 if built_in else family.guidance_scale}",
         f"height={side}",
         f"width={side}",
@@ -182,20 +192,23 @@ def quoted(text: str) -> str:
 
 def guidance(origin: Provenance) -> str:
     """What guidance_scale means for this student."""
+    config, family, more = origin.config, origin.family, origin.objective.card.drawing
     if origin.objective.sampler.classifier_free:
         return "`guidance_scale` means what it means for the model it was fine-tuned from."
-    config, family = origin.config, origin.family
+    if not uses_guidance(config):
+        return "It is drawn as what it began with, without guidance: leave `guidance_scale` at 1."
     low = family.w_min if config.w_min is None else config.w_min
     high = family.w_max if config.w_max is None else config.w_max
-    if origin.lora:
+    if guidance_learned(config):
         return (
             f"The guidance is built in (w between {low:g} and {high:g} in training): leave "
-            "`guidance_scale` at 1."
+            f"`guidance_scale` at 1. {more}".rstrip()
         )
-    return (
+    told = (
         f"`guidance_scale` may lie between {low + 1:g} and {high + 1:g}, the range it was trained "
         "for, and costs nothing: the UNet is told it, there is no second pass."
     )
+    return f"{told} {more}".rstrip()
 
 
 def settings(origin: Provenance) -> str:

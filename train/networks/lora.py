@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -20,11 +21,12 @@ from train.config import DistillConfig
 from train.data.batch import Batch
 from train.networks.student import Student
 
-STUDENT = "default"  # peft's name for adapters of which there are no others
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
+
+ADAPTER = "default"  # peft's name of the student's
 
 
 class LoraStudent(Student):
@@ -41,6 +43,10 @@ class LoraStudent(Student):
     def origin(self) -> dict[str, str]:
         """A hash of the teacher's weights."""
         return {"teacher": signs(p for p in self.unet.parameters() if not p.requires_grad)}
+
+    def begin_with(self, weights: Mapping[str, Tensor], name: str) -> None:
+        """Take a LoRA's weights. Raises UserError, by the LoRA's `name`, where it does not fit."""
+        take_lora(self.unet, weights, name)
 
     @torch.no_grad()
     def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
@@ -71,7 +77,36 @@ class LoraStudent(Student):
         return {name: p.detach() for name, p in self.trainable().items()}
 
 
-def add_adapters(unet: Denoiser, config: DistillConfig, name: str = STUDENT) -> None:
+@torch.no_grad()
+def take_lora(unet: Denoiser, weights: Mapping[str, Tensor], name: str) -> None:
+    """Give the student's adapters those of a LoRA, with alpha / rank in lora_B.
+
+    `weights` are `LAYER.lora_A.weight` and `LAYER.lora_B.weight`. What is added to a layer is the
+    same, whatever this student's alpha: a larger rank adds zeros, and a layer that the LoRA does
+    not adapt begins as it would. Raises UserError, by the LoRA's `name`, where it does not fit.
+    """
+    layers = dict(unet.named_modules())
+    rank = max(len(down) for key, down in weights.items() if key.endswith("lora_A.weight"))
+    for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in weights):
+        layer = layers.get(path)
+        if not isinstance(layer, LoraLayer):
+            raise UserError(
+                f"{name} adapts {path}, which this student does not; give "
+                "--lora-target-modules with it, or another LoRA"
+            )
+        if rank > layer.r[ADAPTER]:
+            raise UserError(f"{name} has rank {rank}; give --lora-rank {rank}, or more")
+        down, up = (weights[f"{path}.{part}.weight"] for part in ("lora_A", "lora_B"))
+        into_down: Any = layer.lora_A[ADAPTER].weight
+        into_up: Any = layer.lora_B[ADAPTER].weight
+        into_down, into_up = into_down[: len(down)], into_up[:, : len(down)]
+        if (into_down.shape, into_up.shape) != (down.shape, up.shape):
+            raise UserError(f"{name} is of another model: its {path} has other widths")
+        into_down.copy_(down)
+        into_up.copy_(up / layer.scaling[ADAPTER])
+
+
+def add_adapters(unet: Denoiser, config: DistillConfig, name: str = ADAPTER) -> None:
     """LoRA on the layers that the flags name. Raises UserError for a name that fits none."""
     wanted: Sequence[str] = LORA_TARGETS
     if config.lora_target_modules is not None:

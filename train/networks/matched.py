@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.networks.fake import Critic, FakeScore, Head, adapter_weights
-from train.networks.lora import STUDENT, add_adapters
+from train.networks.lora import ADAPTER, add_adapters, take_lora
 from train.networks.student import Student
 
 FAKE = "fake"  # the adapters of the fake score
@@ -43,7 +44,7 @@ class MatchedStudent(Student):
             add_adapters(teacher, config)
         if fake is teacher:
             add_adapters(teacher, fake_adapters(config), FAKE)
-        for name in (STUDENT, FAKE):
+        for name in (ADAPTER, FAKE):
             for weight in adapter_weights(teacher, name).values():
                 weight.requires_grad_(True)  # peft trains the last alone
         hold_frozen(teacher, config.mixed_precision)
@@ -70,24 +71,24 @@ class MatchedStudent(Student):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The student's own, by the names that other objectives give them."""
         if self.lora:
-            return adapter_weights(self.unet, STUDENT)
+            return adapter_weights(self.unet, ADAPTER)
         return dict(self.unet.named_parameters())
 
     def use(self, adapter: str | None) -> None:
         """Switch an adapter of the teacher's UNet on and all others off; gradients stay wanted."""
         for layer in self.layers:
             layer._disable_adapters = adapter is None
-            layer._active_adapter = [adapter or STUDENT]
+            layer._active_adapter = [adapter or ADAPTER]
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Predict with gradients."""
-        self.use(STUDENT)
+        self.use(ADAPTER)
         return super().student(z, t, batch)
 
     @torch.no_grad()
     def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Predict as the student does, without gradients."""
-        self.use(STUDENT)
+        self.use(ADAPTER)
         return call_unet(self.unet, z, t, batch.text, batch.time_ids)
 
     @torch.no_grad()
@@ -114,6 +115,13 @@ class MatchedStudent(Student):
         )
         return said
 
+    def begin_with(self, weights: Mapping[str, Tensor], name: str) -> None:
+        """Let the student begin with these; the fake score still begins as the teacher."""
+        if self.lora:
+            take_lora(self.unet, weights, name)
+        else:
+            super().begin_with(weights, name)
+
     def state(self) -> dict[str, Tensor]:
         """The student and the fake score; the teacher is where it came from."""
         weights = self.trainable() | self.partner.trainable()
@@ -121,7 +129,7 @@ class MatchedStudent(Student):
 
     def drawing(self) -> Denoiser:
         """The student as it stands."""
-        self.use(STUDENT)
+        self.use(ADAPTER)
         return self.unet
 
     def exported(self) -> Denoiser:

@@ -18,17 +18,17 @@ from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import (
     Schedule,
     add_noise,
-    boundary_scalings,
-    consistency,
     diffusion_target,
     expand,
     guided,
     predicted_x0,
 )
 from shared.errors import UserError
+from shared.wording import counted
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.flag_groups import DistributionFlags, names_of
+from train.objectives.formulas import consistency_function
 from train.objectives.objective import Card, Loss, Objective, Partner, Sampler
 
 TAU = (0.02, 0.98)  # of the timesteps: where pictures are judged, as published
@@ -139,8 +139,7 @@ class DMD(Loss):
 
     def f(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """What LCMScheduler makes of the student's output at (z, t)."""
-        x0 = predicted_x0(output, z, *self.schedule.alpha_sigma(t), self.schedule.prediction_type)
-        return consistency(z, x0, *boundary_scalings(t.to(z.dtype), self.timestep_scaling))
+        return consistency_function(output, z, t, self.schedule, self.timestep_scaling)
 
     def timestep(self, uniform: Tensor, low: float, high: float) -> Tensor:
         """Timesteps `[B]` from numbers in [0, 1), uniform between these parts of T."""
@@ -221,6 +220,15 @@ def fake_learning_rate(config: DistillConfig) -> float:
     return config.fake_learning_rate or {"lora": 4e-4, "full": 1e-5}[config.fake]
 
 
+def comfy_settings(config: DistillConfig) -> str:
+    """How such a LoRA is drawn in ComfyUI and its like, whose LCM sampling knows 50 timesteps."""
+    steps = config.num_student_steps
+    text = f"strength 1, CFG 1, sampler LCM, {counted(steps, 'step')}, in ComfyUI with `simple`"
+    if steps > 2:
+        text += " (at timesteps that are not quite those of its training, as in diffusers they are)"
+    return text
+
+
 OBJECTIVE = Objective(
     build=build,
     flags=("w_min", "w_max", *names_of(DistributionFlags)),
@@ -241,7 +249,7 @@ OBJECTIVE = Objective(
             "timestep_scaling": config.timestep_scaling_factor,
         },
         classifier_free=False,
-        steps=4,
+        steps=1000,  # all that the student has
         preview_steps=(1, 2, 4, 8),
         most_steps=lambda config: config.num_student_steps,
     ),
@@ -249,5 +257,7 @@ OBJECTIVE = Objective(
         purpose="that lets {teacher} draw in few steps: [distribution matching distillation]"
         "(https://arxiv.org/abs/2405.14867)",
         settings=("w_min", "w_max", "lora_rank", "lora_alpha", *names_of(DistributionFlags)),
+        tags=("distribution-matching",),
+        other_programs=comfy_settings,
     ),
 )

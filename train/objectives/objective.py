@@ -77,8 +77,8 @@ class Sampler:
     scheduler: type[Any]  # diffusers'; the export carries it
     options: Callable[[DistillConfig], dict[str, Any]]  # of the scheduler, besides the teacher's
     classifier_free: bool  # two passes a step, as the teacher; otherwise guidance is learned
-    steps: int  # unless given
-    preview_steps: tuple[int, ...]
+    steps: int  # unless given, and unless the student has fewer
+    preview_steps: tuple[int, ...]  # those of them that the student has
     most_steps: Callable[[DistillConfig], int] | None = None  # those that T has where there is none
 
     def build(self, teacher: Mapping[str, Any], config: DistillConfig) -> Any:
@@ -87,6 +87,16 @@ class Sampler:
         What that one leaves open is filled in: schedulers' own defaults are others than training's.
         """
         return self.scheduler.from_config({**SCHEDULE, **teacher}, **self.options(config))
+
+    def usual_steps(self, config: DistillConfig) -> int:
+        """Return the steps of a picture unless given."""
+        return self.steps if self.most_steps is None else min(self.steps, self.most_steps(config))
+
+    def previewed_steps(self, config: DistillConfig) -> list[int]:
+        """Return the numbers of steps of previews; all the steps of a student of few are among."""
+        usual, most = self.usual_steps(config), self.most_steps
+        wanted = [n for n in self.preview_steps if most is None or n <= most(config)]
+        return sorted({*wanted, *([usual] if usual < self.steps else [])})
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Card:
     settings: tuple[str, ...]  # flags in its table; those of the other kind of student are left out
     tags: tuple[str, ...] = ()  # on the hub
     other_programs: Callable[[DistillConfig], str] | None = None  # how a LoRA is drawn in ComfyUI
+    drawing: str = ""  # what else there is to say of drawing with diffusers
 
 
 @dataclass(frozen=True)

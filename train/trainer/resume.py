@@ -27,7 +27,7 @@ FREE = frozenset({
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_prompts",
     "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
     "local_cache", "threads", "device", "push_to_hub", "hub_model_id", "compile", "attention",
-    "gradient_checkpointing", "offload_ema", "allow_tf32", "teacher",
+    "gradient_checkpointing", "offload_ema", "allow_tf32", "teacher", "init_fingerprint",
 })  # fmt: skip
 LATEST = "latest"
 

@@ -44,6 +44,7 @@ from train.state.resume_checks import check_invariants, run_invariants
 from train.state.run_paths import to_keep
 from train.trainer.defaults import with_precision
 from train.trainer.distributed import Distributed, as_launched
+from train.trainer.init_student import INIT_STUDENT, begin
 from train.trainer.metrics import Recorder
 from train.trainer.plan import batches, note_small_buckets, plan, print_memory, with_steps
 from train.trainer.resume import as_left
@@ -80,7 +81,8 @@ def prepare(config: RunConfig) -> Distillation:
     print_memory(config, accumulation, model, manifest, distributed)
     schedule = load_schedule(model.source).to(distributed.device)
     objective = objective_of(config).build(config, schedule, grid_of(answers))
-    student, invariants = build_networks(config, manifest, model, answers, distributed)
+    student, invariants = build_networks(config, manifest, model, answers, distributed, before)
+    config = replace(config, init_fingerprint=invariants.get(INIT_STUDENT))
     trained = build_trainables(config, student, batch_size)
     scaler = torch.amp.GradScaler(distributed.device.type, enabled=config.mixed_precision == "fp16")
     if resumed is not None and before is not None:
@@ -119,12 +121,14 @@ def prepare(config: RunConfig) -> Distillation:
 
 def build_networks(
     config: RunConfig, manifest: Manifest, model: Model, answers: AnswersManifest | None,
-    distributed: Distributed,
+    distributed: Distributed, before: checkpoint.TrainingState | None,
 ) -> tuple[Student, dict[str, Any]]:  # fmt: skip
     """The student on its device, and what its checkpoints remember."""
     student = build_student(model.source, config)
     invariants = run_invariants(config, manifest, model, student, answers)
     check_teacher(answers, invariants, config)
+    if (begun := begin(student, config, before)) is not None:
+        invariants[INIT_STUDENT] = begun
     speed_up(student.networks(), config, distributed.device)
     distributed.wrap(student)
     return student, invariants
