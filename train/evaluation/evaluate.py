@@ -98,8 +98,8 @@ def student_samplings(artist: Artist) -> Sequence[Sampling]:
         return (("student", REFERENCE[1]),)
     most = most_steps(artist.config, artist.scheduler_config)
     known = [sampling for sampling in STUDENT_SAMPLINGS if sampling[1] <= most]
-    own = ("student", objective_of(artist.config).sampler.usual_steps(artist.config))
-    return tuple(dict.fromkeys([*known, own]))
+    few = objective_of(artist.config).sampler.few_steps(artist.config)
+    return tuple(dict.fromkeys([*known, *(("student", steps) for steps in few)]))
 
 
 def timed(results: Sequence[Result], artist: Artist, heldout: HeldOut) -> list[Result]:

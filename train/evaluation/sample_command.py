@@ -15,7 +15,7 @@ from train.data.bucket import largest_bucket
 from train.evaluation.artist import open_artist
 from train.evaluation.score import decode_all
 from train.export.newest_run import newest_student
-from train.objectives import objective_of
+from train.objectives import guidance_learned, objective_of
 from train.sampling.pictures import write_grid, write_picture
 from train.sampling.preview import MAX_PROMPTS
 from train.sampling.samplers import most_steps

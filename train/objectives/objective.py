@@ -92,11 +92,16 @@ class Sampler:
         """Return the steps of a picture unless given."""
         return self.steps if self.most_steps is None else min(self.steps, self.most_steps(config))
 
+    def few_steps(self, config: DistillConfig) -> list[int]:
+        """Return all the steps that a student has, where they are fewer than usual."""
+        usual = self.usual_steps(config)
+        return [usual] if usual < self.steps else []
+
     def previewed_steps(self, config: DistillConfig) -> list[int]:
-        """Return the numbers of steps of previews; all the steps of a student of few are among."""
-        usual, most = self.usual_steps(config), self.most_steps
+        """Return the numbers of steps of previews."""
+        most = self.most_steps
         wanted = [n for n in self.preview_steps if most is None or n <= most(config)]
-        return sorted({*wanted, *([usual] if usual < self.steps else [])})
+        return sorted({*wanted, *self.few_steps(config)})
 
 
 @dataclass(frozen=True)
