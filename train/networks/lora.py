@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -118,15 +119,15 @@ def add_adapters(unet: Denoiser, config: DistillConfig, name: str = ADAPTER) -> 
                     f"LCM's are {','.join(LORA_TARGETS)}"
                 )
     alpha: Any = config.lora_alpha or config.lora_rank  # which peft takes for a whole number
-    unet.add_adapter(
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=lora_targets(unet, wanted),
-        ),
-        name,
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=lora_targets(unet, wanted),
     )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # other adapters: meant
+        unet.add_adapter(settings, name)
 
 
 def lora_targets(unet: Denoiser, wanted: Sequence[str] = LORA_TARGETS) -> list[str]:
