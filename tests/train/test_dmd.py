@@ -1,4 +1,4 @@
-"""`--objective dmd`: its losses against float64 references, its timesteps, its noises, its turns."""
+"""`--objective dmd`: its losses against float64 references, its timesteps, noises and turns."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_stock_lcm_scheduler_draws_at_the_timesteps_of_training(steps):
 def test_backward_simulation_goes_the_way_of_stock_lcm_scheduler(kind):
     """The last of four steps begins where the scheduler has come to, with the same noises."""
     setting = Setting(kind, steps=4)
-    dmd, batch, empty, networks, _ = asked(setting)
+    dmd, batch, _, networks, _ = asked(setting)
     dmd = replace(dmd, schedule=schedule_from_config({**SD, "prediction_type": kind}))
     batch = replace(batch, index=torch.full_like(batch.index, 3))
     z, t = dmd.simulate(batch, networks)

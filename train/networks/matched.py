@@ -83,6 +83,7 @@ class MatchedStudent(Student):
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Predict with gradients."""
         self.use(ADAPTER)
+        torch.clear_autocast_cache()  # older torch keeps weights there that `target` has cast
         return super().student(z, t, batch)
 
     @torch.no_grad()
