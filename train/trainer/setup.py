@@ -82,7 +82,6 @@ def prepare(config: RunConfig) -> Distillation:
     schedule = load_schedule(model.source).to(distributed.device)
     objective = objective_of(config).build(config, schedule, grid_of(answers))
     student, invariants = build_networks(config, manifest, model, answers, distributed, before)
-    config = replace(config, init_fingerprint=invariants.get(INIT_STUDENT))
     trained = build_trainables(config, student, batch_size)
     scaler = torch.amp.GradScaler(distributed.device.type, enabled=config.mixed_precision == "fp16")
     if resumed is not None and before is not None:
@@ -114,7 +113,8 @@ def prepare(config: RunConfig) -> Distillation:
         print_teacher(config, answers)
         print(plan(run, resumed), file=sys.stderr)
         if not config.dry_run:
-            run.branch = start_run_folder(config, model, resumed, latest)
+            begun = invariants.get(INIT_STUDENT)
+            run.branch = start_run_folder(config, model, resumed, latest, begun)
     distributed.wait()
     return run
 
@@ -227,10 +227,15 @@ def guidance_range(config: RunConfig, w_min: float, w_max: float) -> tuple[float
 
 
 def start_run_folder(
-    config: RunConfig, model: Model, resumed: Path | None, latest: Path | None
+    config: RunConfig,
+    model: Model,
+    resumed: Path | None,
+    latest: Path | None,
+    begun: str | None = None,
 ) -> int:
     """Make the folder our own and save the resolved configuration, the model's source in it.
 
+    So is the fingerprint of the weights it has `begun` with, where they were another student's.
     Returns the branch of the checkpoints to come (state/checkpoint.py). Raises UserError where the
     run has come further than `latest`, which was its latest checkpoint when this command began.
     """
@@ -244,7 +249,8 @@ def start_run_folder(
         sweep(config.run / "tmp")
         kept = to_keep(replace(config, model=model.source))
         kept = replace(kept, learning_rate=base_learning_rate(config))
-        publish([dump_json(to_dict(kept))], config.run / "config.json", config.run / "tmp")
+        stored = {**to_dict(kept), "init_fingerprint": begun}
+        publish([dump_json(stored)], config.run / "config.json", config.run / "tmp")
         return checkpoint.start_branch(config.run, resumed)
     except BaseException:  # or it would seem to live on where the file system has no locks
         owner.release(config.run)
