@@ -1,6 +1,7 @@
 """The networks of distribution matching: who speaks, who learns, and what a checkpoint holds."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +186,22 @@ def test_a_checkpoint_brings_back_both(networks, tiny_sd, kind, fake):
             assert torch.equal(a, b)
         mine, theirs = (one.teacher(z, t, batch, empty)[0] for one in (again, student))
     assert torch.equal(mine, theirs)
+
+
+def test_a_full_student_that_is_told_its_guidance_may_go_on_without(tiny_sd):
+    """LCD's: from here on it draws as if it were told the middle of the range."""
+    first = build(tiny_sd, "full", guidance_init="random")
+    disturb(first.trainable().values(), scale=0.02)
+    student = build(tiny_sd, "full", objective="dmd", w_min=2.0, w_max=5.0)
+    student.begin_with(first.unet.state_dict(), "that")
+    z, t, batch, _ = ask(student)
+    said = {}
+    with torch.no_grad():
+        for w in (2.0, 3.5):
+            told = replace(batch, w=torch.full_like(batch.w, w))
+            said[w] = first.student(z, t, told)
+        torch.testing.assert_close(student.target(z, t, batch), said[3.5], rtol=1e-4, atol=1e-5)
+    assert (said[2.0] - said[3.5]).abs().max() > 1e-3
 
 
 def test_the_student_may_begin_with_a_lora(tiny_sd, tmp_path):

@@ -17,8 +17,9 @@ from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.networks.fake import Critic, FakeScore, Head, adapter_weights
+from train.networks.full import fold_guidance
 from train.networks.lora import ADAPTER, add_adapters, take_lora
-from train.networks.student import Student
+from train.networks.student import GUIDANCE_INPUT, Student
 
 FAKE = "fake"  # the adapters of the fake score
 
@@ -33,7 +34,9 @@ class MatchedStudent(Student):
 
     partner: FakeScore
 
-    def __init__(self, teacher: Denoiser, config: DistillConfig) -> None:
+    def __init__(self, teacher: Denoiser, config: DistillConfig, w: float = 0.0) -> None:
+        """`w` is the guidance of a student that it may begin with and that is told its guidance."""
+        self.w = w
         self.lora = config.student == "lora"
         student = teacher if self.lora else trained_copy(teacher)
         fake = teacher if config.fake == "lora" else trained_copy(teacher)
@@ -120,6 +123,8 @@ class MatchedStudent(Student):
         """Let the student begin with these; the fake score still begins as the teacher."""
         if self.lora:
             take_lora(self.unet, weights, name)
+        elif GUIDANCE_INPUT in weights:
+            super().begin_with(fold_guidance(weights, self.w), name)
         else:
             super().begin_with(weights, name)
 
