@@ -12,8 +12,7 @@ from shared.models.fingerprint import signs
 from train.config import DistillConfig
 from train.networks.build import build_student
 from train.state.checkpoint import checkpoint_folder
-from train.state.optim import set_learning_rate
-from train.trainer.loop import backward, distill, update
+from train.trainer.loop import distill, move, settle
 from train.trainer.setup import prepare
 
 pytestmark = pytest.mark.gpu
@@ -58,11 +57,10 @@ def test_no_step_waits_for_the_device(config, kind, more):
     batches = run.loader.batches()
 
     def step(number: int) -> None:
-        rate = set_learning_rate(run.optimizer, run.learning_rate, number, run.config)
-        loss, norm = backward(run, next(batches))
-        assert update(run.optimizer, run.scaler)
+        moved = move(run, run.trained[0], next(batches))
+        assert settle(run.scaler, run.distributed.device)
         run.student.after_step()
-        run.recorder.record(number, number - 1, loss, norm, rate)
+        run.recorder.record(number, number - 1, [moved])
 
     with run.recorder:
         for number in (1, 2, 3):
@@ -105,15 +103,15 @@ def test_fp16_skips_a_step_that_overflows(config, kind):
     batches = run.loader.batches()
     run.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**100)
     before = weights(run)
-    backward(run, next(batches))
-    assert not update(run.optimizer, run.scaler)
+    move(run, run.trained[0], next(batches))
+    assert not settle(run.scaler, run.distributed.device)
     assert run.scaler.get_scale() == 2.0**99
     assert equal(weights(run), before)
     run.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
-    loss, norm = backward(run, next(batches))
-    assert loss.isfinite()
-    assert norm.isfinite()
-    assert update(run.optimizer, run.scaler)
+    moved = move(run, run.trained[0], next(batches))
+    assert moved.loss.isfinite()
+    assert moved.norm.isfinite()
+    assert settle(run.scaler, run.distributed.device)
     assert run.scaler.get_scale() == 2.0**10
     assert not equal(weights(run), before)
     batches.close()

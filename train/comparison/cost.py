@@ -70,8 +70,12 @@ def step_flops(model: Model, config: RunConfig, steps: int) -> float:
 
 
 def updates(config: RunConfig, loss: Loss, steps: int) -> list[Update]:
-    """What the first `steps` steps of a run consist of."""
-    return [Update(loss, 1.0)]
+    """What the first `steps` steps of a run consist of: the student's updates, its partner's."""
+    partner = objective_of(config).partner
+    if partner is None:
+        return [Update(loss, 1.0)]
+    due = sum(partner.student_due(config, step) for step in range(1, steps + 1))
+    return [Update(partner.loss(loss), 1.0), Update(loss, due / max(steps, 1))]
 
 
 def update_flops(model: Model, config: RunConfig, loss: Loss, update: Update) -> int:
@@ -82,7 +86,7 @@ def update_flops(model: Model, config: RunConfig, loss: Loss, update: Update) ->
     attention = patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
     with torch.random.fork_rng([]), META, attention:
         teacher = Denoiser.from_config(unet).eval().requires_grad_(False)
-        student = student_of(teacher, config, "")
+        student = student_of(teacher, config)
         batch, empty = one_sample(unet, side, config, loss)
         with counter:
             update.loss(batch, empty, student).backward()

@@ -94,7 +94,7 @@ def draw_columns(
 
 def student_sampling(config: CompareConfig, summary: Summary) -> Sampling:
     """How a run's student is drawn. Raises UserError for more steps than it knows."""
-    steps = config.steps or objective_of(summary.config).sampler.steps
+    steps = config.steps or objective_of(summary.config).sampler.usual_steps(summary.config)
     scheduler = load_config(summary.model.source, "scheduler/scheduler_config.json")
     most = most_steps(summary.config, scheduler)
     if steps > most:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from shared.models.family import resolve_model
 from shared.models.fingerprint import signs
 from shared.networks.denoiser import Denoiser, load_unet
 from train.config import DistillConfig
 from train.networks.full import FullStudent
 from train.networks.lora import LoraStudent
+from train.networks.matched import MatchedStudent
 from train.networks.student import Student
 from train.objectives import objective_of
 
@@ -14,22 +16,37 @@ from train.objectives import objective_of
 def build_student(source: str, config: DistillConfig) -> Student:
     """Build the student that the flags ask for, on the CPU; the teacher lies at `source`."""
     teacher = load_unet(source)
-    student = student_of(teacher, config, signs(teacher.parameters()))
-    if config.gradient_checkpointing:
-        student.unet.enable_gradient_checkpointing()
-    if config.use_8bit_adam:  # bitsandbytes goes through weights and averages as they lie in memory
-        for parameter in student.trainable().values():
-            parameter.data = parameter.data.contiguous()
+    told = signs(teacher.parameters())
+    student = student_of(teacher, config, told, middle_guidance(source, config))
+    for network in student.trained():
+        if config.gradient_checkpointing:
+            network.unet.enable_gradient_checkpointing()
+        if config.use_8bit_adam:  # bitsandbytes goes through weights and averages as they lie
+            for parameter in network.trainable().values():
+                parameter.data = parameter.data.contiguous()
     return student
 
 
-def student_of(teacher: Denoiser, config: DistillConfig, teacher_signs: str) -> Student:
+def student_of(
+    teacher: Denoiser, config: DistillConfig, teacher_signs: str = "", w: float = 0.0
+) -> Student:
     """Make the student of a frozen teacher, which becomes part of it.
 
-    `teacher_signs` tell the teacher (shared.models.fingerprint).
+    `teacher_signs` tell the teacher (shared.models.fingerprint); `w` is the guidance of a student
+    that it may begin with and that is told its guidance.
     """
+    if objective_of(config).partner is not None:
+        return MatchedStudent(teacher, config, w)
     if config.student == "lora":
         return LoraStudent(teacher, config)
     if objective_of(config).needs_target:
         return FullStudent(teacher, config, teacher_signs)
     return Student(teacher.train().requires_grad_(True))  # the teacher's own UNet, trained as it is
+
+
+def middle_guidance(source: str, config: DistillConfig) -> float:
+    """Half-way between the flags' ends of the guidance, or those of the model's family."""
+    family = resolve_model(source).family
+    low = family.w_min if config.w_min is None else config.w_min
+    high = family.w_max if config.w_max is None else config.w_max
+    return (low + high) / 2
