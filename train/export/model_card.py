@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -216,11 +217,16 @@ def settings(origin: Provenance) -> str:
     other = "ema_" if origin.lora else "lora_"  # settings of the other kind
     values = vars(origin.config) | {"max_train_steps": origin.steps}
     rows = [
-        f"| {name} | {values[name]} |"
+        f"| {name} | {shown(values[name])} |"
         for name in (*SETTINGS, *origin.objective.card.settings, "seed")
-        if values[name] is not None and not name.startswith(other)
+        if values[name] not in (None, ()) and not name.startswith(other)
     ]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def shown(value: Any) -> str:
+    """A flag's value as one types it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def licence(origin: Provenance) -> str:
