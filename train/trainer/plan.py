@@ -81,7 +81,8 @@ def plan(run: Distillation, resumed: Path | None) -> str:
         drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters"
-        f"{beside}, {origin}\n{counted(config.max_train_steps, 'step')} of {counted(batch, 'sample')}{over}, "
+        f"{beside}, {origin}\n"
+        f"{counted(config.max_train_steps, 'step')} of {counted(batch, 'sample')}{over}, "
         f"{passes:.1f} passes over {counted(samples, 'sample')}, {drawn}, "
         f"learning rate {run.learning_rate:g}"
     )
