@@ -19,8 +19,6 @@ from train.data.loader import Batch, Loader
 from train.networks import build, full, lora
 from train.trainer import loop, setup
 
-FLOATS = ("latents", "noise", "w", "uniforms", "noises")
-
 
 def main() -> None:
     wanted = json.loads(Path(sys.argv[1]).read_text())
@@ -45,7 +43,8 @@ def compute_in_float64() -> None:
 
     def doubled(batch: Batch, device: torch.device) -> Batch:
         moved = to(batch, device)
-        floats = {k: v.double() for k, v in vars(moved).items() if k in FLOATS and v is not None}
+        names = {"latents", "noise", "w", "noises"} & moved.tensors().keys()
+        floats = {name: getattr(moved, name).double() for name in names}
         return dataclasses.replace(moved, **floats)
 
     Batch.to = doubled

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tests.support.dmd_reference import (
 )
 from tests.support.lcd_reference import reference_abar
 from train.config import DistillConfig
+from train.evaluation.evaluate import student_samplings
 from train.objectives import OBJECTIVES
 from train.objectives.dmd import DMD, build, student_due
 
@@ -127,6 +129,18 @@ def test_backward_simulation_goes_the_way_of_stock_lcm_scheduler(kind):
         stock = scheduler.add_noise(denoised, noise, following.expand(len(stock)))
     torch.testing.assert_close(z, stock, rtol=1e-5, atol=1e-6)
     assert t.tolist() == [249] * len(z)
+
+
+@pytest.mark.parametrize(
+    ("steps", "previewed", "evaluated"),
+    [(1, [1], [1]), (3, [1, 2, 3], [1, 2, 3]), (4, [1, 2, 4], [1, 2, 4]),
+     (16, [1, 2, 4, 8, 16], [1, 2, 4, 8, 16])],
+)  # fmt: skip
+def test_previews_and_evaluation_draw_in_all_of_its_steps(steps, previewed, evaluated):
+    config = flags(num_student_steps=steps)
+    assert OBJECTIVES["dmd"].sampler.previewed_steps(config) == previewed
+    artist = SimpleNamespace(config=config, scheduler_config=SD)
+    assert [steps for _, steps in student_samplings(artist)] == evaluated
 
 
 def test_no_noise_and_no_number_serves_twice():

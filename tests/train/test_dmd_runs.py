@@ -66,7 +66,7 @@ def test_both_learn_when_it_is_their_turn_and_are_logged_apart(settings):
 
 def test_lines_of_several_steps_are_means_of_those_that_were_taken(settings):
     for name, every in (("each", 1), ("some", 4)):
-        train(settings(name, logging_steps=every))
+        train(settings(name, logging_steps=every, checkpointing_steps=6))
     each, some = (untimed(settings(name).run) for name in ("each", "some"))
     assert [line["step"] for line in some] == [4, 6]
     assert some[0]["loss"] == each[2]["loss"]

@@ -49,7 +49,13 @@ def test_the_teachers_signs_are_those_of_a_cpu(tiny_sd, config, kind):
     assert signs(student.networks()[-1].to(DEVICE).parameters()) == wanted
 
 
-@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}], ids=["one", "two"])
+DMD = {"objective": "dmd", "fake_warmup_steps": 0, "fake_updates": 1, "gan_weight": 0.1,
+       "num_student_steps": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"gradient_accumulation_steps": 2}, DMD], ids=["one", "two", "dmd"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_step_waits_for_the_device(config, kind, more):
     """In bf16, once everything has been allocated: torch raises at the first thing that would."""
@@ -57,10 +63,11 @@ def test_no_step_waits_for_the_device(config, kind, more):
     batches = run.loader.batches()
 
     def step(number: int) -> None:
-        moved = move(run, run.trained[0], next(batches))
+        batch = next(batches)
+        moved = [move(run, one, batch) for one in run.trained]
         assert settle(run.scaler, run.distributed.device)
         run.student.after_step()
-        run.recorder.record(number, number - 1, [moved])
+        run.recorder.record(number, number - 1, moved)
 
     with run.recorder:
         for number in (1, 2, 3):

@@ -167,12 +167,14 @@ class DMD(Loss):
             if logits is not None:
                 gan = softplus(-logits).mean()
                 slope = torch.autograd.grad(gan * GAN_SCALE, x)[0] / GAN_SCALE
-        x, z, kind = x.detach(), z.detach(), self.schedule.prediction_type
-        fake = predicted_x0(output.detach(), z, *at, kind)
+                gan = gan.detach()
+        x, z, output = x.detach(), z.detach(), output.detach()  # and no activations of it are kept
+        kind = self.schedule.prediction_type
+        fake = predicted_x0(output, z, *at, kind)
         cond, uncond = networks.teacher(z, tau, batch, empty)
         real = guided(predicted_x0(cond, z, *at, kind), predicted_x0(uncond, z, *at, kind), batch.w)
         size = (x - real).abs().flatten(1).mean(1)
-        return (fake - real) / expand(size, x), None if gan is None else gan.detach(), slope
+        return (fake - real) / expand(size, x), gan, slope
 
 
 def more_of(batch: Batch) -> tuple[Tensor, Tensor]:
