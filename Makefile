@@ -11,10 +11,10 @@ STAMP := $(VENV)/.stamp
 quote = '$(subst ','\'',$(value $(1)))'
 # $(call option,FLAG,NAME): the flag with the variable's text, or nothing if that is empty.
 option = $(if $(value $(2)),$(1) $(call quote,$(2)))
-# ARGS is pasted as typed, so that quotes inside it work.
+# ARGS and RUNS are pasted as typed, so that quotes inside them work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce prep synthesize teach train evaluate sample test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce prep synthesize teach train evaluate compare sample test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,6 +53,9 @@ train: $(STAMP) ## cache -> student: [MODEL=sdxl] [CACHE=caches/MODEL] [RUN=runs
 evaluate: $(STAMP) ## student against teacher: [RUN=the newest] [EVAL_CACHE=] [SCORER=module:function] [ARGS=]
 	$(PY) -m train evaluate $(call option,--run,RUN) $(call option,--eval-cache,EVAL_CACHE) $(call option,--scorer,SCORER) $(args)
 
+compare: $(STAMP) ## evaluated students of several runs side by side: RUNS='runs/a runs/b' [ARGS=]
+	$(PY) -m train compare $(value RUNS) $(args)
+
 sample: $(STAMP) ## draw with a student: [RUN=the newest] [PROMPT='one of those in the cache'] [ARGS=]
 	$(PY) -m train sample $(call option,--run,RUN) $(call option,--prompt,PROMPT) $(args)
 
@@ -86,7 +89,7 @@ clean-demo: ## remove what `make demo` wrote
 # ---- Mistakes on the command line: found while this file is read, so before any setup or download.
 
 # A variable that nothing reads would be ignored in silence: MODL=sd15 would train sdxl.
-variables := SHARDS CAPTIONS MODEL CACHE RUN ARGS EVAL_CACHE SCORER PROMPT PYTHON PIP_ARGS VENV PY STAMP
+variables := SHARDS CAPTIONS MODEL CACHE RUN RUNS ARGS EVAL_CACHE SCORER PROMPT PYTHON PIP_ARGS VENV PY STAMP
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(if $(filter $(variables),$(name)),,$(error $(name) is no variable of this Makefile; there are $(variables)))))
 
 wanted = $(filter $(1),$(MAKECMDGOALS))
@@ -97,6 +100,10 @@ endif
 
 ifneq ($(call wanted,synthesize),)
   $(if $(value CAPTIONS)$(value ARGS),,$(error CAPTIONS is missing. For example: make synthesize CAPTIONS=captions.txt MODEL=sdxl))
+endif
+
+ifneq ($(call wanted,compare),)
+  $(if $(value RUNS)$(value ARGS),,$(error RUNS is missing. For example: make compare RUNS='runs/a runs/b'))
 endif
 
 # Unquoted, SHARDS=a/{00..03}.tar reaches make as four SHARDS=..., of which it would keep the last.

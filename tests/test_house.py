@@ -163,7 +163,7 @@ def make(tmp_path):
     stand_in.chmod(0o755)
     (tmp_path / ".stamp").touch()  # setup is done
     own = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "GNUMAKEFLAGS"}
-    own |= {"SHARDS", "CAPTIONS", "MODEL", "CACHE", "RUN", "ARGS", "EVAL_CACHE", "SCORER", "PROMPT"}
+    own |= {"SHARDS", "CAPTIONS", "MODEL", "CACHE", "RUN", "RUNS", "ARGS", "EVAL_CACHE", "SCORER", "PROMPT"}
     environment = {name: value for name, value in os.environ.items() if name not in own}
 
     def run(words: str) -> subprocess.CompletedProcess[str]:
@@ -228,6 +228,8 @@ def test_quoted_shards_arrive_as_typed(make, shards):
         ("evaluate RUN=r", ["train", "evaluate", "--run", "r"]),
         ("evaluate EVAL_CACHE=c SCORER=m:f ARGS='--seed 1'",
          ["train", "evaluate", "--eval-cache", "c", "--scorer", "m:f", "--seed", "1"]),
+        ("compare RUNS='runs/a \"my run\"' ARGS='--steps 2'",
+         ["train", "compare", "runs/a", "my run", "--steps", "2"]),
         ("sample", ["train", "sample"]),
         ("sample PROMPT='a cat'", ["train", "sample", "--prompt", "a cat"]),
     ],

@@ -49,11 +49,9 @@ def relative_cost(model: Model, config: RunConfig, steps: int) -> float:
     The mean over the run's first `steps` steps, at the model's own resolution. What saves memory
     (--gradient-checkpointing) or time (--mixed-precision) is left out on both sides.
     """
-    lcd = RunConfig(
-        model=model.source, cache=Path(), run=Path(), teacher=ONLINE,
-        **{name: getattr(config, name) for name in SAME},
-    )  # fmt: skip
-    return step_flops(model, config, steps) / step_flops(model, lcd, 1)
+    nowhere = {"model": model.source, "cache": Path(), "run": Path()}  # runs alike are counted once
+    lcd = RunConfig(**nowhere, teacher=ONLINE, **{name: getattr(config, name) for name in SAME})
+    return step_flops(model, replace(config, **nowhere), steps) / step_flops(model, lcd, 1)
 
 
 @cache
