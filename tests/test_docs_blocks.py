@@ -21,7 +21,7 @@ from tests.support.docs import (
     module_command,
     pages,
 )
-from train.config import EvaluateConfig
+from train.config import CompareConfig, EvaluateConfig
 
 ALL = [block for page in pages() for block in blocks(page)]
 BY_PAGE = {
@@ -70,7 +70,8 @@ def test_every_block_says_what_it_is(block):
         json.loads(block.text)
 
 
-SLOW = ("evaluate",)  # read in the fast tests, carried out in the slow ones
+READ = {"encode": EncodeConfig, "evaluate": EvaluateConfig, "compare": CompareConfig}
+SLOW = ("evaluate", "compare")  # read in the fast tests, carried out in the slow ones
 
 
 @pytest.mark.parametrize("page", [page for page, found in BY_PAGE.items() if found])
@@ -96,11 +97,7 @@ def run_blocks(page, workspace, cli, read):
             if command is None:
                 continue
             if "--engine" in command or command[1] in read:  # the former runs in prep/test_ray.py
-                parse(
-                    {"encode": EncodeConfig, "evaluate": EvaluateConfig}[command[1]],
-                    command[2:],
-                    "",
-                )
+                parse(READ[command[1]], command[2:], "")
                 continue
             answer = cli(*cut_down(command))
             assert answer.status == 0, f"{block}: {words}\n{answer.err}{answer.out}"

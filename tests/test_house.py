@@ -163,7 +163,18 @@ def make(tmp_path):
     stand_in.chmod(0o755)
     (tmp_path / ".stamp").touch()  # setup is done
     own = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "GNUMAKEFLAGS"}
-    own |= {"SHARDS", "CAPTIONS", "MODEL", "CACHE", "RUN", "RUNS", "ARGS", "EVAL_CACHE", "SCORER", "PROMPT"}
+    own |= {
+        "SHARDS",
+        "CAPTIONS",
+        "MODEL",
+        "CACHE",
+        "RUN",
+        "RUNS",
+        "ARGS",
+        "EVAL_CACHE",
+        "SCORER",
+        "PROMPT",
+    }
     environment = {name: value for name, value in os.environ.items() if name not in own}
 
     def run(words: str) -> subprocess.CompletedProcess[str]:
