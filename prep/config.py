@@ -10,7 +10,7 @@ import tyro
 
 from prep.rows.row import MAX_IMAGE_BYTES
 from shared.cli.defaults import MODEL
-from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag, StyleFlag
 from shared.cli.ranges import Count, Fraction, Natural, Numbers, Precision, Seed
 
 
@@ -149,6 +149,9 @@ class TeachFlags:
     model: NameOrPath | None = None
     """The teacher: a preset, a diffusers folder, a hub id or a file. The cache's own model unless
     given."""
+    teacher_lora: StyleFlag = ()
+    """A LoRA that the teacher wears (diffusers' or kohya's file), with a scale, 1 unless given; it
+    may be given again. `train distill` has to be given the same."""
     answers: Count = 4
     """Answers of each sample, each at a timestep and noise of its own; those there are stay."""
     num_ddim_timesteps: Count | None = None

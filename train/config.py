@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
-from shared.cli.ranges import Count, Natural, Numbers, Seed
+from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Numbers, Seed
 from shared.storage.urls import Place
 from train import flag_groups as groups
 
@@ -22,8 +22,9 @@ from train import flag_groups as groups
 class DistillConfig(
     groups.PublishFlags, groups.MachineFlags, groups.ProgressFlags, groups.SpeedFlags,
     groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags, groups.DistributionFlags,
-    groups.FullStudentFlags, groups.TeacherFlags, groups.TargetFlags, groups.PhaseFlags,
-    groups.ConsistencyFlags, groups.SolverFlags, groups.OptimizerFlags, groups.RunFlags,
+    groups.FullStudentFlags, groups.StyleFlags, groups.TeacherFlags, groups.TargetFlags,
+    groups.PhaseFlags, groups.ConsistencyFlags, groups.SolverFlags, groups.OptimizerFlags,
+    groups.RunFlags,
 ):  # fmt: skip
     """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 
@@ -42,10 +43,30 @@ class RunConfig(DistillConfig):
     cache: Place
     run: Path
     init_fingerprint: str | None = None  # of the weights of --init-student
+    teacher_lora_sha256: tuple[str, ...] = ()  # of the files of --teacher-lora
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(groups.MachineFlags, groups.ArtistFlags):
+class ArtistFlags:
+    """Whose pictures are drawn: the student of a run, and its teacher."""
+
+    run: LocalPath | None = None
+    """The run in runs/ with the newest student unless given."""
+    model: NameOrPath | None = None
+    """Where the teacher is; the run's own, if it is on this machine, unless given."""
+    vae: NameOrPath | None = None
+    """The VAE that decodes; the run's unless given."""
+    guidance_scale: NotNegative | None = None
+    """diffusers' meaning (w + 1); the family's unless given. Not for a distilled LoRA's pictures,
+    which has learned it."""
+    eta: Fraction = 0.0
+    """Noise between the student's steps, for schedulers that know it: pcm, tcd (whose paper calls
+    it gamma) and denoise."""
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(groups.MachineFlags, ArtistFlags):
     """Compare student and teacher: one table and one picture."""
 
     eval_cache: PlaceFlag | None = None
@@ -83,7 +104,7 @@ class CompareConfig(groups.MachineFlags):
 
 
 @dataclass(frozen=True)
-class SampleConfig(groups.MachineFlags, groups.ArtistFlags):
+class SampleConfig(groups.MachineFlags, ArtistFlags):
     """Draw pictures with a student, for prompts whose embeddings are in its cache."""
 
     prompt: tuple[str, ...] = ()

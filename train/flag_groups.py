@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, StyleFlag
 from shared.cli.ranges import (
     BelowOne,
     Count,
@@ -145,6 +145,15 @@ class TeacherFlags:
 
 
 @dataclass(frozen=True)
+class StyleFlags:
+    """What the teacher wears."""
+
+    teacher_lora: StyleFlag = ()
+    """Distil a teacher that wears this LoRA (diffusers' or kohya's file), so that the student has
+    its style; with a scale, 1 unless given. It may be given again."""
+
+
+@dataclass(frozen=True)
 class FullStudentFlags:
     """A full student that is distilled: its average, its guidance input."""
 
@@ -279,22 +288,3 @@ class PublishFlags:
     """Repository to publish in; the run's name under your account unless given."""
     hub_token: str | None = field(default=None, repr=False)
     """A token with write access, never stored; the one of `hf auth login` unless given."""
-
-
-@dataclass(frozen=True)
-class ArtistFlags:
-    """Whose pictures are drawn: the student of a run, and its teacher."""
-
-    run: LocalPath | None = None
-    """The run in runs/ with the newest student unless given."""
-    model: NameOrPath | None = None
-    """Where the teacher is; the run's own, if it is on this machine, unless given."""
-    vae: NameOrPath | None = None
-    """The VAE that decodes; the run's unless given."""
-    guidance_scale: NotNegative | None = None
-    """diffusers' meaning (w + 1); the family's unless given. Not for a distilled LoRA's pictures,
-    which has learned it."""
-    eta: Fraction = 0.0
-    """Noise between the student's steps, for schedulers that know it: pcm, tcd (whose paper calls
-    it gamma) and denoise."""
-    seed: Seed = 0

@@ -10,7 +10,7 @@ from shared.cli.other_tools.flags import dashed
 from shared.errors import UsageError
 from train.config import DistillConfig, RunConfig
 from train.export.hub import check_push
-from train.flag_groups import FullStudentFlags, LoraFlags, names_of
+from train.flag_groups import FullStudentFlags, LoraFlags, StyleFlags, names_of
 from train.objectives import OBJECTIVES
 from train.state.optim import check_schedule
 
@@ -67,6 +67,7 @@ def objective_flags() -> dict[str, list[str]]:
     """The flags that not every objective takes, each with those that do."""
     takers: dict[str, list[str]] = {}
     for name, objective in OBJECTIVES.items():
-        for flag in objective.flags:
+        styles = names_of(StyleFlags) if objective.needs_teacher else ()
+        for flag in (*objective.flags, *styles):
             takers.setdefault(flag, []).append(name)
     return takers

@@ -177,7 +177,7 @@ def random_weights(device: torch.device) -> Iterator[None]:
     with ExitStack() as patches:
         for name, value in (
             ("train.trainer.setup.build_student", build_there),
-            ("train.networks.build.load_unet", build_unet),
+            ("train.networks.build.load_run_teacher", lambda source, _: build_unet(source)),
             ("prep.encoders.vae.load_vae", lambda source: random_vae(source, device)),
             ("prep.encoders.clip.CLIPTextModel", TextEncoders),
             ("prep.encoders.clip.CLIPTextModelWithProjection", TextEncoders),

@@ -46,6 +46,7 @@ from shared.networks.cache_checks import check_fit
 from shared.networks.precision import device_precision
 from shared.storage.files import file_sizes, free_bytes, guard, sync_folder
 from shared.storage.temporary import sweep
+from shared.style import FLAG, as_typed, described, marks, open_styles
 from shared.wording import counted, duration, size_of
 
 SOLVER_STEPS = 50  # the default of `train distill --num-ddim-timesteps`
@@ -139,11 +140,18 @@ def choose(config: TeachConfig, cache: CachePaths, manifest: Manifest) -> Asked:
     precision = config.mixed_precision or (
         stored.mixed_precision if stored else device_precision(device)
     )
-    teacher = Teacher(model.source, device, size, precision, steps, threads)
+    styles = open_styles(config.teacher_lora)
+    if stored is not None and marks(stored.styles) != marks(styles):
+        raise UserError(
+            f"{cache.root} holds answers of a teacher that wears {described(stored.styles)}, and "
+            f"this one wears {described(styles)}; "
+            f"give {as_typed(stored.styles) or 'no ' + FLAG}, or delete its answers/ to ask anew"
+        )
+    teacher = Teacher(model.source, device, size, precision, steps, threads, styles)
     seed = config.seed if config.seed is not None else (stored.seed if stored else 0)
     identity = AnswersIdentity(
         FORMAT, model.source, teacher.signs, schedule, steps, seed, precision, config.dtype,
-        embedding_hash(empty), size, device.type, threads,
+        embedding_hash(empty), size, device.type, threads, styles,
     )  # fmt: skip
     return Asked(cache, manifest, model, identity, empty, teacher, new=stored is None)
 
@@ -185,9 +193,10 @@ def announce(asked: Asked, todo: Sequence[UnitRecord], count: int) -> None:
         per_answer = seconds_per_answer(asked, shards[0])
         long = f", {duration(per_answer * samples * count)}"
     identity = asked.identity
+    worn = f" with {described(identity.styles)}" if identity.styles else ""
     print(
-        f"teacher {identity.model}, {counted(samples, 'sample')} of {counted(len(todo), 'unit')}, "
-        f"{counted(count, 'answer')} each at {identity.num_ddim_timesteps} timesteps, precision "
+        f"teacher {identity.model}{worn}, {counted(samples, 'sample')} of "
+        f"{counted(len(todo), 'unit')}, {counted(count, 'answer')} each at {identity.num_ddim_timesteps} timesteps, precision "
         f"{identity.mixed_precision}: {size_of(sum(sizes))}{long}; {free} free",
         file=sys.stderr,
     )

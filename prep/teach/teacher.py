@@ -17,8 +17,10 @@ from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import Schedule, add_noise, solver_timesteps
 from shared.machine.device import set_threads
 from shared.models.fingerprint import signs
-from shared.networks.denoiser import Denoiser, cond_and_uncond, load_schedule, load_unet
+from shared.networks.denoiser import Denoiser, cond_and_uncond, load_schedule
 from shared.networks.precision import autocast, hold_frozen
+from shared.networks.styled import load_teacher
+from shared.style import Style
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,15 @@ class Teacher:
 
     def __init__(
         self, source: str, device: torch.device, batch_size: int, mixed_precision: str,
-        num_ddim_timesteps: int, threads: int | None,
+        num_ddim_timesteps: int, threads: int | None, styles: Sequence[Style] = (),
     ) -> None:  # fmt: skip
         set_threads(threads)
         torch.backends.cudnn.allow_tf32 = False  # torch's default: 10 bits where fp32 has 23
         self.source, self.device, self.batch_size = source, device, batch_size
         self.mixed_precision = mixed_precision
         self.num_ddim_timesteps = num_ddim_timesteps
-        unet = load_unet(source)
+        self.styles = styles
+        unet = load_teacher(source, styles)
         self.signs = signs(unet.parameters())
         hold_frozen(unet, mixed_precision)
         self.unet: Denoiser = unet.to(device)
@@ -78,7 +81,7 @@ class Teacher:
     @cached_property
     def _exact(self) -> Denoiser:
         """The teacher in fp32, loaded where it is needed."""
-        return load_unet(self.source).to(self.device)
+        return load_teacher(self.source, self.styles).to(self.device)
 
     @torch.inference_mode()
     def _forward(

@@ -23,6 +23,7 @@ from shared.cache.paths import CachePaths
 from shared.cache.units import Shard, UnitRecord
 from shared.machine.device import pick_device
 from shared.storage.files import move, staged
+from shared.style import as_recorded
 from shared.wording import counted
 
 MOST_WAITING = 4  # batches of samples whose answers wait for those of one before them
@@ -80,7 +81,7 @@ def load_teacher(source: str, identity: AnswersIdentity, device: str) -> Teacher
     """Load the teacher as the identity says."""
     return Teacher(
         source, pick_device(device), identity.batch_size, identity.mixed_precision,
-        identity.num_ddim_timesteps, identity.threads,
+        identity.num_ddim_timesteps, identity.threads, as_recorded(identity.styles),
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from shared.cache.identity import Identity
 from shared.cache.layout import Field, Layout
 from shared.cache.units import HEX
 from shared.storage.typed_json import inside, not_negative, record_of, typed
+from shared.style import Style, marks
 
 FORMAT = 1
 RECORD_BYTES = 512  # of a sample's KEY.json among the answers
@@ -50,10 +51,17 @@ class AnswersIdentity:
     batch_size: int  # answers at a time; the last batch is filled up
     device: str  # its kind
     threads: int | None = None  # a CPU's
+    styles: tuple[Style, ...] = ()  # LoRAs that the teacher wears
+
+    def compared(self) -> dict[str, Any]:
+        """Return what two must share: all but where the teacher and what it wears lay."""
+        worn = {"styles": marks(self.styles)} if self.styles else {}
+        return {**self.to_json(), "model": None, **worn}
 
     def to_json(self) -> dict[str, Any]:
         """Return it as stored."""
-        return asdict(self)
+        value = asdict(self)
+        return value if self.styles else {k: v for k, v in value.items() if k != "styles"}
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> AnswersIdentity:

@@ -49,7 +49,7 @@ def claim_answers(cache: CachePaths, identity: AnswersIdentity) -> None:
 
 def other_answers(stored: AnswersIdentity, wanted: AnswersIdentity) -> str:
     """Return what differs, or an empty string; where the teacher lies does not count."""
-    return differences({**stored.to_json(), "model": None}, {**wanted.to_json(), "model": None})
+    return differences(stored.compared(), wanted.compared())
 
 
 def read_answers_identity(cache: CachePaths) -> AnswersIdentity | None:

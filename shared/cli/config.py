@@ -27,7 +27,7 @@ import tyro
 
 from shared.cli.completion import completion_script
 from shared.cli.other_tools.flags import Translation, closest
-from shared.cli.paths import Written, read_paths
+from shared.cli.paths import REPEATABLE, Written, read_paths
 from shared.cli.ranges import check_numbers
 from shared.cli.settings_file import read_settings, split_config
 from shared.errors import UsageError
@@ -47,7 +47,8 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     """
     file, rest = split_config(list(argv))
     known = flags_of(kind)
-    rest = without_names(Translation(known).words(rest), positional(kind))
+    rest = without_names(Translation(known).words(rest), marked(kind, tyro.conf.Positional))
+    rest = gathered(rest, marked(kind, REPEATABLE))
     values = _read_file(kind, file) if file else {}
     given = set(values) | {name for word in rest for name in named(word) if name in known}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
@@ -95,14 +96,13 @@ def flags_of(kind: type[Any]) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)} - {TYPED}
 
 
-def positional(kind: type[Any]) -> set[str]:
-    """Return the fields whose values may be typed without the flag: `compare A B`."""
+def marked(kind: type[Any], mark: Any) -> set[str]:
+    """Return the fields whose types are annotated with `mark`.
+
+    `Positional` says that values may be typed without the flag, REPEATABLE that it may come again.
+    """
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {
-        name
-        for name, hint in hints.items()
-        if tyro.conf.Positional in getattr(hint, "__metadata__", ())
-    }
+    return {n for n, hint in hints.items() if mark in getattr(hint, "__metadata__", ())}
 
 
 def without_names(words: Sequence[str], names: Collection[str]) -> list[str]:
@@ -115,6 +115,25 @@ def without_names(words: Sequence[str], names: Collection[str]) -> list[str]:
         else:
             rest.append(word)
     return rest
+
+
+def gathered(words: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return a command line in which a flag of these that is given again adds to its values."""
+    into = list[str]()  # what a word without a flag of its own belongs to
+    groups, first = [into], dict[str, list[str]]()
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        if not word.startswith("--"):
+            into.append(word)
+        elif name in names and name in first:
+            into = first[name]
+            into += [value] * bool(equals)
+        else:
+            into = [flag, *[value] * bool(equals)] if name in names else [word]
+            first[name] = into
+            groups.append(into)
+    return [word for group in groups for word in group]
 
 
 def named(word: str) -> list[str]:

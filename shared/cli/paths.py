@@ -21,6 +21,7 @@ import tyro
 from shared.cli.ranges import annotation
 from shared.errors import UsageError, UserError
 from shared.storage.urls import Place, place
+from shared.style import join_scale, split_scale
 
 FILE = re.compile(r"file:(?://([^/]*))?(/.*)")  # its host and its path
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # also with the one slash that pathlib leaves
@@ -100,10 +101,24 @@ def name_or_path(text: str) -> str:
     )
 
 
+def file_and_scale(text: str) -> str:
+    """Return a local file with the factor behind its colon, if it has one: `style.safetensors:0.8`.
+
+    What of it is the file is told by `shared.style`.
+    """
+    file, scale = split_scale(_whole(text))
+    remedy = "download it (`hf download`), and give its path"
+    return join_scale(local_text(file, remedy), scale)
+
+
 LocalPath = Annotated[Path, PathKind("PATH", local_path)]
 PlaceFlag = Annotated[Place, PathKind("PATH|URL", any_place)]
 SourceFlag = Annotated[str, PathKind("PATH|URL", source)]
 NameOrPath = Annotated[str, PathKind("NAME|PATH", name_or_path)]
+REPEATABLE = "repeatable"  # of a flag with several values, that may be given once for each
+StyleFlag = Annotated[
+    tuple[Annotated[str, PathKind("FILE[:SCALE]", file_and_scale)], ...], REPEATABLE
+]
 
 
 def local_text(text: str, remedy: str = "") -> str:

@@ -12,7 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+
+from shared.errors import UserError
+from shared.storage.reading import open_regular
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -48,6 +53,15 @@ def tensor_chunks(
     yield len(head).to_bytes(8, "little") + head
     for name in names:
         yield tensor_bytes(tensors[name])
+
+
+def load_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    """Load the tensors of a file. Raises UserError, naming it, where it is damaged."""
+    try:
+        with open_regular(path):  # a pipe would be waited for
+            return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def read_metadata(path: Path) -> dict[str, str]:

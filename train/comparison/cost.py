@@ -49,7 +49,8 @@ def relative_cost(model: Model, config: RunConfig, steps: int) -> float:
     The mean over the run's first `steps` steps, at the model's own resolution. What saves memory
     (--gradient-checkpointing) or time (--mixed-precision) is left out on both sides.
     """
-    nowhere = {"model": model.source, "cache": Path(), "run": Path()}  # runs alike are counted once
+    # Runs that are alike are counted once, wherever they lie.
+    nowhere: dict[str, Any] = {"model": model.source, "cache": Path(), "run": Path()}
     lcd = RunConfig(**nowhere, teacher=ONLINE, **{name: getattr(config, name) for name in SAME})
     return step_flops(model, replace(config, **nowhere), steps) / step_flops(model, lcd, 1)
 

@@ -18,11 +18,12 @@ from shared.models.family import Model, downscale_of, load_config, recorded_mode
 from shared.models.fingerprint import fingerprint
 from shared.models.vae import load_vae
 from shared.networks.cache_checks import check_fit, check_vae
-from shared.networks.denoiser import Denoiser, load_unet
+from shared.networks.denoiser import Denoiser
 from shared.networks.sampling import draw_latents, teacher_predictor, teacher_scheduler
 from shared.storage.urls import Place
 from train.config import EvaluateConfig, RunConfig, SampleConfig
 from train.export.student import load_student
+from train.networks.teacher import load_run_teacher
 from train.sampling.samplers import check_eta, student_sampler
 from train.state.run_config import run_config
 
@@ -49,7 +50,7 @@ class Artist:
 
     def with_teacher(self, empty: TextEmbeds) -> Artist:
         """The same with the teacher loaded and its unconditional embedding."""
-        teacher = load_unet(self.model.source).to(self.device)
+        teacher = load_run_teacher(self.model.source, self.config).to(self.device)
         return replace(self, teacher=teacher, empty=empty.to(self.device))
 
     def for_shape(self, shape: tuple[int, int, int]) -> Artist:

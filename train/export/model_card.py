@@ -18,6 +18,7 @@ from shared.errors import UserError
 from shared.models.family import Family, Model, native_resolution
 from shared.models.single_file import is_single_file
 from shared.storage.files import copy_durably, load_record, publish
+from shared.style import split_scale
 from train.export.file_guide import file_guide, half_precision
 from train.export.provenance import Provenance
 from train.export.weights import LORA_FILE
@@ -121,7 +122,24 @@ def introduction(origin: Provenance, name: str) -> str:
     kind = "LoRA" if origin.lora else "UNet"
     purpose = origin.objective.card.purpose.format(teacher=base_name(origin))
     return (
-        f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery{begun(origin)}."
+        f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery"
+        f"{begun(origin)}.{styled(origin)}"
+    )
+
+
+def styled(origin: Provenance) -> str:
+    """What the teacher wore, and that the student needs no file of it."""
+    names = []
+    for text, sha256 in zip(
+        origin.config.teacher_lora, origin.config.teacher_lora_sha256, strict=False
+    ):
+        file, scale = split_scale(text)
+        names.append(f"`{Path(file).name}` at {scale:g} ({sha256[:16]})")
+    if not names:
+        return ""
+    return (
+        f" The teacher wore {' and '.join(names)}; that style is in these weights, so load nothing "
+        "else for it."
     )
 
 

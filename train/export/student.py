@@ -14,9 +14,11 @@ from shared.errors import UserError
 from shared.models.family import recorded_model
 from shared.models.weights import load_whole
 from shared.networks.denoiser import Denoiser, load_unet
+from shared.networks.styled import read_styles
 from shared.storage.files import guard, publish, workshop
 from shared.storage.replace_together import replace_together
 from shared.storage.temporary import sweep
+from shared.style import marks
 from train.config import RunConfig
 from train.export.file_guide import file_guide
 from train.export.hub import push
@@ -25,13 +27,16 @@ from train.export.model_card import CARD_FILE, PREVIEW_FILE, write_card
 from train.export.provenance import SCHEDULER_FILE, Provenance
 from train.export.weights import (
     LORA_FILE,
+    NOTHING,
     UNET_FILES,
     UNET_FOLDER,
+    Worn,
     exported_student,
     write_lora,
     write_unet,
 )
 from train.flag_groups import PublishFlags
+from train.networks.teacher import styles_of
 from train.state.run_config import run_config
 from train.state.tensor_files import check_lora
 
@@ -43,11 +48,12 @@ def export_student(
     folder: Path,
     dtype: str = "both",
     describe: Callable[[Path, str], object] = lambda building, student: None,
+    worn: Worn = NOTHING,
 ) -> Path:
     """Write a UNet folder, or `pytorch_lora_weights.safetensors` and, beside it, kohya's file.
 
     `describe` is called with the folder in which the export is built and the student's
-    fingerprint, and may put `COMPANIONS` there. The former export is replaced when all of the new
+    fingerprint, and may put `COMPANIONS` there. A LoRA has in it what its teacher has `worn`. The former export is replaced when all of the new
     one is whole, and no file of it is left beside the new ones. Returns what was written. Raises
     UserError when the disk refuses; the former export is then as it was.
     """
@@ -56,7 +62,8 @@ def export_student(
         sweep(tmp)
     with workshop(tmp, "-export") as building:
         lora = bool(getattr(unet, "peft_config", None))
-        write, primary = (write_lora, LORA_FILE) if lora else (write_unet, UNET_FOLDER)
+        primary = LORA_FILE if lora else UNET_FOLDER
+        write = partial(write_lora, worn=worn) if lora else write_unet
         describe(building, write(unet, building, dtype, tmp))
         companions = (KOHYA_FILE, *COMPANIONS) if lora else COMPANIONS
         replace_together(building, folder, primary, companions)
@@ -79,7 +86,13 @@ def write_export(
         publish([scheduler.encode()], building / SCHEDULER_FILE, tmp)
         write_card(run, building, tmp, origin, student, latest, str(folder))
 
-    return export_student(unet, folder, dtype, describe)
+    return export_student(unet, folder, dtype, describe, worn_by_teacher(origin, unet))
+
+
+def worn_by_teacher(origin: Provenance, unet: Denoiser) -> Worn:
+    """What a LoRA student needs besides its own weights; a full one has it in them."""
+    styles = styles_of(origin.config) if origin.lora else ()
+    return Worn(read_styles(styles, unet), tuple(marks(styles)))
 
 
 def publish_export(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from shared.errors import UserError
 from shared.models.fingerprint import fingerprint, tensors_fingerprint
 from shared.networks.denoiser import Denoiser
+from shared.networks.styled import Lora, join
 from shared.storage.files import dump_json, publish, sync_folder
 from shared.storage.tensors import read_metadata, tensor_chunks
 from train.export.kohya import KOHYA_FILE, kohya_metadata, kohya_tensors
@@ -31,33 +33,48 @@ UNET_FILES = {
     "fp32": "diffusion_pytorch_model.safetensors",
     "fp16": "diffusion_pytorch_model.fp16.safetensors",  # diffusers' variant="fp16"
 }
+STYLES = "distillery.teacher_lora"  # likewise: what the teacher wore, which is among the weights
 STUDENT = "distillery.student"  # in a file's metadata: the fingerprint of what was trained
 
 
-def write_lora(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:
+@dataclass(frozen=True)
+class Worn:
+    """What the teacher of a LoRA student wears: the weights added, and what tells the styles."""
+
+    lora: Lora = field(default_factory=dict)
+    marks: tuple[str, ...] = ()
+
+
+NOTHING = Worn()
+
+
+def write_lora(unet: Denoiser, folder: Path, dtype: str, tmp: Path, worn: Worn = NOTHING) -> str:
     """Write diffusers' file and, unless a layer has no name there, kohya's; fp16 if `dtype` is.
 
+    What the teacher wears is in them, beside the student's own ranks: the base model has it not.
     Returns the student's fingerprint, which is in both. diffusers' names stay peft's throughout:
     its own conversion renames the attention layers only, and a file with both kinds of names
     loses half its modules on loading.
     """
-    adapter = folded_adapter(unet)
+    adapter = join(worn.lora, folded_adapter(unet))
     student = tensors_fingerprint(adapter)
     if dtype == "fp16":
         adapter = halved(adapter)
+    told = {STYLES: json.dumps(worn.marks)} if worn.marks else {}
     try:
         named = kohya_tensors(adapter, unet)
     except UserError as error:
         print(f"note: {KOHYA_FILE} is left out: {error}", file=sys.stderr)
     else:
-        metadata = {**kohya_metadata(unet, named), STUDENT: student}
+        metadata = {**kohya_metadata(unet, named), STUDENT: student, **told}
         publish(tensor_chunks(named, metadata), folder / KOHYA_FILE, tmp)
     tensors = {f"unet.{name}": tensor for name, tensor in adapter.items()}
-    settings = {f"unet.{name}": value for name, value in adapter_config(unet).items()}
+    settings = {f"unet.{name}": value for name, value in adapter_config(unet, adapter).items()}
     metadata = {
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True),
         STUDENT: student,
+        **told,
     }
     publish(tensor_chunks(tensors, metadata), folder / LORA_FILE, tmp)
     return student
@@ -81,14 +98,18 @@ def folded_adapter(unet: Denoiser) -> dict[str, Tensor]:
     return folded
 
 
-def adapter_config(unet: Denoiser) -> dict[str, Any]:
-    """The adapter's configuration as its readers are to have it.
+def adapter_config(unet: Denoiser, adapter: Lora) -> dict[str, Any]:
+    """The configuration of an adapter of this UNet as its readers are to have it.
 
-    alpha is the rank, since it is folded; there is no dropout, which diffusers would go on with
-    while drawing.
+    alpha is the rank, since it is folded, also on layers with a rank of their own; there is no
+    dropout, which diffusers would go on with while drawing.
     """
     config: dict[str, Any] = unet.peft_config["default"].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])
+    ranks = {n.partition(".lora_A.")[0]: len(t) for n, t in adapter.items() if ".lora_A." in n}
+    others = {layer: rank for layer, rank in sorted(ranks.items()) if rank != config["r"]}
+    config["target_modules"] = sorted({*config["target_modules"], *others})
+    if others:
+        config |= {"rank_pattern": others, "alpha_pattern": others}
     return {**config, "lora_alpha": config["r"], "lora_dropout": 0.0}
 
 

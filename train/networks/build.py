@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from shared.models.family import resolve_model
 from shared.models.fingerprint import signs
-from shared.networks.denoiser import Denoiser, load_unet
+from shared.networks.denoiser import Denoiser
 from train.config import DistillConfig
 from train.networks.full import FullStudent
 from train.networks.lora import LoraStudent
 from train.networks.matched import MatchedStudent
 from train.networks.student import Student
+from train.networks.teacher import load_run_teacher
 from train.objectives import objective_of
 
 
 def build_student(source: str, config: DistillConfig) -> Student:
     """Build the student that the flags ask for, on the CPU; the teacher lies at `source`."""
-    teacher = load_unet(source)
+    teacher = load_run_teacher(source, config)
     told = signs(teacher.parameters())
     student = student_of(teacher, config, told, middle_guidance(source, config))
     for network in student.trained():

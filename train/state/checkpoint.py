@@ -30,10 +30,9 @@ from shared.storage.files import (
     workshop,
 )
 from shared.storage.temporary import temporary
-from shared.storage.tensors import tensor_chunks
+from shared.storage.tensors import load_tensors, tensor_chunks
 from shared.storage.typed_json import not_negative, record_of, typed
 from train.state.optim import Scaler, saved
-from train.state.tensor_files import load_tensors
 
 REMEDY = "resume from another checkpoint, or restore it"
 RESUME = "--resume-from-checkpoint"

@@ -15,10 +15,12 @@ from shared.diffusion import schedule_settings
 from shared.errors import UserError
 from shared.models.family import Model, load_config
 from shared.storage.files import dump_json
+from shared.style import marks
 from shared.wording import counted
 from train.config import RunConfig
 from train.flag_groups import TeacherFlags, names_of
 from train.networks.student import Student
+from train.networks.teacher import styles_of
 from train.objectives import objective_of
 from train.state.checkpoint import TrainingState
 
@@ -29,6 +31,7 @@ INVARIANT_FLAGS = (
 )  # fmt: skip
 
 
+TEACHER_LORA = "teacher_lora"  # what the teacher wears: hashes of files, and scales
 ANSWERS, PER_SAMPLE = "answers", "answers_per_sample"  # terms of a run that reads them
 
 
@@ -98,6 +101,7 @@ def run_invariants(
         **schedule_settings(scheduler),
         # A full fine-tuning has no teacher beside it, but weights that it began with.
         **student.origin(),
+        **({TEACHER_LORA: marks(styles_of(config))} if config.teacher_lora else {}),
         **({} if answers is None else answers_terms(answers)),
     }
 
@@ -110,7 +114,7 @@ def invariant_flags(config: RunConfig) -> list[str]:
 
 def answers_terms(answers: AnswersManifest) -> dict[str, Any]:
     """What a checkpoint remembers of the teacher's answers; where the teacher lay is no matter."""
-    content = dump_json({**answers.identity.to_json(), "model": None})
+    content = dump_json(answers.identity.compared())
     return {ANSWERS: hashlib.sha256(content).hexdigest()[:16], PER_SAMPLE: answers.answers}
 
 
@@ -119,6 +123,7 @@ def check_invariants(folder: Path, stored: Mapping[str, Any], wanted: Mapping[st
 
     An older version remembered fewer of them: what only one side has is not compared.
     """
+    stored, wanted = ({TEACHER_LORA: [], **invariants} for invariants in (stored, wanted))
     both = (stored.keys() & wanted.keys()) - {"samples"}
     before, here = ({name: invariants[name] for name in both} for invariants in (stored, wanted))
     if differing := differences(before, here):

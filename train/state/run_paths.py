@@ -7,6 +7,7 @@ are found from the folder that the command was given in, which the run's own pat
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from shared.cli.config import coerce
 from shared.errors import UserError
 from shared.storage.ownership import absolute
 from shared.storage.urls import Place, RemotePlace, is_url
+from shared.style import join_scale, split_scale
 from train.config import RunConfig
 
 PATHS = ("cache", "model", "vae", "init_student")
@@ -23,16 +25,17 @@ def to_keep(config: RunConfig) -> RunConfig:
     """Leave paths as typed, or make them absolute where the run's path would not lead to them."""
     if is_downward(config.run):
         return config
-    local = {name: text for name, text in _paths(config).items() if Path(text).exists()}
-    return _with_paths(config, {name: str(absolute(Path(text))) for name, text in local.items()})
+
+    def whole(text: str) -> str:
+        return str(absolute(Path(text))) if Path(text).exists() else text
+
+    return _with_paths(config, whole)
 
 
 def from_here(config: RunConfig, run: Path) -> RunConfig:
     """Let the paths of the run that lies at `run` lead to its parts from the current folder."""
     origins = folders_typed_in(config.run, run)
-    return _with_paths(
-        config, {name: path_from_here(text, origins) for name, text in _paths(config).items()}
-    )
+    return _with_paths(config, lambda text: path_from_here(text, origins))
 
 
 def _paths(config: RunConfig) -> dict[str, str]:
@@ -41,8 +44,12 @@ def _paths(config: RunConfig) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text and not is_url(text)}
 
 
-def _with_paths(config: RunConfig, texts: dict[str, str]) -> RunConfig:
-    return replace(config, **coerce(RunConfig, texts))
+def _with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
+    """The same with `change` made to every local path."""
+    texts = {name: change(text) for name, text in _paths(config).items()}
+    styles = [split_scale(text) for text in config.teacher_lora]
+    worn = tuple(join_scale(change(file), scale) for file, scale in styles)
+    return replace(config, **coerce(RunConfig, texts), teacher_lora=worn)
 
 
 def recorded_cache(cache: Place, flag: str) -> Path:

@@ -8,23 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shared.errors import UserError
 from shared.models.weights import is_finite
-from shared.storage.reading import open_regular
+from shared.storage.tensors import load_tensors
 
 Shapes = Mapping[str, Sequence[int]]
-
-
-def load_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises UserError, naming it, where it is damaged."""
-    try:
-        with open_regular(path):  # a pipe would be waited for
-            return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def is_whole(path: Path) -> bool:

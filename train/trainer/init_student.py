@@ -9,13 +9,13 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.models.fingerprint import tensors_fingerprint
+from shared.models.lora_files import read_lora
 from train.config import RunConfig
 from train.export.kohya import KOHYA_FILE
 from train.export.student import load_exported_unet
 from train.export.weights import LORA_FILE, UNET_FILES, UNET_FOLDER
 from train.networks.student import Student
 from train.state.checkpoint import TrainingState
-from train.state.lora_files import read_lora
 from train.state.run_config import run_config
 
 INIT_STUDENT = "init_student"  # a term of a run: the fingerprint of the weights it began with

@@ -9,14 +9,16 @@ from typing import Any
 from shared.cache.identity import differences
 from shared.cli.config import to_dict
 from shared.errors import UserError
+from shared.style import Style, marks, split_scale
 from train.config import RunConfig
 from train.export.model_card import CARD_FILE
 from train.export.provenance import SCHEDULER_FILE
 from train.export.student import student_file
 from train.export.weights import weight_files
+from train.networks.teacher import styles_of
 from train.state import checkpoint
 from train.state.optim import base_learning_rate
-from train.state.resume_checks import invariant_flags
+from train.state.resume_checks import TEACHER_LORA, invariant_flags
 from train.state.run_config import run_config
 from train.state.tensor_files import is_whole
 
@@ -28,6 +30,7 @@ FREE = frozenset({
     "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
     "local_cache", "threads", "device", "push_to_hub", "hub_model_id", "compile", "attention",
     "gradient_checkpointing", "offload_ema", "allow_tf32", "teacher", "init_fingerprint",
+    "teacher_lora_sha256",
 })  # fmt: skip
 LATEST = "latest"
 
@@ -70,10 +73,19 @@ def changes(stored: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """
     wanted = to_dict(replace(config, learning_rate=base_learning_rate(config)))
     before = to_dict(stored)
+    # What the teacher wears is known by the files' contents, and a run remembers those.
+    before[TEACHER_LORA], wanted[TEACHER_LORA] = recorded_marks(stored), marks(styles_of(config))
     names = wanted.keys() - FREE
     if config.num_train_epochs is not None:
         names -= {"max_train_steps"}  # follows from the cache
     return {name: (before[name], wanted[name]) for name in names if before[name] != wanted[name]}
+
+
+def recorded_marks(stored: RunConfig) -> list[str]:
+    """What the teacher of a run wears, by what its config.json says."""
+    scales = [split_scale(text)[1] for text in stored.teacher_lora]
+    pairs = zip(stored.teacher_lora_sha256, scales, strict=True)
+    return [Style("", scale, sha256).mark for sha256, scale in pairs]
 
 
 def finished_message(config: RunConfig) -> str:

@@ -34,6 +34,7 @@ from train.flags import check_flags
 from train.networks.build import build_student
 from train.networks.precision import check_speed, speed_up
 from train.networks.student import Student
+from train.networks.teacher import styles_of
 from train.objectives import objective_of
 from train.objectives.objective import Loss
 from train.sampling.preview import open_previews
@@ -250,6 +251,7 @@ def start_run_folder(
         kept = to_keep(replace(config, model=model.source))
         kept = replace(kept, learning_rate=base_learning_rate(config))
         stored = {**to_dict(kept), "init_fingerprint": begun}
+        stored["teacher_lora_sha256"] = [style.sha256 for style in styles_of(config)]
         publish([dump_json(stored)], config.run / "config.json", config.run / "tmp")
         return checkpoint.start_branch(config.run, resumed)
     except BaseException:  # or it would seem to live on where the file system has no locks

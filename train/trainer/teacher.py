@@ -16,9 +16,11 @@ from shared.cache.paths import CachePaths
 from shared.diffusion import schedule_settings
 from shared.errors import UserError
 from shared.models.family import Model, load_config
+from shared.style import FLAG, as_typed, described, marks
 from shared.wording import counted
 from train.config import RunConfig
 from train.flag_groups import CACHED, ONLINE
+from train.networks.teacher import styles_of
 from train.objectives import objective_of
 from train.state.checkpoint import TrainingState
 from train.state.resume_checks import ANSWERS, PER_SAMPLE, answers_terms
@@ -62,6 +64,14 @@ def check_answers(
     answers: AnswersIdentity, model: Model, empty: TextEmbeds, config: RunConfig
 ) -> None:
     """Raise UserError where another schedule, prediction or embedding was answered for."""
+    worn = styles_of(config)
+    if marks(answers.styles) != marks(worn):
+        remedy = f"give {as_typed(answers.styles)}" if answers.styles else f"leave {FLAG} out"
+        raise UserError(
+            f"{folder_of(config)} holds answers of a teacher that wears "
+            f"{described(answers.styles)}, and this one wears {described(worn)}; {remedy}, or "
+            f"{WITHOUT}"
+        )
     here = schedule_settings(load_config(model.source, "scheduler/scheduler_config.json"))
     if differing := differences(schedule_settings(answers.schedule), here):
         raise UserError(
@@ -115,6 +125,8 @@ def print_teacher(config: RunConfig, answers: AnswersManifest | None) -> None:
     if config.teacher is None:
         return
     line: str = ONLINE
+    if config.teacher_lora:
+        print(f"the teacher wears {described(styles_of(config))}", file=sys.stderr)
     if answers is not None:
         line = f"{counted(answers.answers, 'cached answer')} a sample ({folder_of(config)})"
         if answers.without:

@@ -51,8 +51,7 @@ REFUSED = refusals({
         "out",
     # The network.
     "network_args block_lr": "--lora-target-modules says which layers are adapted",
-    "base_weights base_weights_multiplier": "merge that LoRA into the model first, and pass it as "
-        "--model",
+    "base_weights base_weights_multiplier": "--teacher-lora FILE:SCALE gives the teacher that LoRA",
     "dim_from_weights": "--lora-rank says it, of adapters that begin anew",
     "network_dropout": "it drops values between the two matrices; --lora-dropout those before them",
     "network_train_unet_only": "the UNet alone is trained, always; leave it out",

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from shared.errors import UserError, first_line
 from shared.models.weights import UNUSABLE, is_finite
-from shared.storage.tensors import read_metadata
-from train.state.tensor_files import load_tensors
+from shared.storage.tensors import load_tensors, read_metadata
 
 PARTS = ("lora_A", "lora_B")
 REMEDY = "give another file"
@@ -32,6 +32,8 @@ def read_lora(path: Path, unet_config: Any) -> dict[str, Tensor]:
     encoders are left out, with a note. Raises UserError for what is no LoRA of a UNet.
     """
     tensors = load_tensors(path, REMEDY)
+    if odd := [name for name in tensors if "dora" in name or "magnitude" in name]:
+        raise UserError(f"{path} holds {odd[0]}, which is of a DoRA, no LoRA; {REMEDY}")
     try:
         if all(name.startswith("lora_") for name in tensors):
             tensors = folded_kohya(tensors)
@@ -44,11 +46,17 @@ def read_lora(path: Path, unet_config: Any) -> dict[str, Tensor]:
         ) from None
     own = {k.removeprefix("unet."): v for k, v in named.items() if k.startswith("unet.")}
     if own and len(own) < len(named):
-        print(f"note: {path} adapts text encoders too, which are left as they are", file=sys.stderr)
+        note_text_encoders(path)
     if not any(".lora_A." in name for name in own):
         own = convert_unet_state_dict_to_peft(own)
     check_pairs(path, own)
     return folded(own, adapter_settings(path))
+
+
+@cache
+def note_text_encoders(path: Path) -> None:
+    """Say what is left out of a file, once."""
+    print(f"note: {path} adapts text encoders too, which are left as they are", file=sys.stderr)
 
 
 def folded_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
