@@ -196,7 +196,8 @@ def announce(asked: Asked, todo: Sequence[UnitRecord], count: int) -> None:
     worn = f" with {described(identity.styles)}" if identity.styles else ""
     print(
         f"teacher {identity.model}{worn}, {counted(samples, 'sample')} of "
-        f"{counted(len(todo), 'unit')}, {counted(count, 'answer')} each at {identity.num_ddim_timesteps} timesteps, precision "
+        f"{counted(len(todo), 'unit')}, {counted(count, 'answer')} each at "
+        f"{identity.num_ddim_timesteps} timesteps, precision "
         f"{identity.mixed_precision}: {size_of(sum(sizes))}{long}; {free} free",
         file=sys.stderr,
     )

@@ -53,9 +53,10 @@ def export_student(
     """Write a UNet folder, or `pytorch_lora_weights.safetensors` and, beside it, kohya's file.
 
     `describe` is called with the folder in which the export is built and the student's
-    fingerprint, and may put `COMPANIONS` there. A LoRA has in it what its teacher has `worn`. The former export is replaced when all of the new
-    one is whole, and no file of it is left beside the new ones. Returns what was written. Raises
-    UserError when the disk refuses; the former export is then as it was.
+    fingerprint, and may put `COMPANIONS` there. A LoRA has in it what its teacher has `worn`. The
+    former export is replaced when all of the new one is whole, and no file of it is left beside the
+    new ones. Returns what was written. Raises UserError when the disk refuses; the former export is
+    then as it was.
     """
     tmp = folder / "tmp"
     with guard(folder):

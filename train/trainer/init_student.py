@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from torch import Tensor
 from shared.errors import UserError
 from shared.models.fingerprint import tensors_fingerprint
 from shared.models.lora_files import read_lora
+from shared.networks.styled import read_styles
+from shared.storage.tensors import read_metadata
+from shared.style import FLAG, described, marks
 from train.config import RunConfig
 from train.export.kohya import KOHYA_FILE
 from train.export.student import load_exported_unet
-from train.export.weights import LORA_FILE, UNET_FILES, UNET_FOLDER
+from train.export.weights import LORA_FILE, STYLES, UNET_FILES, UNET_FOLDER
 from train.networks.student import Student
+from train.networks.teacher import styles_of
 from train.state.checkpoint import TrainingState
 from train.state.run_config import run_config
 
@@ -38,7 +43,7 @@ def begin(student: Student, config: RunConfig, before: TrainingState | None) -> 
         return None
     if begun is not None and recorded(config) == config.init_student:
         return str(begun)
-    weights = read_weights(config.init_student, student, config.student)
+    weights = read_weights(config.init_student, student, config)
     if before is None:
         student.begin_with(weights, f"--init-student {config.init_student}")
     return tensors_fingerprint(weights)
@@ -51,13 +56,45 @@ def recorded(config: RunConfig) -> Path | None:
     return run_config(config.run).init_student
 
 
-def read_weights(path: Path, student: Student, kind: str) -> Mapping[str, Tensor]:
-    """The weights at `path` for a `lora` or `full` student. Raises UserError where none are."""
-    place = find_weights(path, kind)
-    if kind == "lora":
-        return read_lora(place, student.unet.config)
+def read_weights(path: Path, student: Student, config: RunConfig) -> Mapping[str, Tensor]:
+    """The weights at `path` for a run's kind of student. Raises UserError where none are."""
+    place = find_weights(path, config.student)
+    if config.student == "lora":
+        return without_styles(read_lora(place, student.unet.config), place, student, config)
     weights: Mapping[str, Tensor] = load_exported_unet(place).state_dict()
     return weights
+
+
+def without_styles(
+    lora: Mapping[str, Tensor], path: Path, student: Student, config: RunConfig
+) -> Mapping[str, Tensor]:
+    """A LoRA student without what its teacher wore, where this run's teacher wears it already.
+
+    It is the first ranks of the file. Raises UserError where the two wear different LoRAs.
+    """
+    styles = styles_of(config)
+    worn = worn_in(path)
+    if not styles or not worn:
+        return lora
+    if worn != marks(styles):
+        raise UserError(
+            f"--init-student {config.init_student} has in it what its teacher wore "
+            f"({', '.join(worn)}), and this teacher wears {described(styles)}; give the same "
+            f"{FLAG}, or none"
+        )
+    own = dict(lora)
+    for name, tensor in read_styles(styles, student.unet).items():
+        ranks = len(tensor) if ".lora_A." in name else tensor.shape[1]
+        own[name] = lora[name][ranks:] if ".lora_A." in name else lora[name][:, ranks:]
+    return {name: tensor for name, tensor in own.items() if tensor.numel()}
+
+
+def worn_in(path: Path) -> list[str]:
+    """What the teacher of an exported LoRA student wore, which is among its weights."""
+    try:
+        return [str(mark) for mark in json.loads(read_metadata(path).get(STYLES, "[]"))]
+    except (ValueError, TypeError, RecursionError):
+        return []
 
 
 def find_weights(path: Path, kind: str) -> Path:
