@@ -12,6 +12,7 @@ from train.config import DistillConfig, RunConfig
 from train.export.hub import check_push
 from train.flag_groups import FullStudentFlags, LoraFlags, StyleFlags, names_of
 from train.objectives import OBJECTIVES
+from train.objectives.objective import Objective
 from train.state.optim import check_schedule
 
 # (flag, value) -> the flags that mean something only with it; besides, each objective has its own.
@@ -67,7 +68,11 @@ def objective_flags() -> dict[str, list[str]]:
     """The flags that not every objective takes, each with those that do."""
     takers: dict[str, list[str]] = {}
     for name, objective in OBJECTIVES.items():
-        styles = names_of(StyleFlags) if objective.needs_teacher else ()
-        for flag in (*objective.flags, *styles):
+        for flag in flags_of(objective):
             takers.setdefault(flag, []).append(name)
     return takers
+
+
+def flags_of(objective: Objective) -> tuple[str, ...]:
+    """The flags that mean something to an objective and not to all: its own, its teacher's."""
+    return (*objective.flags, *(names_of(StyleFlags) if objective.needs_teacher else ()))

@@ -14,7 +14,7 @@ import torch
 from shared.cli.config import parse
 from shared.errors import UserError
 from train.config import DistillConfig
-from train.flags import NOT_WITH, ONLY_WITH, check_flags, dashed
+from train.flags import NOT_WITH, ONLY_WITH, check_flags, dashed, flags_of
 from train.networks.precision import check_speed
 from train.objectives import OBJECTIVES
 from train.state.checkpoint import TrainingState
@@ -177,7 +177,7 @@ def test_the_docs_have_this_table(repo):
     rows = re.findall(r"^\| (`--[^|]+) \| ([^|]+) \|$", section.partition("\n## ")[0], re.M)
     written = [(say, flag) for flags, say in rows for flag in re.findall(r"`(--[\w-]+)`", flags)]
     wanted = []
-    objectives = {("objective", name): OBJECTIVES[name].flags for name in OBJECTIVES}
+    objectives = {("objective", name): flags_of(OBJECTIVES[name]) for name in OBJECTIVES}
     for words, table in (("only with", ONLY_WITH | objectives), ("not with", NOT_WITH)):
         for (flag, value), names in table.items():
             shown = value[0] if isinstance(value, tuple) else value

@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_the_same_style_and_no_other(tiny_sd, tiny_cache, tmp
     weaker = settings(tiny_sd, tiny_cache, broken, None, **more)
     for worn in ((), (f"{style}:0.25",), (f"{style}:{SCALE}", str(style))):
         config = DistillConfig(**vars(weaker) | {"teacher_lora": worn})
-        with pytest.raises(UserError, match="teacher_lora is .* there, .* here"):
+        with pytest.raises(UserError, match=r"teacher_lora is .* there, .* here"):
             prepare(config)
     moved = shutil.copy(style, tmp_path / "elsewhere.safetensors")
     train(settings(tiny_sd, tiny_cache, broken, moved, **more))
@@ -177,7 +177,7 @@ def test_a_styled_student_goes_on_without_wearing_its_style_twice(styled, style,
     for name, tensor in state.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
     config = settings(tiny_sd, styled.cache, tmp_path / "b", None, **more, dry_run=True)
-    with pytest.raises(UserError, match="--init-student .* wore .*; give the same"):
+    with pytest.raises(UserError, match=r"--init-student .* wore .*; give the same"):
         prepare(DistillConfig(**vars(config) | {"teacher_lora": (str(style),)}))
 
 
@@ -195,7 +195,7 @@ def test_answers_are_of_a_teacher_and_what_it_wears(tiny_sd, tiny_cache, tmp_pat
     assert prepare(config).config.teacher == "cached"
     plain = settings(tiny_sd, cache, tmp_path / "run", None, dry_run=True)
     for other in (plain, DistillConfig(**vars(plain) | {"teacher_lora": (str(style),)})):
-        with pytest.raises(UserError, match="give --teacher-lora .*:0.5, or --teacher online"):
+        with pytest.raises(UserError, match=r"give --teacher-lora .*:0.5, or --teacher online"):
             prepare(other)
     online = DistillConfig(**vars(plain) | {"teacher": "online"})
     assert prepare(online).config.teacher == "online"
