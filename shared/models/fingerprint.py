@@ -30,9 +30,11 @@ def signs(parameters: Iterable[nn.Parameter]) -> str:
     """16 hex digits over the signs of weights, by which a teacher is told.
 
     Signs do not change when weights are rounded to half precision, so a run may go on with another
-    --mixed-precision; some do in any further training of a teacher.
+    --mixed-precision; some do in any further training of a teacher. Those on the meta device have
+    none.
     """
     digest = hashlib.sha256()
     for parameter in parameters:
-        digest.update(np.packbits(torch.signbit(parameter).cpu().numpy().ravel()).data)
+        if not parameter.is_meta:
+            digest.update(np.packbits(torch.signbit(parameter).cpu().numpy().ravel()).data)
     return digest.hexdigest()[:16]

@@ -209,14 +209,14 @@ def test_the_second_evaluation_takes_over_the_teachers_rows(
 
 
 def test_the_teachers_rows_are_of_one_seed_guidance_and_scorer(tmp_path, held):
-    def key(guidance_scale: float = 3.0, **more) -> str:
+    def key(guidance_scale: float = 3.0, teacher: str = "a", **more) -> str:
         config = EvaluateConfig(run=tmp_path, **more)
-        artist = SimpleNamespace(teacher_fingerprint=lambda: "a", guidance_scale=guidance_scale)
-        return teacher_results.reference_key(config, held, 8, artist)
+        artist = SimpleNamespace(guidance_scale=guidance_scale)
+        return teacher_results.reference_key(config, held, 8, artist, teacher)
 
-    others = [key(seed=1), key(4.0), key(scorer="a:b"), key(num_samples=70)]
+    others = [key(seed=1), key(4.0), key(scorer="a:b"), key(num_samples=70), key(teacher="b")]
     assert key() == key()
-    assert len({key(), *others}) == 5
+    assert len({key(), *others}) == 6
 
 
 def test_heldout_is_read_in_order_and_scaled(tiny_cache):

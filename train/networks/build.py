@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from shared.models.family import resolve_model
-from shared.models.fingerprint import signs
 from shared.networks.denoiser import Denoiser
 from train.config import DistillConfig
 from train.networks.full import FullStudent
@@ -17,8 +16,7 @@ from train.objectives import objective_of
 def build_student(source: str, config: DistillConfig) -> Student:
     """Build the student that the flags ask for, on the CPU; the teacher lies at `source`."""
     teacher = load_run_teacher(source, config)
-    told = signs(teacher.parameters())
-    student = student_of(teacher, config, told, middle_guidance(source, config))
+    student = student_of(teacher, config, middle_guidance(source, config))
     for network in student.trained():
         if config.gradient_checkpointing:
             network.unet.enable_gradient_checkpointing()
@@ -28,20 +26,17 @@ def build_student(source: str, config: DistillConfig) -> Student:
     return student
 
 
-def student_of(
-    teacher: Denoiser, config: DistillConfig, teacher_signs: str = "", w: float = 0.0
-) -> Student:
+def student_of(teacher: Denoiser, config: DistillConfig, w: float = 0.0) -> Student:
     """Make the student of a frozen teacher, which becomes part of it.
 
-    `teacher_signs` tell the teacher (shared.models.fingerprint); `w` is the guidance of a student
-    that it may begin with and that is told its guidance.
+    `w` is the guidance of a student that it may begin with and that is told its guidance.
     """
     if objective_of(config).partner is not None:
         return MatchedStudent(teacher, config, w)
     if config.student == "lora":
         return LoraStudent(teacher, config)
     if objective_of(config).needs_target:
-        return FullStudent(teacher, config, teacher_signs)
+        return FullStudent(teacher, config)
     return Student(teacher.train().requires_grad_(True))  # the teacher's own UNet, trained as it is
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding
+from shared.models.fingerprint import signs
 from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond
 from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
@@ -24,9 +25,9 @@ class FullStudent(Student):
     Where the cache has the teacher's answers, or none are wanted, no teacher is in memory.
     """
 
-    def __init__(self, teacher: Denoiser, config: DistillConfig, teacher_signs: str) -> None:
+    def __init__(self, teacher: Denoiser, config: DistillConfig) -> None:
         torch.manual_seed(config.seed)  # of the guidance projection, where it starts at random
-        self.teacher_signs = teacher_signs
+        self.teacher_signs = signs(teacher.parameters())
         self.dim, self.decay = config.unet_time_cond_proj_dim, config.ema_decay
         super().__init__(guided_copy(teacher, self.dim, config.guidance_init))
         self.target_unet = guided_copy(teacher, self.dim, "zero")

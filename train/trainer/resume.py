@@ -84,7 +84,7 @@ def changes(stored: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
 def recorded_marks(stored: RunConfig) -> list[str]:
     """What the teacher of a run wears, by what its config.json says."""
     scales = [split_scale(text)[1] for text in stored.teacher_lora]
-    pairs = zip(stored.teacher_lora_sha256, scales, strict=True)
+    pairs = zip(stored.teacher_lora_sha256, scales, strict=False)
     return [Style("", scale, sha256).mark for sha256, scale in pairs]
 
 
