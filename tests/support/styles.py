@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tests.support.students import disturb, stock_unet
 
 RANK, ALPHA = 3, 6.0
-TARGETS = ("to_q", "to_out.0", "conv1", "conv_in")
+TARGETS = ("to_q", "to_k", "conv1", "conv_in")
 
 
 def style_unet(model: Path, seed: int = 5) -> UNet2DConditionModel:

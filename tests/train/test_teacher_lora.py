@@ -53,13 +53,14 @@ def test_the_teacher_wears_what_diffusers_loads(request, tmp_path, name, form, s
 def test_several_add_up(tiny_sd, tmp_path):
     paths = [write_style(tiny_sd, tmp_path / f"{n}.safetensors", seed=n) for n in (1, 2)]
     worn = load_teacher(str(tiny_sd), open_styles([f"{paths[0]}:0.5", str(paths[1])]))
-    wanted = stock_unet(tiny_sd).state_dict()
+    bare = stock_unet(tiny_sd).state_dict()
+    wanted = dict(bare)
     for seed, scale in ((1, 0.5), (2, 1.0)):
         unet = style_unet(tiny_sd, seed)
         unet.fuse_lora(lora_scale=scale)
         unet.unload_lora()
         for layer, weight in unet.state_dict().items():
-            wanted[layer] = wanted[layer] + weight - stock_unet(tiny_sd).state_dict()[layer]
+            wanted[layer] = wanted[layer] + weight - bare[layer]
     for layer, weight in worn.state_dict().items():
         torch.testing.assert_close(weight, wanted[layer], rtol=1e-5, atol=1e-5)
 

@@ -39,10 +39,9 @@ RESNET_PARTS = {
 def kohya_metadata(unet: Denoiser, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """What sd-scripts writes of a LoRA; web UIs sort by `ss_base_model_version` and `ss_v2`.
 
-    alpha is the rank: what it was in training is part of the weights. Where layers have several,
-    it is the largest.
+    alpha is the rank: what it was in training is part of the weights.
     """
-    rank = str(max(len(tensor) for name, tensor in tensors.items() if ".lora_down." in name))
+    rank = str(next(len(tensor) for name, tensor in tensors.items() if ".lora_down." in name))
     v2 = unet.config.cross_attention_dim == 1024
     base = "sd_v2" if v2 else "sd_v1"
     if unet.config.addition_embed_type == "text_time":

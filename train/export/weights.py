@@ -56,7 +56,9 @@ def write_lora(unet: Denoiser, folder: Path, dtype: str, tmp: Path, worn: Worn =
     its own conversion renames the attention layers only, and a file with both kinds of names
     loses half its modules on loading.
     """
-    adapter = join(worn.lora, folded_adapter(unet))
+    adapter: Lora = folded_adapter(unet)
+    if worn.marks:
+        adapter = evened(join(worn.lora, adapter))
     student = tensors_fingerprint(adapter)
     if dtype == "fp16":
         adapter = halved(adapter)
@@ -98,19 +100,38 @@ def folded_adapter(unet: Denoiser) -> dict[str, Tensor]:
     return folded
 
 
-def adapter_config(unet: Denoiser, adapter: Lora) -> dict[str, Any]:
-    """The configuration of an adapter of this UNet as its readers are to have it.
+def evened(adapter: Lora) -> dict[str, Tensor]:
+    """The same LoRA with one rank on all layers: zeros fill what lacks.
 
-    alpha is the rank, since it is folded, also on layers with a rank of their own; there is no
-    dropout, which diffusers would go on with while drawing.
+    diffusers loses the alphas of kohya's attention layers where they are not all alike.
+    """
+    rank = max(len(tensor) for name, tensor in adapter.items() if ".lora_A." in name)
+    return {
+        name: filled(tensor, rank, 0 if ".lora_A." in name else 1)
+        for name, tensor in adapter.items()
+    }
+
+
+def filled(tensor: Tensor, length: int, dimension: int) -> Tensor:
+    """The same with zeros behind, up to `length` in this dimension."""
+    shape = list(tensor.shape)
+    shape[dimension] = length - shape[dimension]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dimension)
+
+
+def adapter_config(unet: Denoiser, adapter: Lora) -> dict[str, Any]:
+    """The configuration of an adapter of this UNet, all of one rank, as its readers are to have it.
+
+    alpha is the rank, since it is folded; there is no dropout, which diffusers would go on with
+    while drawing.
     """
     config: dict[str, Any] = unet.peft_config["default"].to_dict()
-    ranks = {n.partition(".lora_A.")[0]: len(t) for n, t in adapter.items() if ".lora_A." in n}
-    others = {layer: rank for layer, rank in sorted(ranks.items()) if rank != config["r"]}
-    config["target_modules"] = sorted({*config["target_modules"], *others})
-    if others:
-        config |= {"rank_pattern": others, "alpha_pattern": others}
-    return {**config, "lora_alpha": config["r"], "lora_dropout": 0.0}
+    layers = {name.rpartition(".lora_")[0] for name in adapter}
+    config["target_modules"] = sorted({*config["target_modules"], *layers})
+    rank = next(
+        (len(tensor) for name, tensor in adapter.items() if ".lora_A." in name), config["r"]
+    )
+    return {**config, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
 
 
 def write_unet(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:

@@ -70,7 +70,7 @@ def without_styles(
 ) -> Mapping[str, Tensor]:
     """A LoRA student without what its teacher wore, where this run's teacher wears it already.
 
-    It is the first ranks of the file. Raises UserError where the two wear different LoRAs.
+    The style has the first ranks of each layer. Raises UserError where the two wear different LoRAs.
     """
     styles = styles_of(config)
     worn = worn_in(path)
@@ -82,11 +82,21 @@ def without_styles(
             f"({', '.join(worn)}), and this teacher wears {described(styles)}; give the same "
             f"{FLAG}, or none"
         )
-    own = dict(lora)
-    for name, tensor in read_styles(styles, student.unet).items():
-        ranks = len(tensor) if ".lora_A." in name else tensor.shape[1]
-        own[name] = lora[name][ranks:] if ".lora_A." in name else lora[name][:, ranks:]
-    return {name: tensor for name, tensor in own.items() if tensor.numel()}
+    worn_ranks = {
+        name.rpartition(".lora_")[0]: len(tensor)
+        for name, tensor in read_styles(styles, student.unet).items()
+        if ".lora_A." in name
+    }
+    own = {}
+    for name, down in lora.items():
+        layer, _, part = name.rpartition(".lora_")
+        if part == "A.weight":
+            first = worn_ranks.get(layer, 0)
+            last = first + int(down[first:].flatten(1).any(1).sum())  # behind them zeros fill up
+            up = name.replace(".lora_A.", ".lora_B.")
+            if last > first:
+                own |= {name: down[first:last], up: lora[up][:, first:last]}
+    return own
 
 
 def worn_in(path: Path) -> list[str]:
