@@ -70,7 +70,7 @@ def without_styles(
 ) -> Mapping[str, Tensor]:
     """A LoRA student without what its teacher wore, where this run's teacher wears it already.
 
-    The style has the first ranks of each layer. Raises UserError where the two wear different LoRAs.
+    The style has the first ranks of each layer. Raises UserError where the two wear others.
     """
     styles = styles_of(config)
     worn = worn_in(path)
@@ -87,7 +87,7 @@ def without_styles(
         for name, tensor in read_styles(styles, student.unet).items()
         if ".lora_A." in name
     }
-    own = {}
+    own: dict[str, Tensor] = {}
     for name, down in lora.items():
         layer, _, part = name.rpartition(".lora_")
         if part == "A.weight":
