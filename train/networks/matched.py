@@ -54,8 +54,8 @@ class MatchedStudent(Student):
         head = Head(teacher.config.block_out_channels[-1]) if config.gan_weight else None
         self.partner = FakeScore(Critic(fake, head), FAKE if fake is teacher else None)
         self.layers = [m for m in teacher.modules() if isinstance(m, BaseTunerLayer)]
-        for unet in self.networks():
-            unet.train()
+        for one in self.trained():
+            one.unet.train()
 
     def networks(self) -> list[Denoiser]:
         """Each once."""
