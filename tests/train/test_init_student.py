@@ -223,11 +223,10 @@ def test_a_run_says_what_it_began_with_and_goes_on_without_it(made, kind, tmp_pa
     halves = settings(run, tmp_path / "halves", init_student=source)
     train(replace(halves, max_train_steps=2))
     latest = {"resume_from_checkpoint": "latest"}
-    for change, says in (({"init_student": None}, f"began with another student's weights; give "
-                          f"--init-student {source}"),
-                         ({"init_student": run.model}, "init-student")):  # fmt: skip
+    taught = "began with another student's weights; give --init-student"
+    for init, says in ((None, f"{taught} {source}"), (run.model, "init_student is|a whole UNet")):
         with pytest.raises(UserError, match=says):
-            prepare(replace(halves, **latest, **change))
+            prepare(replace(halves, **latest, init_student=init))
     again = replace(halves, **latest, init_student=run.folder)  # the same weights, elsewhere
     assert prepare(replace(again, dry_run=True)).step == 2
     shutil.rmtree(source)
