@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.models.fingerprint import tensors_fingerprint
+from shared.storage.ownership import absolute
 from train.config import RunConfig
 from train.export.kohya import KOHYA_FILE
 from train.export.student import load_exported_unet
@@ -36,7 +37,8 @@ def begin(student: Student, config: RunConfig, before: TrainingState | None) -> 
         raise UserError(f"{config.run} began with {what}; {way}, or choose another --run")
     if config.init_student is None:
         return None
-    if begun is not None and recorded(config) == config.init_student:
+    former = recorded(config)
+    if begun is not None and former and absolute(former) == absolute(config.init_student):
         return str(begun)
     weights = read_weights(config.init_student, student, config.student)
     if before is None:
