@@ -246,7 +246,8 @@ def test_a_run_says_what_it_began_with_and_goes_on_without_it(made, kind, tmp_pa
 def test_the_same_command_goes_on_however_the_path_was_typed(made, tmp_path, monkeypatch):
     run = made("sd", "lora")
     monkeypatch.chdir(run.folder.parent)
-    config = settings(run, tmp_path / "run", init_student=Path("lcd-run"), max_train_steps=1)
+    more = {"init_student": Path("lcd-run"), "max_train_steps": 1, "mixed_precision": "no"}
+    config = settings(run, tmp_path / "run", **more)
     train(config)
     stored = json.loads((config.run / "config.json").read_text())
     assert stored["init_student"] == str(run.folder)  # from wherever the run is opened
