@@ -63,6 +63,7 @@ def test_what_a_run_does_not_read_is_refused(tiny_sd, tiny_cache, tmp_path, obje
     config = Watched(
         model=str(tiny_sd), cache=tiny_cache, run=tmp_path / "run", objective=objective,
         student=student, max_train_steps=1, train_batch_size=2, lora_rank=2, threads=1,
+        fake_warmup_steps=0, fake_updates=1,
     )  # fmt: skip
     run = prepare(config)
     run.previews = None  # which would only take time
