@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# By the dtype of numbers: their bits as integers, and the exponent's, which are all ones where a
-# number is infinite or none.
-BITS = {np.dtype("<f2"): np.uint16, np.dtype("<f4"): np.uint32}
-EXPONENT = {np.dtype("<f2"): np.uint16(0x7C00), np.dtype("<f4"): np.uint32(0x7F800000)}
+# The exponent's bits, which are all ones where a number is infinite or none.
+FP16, FP32 = np.uint16(0x7C00), np.uint32(0x7F800000)
 
 
 def all_finite(values: NDArray[Any]) -> bool:
@@ -19,8 +17,9 @@ def all_finite(values: NDArray[Any]) -> bool:
 
     Compares bits: ten times faster than NumPy's and torch's tests of fp16.
     """
-    exponent = EXPONENT[values.dtype]
-    return bool(np.bitwise_and(values.view(BITS[values.dtype]), exponent).max() != exponent)
+    if values.dtype == np.float16:
+        return bool(np.bitwise_and(values.view(np.uint16), FP16).max() != FP16)
+    return bool(np.bitwise_and(values.view(np.uint32), FP32).max() != FP32)
 
 
 def fault(arrays: Sequence[NDArray[np.float16]], channels: int) -> str:
