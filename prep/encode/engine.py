@@ -155,7 +155,7 @@ def write_fold(cache: CachePaths, units: list[UnitRecord]) -> tuple[Manifest, st
         raise UserError(f"{cache.identity} does not exist; restore it, or choose another --cache")
     refuse_mixture(cache, units, identity.generation)
     refuse_nothing(cache, units)
-    kept = KeptAnswers.of(cache, units)
+    kept = KeptAnswers.of(cache, units) if identity.drawn and identity.drawn.answers else None
     manifest = fold(identity, units, {name: version(name) for name in LIBRARIES})
     holdout.choose(cache, manifest)
     manifest = holdout.set_aside(cache, manifest)
