@@ -140,7 +140,10 @@ def guided(cond: Tensor, uncond: Tensor, w: Tensor) -> Tensor:
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma_prev: Tensor) -> Tensor:
-    """Return the deterministic DDIM step to the earlier time (DDIM, eq. 12 with eta = 0)."""
+    """Return the deterministic DDIM step to the earlier time (DDIM, eq. 12 with eta = 0).
+
+    From a network's own x0 and eps it is Phi of the trajectory methods, however far it goes.
+    """
     return expand(alpha_prev, x0) * x0 + expand(sigma_prev, x0) * eps
 
 
@@ -155,6 +158,28 @@ def solver_timesteps(
     k = total // num_ddim_timesteps
     start = (index + 1) * (total // (grid or num_ddim_timesteps)) - 1
     return start, (start - k).clamp(min=0)
+
+
+def phase_edges(num_phases: int, num_ddim_timesteps: int, total: int) -> Tensor:
+    """Return the lower edges of the phases of PCM (arXiv 2405.18407), `[M]`, ascending from 0.
+
+    Phase i of M begins with the solver's interval floor(i N / M), that is at timestep
+    k floor(i N / M) - 1, or 0 for the first. For 4 phases of 50 intervals: 0, 239, 499, 739.
+    """
+    k = total // num_ddim_timesteps
+    first = torch.arange(num_phases) * num_ddim_timesteps // num_phases
+    return (k * first - 1).clamp(min=0)
+
+
+def schedule_targets(steps: int, num_ddim_timesteps: int, total: int) -> Tensor:
+    """Return where the steps of a schedule end that LCMScheduler and TCDScheduler would take.
+
+    Ascending from 0; the schedule begins at T - 1. For 4 steps of 50 intervals: 0, 259, 499, 759.
+    """
+    k = total // num_ddim_timesteps
+    taken = torch.arange(1, steps) * num_ddim_timesteps // steps  # intervals from the noisy end
+    inner = k * (num_ddim_timesteps - taken) - 1
+    return torch.cat([torch.zeros(1, dtype=torch.int64), inner.flip(0)])
 
 
 def boundary_scalings(

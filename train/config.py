@@ -22,7 +22,8 @@ from train import flag_groups as groups
 class DistillConfig(
     groups.PublishFlags, groups.MachineFlags, groups.ProgressFlags, groups.SpeedFlags,
     groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags, groups.FullStudentFlags,
-    groups.TeacherFlags, groups.SolverFlags, groups.OptimizerFlags, groups.RunFlags,
+    groups.TeacherFlags, groups.TargetFlags, groups.PhaseFlags, groups.ConsistencyFlags,
+    groups.SolverFlags, groups.OptimizerFlags, groups.RunFlags,
 ):  # fmt: skip
     """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 
@@ -40,6 +41,7 @@ class RunConfig(DistillConfig):
     model: str
     cache: Place
     run: Path
+    init_fingerprint: str | None = None  # of the weights of --init-student
 
 
 @dataclass(frozen=True)

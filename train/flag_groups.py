@@ -23,7 +23,7 @@ TeacherSource = Literal["cached", "online"]
 CACHED: TeacherSource = "cached"
 ONLINE: TeacherSource = "online"
 # The name of an objective is that of its file in train/objectives/.
-ObjectiveName = Literal["lcd", "denoise"]
+ObjectiveName = Literal["lcd", "pcm", "tcd", "lcf", "denoise"]
 Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1
 
 
@@ -48,9 +48,14 @@ class RunFlags:
     vae: NameOrPath | None = None
     """The VAE that decodes pictures, if the cache was made with another VAE than the model's."""
     student: Literal["lora", "full"] = "lora"
-    """lora: adapters on the teacher. full: a UNet of its own, for lcd with guidance and EMA."""
+    """lora: adapters on the teacher. full: a UNet of its own; of a few-step objective it has a
+    guidance input and an average (EMA)."""
     objective: ObjectiveName = "lcd"
-    """lcd: latent consistency distillation. denoise: the ordinary diffusion loss, to fine-tune."""
+    """lcd: latent consistency distillation. pcm, tcd: its successors with trajectory targets. lcf:
+    consistency fine-tuning on data alone. denoise: the ordinary diffusion loss, to fine-tune."""
+    init_student: LocalPath | None = None
+    """Begin where another student ended: a run, a UNet in diffusers' format, or a LoRA file in
+    diffusers' or kohya's form."""
     train_batch_size: Count = 8
     """Samples per device and micro-step."""
     gradient_accumulation_steps: Count = 1
@@ -70,7 +75,7 @@ class OptimizerFlags:
     """AdamW, its learning rate, and clipping."""
 
     learning_rate: Positive | None = None
-    """1e-4 for lora, 8e-6 (lcd) or 1e-5 (denoise) for full unless given."""
+    """The objective's for this kind of student unless given (docs/objectives.md)."""
     scale_lr: bool = False
     """Multiply the learning rate by the samples of a step, over all processes."""
     lr_scheduler: Literal[
@@ -103,7 +108,30 @@ class SolverFlags:
     """Solver steps N that the schedule is divided into."""
     loss_type: Literal["huber", "l2"] = "huber"
     huber_c: Positive = 1e-3
+
+
+@dataclass(frozen=True)
+class ConsistencyFlags:
+    """The consistency function of LCM."""
+
     timestep_scaling_factor: Positive = 10.0
+
+
+@dataclass(frozen=True)
+class PhaseFlags:
+    """Phased consistency."""
+
+    num_phases: Count = 4
+    """pcm: phases that the solver's steps are divided into; the student jumps within each."""
+
+
+@dataclass(frozen=True)
+class TargetFlags:
+    """Trajectory consistency distillation."""
+
+    target_steps: tuple[Count, ...] = ()
+    """tcd: let targets lie where schedules of so many steps go, such as 4 8; anywhere unless
+    given."""
 
 
 @dataclass(frozen=True)
@@ -245,4 +273,7 @@ class ArtistFlags:
     guidance_scale: NotNegative | None = None
     """diffusers' meaning (w + 1); the family's unless given. Not for a distilled LoRA's pictures,
     which has learned it."""
+    eta: Fraction = 0.0
+    """Noise between the student's steps, for schedulers that know it: pcm, tcd (whose paper calls
+    it gamma) and denoise."""
     seed: Seed = 0

@@ -6,7 +6,9 @@ batch size nor GPU, and a resumed run draws what the interrupted one would have 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ class DrawSpec:
     proportion_empty_prompts: float
     latent_noise: bool  # does the cache hold the posterior's logvar?
     noise_offset: float = 0.0
+    uniforms: int = 0  # numbers and noises that an objective wants of a sample besides
+    noises: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,20 @@ def draw_noises(
         shift = rng.standard_normal((into.shape[0], 1, 1), dtype=np.float32)
         into += np.float32(spec.noise_offset) * shift
     return latent_noise
+
+
+def draw_more(spec: DrawSpec, positions: Sequence[int], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """What an objective wants besides: `uniforms` `[B, U]` and `noises` `[B, M, C, h, w]`, fp32.
+
+    Numbers in [0, 1) and standard normal ones, by position from a generator of their own: all else
+    is the same without, and beside a teacher's answers, which repeat, these are fresh at every use.
+    """
+    if not (spec.uniforms or spec.noises):
+        return
+    for row, position in enumerate(positions):
+        counter = [0, 0, 0, 1]  # 2^192 draws after `generator`
+        rng = np.random.Generator(np.random.Philox(key=[spec.seed, position], counter=counter))
+        if spec.uniforms:
+            rng.random(out=arrays["uniforms"][row], dtype=np.float32)
+        if spec.noises:
+            rng.standard_normal(out=arrays["noises"][row], dtype=np.float32)

@@ -165,10 +165,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     """
     shown = {field.name for field in dataclasses.fields(config) if field.repr}
     return {
-        name: str(value) if isinstance(value, Place) else value
-        for name, value in dataclasses.asdict(config).items()
-        if name in shown
+        name: _to_json(value) for name, value in dataclasses.asdict(config).items() if name in shown
     }
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Place):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 Command = Callable[[Any], int | None]  # of a configuration; returns an exit status, or None for 0

@@ -78,9 +78,12 @@ def check_numbers(config: Any) -> None:
     """Raise UsageError for the first number of a dataclass of flags that is out of its range."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value, numbers = getattr(config, name), annotation(hint, Numbers)
-        if numbers is not None and value is not None and value not in numbers:
-            flag, shown = name.replace("_", "-"), value if isinstance(value, int) else f"{value:g}"
-            raise UsageError(f"--{flag} {shown} must be {numbers.words()}")
+        if numbers is None or value is None:
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            if one not in numbers:
+                flag, shown = name.replace("_", "-"), one if isinstance(one, int) else f"{one:g}"
+                raise UsageError(f"--{flag} {shown} must be {numbers.words()}")
 
 
 def annotation(hint: Any, kind: type[T]) -> T | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,17 +75,25 @@ def draw_latents(
     shape: tuple[int, int, int],
     seeds: Sequence[int],
     device: torch.device,
+    eta: float = 0.0,
 ) -> Tensor:
     """Scaled latents `[N, C, h, w]`, one per seed, in fp32.
 
     Each sample has a CPU generator of its own, so it does not depend on the batch it is drawn in,
-    and is what a diffusers pipeline draws from `torch.Generator().manual_seed(seed)`.
+    and is what a diffusers pipeline draws from `torch.Generator().manual_seed(seed)`. `eta`, noise
+    between the steps, is for schedulers that take it.
     """
+    more = {"eta": eta} if takes_eta(scheduler) else {}  # TCD's own default is not the pipelines'
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     scheduler.set_timesteps(steps, device=device)
     z: Tensor = randn_tensor((len(seeds), *shape), generator=generators, device=device)
     z = z * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         output = predict(scheduler.scale_model_input(z, t), t.expand(len(seeds)))
-        z = scheduler.step(output, t, z, generator=generators).prev_sample
+        z = scheduler.step(output, t, z, generator=generators, **more).prev_sample
     return z
+
+
+def takes_eta(scheduler: Any) -> bool:
+    """Can noise be added between a scheduler's steps? Asked as diffusers' pipelines do."""
+    return "eta" in inspect.signature(scheduler.step).parameters

@@ -61,14 +61,14 @@ class Run:
         return self.load_student()
 
 
-def make_run(folder: Path, cache: Path, model: Path, family: str, kind: str) -> Run:
+def make_run(folder: Path, cache: Path, model: Path, family: str, kind: str, **more) -> Run:
     """A few steps at a rate that visibly moves the student."""
     prompt = load_conditioning(CachePaths(cache).conditioning).prompts[1]
     config = DistillConfig(
         model=str(model), cache=cache, run=folder, student=kind, train_batch_size=4,
         max_train_steps=5, learning_rate=2e-2 if kind == "lora" else 2e-3, lora_rank=RANK,
         lora_alpha=ALPHA, unet_time_cond_proj_dim=32, ema_decay=0.3, guidance_init="random",
-        validation_steps=0, threads=1,
+        validation_steps=0, threads=1, **more,
     )  # fmt: skip
     distill(prepare(config))
     return Run(folder, cache, model, family, kind, prompt)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import Schedule
@@ -52,6 +53,36 @@ class Affine:
             "a": row.T @ (t / 1000),
             "bias": row.sum(0),
         }
+
+
+class Stock:
+    """`Networks` of affine functions of (z, t, text, guidance embedding), all with gradients on,
+    so that the loss itself must stop those of target and teacher."""
+
+    def __init__(self, student: Affine, teacher: Affine, told: bool) -> None:
+        self.told = told
+        self.parameters = {k: nn.Parameter(torch.tensor(v)) for k, v in student.weights.items()}
+        self.frozen = {k: nn.Parameter(torch.tensor(v)) for k, v in teacher.weights.items()}
+
+    def compute(self, p, z, t, text, extra):
+        out = torch.einsum("cd,bdhw->bchw", p["W"], z)
+        row = text.mean(1) @ p["V"].T + extra @ p["U"].T + torch.outer(t / 1000, p["a"]) + p["bias"]
+        return out + row[:, :, None, None]
+
+    def student(self, z, t, batch):
+        w = batch.w.numpy() if self.told else np.zeros(B)
+        extra = torch.tensor(reference_guidance_embedding(w, G))
+        return self.compute(self.parameters, z, t.double(), batch.prompt_embeds, extra)
+
+    target = student
+
+    def teacher(self, z, t, batch, empty):
+        nothing = torch.zeros(B, G, dtype=torch.float64)
+        rows = empty.prompt_embeds.expand(B, L, D)
+        return tuple(
+            self.compute(self.frozen, z, t.double(), text, nothing)
+            for text in (batch.prompt_embeds, rows)
+        )
 
 
 @dataclass

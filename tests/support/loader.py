@@ -6,6 +6,8 @@ from dataclasses import fields
 import numpy as np
 import torch
 
+from shared.cache.answers import answers_spec
+from shared.cache.answers_store import open_answers
 from shared.cache.conditioning import Conditioning, TextEmbeds, load_conditioning, save_conditioning
 from shared.cache.draws import DrawSpec
 from shared.cache.layout import TRAILER, cache_layout
@@ -14,6 +16,7 @@ from shared.cache.paths import CachePaths
 from shared.cache.sums import ChannelSums
 from shared.cache.units import Shard, UnitRecord
 from tests.support.identity import an_identity
+from train.data.answers import answered, open_bucket_answers
 from train.data.batch import Batch
 from train.data.bucket import open_buckets
 from train.data.loader import LatentSpec, Loader
@@ -77,12 +80,26 @@ def open_loader(root, batch_size=6, seed=5, **more) -> Loader:
         w_max=5.0,
         proportion_empty_prompts=more.pop("drop", 0.0),
         latent_noise=identity.posterior,
+        uniforms=more.pop("uniforms", 0),
+        noises=more.pop("noises", 0),
     )
     buckets = open_buckets(root, manifest)
     order = Order(tuple(map(len, buckets)), batch_size, seed)
     latents = LatentSpec(identity.vae.channels, identity.vae.scaling_factor)
     empty = load_conditioning(CachePaths(root).conditioning).unconditional
     return Loader(buckets, order, spec, latents, empty, **more)
+
+
+def cached_loader(root, batch_size=6, **more) -> Loader:
+    """A loader with the answers that are beside the cache, as setup opens it."""
+    manifest = open_manifest(root)
+    answers = open_answers(root, manifest)
+    loader = open_loader(root, batch_size, **more)
+    loader.buckets = open_buckets(root, answered(manifest, answers))
+    loader.order = Order(tuple(map(len, loader.buckets)), batch_size, loader.spec.seed)
+    spec = answers_spec(answers.identity, manifest.identity)
+    loader.answers = open_bucket_answers(root, loader.buckets, answers, spec)
+    return loader
 
 
 def take(loader: Loader, count: int) -> list[Batch]:

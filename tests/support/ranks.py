@@ -43,7 +43,8 @@ def compute_in_float64() -> None:
 
     def doubled(batch: Batch, device: torch.device) -> Batch:
         moved = to(batch, device)
-        floats = {k: v.double() for k, v in vars(moved).items() if k in ("latents", "noise", "w")}
+        names = {"latents", "noise", "w", "noises"} & moved.tensors().keys()
+        floats = {name: getattr(moved, name).double() for name in names}
         return dataclasses.replace(moved, **floats)
 
     Batch.to = doubled

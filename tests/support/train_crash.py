@@ -257,6 +257,9 @@ def main() -> None:
             flags["checkpointing_steps"] = 1000
         for kind in ("lora", "full"):
             scenarios[kind] = Scenario(distilling(kind, args.cache.resolve(), **flags))
+        for objective, kind in {"pcm": "lora", "tcd": "full", "lcf": "full"}.items():
+            run = distilling(kind, args.cache.resolve(), objective=objective, **flags)
+            scenarios[objective] = Scenario(run)
     answers = {}
     for name in args.scenarios:
         play = Play(scenarios[name], args.work.resolve() / name)

@@ -8,32 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache.answers import answers_spec
 from shared.cache.answers_store import open_answers
 from shared.cache.draws import answer_generator, choose, draw_noises
 from shared.cache.manifest import open_manifest
 from shared.errors import UserError
 from shared.storage.urls import place
 from tests.support.answers import mark, write_answers
-from tests.support.loader import equal, joined, make_cache, open_loader, take
+from tests.support.loader import cached_loader, equal, joined, make_cache, open_loader, take
 from train.data.answers import answered, open_bucket_answers
 from train.data.bucket import open_buckets
 from train.data.order import Order
 from train.data.shard_check import check_answer_heads
 
 SHAPES = [(7, 8, 8), (5, 4, 6), (9, 8, 8)]
-
-
-def cached_loader(root, batch_size=6, **more):
-    """A loader with the answers that are beside the cache, as setup opens it."""
-    manifest = open_manifest(root)
-    answers = open_answers(root, manifest)
-    loader = open_loader(root, batch_size, **more)
-    loader.buckets = open_buckets(root, answered(manifest, answers))
-    loader.order = Order(tuple(map(len, loader.buckets)), batch_size, loader.spec.seed)
-    spec = answers_spec(answers.identity, manifest.identity)
-    loader.answers = open_bucket_answers(root, loader.buckets, answers, spec)
-    return loader
 
 
 @pytest.fixture

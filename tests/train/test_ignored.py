@@ -24,7 +24,7 @@ from train.trainer.plan import batches
 from train.trainer.setup import prepare
 
 BASE = ["--model", "tiny-sd", "--cache", "c", "--run", "r"]
-KINDS = [(objective, student) for objective in ("lcd", "denoise") for student in ("lora", "full")]
+KINDS = [(objective, student) for objective in OBJECTIVES for student in ("lora", "full")]
 # Refused for their value; all others also for the default one.
 SOME = {"hub_model_id": "owner/name", "hub_token": "secret"}
 
@@ -80,7 +80,9 @@ def test_what_a_run_does_not_read_is_refused(tiny_sd, tiny_cache, tmp_path, obje
         assert dashed(name) in refusal(typed)
     assert unread >= {"lr_power", "lr_num_cycles", "hub_token"}  # it does find some
     assert ("lora_alpha" in unread) == (student == "full")
-    assert ("ema_decay" in unread) == ((objective, student) != ("lcd", "full"))
+    assert ("ema_decay" in unread) == (objective == "denoise" or student == "lora")
+    assert ("num_phases" in unread) == (objective != "pcm")
+    assert ("target_steps" in unread) == (objective != "tcd")
 
 
 IGNORED = [

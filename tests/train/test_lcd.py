@@ -3,17 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from shared.diffusion import Schedule
 from tests.support.lcd_reference import (
     SETTINGS,
     Affine,
     B,
-    D,
     G,
-    L,
     Setting,
+    Stock,
     lcd_of,
     make_batch,
     make_data,
@@ -21,36 +19,6 @@ from tests.support.lcd_reference import (
     reference_abar,
     reference_guidance_embedding,
 )
-
-
-class Stock:
-    """`Networks` of affine functions of (z, t, text, guidance embedding), all with gradients on,
-    so that the loss itself must stop those of target and teacher."""
-
-    def __init__(self, student: Affine, teacher: Affine, told: bool) -> None:
-        self.told = told
-        self.parameters = {k: nn.Parameter(torch.tensor(v)) for k, v in student.weights.items()}
-        self.frozen = {k: nn.Parameter(torch.tensor(v)) for k, v in teacher.weights.items()}
-
-    def compute(self, p, z, t, text, extra):
-        out = torch.einsum("cd,bdhw->bchw", p["W"], z)
-        row = text.mean(1) @ p["V"].T + extra @ p["U"].T + torch.outer(t / 1000, p["a"]) + p["bias"]
-        return out + row[:, :, None, None]
-
-    def student(self, z, t, batch):
-        w = batch.w.numpy() if self.told else np.zeros(B)
-        extra = torch.tensor(reference_guidance_embedding(w, G))
-        return self.compute(self.parameters, z, t.double(), batch.prompt_embeds, extra)
-
-    target = student
-
-    def teacher(self, z, t, batch, empty):
-        nothing = torch.zeros(B, G, dtype=torch.float64)
-        rows = empty.prompt_embeds.expand(B, L, D)
-        return tuple(
-            self.compute(self.frozen, z, t.double(), text, nothing)
-            for text in (batch.prompt_embeds, rows)
-        )
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["guidance-embedding", "no-embedding"])

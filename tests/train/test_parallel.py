@@ -128,6 +128,21 @@ def test_two_processes_take_the_step_of_one(launch, kind):
         assert (two / "metrics.jsonl").read_text().count("\n") == 2
 
 
+@pytest.mark.parametrize(
+    ("objective", "kind"),
+    [
+        ("tcd", "lora"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+            ("tcd", "full"), ("pcm", "lora"), ("pcm", "full"), ("lcf", "lora"), ("lcf", "full"),
+        ]),
+    ],
+)  # fmt: skip
+def test_with_every_objective_two_processes_take_the_step_of_one(launch, objective, kind):
+    flags = {"objective": objective, "student": kind, "double": True}
+    one, two = launch("one", 1, **flags), launch("two", 2, **flags, **TWO)
+    assert relative(gradients(two), gradients(one)) < 1e-9
+
+
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_in_fp32_two_processes_round_as_one_does(launch, kind):
     flags = {"objective": "denoise", "student": kind, "unet_time_cond_proj_dim": None}

@@ -29,6 +29,8 @@ class Batch:
     index: Tensor  # [B] int64, solver interval
     w: Tensor  # [B] fp32, guidance
     answers: Tensor | None = None  # [B, 2, C, h, w] fp16: the teacher's, conditional first
+    uniforms: Tensor | None = None  # [B, U] fp32 in [0, 1), as many as the loss asks for
+    noises: Tensor | None = None  # [B, M, C, h, w] fp32, likewise
 
     @property
     def text(self) -> TextEmbeds:
@@ -62,14 +64,24 @@ def allocate(
     pinned: bool,
     answers: torch.dtype | None = None,
     trajectory: bool = False,
+    uniforms: int = 0,
+    noises: int = 0,
 ) -> list[Slot]:
     """A slot of `size` samples for each layout; all share memory, of which one is used at a time.
 
     With a dtype for `answers` there is room for one of the teacher's a sample, of a `trajectory`
-    for its z_t, too. Pinned memory can be copied to a CUDA device while the processor does
-    something else.
+    for its z_t, too; `uniforms` and `noises` are how many of these a sample has. Pinned memory can
+    be copied to a CUDA device while the processor does something else.
     """
-    tables = [_shapes(layout, channels, size, answers, trajectory) for layout in layouts]
+    tables = []
+    for layout in layouts:
+        table = _shapes(layout, channels, size, answers, trajectory)
+        latents, _ = table["latents"]
+        if uniforms:
+            table["uniforms"] = ((size, uniforms), torch.float32)
+        if noises:
+            table["noises"] = ((size, noises, *latents[1:]), torch.float32)
+        tables.append(table)
     memory = {}
     for name, (_, dtype) in tables[0].items():
         largest = max(prod(table[name][0]) for table in tables)
@@ -81,7 +93,7 @@ def allocate(
         batch = Batch(
             parts["latents"], parts["prompt_embeds"], parts.get("pooled_prompt_embeds"),
             parts.get("time_ids"), parts["noise"], parts["index"], parts["w"],
-            parts.get("answers"),
+            parts.get("answers"), parts.get("uniforms"), parts.get("noises"),
         )  # fmt: skip
         stored = {"latents": arrays["raw"]} | {n: arrays[n] for n in READ if n in arrays}
         views = {name: [memoryview(row).cast("B") for row in stored[name]] for name in stored}

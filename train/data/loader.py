@@ -7,7 +7,8 @@ The stages of a batch; threads go through them several batches ahead of training
    as the teacher was asked (`Answers.draw`);
 3. where it lies: a span of bytes per run of neighbouring fields (`Bucket.spans`);
 4. reading starts (`Bucket.start`), and while the disk works the noise is drawn (`_draw`), unless
-   it follows from a z_t that is read (`derive_noise`);
+   it follows from a z_t that is read (`derive_noise`), and what else the objective wants
+   (`draw_more`);
 5. reading ends (`Bucket.finish`), and what no encoder gives is refused (`_check`);
 6. x0 is sampled from the posterior, if that is stored, and scaled (`finish_latents`);
 7. the batch is copied to the device, beside the step before it (`_fill_and_send`).
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.cache.conditioning import TextEmbeds
-from shared.cache.draws import Choice, DrawSpec, choose, draw_noises, generator
+from shared.cache.draws import Choice, DrawSpec, choose, draw_more, draw_noises, generator
 from shared.cache.latents import finish_latents
 from shared.cache.layout import Layout
 from shared.cache.trajectory import derive_noise
@@ -161,6 +162,7 @@ class Loader:
         asked = None if passes is None else self._ask(number, slot, samples, passes)
         # The noise is drawn while the disk works.
         latent_noises = [self._draw(slot, row, *pair) for row, pair in enumerate(drawn)]
+        draw_more(self.spec, positions.tolist(), slot.arrays)
         bucket.finish(rest)
         if asked is not None:
             self._take_answers(number, slot, asked, [choice for _, choice in drawn])
@@ -257,11 +259,14 @@ class Loader:
     def _allocate(self) -> list[Slot]:
         layouts = [bucket.layout for bucket in self.buckets]
         per_rank = self.order.batch_size // self.world
-        pinned, channels = self._copies is not None, self.latents.channels
-        if self.answers is None:
-            return allocate(layouts, channels, per_rank, pinned)
-        kept = self.answers.dtype, self.answers.trajectory
-        return allocate(layouts, channels, per_rank, pinned, *kept)
+        pinned, answers = self._copies is not None, self.answers
+        return allocate(
+            layouts, self.latents.channels, per_rank, pinned,
+            answers=None if answers is None else answers.dtype,
+            trajectory=answers is not None and answers.trajectory,
+            uniforms=self.spec.uniforms,
+            noises=self.spec.noises,
+        )  # fmt: skip
 
 
 def wanted_rows(layout: Layout, choice: Choice) -> Rows:

@@ -23,7 +23,8 @@ from shared.networks.sampling import draw_latents, teacher_predictor, teacher_sc
 from shared.storage.urls import Place
 from train.config import EvaluateConfig, RunConfig, SampleConfig
 from train.export.student import load_student
-from train.sampling.samplers import student_sampler
+from train.sampling.samplers import check_eta, student_sampler
+from train.state.run_config import run_config
 
 Spacings = Mapping[tuple[str, int], str]  # of the teacher's solvers, by sampler and steps
 
@@ -40,6 +41,7 @@ class Artist:
     vae_source: str
     device: torch.device
     guidance_scale: float
+    eta: float = 0.0  # of the student's scheduler
     teacher: Denoiser | None = None
     empty: TextEmbeds | None = None
     shape: tuple[int, int, int] = (4, 64, 64)  # of the latents
@@ -67,8 +69,9 @@ class Artist:
         texts = texts.to(self.device)
         downscale = downscale_of(self.vae.config)
         size = (self.shape[1] * downscale, self.shape[2] * downscale)
-        scale = self.guidance_scale
+        scale, eta = self.guidance_scale, 0.0
         if sampler == "student":
+            eta = self.eta
             predict, scheduler = student_sampler(
                 self.student, texts, self.empty, scale, size, self.scheduler_config, self.config
             )
@@ -78,7 +81,8 @@ class Artist:
             predict = teacher_predictor(self.teacher, texts, self.empty, scale, size)
             spacing = self.spacing(sampler, steps)
             scheduler = teacher_scheduler(sampler, spacing, self.scheduler_config)
-        return draw_latents(predict, scheduler, steps, self.shape, seeds, self.device).cpu()
+        latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device, eta)
+        return latents.cpu()
 
     def check_cache(self, manifest: Manifest, cache: Place) -> None:
         """Raise UserError where a cache was made for another model or by another VAE."""
@@ -98,6 +102,7 @@ def open_artist(run: Path, flags: EvaluateConfig | SampleConfig) -> Artist:
     """
     set_threads(flags.threads)
     device = pick_device(flags.device)
+    check_eta(flags.eta, run_config(run))
     student, config = load_student(run, device, flags.model)
     model = resolve_model(flags.model or recorded_model(config.model))
     recorded = None if flags.model else config.vae
@@ -112,4 +117,5 @@ def open_artist(run: Path, flags: EvaluateConfig | SampleConfig) -> Artist:
         vae_source=vae,
         device=device,
         guidance_scale=model.family.guidance_scale if scale is None else scale,
+        eta=flags.eta,
     )

@@ -32,6 +32,7 @@ from train.export.model_card import update_card
 from train.export.newest_run import newest_student
 from train.export.weights import exported_student
 from train.objectives import objective_of
+from train.sampling.samplers import most_steps
 from train.state.owner import owning
 
 STUDENT_SAMPLINGS = tuple(("student", steps) for steps in STEPS)
@@ -73,6 +74,7 @@ def evaluate(config: EvaluateConfig) -> None:
             "num_samples": len(heldout),
             "fd_note": few_pictures(len(heldout)),
             "guidance_scale": artist.guidance_scale,
+            "eta": artist.eta,
             "student": artist.config.student,
             "weights": weights,  # the fingerprint of this student
             "scorer": config.scorer,
@@ -91,9 +93,11 @@ def pictures_at_once(config: EvaluateConfig, shape: tuple[int, int, int]) -> int
 
 
 def student_samplings(artist: Artist) -> Sequence[Sampling]:
-    """A student of few steps is drawn in those, another as the teacher's reference is."""
-    classifier_free = objective_of(artist.config).sampler.classifier_free
-    return (("student", REFERENCE[1]),) if classifier_free else STUDENT_SAMPLINGS
+    """A student of few steps is drawn in those it knows, another as the teacher's reference is."""
+    if objective_of(artist.config).sampler.classifier_free:
+        return (("student", REFERENCE[1]),)
+    most = most_steps(artist.config, artist.scheduler_config)
+    return tuple(sampling for sampling in STUDENT_SAMPLINGS if sampling[1] <= most)
 
 
 def timed(results: Sequence[Result], artist: Artist, heldout: HeldOut) -> list[Result]:

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -20,6 +21,7 @@ from shared.storage.files import copy_durably, load_record, publish
 from train.export.file_guide import file_guide, half_precision
 from train.export.provenance import Provenance
 from train.export.weights import LORA_FILE
+from train.objectives import uses_guidance
 
 ANY_PROMPT = "a photograph of a lighthouse at sunset"
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
@@ -118,7 +120,16 @@ def introduction(origin: Provenance, name: str) -> str:
     """Title and a sentence."""
     kind = "LoRA" if origin.lora else "UNet"
     purpose = origin.objective.card.purpose.format(teacher=base_name(origin))
-    return f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery."
+    return (
+        f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery{begun(origin)}."
+    )
+
+
+def begun(origin: Provenance) -> str:
+    """What it began with, where that was not the teacher: a name, and the weights' fingerprint."""
+    if origin.config.init_student is None:
+        return ""
+    return f", started from `{origin.config.init_student.name}` ({origin.config.init_fingerprint})"
 
 
 def preview_title(origin: Provenance) -> str:
@@ -182,20 +193,23 @@ def quoted(text: str) -> str:
 
 def guidance(origin: Provenance) -> str:
     """What guidance_scale means for this student."""
+    config, family, more = origin.config, origin.family, origin.objective.card.drawing
     if origin.objective.sampler.classifier_free:
         return "`guidance_scale` means what it means for the model it was fine-tuned from."
-    config, family = origin.config, origin.family
+    if not uses_guidance(config):
+        return "It is drawn as what it began with, without guidance: leave `guidance_scale` at 1."
     low = family.w_min if config.w_min is None else config.w_min
     high = family.w_max if config.w_max is None else config.w_max
     if origin.lora:
         return (
             f"The guidance is built in (w between {low:g} and {high:g} in training): leave "
-            "`guidance_scale` at 1."
+            f"`guidance_scale` at 1. {more}".rstrip()
         )
-    return (
+    told = (
         f"`guidance_scale` may lie between {low + 1:g} and {high + 1:g}, the range it was trained "
         "for, and costs nothing: the UNet is told it, there is no second pass."
     )
+    return f"{told} {more}".rstrip()
 
 
 def settings(origin: Provenance) -> str:
@@ -203,11 +217,16 @@ def settings(origin: Provenance) -> str:
     other = "ema_" if origin.lora else "lora_"  # settings of the other kind
     values = vars(origin.config) | {"max_train_steps": origin.steps}
     rows = [
-        f"| {name} | {values[name]} |"
+        f"| {name} | {shown(values[name])} |"
         for name in (*SETTINGS, *origin.objective.card.settings, "seed")
-        if values[name] is not None and not name.startswith(other)
+        if values[name] not in (None, ()) and not name.startswith(other)
     ]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def shown(value: Any) -> str:
+    """A flag's value as one types it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def licence(origin: Provenance) -> str:

@@ -121,15 +121,18 @@ def load_student(
         unet.fuse_lora()  # drawing costs twice as much with the adapters beside the layers
         unet.unload_lora()
     else:
-        unet = load_whole(
-            UNet2DConditionModel.from_pretrained,
-            str(wanted),
-            "UNet",
-            torch_dtype=torch.float32,
-            variant=variant(wanted),
-        )
+        unet = load_exported_unet(wanted)
     unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return unet.to(device), config
+
+
+def load_exported_unet(folder: Path) -> Denoiser:
+    """A UNet in diffusers' format, in fp32. Raises UserError where there is none."""
+    unet: Denoiser = load_whole(
+        UNet2DConditionModel.from_pretrained, str(folder), "UNet", torch_dtype=torch.float32,
+        variant=variant(folder), use_safetensors=True,
+    )  # fmt: skip
+    return unet
 
 
 def variant(unet: Path) -> str | None:

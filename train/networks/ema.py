@@ -40,6 +40,13 @@ class OffloadedAverage:
         self.show()
 
     @torch.no_grad()
+    def take(self, live: Mapping[str, Tensor]) -> None:
+        """Become the live weights."""
+        for name, average in self.weights.items():
+            average.copy_(live[name])
+        self.show()
+
+    @torch.no_grad()
     def show(self) -> None:
         """Round the averages into `unet`."""
         for name, held in self.unet.state_dict().items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -12,15 +14,15 @@ from shared.networks.denoiser import Denoiser, call_unet, cond_and_uncond, load_
 from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
 from train.data.batch import Batch
-from train.flag_groups import CACHED
 from train.networks.ema import OffloadedAverage, move_average
 from train.networks.student import Student
+from train.objectives import asks_teacher
 
 
 class FullStudent(Student):
     """A UNet of its own that is told the guidance; its target is an exponential moving average.
 
-    Where the cache has the teacher's answers, no teacher is in memory.
+    Where the cache has the teacher's answers, or none are wanted, no teacher is in memory.
     """
 
     def __init__(self, source: str, config: DistillConfig) -> None:
@@ -33,7 +35,7 @@ class FullStudent(Student):
         self.target_unet.load_state_dict(self.unet.state_dict())
         self.unet.train().requires_grad_(True)
         self.teacher_unet: Denoiser | None = None
-        if config.teacher != CACHED:  # else the weights have served: its answers are in the cache
+        if asks_teacher(config):  # else the weights have served: nothing more is asked
             hold_frozen(teacher, config.mixed_precision)
             self.teacher_unet = teacher
         self.average = None
@@ -48,6 +50,13 @@ class FullStudent(Student):
     def origin(self) -> dict[str, str]:
         """A hash of the teacher's weights."""
         return {"teacher": self.teacher_signs}
+
+    def begin_with(self, weights: Mapping[str, Tensor], name: str) -> None:
+        """Let student and average begin with these."""
+        super().begin_with(weights, name)
+        self.target_unet.load_state_dict(self.unet.state_dict())
+        if self.average is not None:
+            self.average.take(self.unet.state_dict())
 
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Predict with gradients, at the guidance `batch.w`."""

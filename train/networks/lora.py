@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ LORA_TARGETS = (
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
 
+ADAPTER = "default"  # peft's name of the student's
+
 
 class LoraStudent(Student):
     """One UNet in memory: the student and its own target with adapters, the teacher without."""
@@ -40,6 +43,34 @@ class LoraStudent(Student):
     def origin(self) -> dict[str, str]:
         """A hash of the teacher's weights."""
         return {"teacher": signs(p for p in self.unet.parameters() if not p.requires_grad)}
+
+    @torch.no_grad()
+    def begin_with(self, weights: Mapping[str, Tensor], name: str) -> None:
+        """Take a LoRA, `LAYER.lora_A.weight` and `LAYER.lora_B.weight` with alpha / rank in lora_B.
+
+        What is added to a layer is the same, whatever this student's alpha: a larger rank adds
+        zeros, and a layer that the LoRA does not adapt begins as it would. Raises UserError, by the
+        LoRA's `name`, where it does not fit.
+        """
+        layers = dict(self.unet.named_modules())
+        rank = max(len(down) for key, down in weights.items() if key.endswith("lora_A.weight"))
+        for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in weights):
+            layer = layers.get(path)
+            if not isinstance(layer, LoraLayer):
+                raise UserError(
+                    f"{name} adapts {path}, which this student does not; give "
+                    "--lora-target-modules with it, or another LoRA"
+                )
+            if rank > layer.r[ADAPTER]:
+                raise UserError(f"{name} has rank {rank}; give --lora-rank {rank}, or more")
+            down, up = (weights[f"{path}.{part}.weight"] for part in ("lora_A", "lora_B"))
+            into_down: Any = layer.lora_A[ADAPTER].weight
+            into_up: Any = layer.lora_B[ADAPTER].weight
+            into_down, into_up = into_down[: len(down)], into_up[:, : len(down)]
+            if (into_down.shape, into_up.shape) != (down.shape, up.shape):
+                raise UserError(f"{name} is of another model: its {path} has other widths")
+            into_down.copy_(down)
+            into_up.copy_(up / layer.scaling[ADAPTER])
 
     @torch.no_grad()
     def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:

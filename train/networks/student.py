@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
+from shared.errors import UserError
 from shared.models.fingerprint import signs
 from shared.networks.denoiser import Denoiser, call_unet
 from train.data.batch import Batch
@@ -33,6 +36,13 @@ class Student:
         """A hash of the weights that the run began with, by what they are to it."""
         return {"model": signs(self.unet.parameters())}
 
+    def begin_with(self, weights: Mapping[str, Tensor], name: str) -> None:
+        """Take another student's weights, as its `exported` network has them, in fp32.
+
+        Raises UserError, by the `name` of what they are, where they are of another shape.
+        """
+        take_weights(self.unet, weights, name)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name, fp32."""
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
@@ -56,3 +66,24 @@ class Student:
     def exported(self) -> Denoiser:
         """The network that people will draw with, fp32."""
         return self.unet
+
+
+GUIDANCE_INPUT = "time_embedding.cond_proj.weight"
+
+
+def take_weights(unet: Denoiser, weights: Mapping[str, Tensor], name: str) -> None:
+    """Give a UNet another's weights; a guidance input that the other has not stays as it is.
+
+    Raises UserError, by the `name` of what they are, where they are of another shape.
+    """
+    wanted = {key: tensor.shape for key, tensor in unet.state_dict().items()}
+    if GUIDANCE_INPUT in weights.keys() - wanted.keys():
+        raise UserError(f"{name} is told its guidance, for which this objective has no input")
+    if GUIDANCE_INPUT in weights and weights[GUIDANCE_INPUT].shape != wanted[GUIDANCE_INPUT]:
+        width = weights[GUIDANCE_INPUT].shape[1]
+        raise UserError(f"{name} wants --unet-time-cond-proj-dim {width}")
+    missing = wanted.keys() - weights.keys() - {GUIDANCE_INPUT}
+    odd = [key for key in weights if wanted.get(key) != weights[key].shape]
+    if wrong := [*sorted(missing), *odd]:
+        raise UserError(f"{name} is of another model: its {wrong[0]} differs from the teacher's")
+    unet.load_state_dict({**unet.state_dict(), **weights})

@@ -19,6 +19,13 @@ def objective_of(config: DistillConfig) -> Objective:
     return OBJECTIVES[config.objective]
 
 
+def uses_guidance(config: DistillConfig) -> bool:
+    """Does w mean anything to a run: to the teacher's solver, or to a full student?"""
+    objective = objective_of(config)
+    told = objective.takes_guidance and config.student == "full"
+    return objective.needs_teacher or told
+
+
 def asks_teacher(config: DistillConfig) -> bool:
     """Does a run compute what the teacher says, rather than read it or do without?"""
     return objective_of(config).needs_teacher and config.teacher != CACHED

@@ -14,7 +14,7 @@ from shared.diffusion import Schedule, add_noise, velocity
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.flag_groups import DiffusionLossFlags, names_of
-from train.objectives.objective import Card, Objective, Sampler
+from train.objectives.objective import Card, Loss, Objective, Sampler
 
 
 class Networks(Protocol):
@@ -25,7 +25,7 @@ class Networks(Protocol):
 
 
 @dataclass(frozen=True)
-class Denoise:
+class Denoise(Loss):
     """The loss with its settings. `schedule` lies on the batch's device, in fp32."""
 
     schedule: Schedule

@@ -10,24 +10,18 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds
-from shared.diffusion import (
-    Schedule,
-    add_noise,
-    boundary_scalings,
-    consistency,
-    ddim_step,
-    guided,
-    huber_distance,
-    l2_distance,
-    predicted_eps,
-    predicted_x0,
-    solver_timesteps,
-)
-from shared.errors import UserError
+from shared.diffusion import Schedule, add_noise, solver_timesteps
 from train.config import DistillConfig
 from train.data.batch import Batch
-from train.flag_groups import FullStudentFlags, SolverFlags, TeacherFlags, names_of
-from train.objectives.objective import Card, Objective, Sampler, teacher_outputs
+from train.flag_groups import (
+    ConsistencyFlags,
+    FullStudentFlags,
+    SolverFlags,
+    TeacherFlags,
+    names_of,
+)
+from train.objectives.formulas import check_solver, consistency_function, distance, guided_step
+from train.objectives.objective import Card, Loss, Objective, Sampler, teacher_outputs
 
 COMFY_SOLVER = (50, 10.0)  # solver steps and timestep scaling of ComfyUI's LCM sampling
 
@@ -48,7 +42,7 @@ class Networks(Protocol):
 
 
 @dataclass(frozen=True)
-class LCD:
+class LCD(Loss):
     """The loss with its settings. `schedule` lies on the batch's device, in fp32."""
 
     schedule: Schedule
@@ -79,27 +73,14 @@ class LCD:
         with torch.no_grad():
             # 3. From there to t_n by one step of the guided teacher's solver.
             said = teacher_outputs(networks, z, start, batch, empty)
-            z_prev = self.solve(said, z, start, end, batch.w)
+            z_prev = guided_step(said, z, start, end, batch.w, self.schedule)
             target = self.f(networks.target(z_prev, end, batch), z_prev, end)
         # 4. The distance of what the student says at t_{n+k} from what the target says at t_n.
-        if self.loss_type == "huber":
-            return huber_distance(predicted, target, self.huber_c)
-        return l2_distance(predicted, target)
+        return distance(predicted, target, self.loss_type, self.huber_c)
 
     def f(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """The consistency function (eq. 9) of a network's output at (z, t)."""
-        x0 = predicted_x0(output, z, *self.schedule.alpha_sigma(t), self.schedule.prediction_type)
-        return consistency(z, x0, *boundary_scalings(t.to(z.dtype), self.timestep_scaling))
-
-    def solve(
-        self, teacher: tuple[Tensor, Tensor], z: Tensor, start: Tensor, end: Tensor, w: Tensor
-    ) -> Tensor:
-        """One DDIM step of the guided teacher from `start` to `end` (eq. 13, 14)."""
-        cond, uncond = teacher
-        at = (z, *self.schedule.alpha_sigma(start), self.schedule.prediction_type)
-        x0 = guided(predicted_x0(cond, *at), predicted_x0(uncond, *at), w)
-        eps = guided(predicted_eps(cond, *at), predicted_eps(uncond, *at), w)
-        return ddim_step(x0, eps, *self.schedule.alpha_sigma(end))
+        return consistency_function(output, z, t, self.schedule, self.timestep_scaling)
 
 
 def build(config: DistillConfig, schedule: Schedule, grid: int | None = None) -> LCD:
@@ -107,20 +88,7 @@ def build(config: DistillConfig, schedule: Schedule, grid: int | None = None) ->
 
     Nor may they fail to divide the `grid` of timesteps that the teacher was asked at.
     """
-    steps, total = config.num_ddim_timesteps, schedule.num_train_timesteps
-    if total % steps:
-        divisors = [n for n in range(1, total + 1) if not total % n]
-        nearest = min(divisors, key=lambda n: abs(n - steps))
-        raise UserError(
-            f"--num-ddim-timesteps {steps} must divide {total}, the timesteps of the teacher "
-            f"(num_train_timesteps); the nearest that does is {nearest}"
-        )
-    if grid is not None and (grid % steps or total % grid):
-        raise UserError(
-            f"--num-ddim-timesteps {steps} does not divide {grid}, the timesteps of the cache's "
-            f"answers (`prep teach --num-ddim-timesteps` or `prep synthesize --steps`); give "
-            f"--num-ddim-timesteps {grid} or another that divides it, or add --teacher online"
-        )
+    check_solver(config, schedule, grid)
     return LCD(
         schedule=schedule,
         num_ddim_timesteps=config.num_ddim_timesteps,
@@ -146,7 +114,7 @@ def comfy_settings(config: DistillConfig) -> str:
 
 OBJECTIVE = Objective(
     build=build,
-    flags=names_of(SolverFlags, FullStudentFlags, TeacherFlags),
+    flags=names_of(SolverFlags, ConsistencyFlags, FullStudentFlags, TeacherFlags),
     learning_rates={"lora": 1e-4, "full": 8e-6},
     needs_teacher=True,
     needs_target=True,

@@ -37,11 +37,21 @@ def teacher_outputs(
 
 
 class Loss(Protocol):
-    """A loss with its settings."""
+    """A loss with its settings; one that inherits from this wants no more drawn than LCD does."""
 
     @property
     def intervals(self) -> int:
         """`batch.index` is drawn from 0 .. intervals - 1."""
+
+    @property
+    def uniforms(self) -> int:
+        """How many numbers in [0, 1) it wants of each sample besides: `batch.uniforms`."""
+        return 0
+
+    @property
+    def noises(self) -> int:
+        """How many noises in the latents' shape it wants of each sample: `batch.noises`."""
+        return 0
 
     def __call__(self, batch: Batch, empty: TextEmbeds, networks: Any) -> Tensor:
         """The loss of a batch, a scalar; `empty` is the unconditional embedding, one row.
@@ -77,6 +87,7 @@ class Card:
     settings: tuple[str, ...]  # flags in its table; those of the other kind of student are left out
     tags: tuple[str, ...] = ()  # on the hub
     other_programs: Callable[[DistillConfig], str] | None = None  # how a LoRA is drawn in ComfyUI
+    drawing: str = ""  # what else there is to say of drawing with diffusers
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 
 from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import guidance_embedding, schedule_from_config
+from shared.errors import UserError
 from shared.networks.denoiser import Denoiser, call_unet
-from shared.networks.sampling import Predict, sampling_time_ids, teacher_predictor
+from shared.networks.sampling import Predict, sampling_time_ids, takes_eta, teacher_predictor
 from train.config import DistillConfig
 from train.objectives import objective_of
 
@@ -35,6 +36,16 @@ def most_steps(config: DistillConfig, scheduler_config: Mapping[str, Any]) -> in
     """The largest number of steps that the student of a run with this `config` can be drawn in."""
     most = objective_of(config).sampler.most_steps
     return most(config) if most else schedule_from_config(scheduler_config).num_train_timesteps
+
+
+def check_eta(eta: float, config: DistillConfig) -> None:
+    """Raise UserError where the student of a run with this `config` is drawn without eta."""
+    scheduler = objective_of(config).sampler.scheduler
+    if eta and not takes_eta(scheduler):
+        raise UserError(
+            f"--eta {eta:g} means nothing to {scheduler.__name__}, which draws students of "
+            f"--objective {config.objective}; leave it out"
+        )
 
 
 def student_predictor(

@@ -36,8 +36,8 @@ def stored_config(path: Path) -> RunConfig:
 
 
 def _build(stored: Mapping[str, Any]) -> RunConfig:
-    hints = typing.get_type_hints(DistillConfig)
-    shown = {field.name for field in dataclasses.fields(DistillConfig) if field.repr}
+    hints = typing.get_type_hints(RunConfig) | typing.get_type_hints(DistillConfig)
+    shown = {field.name for field in dataclasses.fields(RunConfig) if field.repr}
     if unknown := sorted(stored.keys() - shown):
         raise NewerRecord(f"it has the flag {unknown[0]!r:.60}, which is unknown here")
     for name, value in stored.items():

@@ -16,7 +16,7 @@ from shared.storage.ownership import absolute
 from shared.storage.urls import Place, RemotePlace, is_url
 from train.config import RunConfig
 
-PATHS = ("cache", "model", "vae")
+PATHS = ("cache", "model", "vae", "init_student")
 
 
 def to_keep(config: RunConfig) -> RunConfig:

@@ -18,7 +18,7 @@ from shared.wording import counted
 from train.config import RunConfig
 from train.data.loader import Loader
 from train.memory.estimate import Parallelism
-from train.objectives import objective_of
+from train.objectives import objective_of, uses_guidance
 from train.state.checkpoint import TrainingState
 from train.state.resume_checks import divide
 from train.trainer.distributed import Distributed
@@ -67,10 +67,12 @@ def plan(run: Distillation, resumed: Path | None) -> str:
     weights = sum(parameter.numel() for parameter in run.parameters.values())
     passes = config.max_train_steps * batch / samples
     over = f" over {world} processes" if world > 1 else ""
-    origin = f"from {resumed}" if resumed else "from the teacher"
+    origin = f"from {resumed or config.init_student or 'the teacher'}"
     spec = run.loader.spec
-    drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
-    if not objective_of(config).takes_guidance:
+    drawn = f"{spec.num_ddim_timesteps} intervals"
+    if uses_guidance(config):
+        drawn = f"w in [{spec.w_min:g}, {spec.w_max:g}]"
+    elif not objective_of(config).takes_guidance:
         drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
     return (
         f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "

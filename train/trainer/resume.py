@@ -9,6 +9,7 @@ from typing import Any
 from shared.cache.identity import differences
 from shared.cli.config import to_dict
 from shared.errors import UserError
+from shared.storage.ownership import absolute
 from train.config import RunConfig
 from train.export.model_card import CARD_FILE
 from train.export.provenance import SCHEDULER_FILE
@@ -27,7 +28,7 @@ FREE = frozenset({
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_prompts",
     "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
     "local_cache", "threads", "device", "push_to_hub", "hub_model_id", "compile", "attention",
-    "gradient_checkpointing", "offload_ema", "allow_tf32", "teacher",
+    "gradient_checkpointing", "offload_ema", "allow_tf32", "teacher", "init_fingerprint",
 })  # fmt: skip
 LATEST = "latest"
 
@@ -68,12 +69,19 @@ def changes(stored: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
 
     Flags that are younger than the run had their defaults.
     """
-    wanted = to_dict(replace(config, learning_rate=base_learning_rate(config)))
-    before = to_dict(stored)
+    wanted = to_dict(replace(located(config), learning_rate=base_learning_rate(config)))
+    before = to_dict(located(stored))
     names = wanted.keys() - FREE
     if config.num_train_epochs is not None:
         names -= {"max_train_steps"}  # follows from the cache
     return {name: (before[name], wanted[name]) for name in names if before[name] != wanted[name]}
+
+
+def located(config: RunConfig) -> RunConfig:
+    """The same with the one path that counts by where it leads, however it was typed."""
+    if config.init_student is None:
+        return config
+    return replace(config, init_student=absolute(config.init_student))
 
 
 def finished_message(config: RunConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from train.networks.build import build_student
 from train.networks.precision import check_speed, speed_up
 from train.networks.student import Student
 from train.objectives import objective_of
+from train.objectives.objective import Loss
 from train.sampling.preview import open_previews
 from train.state import checkpoint, owner
 from train.state.optim import base_learning_rate, build_optimizer
@@ -42,6 +44,7 @@ from train.state.resume_checks import check_invariants, run_invariants
 from train.state.run_paths import to_keep
 from train.trainer.defaults import with_precision
 from train.trainer.distributed import Distributed, as_launched
+from train.trainer.init_student import INIT_STUDENT, begin
 from train.trainer.metrics import Recorder
 from train.trainer.plan import batches, note_small_buckets, plan, print_memory, with_steps
 from train.trainer.resume import as_left
@@ -77,7 +80,7 @@ def prepare(config: RunConfig) -> Distillation:
     print_memory(config, accumulation, model, manifest, distributed)
     schedule = load_schedule(model.source).to(distributed.device)
     objective = objective_of(config).build(config, schedule, grid_of(answers))
-    student, invariants = build_networks(config, manifest, model, answers, distributed)
+    student, invariants = build_networks(config, manifest, model, answers, distributed, before)
     parameters = student.trainable()
     optimizer = build_optimizer(config, parameters)
     scaler = torch.amp.GradScaler(distributed.device.type, enabled=config.mixed_precision == "fp16")
@@ -86,7 +89,7 @@ def prepare(config: RunConfig) -> Distillation:
         go_on(resumed, before, student, optimizer, scaler)
     start = before or checkpoint.TrainingState(0, 0, batch_size, invariants)
     loader = build_loader(
-        config, trained, model, empty, objective.intervals, batch_size, start.position,
+        config, trained, model, empty, objective, batch_size, start.position,
         distributed, answers,
     )  # fmt: skip
     run = Distillation(
@@ -112,19 +115,21 @@ def prepare(config: RunConfig) -> Distillation:
         print_teacher(config, answers)
         print(plan(run, resumed), file=sys.stderr)
         if not config.dry_run:
-            run.branch = start_run_folder(config, model, resumed, latest)
+            run.branch = start_run_folder(config, model, resumed, latest, invariants)
     distributed.wait()
     return run
 
 
 def build_networks(
     config: RunConfig, manifest: Manifest, model: Model, answers: AnswersManifest | None,
-    distributed: Distributed,
+    distributed: Distributed, before: checkpoint.TrainingState | None,
 ) -> tuple[Student, dict[str, Any]]:  # fmt: skip
     """The student on its device, and what its checkpoints remember."""
     student = build_student(model.source, config)
     invariants = run_invariants(config, manifest, model, student, answers)
     check_teacher(answers, invariants, config)
+    if (begun := begin(student, config, before)) is not None:
+        invariants[INIT_STUDENT] = begun
     speed_up(student.networks(), config, distributed.device)
     distributed.wrap(student)
     return student, invariants
@@ -169,7 +174,7 @@ def go_on(
 
 
 def build_loader(
-    config: RunConfig, manifest: Manifest, model: Model, empty: TextEmbeds, intervals: int,
+    config: RunConfig, manifest: Manifest, model: Model, empty: TextEmbeds, objective: Loss,
     batch_size: int, position: int, distributed: Distributed, answers: AnswersManifest | None,
 ) -> Loader:  # fmt: skip
     """This process's share of the global batches from sample `position` on."""
@@ -190,12 +195,14 @@ def build_loader(
         DrawSpec(
             seed=config.seed,
             views=identity.preprocessing.views,
-            num_ddim_timesteps=intervals,
+            num_ddim_timesteps=objective.intervals,
             w_min=w_min,
             w_max=w_max,
             proportion_empty_prompts=config.proportion_empty_prompts,
             latent_noise=identity.posterior,
             noise_offset=config.noise_offset,
+            uniforms=objective.uniforms,
+            noises=objective.noises,
         ),
         LatentSpec(identity.vae.channels, identity.vae.scaling_factor),
         empty,
@@ -218,10 +225,15 @@ def guidance_range(config: RunConfig, w_min: float, w_max: float) -> tuple[float
 
 
 def start_run_folder(
-    config: RunConfig, model: Model, resumed: Path | None, latest: Path | None
+    config: RunConfig,
+    model: Model,
+    resumed: Path | None,
+    latest: Path | None,
+    invariants: Mapping[str, Any],
 ) -> int:
     """Make the folder our own and save the resolved configuration, the model's source in it.
 
+    Of the `invariants` it has the fingerprint of the weights that --init-student names.
     Returns the branch of the checkpoints to come (state/checkpoint.py). Raises UserError where the
     run has come further than `latest`, which was its latest checkpoint when this command began.
     """
@@ -235,7 +247,8 @@ def start_run_folder(
         sweep(config.run / "tmp")
         kept = to_keep(replace(config, model=model.source))
         kept = replace(kept, learning_rate=base_learning_rate(config))
-        publish([dump_json(to_dict(kept))], config.run / "config.json", config.run / "tmp")
+        stored = {**to_dict(kept), "init_fingerprint": invariants.get(INIT_STUDENT)}
+        publish([dump_json(stored)], config.run / "config.json", config.run / "tmp")
         return checkpoint.start_branch(config.run, resumed)
     except BaseException:  # or it would seem to live on where the file system has no locks
         owner.release(config.run)

@@ -30,8 +30,8 @@ ENCODE = frozenset({
     "part", "prune", "overwrite", "holdout",
 })  # fmt: skip
 DISTILL = frozenset({
-    "student", "objective", "teacher", "train_batch_size", "gradient_accumulation_steps",
-    "global_batch_size",
+    "student", "objective", "teacher", "init_student", "train_batch_size",
+    "gradient_accumulation_steps", "global_batch_size", "num_phases", "target_steps",
     "max_train_steps", "num_train_epochs", "learning_rate", "scale_lr", "lr_scheduler",
     "lr_warmup_steps", "lr_num_cycles", "lr_power", "use_8bit_adam", "adam_beta1", "adam_beta2",
     "adam_weight_decay", "adam_epsilon", "max_grad_norm", "w_min", "w_max", "num_ddim_timesteps",

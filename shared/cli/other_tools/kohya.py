@@ -19,6 +19,7 @@ TAKEN: dict[str, Taken] = {
     "lr_warmup_steps": Reader("lr_warmup_steps", values.warmup),
     "network_dim": "lora_rank",
     "network_alpha": "lora_alpha",
+    "network_weights": "init_student",
     "network_module": Reader("student", values.network),
     "unet_lr": "learning_rate",
     "optimizer_type": Reader("use_8bit_adam", values.optimizer),
@@ -50,8 +51,6 @@ REFUSED = refusals({
         "out",
     # The network.
     "network_args block_lr": "--lora-target-modules says which layers are adapted",
-    "network_weights": "merge that LoRA into the model first; a run of ours goes on with "
-        "--resume-from-checkpoint",
     "base_weights base_weights_multiplier": "merge that LoRA into the model first, and pass it as "
         "--model",
     "dim_from_weights": "--lora-rank says it, of adapters that begin anew",
