@@ -25,9 +25,13 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
 BF16 = {"mixed_precision": "bf16"}
 CHECKPOINTED = BF16 | {"gradient_checkpointing": True}
 SMALL_ADAM = CHECKPOINTED | {"use_8bit_adam": True}
-LADDERS: dict[str, list[dict[str, Any]]] = {
-    "lora": [BF16, CHECKPOINTED, SMALL_ADAM],
-    "full": [BF16, CHECKPOINTED, SMALL_ADAM, SMALL_ADAM | {"offload_ema": True}],
+LADDER: list[dict[str, Any]] = [BF16, CHECKPOINTED, SMALL_ADAM]
+DMD: dict[str, Any] = {"objective": "dmd"}
+STUDENTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "LoRA, rank 64": ({"student": "lora"}, LADDER),
+    "full": ({"student": "full"}, [*LADDER, SMALL_ADAM | {"offload_ema": True}]),
+    "LoRA, rank 64, dmd": ({"student": "lora", **DMD}, LADDER),
+    "full, dmd": ({"student": "full", **DMD}, LADDER),
 }
 ENOUGH = 4  # a micro-batch that fills a GPU's cores; below it, memory is saved instead
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
@@ -56,10 +60,10 @@ class Counted:
         return max(int((room - self.one.peak) // self.slope) + 1, 0)
 
 
-def count(unet: dict[str, Any], size: tuple[int, int], student: Any, change: Any) -> Counted:
+def count(unet: dict[str, Any], size: tuple[int, int], change: dict[str, Any]) -> Counted:
     """With accumulation, so that gradients are there all the time: the larger number."""
     config = DistillConfig(
-        model="", cache=Path(), run=Path(), student=student, gradient_accumulation_steps=2, **change
+        model="", cache=Path(), run=Path(), gradient_accumulation_steps=2, **change
     )
     one, two = (estimate(unet, replace(config, train_batch_size=batch), size) for batch in (1, 2))
     return Counted(one, two)
@@ -67,21 +71,20 @@ def count(unet: dict[str, Any], size: tuple[int, int], student: Any, change: Any
 
 def rows(name: str, student: str) -> list[str]:
     """A line per card: the first flags with which at least ENOUGH samples fit, else the most."""
-    unet, size = MODELS[name]
-    counted = [(change, count(unet, size, student, change)) for change in LADDERS[student]]
+    (unet, size), (kind, ladder) = MODELS[name], STUDENTS[student]
+    counted = [(change, count(unet, size, kind | change)) for change in ladder]
     lines = []
     for card in CARDS:
         room = card * 1e9 * ROOM - RESERVED
         fitting = [(change, one, one.largest(room)) for change, one in counted]
         enough = [found for found in fitting if found[2] >= ENOUGH]
         change, one, batch = enough[0] if enough else max(fitting, key=lambda found: found[2])
-        what = "LoRA, rank 64" if student == "lora" else "full"
         if batch == 0:
             needed = f"{min(one.peak(1) for _, one in counted) / 1e9:.1f} GB for one sample"
-            lines.append(f"| {name} | {what} | {card} GB | does not fit ({needed}) | - | - |")
+            lines.append(f"| {name} | {student} | {card} GB | does not fit ({needed}) | - | - |")
             continue
         lines.append(
-            f"| {name} | {what} | {card} GB | `{flags(change)}` | {batch} | "
+            f"| {name} | {student} | {card} GB | `{flags(change)}` | {batch} | "
             f"{one.peak(batch) / 1e9:.1f} GB |"
         )
     return lines
@@ -89,7 +92,7 @@ def rows(name: str, student: str) -> list[str]:
 
 def main() -> None:
     """Write the table between the document's head and its foot."""
-    table = [row for name in MODELS for student in LADDERS for row in rows(name, student)]
+    table = [row for name in MODELS for student in STUDENTS for row in rows(name, student)]
     print("\n".join(table))
     head, mark, rest = DOCUMENT.read_text().partition("|---|---|---|---|---|---|\n")
     _, gap, foot = rest.partition("\n\n")

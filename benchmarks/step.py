@@ -7,8 +7,10 @@
 - online: a step that runs the VAE and the text encoders, and asks a teacher of its own twice,
   relative to the cached one; beside it the ratio of their floating-point operations.
 - memory: the peak of a LoRA step that holds a teacher beside the student, and of ours, whose
-  teacher is the student without its adapters; of a full student's with its teacher, and reading
-  the teacher's answers instead; each in a process of its own.
+  teacher is the student without its adapters; of one that matches distributions, whose fake score
+  is a second set of adapters, without and with the GAN term (the goal is 1.25 of a LoRA step of
+  LCD); of a full student's with its teacher, and reading the teacher's answers instead; each in a
+  process of its own.
 - answers: the online step, and ours with the teacher (`asked`), relative to ours that reads the
   teacher's answers (the goals are 1.9 and 1.5 for a LoRA, 1.4 for a full student's own).
 
@@ -39,9 +41,13 @@ from train.networks.lora import LoraStudent
 
 REPO = Path(__file__).resolve().parent.parent
 WARM_UP = 2
+# Both networks learn in each step.
+MATCHING = {"objective": "dmd", "fake_warmup_steps": 0, "fake_updates": 1, "teacher": None}
 MEMORY: dict[str, dict[str, Any]] = {  # whose peak is measured, with their flags
     "one_unet": {},
     "separate_teacher": {},
+    "matching": MATCHING,
+    "matching_gan": MATCHING | {"gan_weight": 5e-3},
     "full_asking": {"student": "full"},
     "full_reading": {"student": "full", "teacher": "cached"},
 }
@@ -189,7 +195,8 @@ def measure_all(tiny: Case, large: Case, full: Case, root: Path, device: torch.d
     found: dict[str, Any] = {"loader": measure_loader(tiny, root, device)}
     say("loader", found["loader"])
     found["memory"] = vars(large) | {
-        kind: in_child(kind, large, root, device) for kind in ("one_unet", "separate_teacher")
+        kind: in_child(kind, large, root, device)
+        for kind in ("one_unet", "separate_teacher", "matching", "matching_gan")
     }
     say(f"memory, {large.model}", found["memory"])
     found["full_memory"] = vars(full) | {

@@ -115,6 +115,15 @@ def velocity(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return expand(alpha, x0) * noise - expand(sigma, x0) * x0
 
 
+def diffusion_target(
+    x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+) -> Tensor:
+    """Return what a denoiser ought to say of z_t: the noise, or the velocity."""
+    if prediction_type == "epsilon":
+        return noise
+    return velocity(x0, noise, alpha, sigma)
+
+
 def predicted_x0(
     output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
 ) -> Tensor:

@@ -21,9 +21,9 @@ from train import flag_groups as groups
 @dataclass(frozen=True)
 class DistillConfig(
     groups.PublishFlags, groups.MachineFlags, groups.ProgressFlags, groups.SpeedFlags,
-    groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags, groups.FullStudentFlags,
-    groups.TeacherFlags, groups.TargetFlags, groups.PhaseFlags, groups.ConsistencyFlags,
-    groups.SolverFlags, groups.OptimizerFlags, groups.RunFlags,
+    groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags, groups.DistributionFlags,
+    groups.FullStudentFlags, groups.TeacherFlags, groups.TargetFlags, groups.PhaseFlags,
+    groups.ConsistencyFlags, groups.SolverFlags, groups.OptimizerFlags, groups.RunFlags,
 ):  # fmt: skip
     """Distil a student from a teacher and a cache, or fine-tune the teacher on it."""
 

@@ -23,7 +23,7 @@ TeacherSource = Literal["cached", "online"]
 CACHED: TeacherSource = "cached"
 ONLINE: TeacherSource = "online"
 # The name of an objective is that of its file in train/objectives/.
-ObjectiveName = Literal["lcd", "pcm", "tcd", "lcf", "denoise"]
+ObjectiveName = Literal["lcd", "pcm", "tcd", "lcf", "dmd", "denoise"]
 Guidance = Annotated[float, Numbers(float, -1)]  # the papers' w: guidance_scale - 1
 
 
@@ -52,7 +52,8 @@ class RunFlags:
     guidance input and an average (EMA)."""
     objective: ObjectiveName = "lcd"
     """lcd: latent consistency distillation. pcm, tcd: its successors with trajectory targets. lcf:
-    consistency fine-tuning on data alone. denoise: the ordinary diffusion loss, to fine-tune."""
+    consistency fine-tuning on data alone. dmd: distribution matching. denoise: the ordinary
+    diffusion loss, to fine-tune."""
     init_student: LocalPath | None = None
     """Begin where another student ended: a run, a UNet in diffusers' format, or a LoRA file in
     diffusers' or kohya's form."""
@@ -158,6 +159,27 @@ class FullStudentFlags:
     teacher."""
     unet_time_cond_proj_dim: Annotated[int, Numbers(int, 4)] = 256
     """Width of the guidance embedding."""
+
+
+@dataclass(frozen=True)
+class DistributionFlags:
+    """Distribution matching: the student's steps, the fake score, the GAN term."""
+
+    num_student_steps: Count = 1
+    """dmd: steps N that the student is trained to draw in."""
+    fake: Literal["lora", "full"] = "lora"
+    """dmd: what the fake score is. lora: adapters on the teacher. full: a UNet of its own."""
+    fake_lora_rank: Count | None = None
+    """dmd: rank of the fake score's adapters; --lora-rank unless given."""
+    fake_learning_rate: Positive | None = None
+    """dmd: 4e-4 for --fake lora, 1e-5 for full unless given."""
+    fake_updates: Count = 5
+    """dmd: the fake score learns in every step, the student in each so-manieth."""
+    fake_warmup_steps: Natural = 100
+    """dmd: steps at the start in which the fake score learns and the student stays."""
+    gan_weight: NotNegative = 0.0
+    """dmd: weight of the GAN term against the cache's latents, such as 5e-3; the critic has twice
+    that. 0 for no GAN term."""
 
 
 @dataclass(frozen=True)

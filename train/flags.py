@@ -18,6 +18,7 @@ from train.state.optim import check_schedule
 ONLY_WITH: dict[tuple[str, str], tuple[str, ...]] = {
     ("student", "lora"): names_of(LoraFlags),
     ("student", "full"): names_of(FullStudentFlags),
+    ("fake", "lora"): ("fake_lora_rank",),
     ("loss_type", "huber"): ("huber_c",),
     ("lr_scheduler", "cosine_with_restarts"): ("lr_num_cycles",),
     ("lr_scheduler", "polynomial"): ("lr_power",),

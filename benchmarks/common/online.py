@@ -24,7 +24,7 @@ from shared.networks.precision import DTYPES
 from train.data.batch import Batch
 from train.networks.full import FullStudent
 from train.networks.lora import LoraStudent
-from train.trainer.loop import update
+from train.trainer.loop import settle
 from train.trainer.run import Distillation
 
 
@@ -132,7 +132,9 @@ class Online:
         run.scaler.scale(loss).backward()
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm)
-        update(run.optimizer, run.scaler)
+        run.scaler.step(run.optimizer)
+        run.optimizer.zero_grad(set_to_none=True)
+        settle(run.scaler, run.distributed.device)
         self.move_average()
         return loss.item()
 

@@ -18,8 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from benchmarks.common.models import random_weights
 from train.config import RunConfig
 from train.data.batch import Batch
-from train.state.optim import set_learning_rate
-from train.trainer.loop import backward, update
+from train.trainer.loop import move, settle
 from train.trainer.run import Distillation
 from train.trainer.setup import prepare
 
@@ -65,9 +64,10 @@ class Cached:
     def take(self, batch: Batch) -> None:
         """What `train.trainer.loop.distill` does between two batches, without records."""
         run = self.run
-        set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, run.config)
-        backward(run, batch)
-        update(run.optimizer, run.scaler)
+        for one in run.trained:
+            if one.due(run.step + 1):
+                move(run, one, batch)
+        settle(run.scaler, run.distributed.device)
         run.step += 1
         run.student.after_step()
 

@@ -66,16 +66,20 @@ def keep_ids(loader: Loader, path: Path) -> None:
 
 
 def keep_first_gradients(run, path: Path) -> None:
-    update = loop.update
+    """Of each network that is trained."""
+    backward, kept, seen, resumed = loop.backward, {}, set(), path.exists()
 
-    def keeping(optimizer, scaler):
-        gradients = {name: p.grad for name, p in run.parameters.items()}
-        whole = run.distributed.gather(gradients)
-        if run.distributed.main and not path.exists():
-            torch.save(whole, path)
-        return update(optimizer, scaler)
+    def keeping(run, one, batch):
+        result = backward(run, one, batch)
+        if not resumed and one.name not in seen:
+            seen.add(one.name)
+            gradients = {name: p.grad.clone() for name, p in one.parameters.items()}
+            kept.update(run.distributed.gather(gradients))
+            if run.distributed.main:
+                torch.save(kept, path)
+        return result
 
-    loop.update = keeping
+    loop.backward = keeping
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python tests/support/train_crash.py SCENARIO... --work FOLDER [--modes before half after]
     python tests/support/train_crash.py lora full --work FOLDER --cache CACHE --signal KILL|TERM
 
-`save`, `save again` and `branch` write checkpoints of small tensors; `lora` and `full` are whole
-runs. Everything is imported once and a child is forked per crash. After each crash every
+`save`, `save again` and `branch` write checkpoints of small tensors; `lora`, `full` and `dmd` are
+whole runs. Everything is imported once and a child is forked per crash. After each crash every
 checkpoint in sight must be whole; the same command, undisturbed, must then end with the same files.
 Prints JSON for each scenario: the calls of an undisturbed run or the statuses of those signalled,
 and what went wrong.
@@ -257,6 +257,9 @@ def main() -> None:
             flags["checkpointing_steps"] = 1000
         for kind in ("lora", "full"):
             scenarios[kind] = Scenario(distilling(kind, args.cache.resolve(), **flags))
+        matching = {"objective": "dmd", "fake_updates": 2, "fake_warmup_steps": 1}
+        matching |= {"gan_weight": 0.01, "num_student_steps": 2}
+        scenarios["dmd"] = Scenario(distilling("lora", args.cache.resolve(), **flags, **matching))
         for objective, kind in {"pcm": "lora", "tcd": "full", "lcf": "full"}.items():
             run = distilling(kind, args.cache.resolve(), objective=objective, **flags)
             scenarios[objective] = Scenario(run)

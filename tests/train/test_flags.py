@@ -102,16 +102,20 @@ def test_gradients_are_clipped_unless_the_limit_is_0(limit, length):
     from train.config import DistillConfig
     from train.data.batch import Batch
     from train.trainer.loop import backward
+    from train.trainer.trainable import Trainable
 
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     run = SimpleNamespace(
         config=DistillConfig("m", None, None, max_grad_norm=limit), accumulation=1, empty=None,
-        distributed=SimpleNamespace(accumulating=lambda student, last: nullcontext()), student=None,
-        autocast=nullcontext, objective=lambda *_: (weight**2).sum() / 2,
-        scaler=torch.amp.GradScaler(enabled=False), parameters={"weight": weight},
-        optimizer=torch.optim.SGD([weight]),
+        distributed=SimpleNamespace(accumulating=lambda network, last: nullcontext()), student=None,
+        autocast=nullcontext, objective=None, scaler=torch.amp.GradScaler(enabled=False),
     )  # fmt: skip
-    _, norm = backward(run, Batch(*[torch.zeros(1)] * 7))
+    one = Trainable(
+        name="", network=None, loss=lambda objective: lambda *_: (weight**2).sum() / 2,
+        parameters={"weight": weight}, optimizer=torch.optim.SGD([weight]), learning_rate=1,
+        due=bool,
+    )  # fmt: skip
+    _, norm = backward(run, one, Batch(*[torch.zeros(1)] * 7))
     assert norm.item() == 5.0
     assert weight.grad.norm().item() == pytest.approx(length)
 

@@ -12,8 +12,8 @@ from shared.models.fingerprint import signs
 from train.config import DistillConfig
 from train.networks.build import build_student
 from train.state.checkpoint import checkpoint_folder
-from train.state.optim import set_learning_rate
-from train.trainer.loop import backward, distill, update
+from train.trainer.loop import distill, move, settle
+from train.trainer.metrics import Moved
 from train.trainer.setup import prepare
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +50,13 @@ def test_the_teachers_signs_are_those_of_a_cpu(tiny_sd, config, kind):
     assert signs(student.networks()[-1].to(DEVICE).parameters()) == wanted
 
 
-@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2}], ids=["one", "two"])
+DMD = {"objective": "dmd", "fake_warmup_steps": 0, "fake_updates": 1, "gan_weight": 0.1,
+       "num_student_steps": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"gradient_accumulation_steps": 2}, DMD], ids=["one", "two", "dmd"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_step_waits_for_the_device(config, kind, more):
     """In bf16, once everything has been allocated: torch raises at the first thing that would."""
@@ -58,11 +64,11 @@ def test_no_step_waits_for_the_device(config, kind, more):
     batches = run.loader.batches()
 
     def step(number: int) -> None:
-        rate = set_learning_rate(run.optimizer, run.learning_rate, number, run.config)
-        loss, norm = backward(run, next(batches))
-        assert update(run.optimizer, run.scaler)
+        batch = next(batches)
+        moved = [move(run, one, batch) for one in run.trained]
+        assert settle(run.scaler, run.distributed.device)
         run.student.after_step()
-        run.recorder.record(number, number - 1, loss, norm, rate)
+        run.recorder.record(number, number - 1, moved)
 
     with run.recorder:
         for number in (1, 2, 3):
@@ -105,15 +111,15 @@ def test_fp16_skips_a_step_that_overflows(config, kind):
     batches = run.loader.batches()
     run.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**100)
     before = weights(run)
-    backward(run, next(batches))
-    assert not update(run.optimizer, run.scaler)
+    move(run, run.trained[0], next(batches))
+    assert not settle(run.scaler, run.distributed.device)
     assert run.scaler.get_scale() == 2.0**99
     assert equal(weights(run), before)
     run.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
-    loss, norm = backward(run, next(batches))
-    assert loss.isfinite()
-    assert norm.isfinite()
-    assert update(run.optimizer, run.scaler)
+    moved = move(run, run.trained[0], next(batches))
+    assert moved.loss.isfinite()
+    assert moved.norm.isfinite()
+    assert settle(run.scaler, run.distributed.device)
     assert run.scaler.get_scale() == 2.0**10
     assert not equal(weights(run), before)
     batches.close()
@@ -138,7 +144,7 @@ def test_lines_of_metrics_come_a_window_later_and_none_is_lost(config):
 
     def record(step: int, loss: float) -> None:
         values = torch.tensor([loss, 1.0], device=DEVICE)
-        run.recorder.record(step, step - 1, values[0], values[1], 1e-3)
+        run.recorder.record(step, step - 1, [Moved("", values[0], values[1], 1e-3)])
 
     with run.recorder:
         record(1, 1.0)

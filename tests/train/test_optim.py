@@ -13,7 +13,7 @@ from train.config import DistillConfig
 from train.networks.build import build_student
 from train.state import checkpoint
 from train.state.optim import base_learning_rate, build_optimizer, set_learning_rate
-from train.state.restore import restore_optimizer
+from train.state.restore import Moments, restore_optimizers
 
 STEPS, WARMUP, BASE = 23, 5, 3e-4
 SCHEDULES = {
@@ -138,7 +138,7 @@ def continued(settings: DistillConfig, tmp_path, device: str = "cpu") -> None:
     with torch.no_grad():
         for name, weight in second.items():
             weight.copy_(checkpoint.load_networks(folder)[name])
-    restore_optimizer(again, second, folder)
+    restore_optimizers(folder, [Moments(again, second, begun=True)])
     for name, weight in second.items():
         mine, before = again.state[weight], optimizer.state[first[name]]
         assert mine.keys() == before.keys()

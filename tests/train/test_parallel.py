@@ -117,13 +117,28 @@ def ids_by_position(run: Path) -> dict[int, int]:
     }
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-def test_two_processes_take_the_step_of_one(launch, kind):
+# Of distribution matching both networks learn in each step, here by two micro-steps.
+DMD = {"objective": "dmd", "fake_warmup_steps": 0, "fake_updates": 1, "gan_weight": 0.1,
+       "num_student_steps": 2, "student": "lora"}  # fmt: skip
+MICRO = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "two_of"),
+    [
+        pytest.param({"student": "lora"}, TWO, id="lora"),
+        pytest.param({"student": "full"}, TWO, id="full", marks=pytest.mark.slow),
+        pytest.param(DMD, MICRO, id="dmd"),
+        pytest.param(DMD | {"student": "full"}, MICRO, id="dmd-full", marks=pytest.mark.slow),
+        pytest.param(DMD | {"fake": "full"}, TWO, id="dmd-fake-full", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_take_the_step_of_one(launch, flags, two_of):
     # In float64, because fp32's rounding alone moves the Huber loss's gradients by 1e-4 when the
     # student still is the teacher: they are the signs of differences that are nearly zero.
-    one = launch("one", 1, double=True, student=kind)
+    one = launch("one", 1, double=True, **flags)
     for name, environment in (("ddp", None), ("fsdp", FSDP)):
-        two = launch(name, 2, environment, double=True, student=kind, **TWO)
+        two = launch(name, 2, environment, double=True, **flags | two_of)
         assert relative(gradients(two), gradients(one)) < 1e-9, name
         assert (two / "metrics.jsonl").read_text().count("\n") == 2
 

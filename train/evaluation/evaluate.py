@@ -97,7 +97,9 @@ def student_samplings(artist: Artist) -> Sequence[Sampling]:
     if objective_of(artist.config).sampler.classifier_free:
         return (("student", REFERENCE[1]),)
     most = most_steps(artist.config, artist.scheduler_config)
-    return tuple(sampling for sampling in STUDENT_SAMPLINGS if sampling[1] <= most)
+    known = [sampling for sampling in STUDENT_SAMPLINGS if sampling[1] <= most]
+    few = objective_of(artist.config).sampler.few_steps(artist.config)
+    return tuple(dict.fromkeys([*known, *(("student", steps) for steps in few)]))
 
 
 def timed(results: Sequence[Result], artist: Artist, heldout: HeldOut) -> list[Result]:

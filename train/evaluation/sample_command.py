@@ -15,7 +15,7 @@ from train.data.bucket import largest_bucket
 from train.evaluation.artist import open_artist
 from train.evaluation.score import decode_all
 from train.export.newest_run import newest_student
-from train.objectives import objective_of
+from train.objectives import guidance_learned, objective_of
 from train.sampling.pictures import write_grid, write_picture
 from train.sampling.preview import MAX_PROMPTS
 from train.sampling.samplers import most_steps
@@ -36,7 +36,7 @@ def draw_prompts(config: SampleConfig) -> None:
     run = newest_student(config.run)
     refuse_guidance(config, run_config(run))
     artist = open_artist(run, config)
-    steps = config.steps or objective_of(artist.config).sampler.steps
+    steps = config.steps or objective_of(artist.config).sampler.usual_steps(artist.config)
     most = most_steps(artist.config, artist.scheduler_config)
     if steps > most:
         raise UserError(f"--steps {steps} must be 1 to {most}, all that the student knows")
@@ -66,9 +66,9 @@ def draw_prompts(config: SampleConfig) -> None:
 
 def refuse_guidance(config: SampleConfig, run: RunConfig) -> None:
     """Raise UserError for a --guidance-scale that the student's pictures do not depend on."""
-    learned = run.student == "lora" and not objective_of(run).sampler.classifier_free
-    if config.guidance_scale is not None and learned:
+    if config.guidance_scale is not None and guidance_learned(run):
+        kind = "a distilled LoRA" if run.student == "lora" else "this distilled UNet"
         raise UserError(
-            "--guidance-scale: a distilled LoRA is drawn without guidance, which it has learned "
+            f"--guidance-scale: {kind} is drawn without guidance, which it has learned "
             "(--w-min, --w-max); leave it out"
         )

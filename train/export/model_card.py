@@ -21,7 +21,7 @@ from shared.storage.files import copy_durably, load_record, publish
 from train.export.file_guide import file_guide, half_precision
 from train.export.provenance import Provenance
 from train.export.weights import LORA_FILE
-from train.objectives import uses_guidance
+from train.objectives import guidance_learned, uses_guidance
 
 ANY_PROMPT = "a photograph of a lighthouse at sunset"
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
@@ -134,7 +134,7 @@ def begun(origin: Provenance) -> str:
 
 def preview_title(origin: Provenance) -> str:
     """What the picture shows."""
-    *others, last = map(str, origin.objective.sampler.preview_steps)
+    *others, last = map(str, origin.objective.sampler.previewed_steps(origin.config))
     return f"Prompts at {', '.join(others)} and {last} steps" if others else "Prompts"
 
 
@@ -163,11 +163,11 @@ def snippet(origin: Provenance, name: str, family: Family, variant: str = "") ->
     if lora:
         lines += f"pipe.load_lora_weights({quoted(name)}, weight_name={quoted(LORA_FILE)})\n"
     side = resolution(origin, family)
-    built_in = lora and not sampler.classifier_free
+    built_in = guidance_learned(origin.config)
     image = call(
         "pipe",
         quoted(prompt(origin)),
-        f"num_inference_steps={sampler.steps}",
+        f"num_inference_steps={sampler.usual_steps(origin.config)}",
         f"guidance_scale={1.0 if built_in else family.guidance_scale}",
         f"height={side}",
         f"width={side}",
@@ -200,7 +200,7 @@ def guidance(origin: Provenance) -> str:
         return "It is drawn as what it began with, without guidance: leave `guidance_scale` at 1."
     low = family.w_min if config.w_min is None else config.w_min
     high = family.w_max if config.w_max is None else config.w_max
-    if origin.lora:
+    if guidance_learned(config):
         return (
             f"The guidance is built in (w between {low:g} and {high:g} in training): leave "
             f"`guidance_scale` at 1. {more}".rstrip()

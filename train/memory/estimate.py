@@ -24,10 +24,12 @@ from shared.cache.conditioning import TextEmbeds
 from shared.networks.denoiser import Denoiser, call_unet
 from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
+from train.memory.matched import matched_losses, meta_matched
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
 from train.networks.dtensor import FSDP_BLOCKS
 from train.networks.full import guided_copy
 from train.networks.lora import add_adapters
+from train.networks.matched import MatchedStudent
 from train.objectives import asks_teacher, objective_of
 
 TOKENS = 77
@@ -83,24 +85,37 @@ class MetaNetworks:
     student: Denoiser
     target: Denoiser
     teacher: Denoiser
+    matched: MatchedStudent | None = None  # of distribution matching, which has these and more
 
     def unets(self) -> list[Denoiser]:
         """Each once."""
+        if self.matched is not None:
+            return self.matched.networks()
         return list(dict.fromkeys((self.student, self.target, self.teacher)))
 
     def tensors(self) -> list[Tensor]:
         """All weights, each once."""
-        return [tensor for unet in self.unets() for tensor in unet.state_dict().values()]
+        modules = [*self.unets(), *(self.matched.heads() if self.matched else [])]
+        return [tensor for module in modules for tensor in module.state_dict().values()]
+
+    def trained(self) -> list[list[nn.Parameter]]:
+        """What each optimizer moves, in the order of their steps."""
+        if self.matched is None:
+            return [[p for p in self.student.parameters() if p.requires_grad]]
+        return [list(one.trainable().values()) for one in reversed(self.matched.trained())]
 
     def trainable(self) -> list[nn.Parameter]:
-        """What the optimizer moves."""
-        return [p for p in self.student.parameters() if p.requires_grad]
+        """What all of them move."""
+        return [parameter for parameters in self.trained() for parameter in parameters]
 
 
 def meta_networks(unet_config: Mapping[str, Any], config: DistillConfig) -> MetaNetworks:
     """As `train.networks.student` builds them."""
     with META:
         teacher = Denoiser.from_config(unet_config).eval().requires_grad_(False)
+        if objective_of(config).partner is not None:
+            matched = meta_matched(teacher, config)
+            return MetaNetworks(matched.unet, matched.unet, teacher, matched)
         if config.student == "lora":
             add_adapters(teacher, config)
             networks = MetaNetworks(teacher, teacher, teacher)
@@ -130,25 +145,47 @@ def estimate(
     live.note(networks.tensors())
     whole = live.now
     trainable = networks.trainable()
-    if config.gradient_accumulation_steps > 1:  # gradients of the last micro-step lie there
-        for parameter in trainable:
-            parameter.grad = torch.empty_like(parameter)
-        live.note([parameter.grad for parameter in trainable])
     shared = reduce_gradients(trainable, parallelism)
     live.note(shared)
     autocast = MetaAutocast(config.mixed_precision)
-    if config.gradient_checkpointing:
-        networks.student.enable_gradient_checkpointing(partial(checkpointed, autocast))
+    losses = losses_of(networks, config, unet_config, latent_size, autocast)
     attention = patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
-    with attention, live, autocast:
-        loss = forward(networks, config, unet_config, latent_size)
-        autocast.copies.clear()
-        loss.backward()
+    for parameters, loss_of in zip(networks.trained(), losses, strict=True):
+        if config.gradient_accumulation_steps > 1:  # gradients of the last micro-step lie there
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            live.note([parameter.grad for parameter in parameters])
+        with attention, live, autocast:
+            loss = loss_of()
+            autocast.copies.clear()
+            loss.backward()
+        del loss
+        for parameter in parameters:
+            parameter.grad = None
     weights = sum(map(parallelism.here, networks.tensors()))
     elements = (parallelism.here(parameter) // parameter.itemsize for parameter in trainable)
     optimizer = sum(adam_bytes(count, config.use_8bit_adam) for count in elements)
     step = live.peak - whole + gathered_bytes(networks, parallelism)
     return MemoryEstimate(weights, optimizer, weights + optimizer + step)
+
+
+def losses_of(
+    networks: MetaNetworks,
+    config: DistillConfig,
+    unet_config: Mapping[str, Any],
+    latent_size: tuple[int, int],
+    autocast: MetaAutocast,
+) -> list[Callable[[], Tensor]]:
+    """What each optimizer's weights are moved by, ready to be computed."""
+    again = partial(checkpointed, autocast)
+    matched = networks.matched
+    if config.gradient_checkpointing:
+        for unet in [one.unet for one in matched.trained()] if matched else [networks.student]:
+            unet.enable_gradient_checkpointing(again)
+    if matched is None:
+        return [partial(forward, networks, config, unet_config, latent_size)]
+    matched.partner.critic.again = again
+    return matched_losses(matched, config, unet_config, latent_size)
 
 
 def reduce_gradients(parameters: Sequence[nn.Parameter], parallelism: Parallelism) -> list[Tensor]:

@@ -15,7 +15,7 @@ from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.networks.ema import OffloadedAverage, move_average
-from train.networks.student import Student
+from train.networks.student import GUIDANCE_INPUT, Student
 from train.objectives import asks_teacher
 
 
@@ -108,6 +108,21 @@ class FullStudent(Student):
         return self.target_unet if self.average is None else self.average.network()
 
 
+def fold_guidance(weights: Mapping[str, Tensor], w: float) -> dict[str, Tensor]:
+    """A UNet's weights without a guidance input, as if it were always told `w`.
+
+    The input adds cond_proj(embedding) in front of the first layer of the time embedding, which
+    therefore can have the product in its bias.
+    """
+    folded = dict(weights)
+    projection = folded.pop(GUIDANCE_INPUT)
+    embedding = guidance_embedding(torch.tensor([w]), projection.shape[1])[0].to(projection)
+    layer = GUIDANCE_INPUT.replace("cond_proj.weight", "linear_1")
+    told = folded[f"{layer}.weight"] @ (projection @ embedding)
+    folded[f"{layer}.bias"] = folded[f"{layer}.bias"] + told
+    return folded
+
+
 def guided_copy(teacher: Denoiser, dim: int, guidance_init: str) -> Denoiser:
     """The teacher's weights in a UNet with `time_cond_proj_dim`.
 
@@ -118,7 +133,7 @@ def guided_copy(teacher: Denoiser, dim: int, guidance_init: str) -> Denoiser:
     config.pop("_use_default_values", None)  # which would undo it where the teacher's is not set
     copy = Denoiser.from_config(config)
     missing, unexpected = copy.load_state_dict(teacher.state_dict(), strict=False)
-    assert missing == ["time_embedding.cond_proj.weight"], missing
+    assert missing == [GUIDANCE_INPUT], missing
     assert not unexpected, unexpected
     if guidance_init == "zero":
         nn.init.zeros_(copy.time_embedding.cond_proj.weight)

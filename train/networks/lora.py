@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,33 +45,9 @@ class LoraStudent(Student):
         """A hash of the teacher's weights."""
         return {"teacher": signs(p for p in self.unet.parameters() if not p.requires_grad)}
 
-    @torch.no_grad()
     def begin_with(self, weights: Mapping[str, Tensor], name: str) -> None:
-        """Take a LoRA, `LAYER.lora_A.weight` and `LAYER.lora_B.weight` with alpha / rank in lora_B.
-
-        What is added to a layer is the same, whatever this student's alpha: a larger rank adds
-        zeros, and a layer that the LoRA does not adapt begins as it would. Raises UserError, by the
-        LoRA's `name`, where it does not fit.
-        """
-        layers = dict(self.unet.named_modules())
-        rank = max(len(down) for key, down in weights.items() if key.endswith("lora_A.weight"))
-        for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in weights):
-            layer = layers.get(path)
-            if not isinstance(layer, LoraLayer):
-                raise UserError(
-                    f"{name} adapts {path}, which this student does not; give "
-                    "--lora-target-modules with it, or another LoRA"
-                )
-            if rank > layer.r[ADAPTER]:
-                raise UserError(f"{name} has rank {rank}; give --lora-rank {rank}, or more")
-            down, up = (weights[f"{path}.{part}.weight"] for part in ("lora_A", "lora_B"))
-            into_down: Any = layer.lora_A[ADAPTER].weight
-            into_up: Any = layer.lora_B[ADAPTER].weight
-            into_down, into_up = into_down[: len(down)], into_up[:, : len(down)]
-            if (into_down.shape, into_up.shape) != (down.shape, up.shape):
-                raise UserError(f"{name} is of another model: its {path} has other widths")
-            into_down.copy_(down)
-            into_up.copy_(up / layer.scaling[ADAPTER])
+        """Take a LoRA's weights. Raises UserError, by the LoRA's `name`, where it does not fit."""
+        take_lora(self.unet, weights, name)
 
     @torch.no_grad()
     def target(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
@@ -101,33 +78,70 @@ class LoraStudent(Student):
         return {name: p.detach() for name, p in self.trainable().items()}
 
 
-def add_adapters(unet: Denoiser, config: DistillConfig) -> None:
+@torch.no_grad()
+def take_lora(unet: Denoiser, weights: Mapping[str, Tensor], name: str) -> None:
+    """Give the student's adapters those of a LoRA, with alpha / rank in lora_B.
+
+    `weights` are `LAYER.lora_A.weight` and `LAYER.lora_B.weight`. What is added to a layer is the
+    same, whatever this student's alpha: a larger rank adds zeros, and a layer that the LoRA does
+    not adapt begins as it would. Raises UserError, by the LoRA's `name`, where it does not fit.
+    """
+    layers = dict(unet.named_modules())
+    rank = max(len(down) for key, down in weights.items() if key.endswith("lora_A.weight"))
+    for path in dict.fromkeys(key.rpartition(".lora_")[0] for key in weights):
+        layer = layers.get(path)
+        if not isinstance(layer, LoraLayer):
+            raise UserError(
+                f"{name} adapts {path}, which this student does not; give "
+                "--lora-target-modules with it, or another LoRA"
+            )
+        if rank > layer.r[ADAPTER]:
+            raise UserError(f"{name} has rank {rank}; give --lora-rank {rank}, or more")
+        down, up = (weights[f"{path}.{part}.weight"] for part in ("lora_A", "lora_B"))
+        into_down: Any = layer.lora_A[ADAPTER].weight
+        into_up: Any = layer.lora_B[ADAPTER].weight
+        into_down, into_up = into_down[: len(down)], into_up[:, : len(down)]
+        if (into_down.shape, into_up.shape) != (down.shape, up.shape):
+            raise UserError(f"{name} is of another model: its {path} has other widths")
+        into_down.copy_(down)
+        into_up.copy_(up / layer.scaling[ADAPTER])
+
+
+def add_adapters(unet: Denoiser, config: DistillConfig, name: str = ADAPTER) -> None:
     """LoRA on the layers that the flags name. Raises UserError for a name that fits none."""
     wanted: Sequence[str] = LORA_TARGETS
     if config.lora_target_modules is not None:
         wanted = [name.strip() for name in config.lora_target_modules.split(",")]
-        for name in wanted:
-            if not lora_targets(unet, (name,)):
+        for end in wanted:
+            if not lora_targets(unet, (end,)):
                 raise UserError(
-                    f"--lora-target-modules: no layer's name ends in {name!r}; "
+                    f"--lora-target-modules: no layer's name ends in {end!r}; "
                     f"LCM's are {','.join(LORA_TARGETS)}"
                 )
     alpha: Any = config.lora_alpha or config.lora_rank  # which peft takes for a whole number
-    unet.add_adapter(
-        LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=lora_targets(unet, wanted),
-        )
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=lora_targets(unet, wanted),
     )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # other adapters: meant
+        unet.add_adapter(settings, name)
 
 
 def lora_targets(unet: Denoiser, wanted: Sequence[str] = LORA_TARGETS) -> list[str]:
-    """Full names of the layers to adapt, so that nothing else matches by accident."""
-    return [
-        name
+    """Full names of the layers to adapt, so that nothing else matches by accident.
+
+    A layer that has an adapter already keeps its name, though it lies within the adapter's.
+    """
+    layers = [
+        name.removesuffix(".base_layer")
         for name, module in unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
-        and any(name == target or name.endswith(f".{target}") for target in wanted)
+    ]
+    return [
+        name
+        for name in layers
+        if any(name == target or name.endswith(f".{target}") for target in wanted)
     ]

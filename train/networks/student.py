@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -13,6 +14,19 @@ from train.data.batch import Batch
 from train.networks.dtensor import restore
 
 
+class Trained(Protocol):
+    """Weights that are trained together."""
+
+    unet: Denoiser
+    live: nn.Module  # what a forward with gradients goes through; DDP wraps it
+
+    def module(self) -> nn.Module:
+        """What `live` is, or wraps."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What an optimizer moves, by name, fp32."""
+
+
 class Student:
     """A UNet that is trained, and nothing beside it.
 
@@ -20,9 +34,20 @@ class Student:
     says what it asks for (its `Networks`).
     """
 
+    partner: Trained | None = None  # what is trained beside it, where an objective has such
+
     def __init__(self, unet: Denoiser) -> None:
         self.unet = unet
         self.live: nn.Module = unet  # what the student's own forward goes through; DDP wraps it
+
+    def module(self) -> nn.Module:
+        """The UNet."""
+        unet: nn.Module = self.unet
+        return unet
+
+    def trained(self) -> list[Trained]:
+        """List what is trained, itself first."""
+        return [self] if self.partner is None else [self, self.partner]
 
     def networks(self) -> list[Denoiser]:
         """List every UNet in memory."""
@@ -31,6 +56,10 @@ class Student:
     def student(self, z: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Predict eps or v `[B, C, h, w]`, with gradients."""
         return call_unet(self.live, z, t, batch.text, batch.time_ids)
+
+    def heads(self) -> list[nn.Module]:
+        """List what is in memory besides."""
+        return []
 
     def origin(self) -> dict[str, str]:
         """A hash of the weights that the run began with, by what they are to it."""

@@ -26,6 +26,13 @@ def uses_guidance(config: DistillConfig) -> bool:
     return objective.needs_teacher or told
 
 
+def guidance_learned(config: DistillConfig) -> bool:
+    """Are a run's students drawn without guidance, which the weights have in them?"""
+    objective = objective_of(config)
+    told = objective.takes_guidance and config.student == "full"
+    return not (told or objective.sampler.classifier_free)
+
+
 def asks_teacher(config: DistillConfig) -> bool:
     """Does a run compute what the teacher says, rather than read it or do without?"""
     return objective_of(config).needs_teacher and config.teacher != CACHED

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds
-from shared.diffusion import Schedule, add_noise, velocity
+from shared.diffusion import Schedule, add_noise, diffusion_target
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.flag_groups import DiffusionLossFlags, names_of
@@ -41,9 +41,9 @@ class Denoise(Loss):
         t = batch.index
         alpha, sigma = self.schedule.alpha_sigma(t)
         output = networks.student(add_noise(batch.latents, batch.noise, alpha, sigma), t, batch)
-        wanted = batch.noise
-        if self.schedule.prediction_type == "v_prediction":
-            wanted = velocity(batch.latents, batch.noise, alpha, sigma)
+        wanted = diffusion_target(
+            batch.latents, batch.noise, alpha, sigma, self.schedule.prediction_type
+        )
         errors = ((output - wanted) ** 2).flatten(1).mean(1)
         return (self.weights(t) * errors).mean()
 

@@ -61,14 +61,24 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
+class Partner:
+    """A network that is trained beside the student, in every step, by an optimizer of its own."""
+
+    name: str  # its numbers in the metrics are NAME_loss, NAME_grad_norm, NAME_learning_rate
+    loss: Callable[[Any], Callable[[Batch, TextEmbeds, Any], Tensor]]  # of the objective's loss
+    learning_rate: Callable[[DistillConfig], float]
+    student_due: Callable[[DistillConfig, int], bool]  # does optimizer step 1, 2, ... move it?
+
+
+@dataclass(frozen=True)
 class Sampler:
     """How an objective's students are drawn, here and with stock diffusers."""
 
     scheduler: type[Any]  # diffusers'; the export carries it
     options: Callable[[DistillConfig], dict[str, Any]]  # of the scheduler, besides the teacher's
     classifier_free: bool  # two passes a step, as the teacher; otherwise guidance is learned
-    steps: int  # unless given
-    preview_steps: tuple[int, ...]
+    steps: int  # unless given, and unless the student has fewer
+    preview_steps: tuple[int, ...]  # those of them that the student has
     most_steps: Callable[[DistillConfig], int] | None = None  # those that T has where there is none
 
     def build(self, teacher: Mapping[str, Any], config: DistillConfig) -> Any:
@@ -77,6 +87,21 @@ class Sampler:
         What that one leaves open is filled in: schedulers' own defaults are others than training's.
         """
         return self.scheduler.from_config({**SCHEDULE, **teacher}, **self.options(config))
+
+    def usual_steps(self, config: DistillConfig) -> int:
+        """Return the steps of a picture unless given."""
+        return self.steps if self.most_steps is None else min(self.steps, self.most_steps(config))
+
+    def few_steps(self, config: DistillConfig) -> list[int]:
+        """Return all the steps that a student has, where they are fewer than usual."""
+        usual = self.usual_steps(config)
+        return [usual] if usual < self.steps else []
+
+    def previewed_steps(self, config: DistillConfig) -> list[int]:
+        """Return the numbers of steps of previews."""
+        most = self.most_steps
+        wanted = [n for n in self.preview_steps if most is None or n <= most(config)]
+        return sorted({*wanted, *self.few_steps(config)})
 
 
 @dataclass(frozen=True)
@@ -104,3 +129,9 @@ class Objective:
     takes_guidance: bool  # w is drawn, and a full student is told it
     sampler: Sampler
     card: Card
+    partner: Partner | None = None
+
+    @property
+    def reads_answers(self) -> bool:
+        """Can a cache's answers of the teacher serve it?"""
+        return "teacher" in self.flags

@@ -46,7 +46,7 @@ class Previews:
     def steps(self) -> list[int]:
         """The objective's numbers of steps, as far as the solver has so many."""
         most = most_steps(self.config, self.scheduler_config)
-        wanted = objective_of(self.config).sampler.preview_steps
+        wanted = objective_of(self.config).sampler.previewed_steps(self.config)
         return [steps for steps in wanted if steps <= most]
 
     def draw(self, unet: Denoiser) -> list[NDArray[np.uint8]]:

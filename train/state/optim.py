@@ -89,6 +89,14 @@ def base_learning_rate(config: DistillConfig, batch_size: int = 1) -> float:
     return rate * batch_size if config.scale_lr else rate
 
 
+def partner_learning_rate(config: DistillConfig, batch_size: int = 1) -> float:
+    """Likewise that of the network which an objective trains beside the student."""
+    partner = objective_of(config).partner
+    assert partner is not None
+    rate = partner.learning_rate(config)
+    return rate * batch_size if config.scale_lr else rate
+
+
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, base: float, step: int, config: DistillConfig
 ) -> float:

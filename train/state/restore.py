@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,15 +27,25 @@ def restore_networks(folder: Path, student: Student) -> None:
     student.load_state(stored)
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path
-) -> None:
-    """Put an optimizer into the state of a checkpoint. Raises UserError as `restore_networks`."""
+@dataclass(frozen=True)
+class Moments:
+    """An optimizer, the weights that it moves by their names, and whether it must have begun."""
+
+    optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, nn.Parameter]
+    begun: bool  # otherwise a checkpoint need not hold anything of it
+
+
+def restore_optimizers(folder: Path, all_moments: Sequence[Moments]) -> None:
+    """Put optimizers into the state of a checkpoint. Raises UserError as `restore_networks`."""
     stored = load_optimizer(folder)
-    averages = averages_of(optimizer)
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    weights = {path.rpartition("/")[0] for path in stored}
+    there = [one for one in all_moments if one.begun or weights & one.parameters.keys()]
+    owners = {name: one for one in there for name in one.parameters}
+    averages = averages_of(all_moments[0].optimizer)
+    shapes = {name: one.parameters[name].shape for name, one in owners.items()}
     check_moments(folder / OPTIMIZER, stored, shapes, averages, REMEDY)
     for path, tensor in stored.items():
         name, _, key = path.rpartition("/")
-        weight = parameters[name]
+        optimizer, weight = owners[name].optimizer, owners[name].parameters[name]
         optimizer.state[weight][key] = restored(optimizer, key, tensor, weight)

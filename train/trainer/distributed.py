@@ -32,7 +32,7 @@ from shared.machine.device import pick_device
 from shared.networks.denoiser import Denoiser
 from train.config import RunConfig
 from train.networks.dtensor import FSDP_BLOCKS
-from train.networks.student import Student
+from train.networks.student import Student, Trained
 from train.trainer.launch import join
 
 # The others wait while one saves, draws previews or uploads; NCCL would give up after ten minutes.
@@ -83,27 +83,31 @@ class Distributed:
     def wrap(self, student: Student) -> None:
         """Move the student to the device, and let its gradients or its weights be shared."""
         if self.fsdp:
-            for unet in student.networks():
-                apply_fsdp(unet, FullyShardedDataParallelPlugin())
+            for module in (*student.networks(), *student.heads()):
+                apply_fsdp(module, FullyShardedDataParallelPlugin())
             return
-        for unet in student.networks():
-            unet.to(self.device)
+        for module in (*student.networks(), *student.heads()):
+            module.to(self.device)
         if self.world > 1:
-            student.live = self.accelerator.prepare_model(student.unet)
+            for network in student.trained():
+                with alone(network, student):
+                    network.live = self.accelerator.prepare_model(network.module())
 
     @contextmanager
-    def accumulating(self, student: Student, last: bool) -> Iterator[None]:
+    def accumulating(self, network: Trained, last: bool) -> Iterator[None]:
         """Gradients of a micro-batch stay here until those of the last one are averaged."""
         if last or self.world == 1:
             yield
-        elif isinstance(student.unet, FSDPModule):
-            student.unet.set_requires_gradient_sync(False)
-            yield
-            student.unet.set_requires_gradient_sync(True)
-        else:
-            assert isinstance(student.live, DistributedDataParallel)
-            with student.live.no_sync():
+        elif isinstance(network.live, DistributedDataParallel):
+            with network.live.no_sync():
                 yield
+        else:
+            shards = [m for m in network.module().modules() if isinstance(m, FSDPModule)]
+            for shard in shards:
+                shard.set_requires_gradient_sync(False, recurse=False)
+            yield
+            for shard in shards:
+                shard.set_requires_gradient_sync(True, recurse=False)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over the processes."""
@@ -160,6 +164,18 @@ def as_launched(config: RunConfig) -> RunConfig:
 def asked(name: str) -> bool:
     """Has accelerate's launcher set this switch?"""
     return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+@contextmanager
+def alone(network: Trained, student: Student) -> Iterator[None]:
+    """Let nothing else seem to be trained: DDP waits for the gradients of all that does."""
+    others = [one for one in student.trained() if one is not network]
+    weights = [weight for one in others for weight in one.trainable().values()]
+    for weight in weights:
+        weight.requires_grad_(False)
+    yield
+    for weight in weights:
+        weight.requires_grad_(True)
 
 
 def apply_fsdp(unet: Denoiser, plugin: FullyShardedDataParallelPlugin) -> None:

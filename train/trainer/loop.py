@@ -16,9 +16,11 @@ from train.config import RunConfig
 from train.data.batch import Batch
 from train.state.optim import set_learning_rate
 from train.state.owner import release
+from train.trainer.metrics import Moved
 from train.trainer.resume import LATEST
 from train.trainer.run import Distillation
 from train.trainer.signals import Stop
+from train.trainer.trainable import Trainable
 
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 SMALLEST_SCALE = 2.0**-10  # of the fp16 loss; torch begins at 2**16
@@ -66,43 +68,52 @@ def take_steps(run: Distillation) -> int:
 
 def take_step(run: Distillation, batches: Iterator[Batch]) -> bool:
     """Take one optimizer step with the next batch; False where fp16 gradients overflowed."""
-    seed_dropout(run.config.seed, run.step + 1, run.distributed.rank)
-    rate = set_learning_rate(run.optimizer, run.learning_rate, run.step + 1, run.config)
-    loss, norm = backward(run, next(batches))  # 1 to 4, and the gradient of 5
-    taken = update(run.optimizer, run.scaler)  # 5
+    step, batch = run.step + 1, next(batches)
+    seed_dropout(run.config.seed, step, run.distributed.rank)
+    moved = [move(run, one, batch) for one in run.trained if one.due(step)]  # 1 to 5
+    taken = settle(run.scaler, run.distributed.device)
     run.position += run.loader.order.batch_size
     if taken:
-        run.step += 1
+        run.step = step
         run.student.after_step()  # 6
         number = run.position // run.loader.order.batch_size - 1
-        run.recorder.record(run.step, number, loss, norm, rate)
+        run.recorder.record(step, number, moved)
     return taken
 
 
-def backward(run: Distillation, batch: Batch) -> tuple[Tensor, Tensor]:
+def move(run: Distillation, one: Trainable, batch: Batch) -> Moved:
+    """Move the weights of one of the networks that are trained, unless fp16 gradients overflow."""
+    rate = set_learning_rate(one.optimizer, one.learning_rate, run.step + 1, run.config)
+    loss, norm = backward(run, one, batch)  # 1 to 4, and the gradient of 5
+    run.scaler.step(one.optimizer)  # 5
+    one.optimizer.zero_grad(set_to_none=True)
+    return Moved(one.name, loss, norm, rate)
+
+
+def backward(run: Distillation, one: Trainable, batch: Batch) -> tuple[Tensor, Tensor]:
     """Accumulate the gradients of a batch; returns its mean loss and the norm before clipping."""
     losses = []
+    objective = one.loss(run.objective)
     for number, part in enumerate(micro_batches(batch, run.accumulation), start=1):
-        with run.distributed.accumulating(run.student, last=number == run.accumulation):
+        with run.distributed.accumulating(one.network, last=number == run.accumulation):
             with run.autocast():
-                loss = run.objective(part, run.empty, run.student)
+                loss = objective(part, run.empty, run.student)
             run.scaler.scale(loss / run.accumulation).backward()
         losses.append(loss.detach())
-    run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf)
+    run.scaler.unscale_(one.optimizer)
+    norm = nn.utils.clip_grad_norm_(one.parameters.values(), run.config.max_grad_norm or math.inf)
     return torch.stack(losses).mean(), norm
 
 
-def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
-    """Take the optimizer's step; False where fp16 gradients overflowed and it was skipped.
+def settle(scaler: torch.amp.GradScaler, device: torch.device) -> bool:
+    """Adapt the scale of the fp16 loss; False where an optimizer's step was skipped for it.
 
-    Raises UserError where they overflow at every scale. Only fp16 waits for the device here, once.
+    Raises UserError where gradients overflow at every scale. Only fp16 waits for the device here,
+    once.
     """
-    one = torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
+    one = torch.ones((), device=device)
     before = scaler.scale(one)  # on the device: to read it would be a wait of its own
-    scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     taken = not scaler.is_enabled() or bool(scaler.scale(one) >= before)
     if not taken and scaler.get_scale() < SMALLEST_SCALE:
         raise UserError(

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +36,34 @@ NAMED = 3  # samples that an error names; diverged.json has them all
 
 
 @dataclass(frozen=True)
+class Moved:
+    """What a step did to one of the networks that it trains."""
+
+    name: str  # what its numbers begin with: nothing for the student's
+    loss: Tensor
+    norm: Tensor  # of its gradient
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Whose numbers these are, of which step and which global batch."""
+
+    step: int
+    batch: int
+    name: str
+
+
+@dataclass(frozen=True)
 class Window:
     """The steps between two lines of metrics, their numbers on the way to the CPU."""
 
-    steps: tuple[tuple[int, int], ...]  # each with its global batch
-    values: Tensor  # [2, steps] fp64 on the CPU: loss and gradient norm
+    noted: tuple[Noted, ...]
+    values: Tensor  # [2, noted] fp64 on the CPU: loss and gradient norm
     arrived: torch.cuda.Event | None
     seconds: float
     waited: float  # of them, for the loader
-    learning_rate: float
+    learning_rates: dict[str, float]
 
 
 class Recorder:
@@ -61,10 +80,10 @@ class Recorder:
         """`done` steps are behind."""
         self.config, self.distributed, self.loader, self.done = config, distributed, loader, done
         self.waited = 0.0
-        self.steps: list[tuple[int, int]] = []
+        self.noted: list[Noted] = []
         self.values: list[Tensor] = []
+        self.rates: dict[str, float] = {}
         self.pending: Window | None = None
-        self.rate = 0.0
 
     def __enter__(self) -> Recorder:
         self.since = time.perf_counter()
@@ -81,24 +100,25 @@ class Recorder:
             self.progress.__enter__()
         return self
 
-    def record(self, step: int, batch: int, loss: Tensor, norm: Tensor, rate: float) -> None:
-        """Note a step: its global batch, loss, gradient norm and learning rate.
+    def record(self, step: int, batch: int, moved: Sequence[Moved]) -> None:
+        """Note a step: its global batch, and what it moved.
 
         Raises UserError, at the next line or the one after, where the loss has lost its way or a
         gradient is not finite.
         """
-        self.steps.append((step, batch))
-        self.values.append(torch.stack([loss.double(), whole(norm).double()]))
+        for one in moved:
+            self.noted.append(Noted(step, batch, one.name))
+            self.values.append(torch.stack([one.loss.double(), whole(one.norm).double()]))
+            self.rates[one.name] = one.learning_rate
         note = ""
         if step % self.config.logging_steps == 0:
-            note = self._turn(self._close_window(rate))
+            note = self._turn(self._close_window())
         if self.distributed.main:
             self.progress.update(1, note)
-        self.rate = rate
 
     def flush(self) -> None:
         """Write all that has been noted, durably: the checkpoint that follows vouches for it."""
-        self._turn(self._close_window(self.rate) if self.values else None)
+        self._turn(self._close_window() if self.values else None)
         self.catch_up()
         if self.distributed.main:
             with guard(self.path):
@@ -118,7 +138,7 @@ class Recorder:
         now = time.perf_counter()
         self.since += now - max(began, self.since)  # a window may have been closed in between
 
-    def _close_window(self, rate: float) -> Window:
+    def _close_window(self) -> Window:
         """The steps since the last line; their numbers set out for the CPU."""
         values, arrived = self.distributed.mean(torch.stack(self.values, 1)), None
         if values.is_cuda:
@@ -127,10 +147,10 @@ class Recorder:
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(values.device))
         now, waited = time.perf_counter(), self.loader.waited
-        window = Window(
-            tuple(self.steps), values, arrived, now - self.since, waited - self.waited, rate
-        )
-        self.since, self.waited, self.steps, self.values = now, waited, [], []
+        spent = now - self.since, waited - self.waited
+        window = Window(tuple(self.noted), values, arrived, *spent, self.rates)
+        self.since, self.waited = now, waited
+        self.noted, self.values, self.rates = [], [], {}
         return window
 
     def _turn(self, window: Window | None) -> str:
@@ -144,30 +164,29 @@ class Recorder:
         if window.arrived is not None:
             window.arrived.synchronize()  # a window ago: it is there
         losses, norms = window.values.tolist()
-        for (step, batch), loss, norm in zip(window.steps, losses, norms, strict=True):
+        for one, loss, norm in zip(window.noted, losses, norms, strict=True):
+            whose = f" ({one.name}loss)" if one.name else ""
             if not math.isfinite(loss) or loss > EXPLODED:
-                raise UserError(self.diverged(f"the loss is {loss:g}", step, batch))
+                what = f"the loss is {loss:g}{whose}"
+                raise UserError(self.diverged(what, one.step, one.batch))
             if not math.isfinite(norm):
-                raise UserError(self.diverged(f"the gradient norm is {norm:g}", step, batch))
+                what = f"the gradient norm is {norm:g}{whose}"
+                raise UserError(self.diverged(what, one.step, one.batch))
         if not self.distributed.main:
             return ""
-        step = window.steps[-1][0]
-        loss = sum(losses) / len(losses)
+        step = window.noted[-1].step
         seconds = max(window.seconds, 1e-9)
-        rate = len(losses) * self.loader.order.batch_size / seconds
-        values = {
-            "loss": loss,
-            "grad_norm": sum(norms) / len(norms),
-            "learning_rate": window.learning_rate,
-            "samples_per_second": rate,
-            "loader_wait": window.waited / seconds,
-        }
+        steps = len({one.step for one in window.noted})
+        rate = steps * self.loader.order.batch_size / seconds
+        values = means(window, losses, norms)
+        note = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k.endswith("loss"))
+        values |= {"samples_per_second": rate, "loader_wait": window.waited / seconds}
         ownership.check(self.path)
         with guard(self.path):
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
         self.trackers.log(values, step)
-        return f"loss {loss:.4f}, {rate_of(rate, 'sample')}"
+        return f"{note}, {rate_of(rate, 'sample')}"
 
     def diverged(self, what: str, step: int, batch: int) -> str:
         """What to say when the numbers are no longer finite, or the loss has exploded.
@@ -196,6 +215,17 @@ class Recorder:
             self.progress.__exit__(*error)
             self.trackers.close()
             self.file.close()
+
+
+def means(window: Window, losses: Sequence[float], norms: Sequence[float]) -> dict[str, float]:
+    """Loss, gradient norm and learning rate of each network that was moved, the student's first."""
+    found = {}
+    for name, rate in sorted(window.learning_rates.items()):
+        own = [number for number, one in enumerate(window.noted) if one.name == name]
+        found[f"{name}loss"] = sum(losses[number] for number in own) / len(own)
+        found[f"{name}grad_norm"] = sum(norms[number] for number in own) / len(own)
+        found[f"{name}learning_rate"] = rate
+    return found
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -65,6 +65,11 @@ def plan(run: Distillation, resumed: Path | None) -> str:
     config, order, world = run.config, run.loader.order, run.distributed.world
     samples, batch = sum(order.sizes), order.batch_size
     weights = sum(parameter.numel() for parameter in run.parameters.values())
+    beside = "".join(
+        f", {sum(p.numel() for p in one.parameters.values()) / 1e6:.2f} M more of the "
+        f"{one.name.rstrip('_')} network"
+        for one in run.trained[:-1]
+    )
     passes = config.max_train_steps * batch / samples
     over = f" over {world} processes" if world > 1 else ""
     origin = f"from {resumed or config.init_student or 'the teacher'}"
@@ -75,8 +80,9 @@ def plan(run: Distillation, resumed: Path | None) -> str:
     elif not objective_of(config).takes_guidance:
         drawn = f"t in [0, {spec.num_ddim_timesteps - 1}]"
     return (
-        f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters, "
-        f"{origin}\n{counted(config.max_train_steps, 'step')} of {counted(batch, 'sample')}{over}, "
+        f"{config.student} student of {config.model}: {weights / 1e6:.2f} M trainable parameters"
+        f"{beside}, {origin}\n"
+        f"{counted(config.max_train_steps, 'step')} of {counted(batch, 'sample')}{over}, "
         f"{passes:.1f} passes over {counted(samples, 'sample')}, {drawn}, "
         f"learning rate {run.learning_rate:g}"
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
@@ -25,6 +26,7 @@ from train.state import checkpoint
 from train.trainer.distributed import Distributed
 from train.trainer.export_command import export_checkpoint
 from train.trainer.metrics import Recorder
+from train.trainer.trainable import Trainable
 
 
 @dataclass
@@ -37,10 +39,8 @@ class Distillation:
     objective: Loss
     loader: Loader
     empty: TextEmbeds
-    optimizer: torch.optim.Optimizer
+    trained: tuple[Trainable, ...]  # the student last
     scaler: torch.amp.GradScaler
-    parameters: dict[str, nn.Parameter]
-    learning_rate: float
     accumulation: int
     step: int
     position: int
@@ -48,6 +48,21 @@ class Distillation:
     recorder: Recorder
     previews: Previews | None
     branch: int = 0  # of the checkpoints that the main process will write
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The student's, that are trained."""
+        return self.trained[-1].parameters
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The student's."""
+        return self.trained[-1].optimizer
+
+    @property
+    def learning_rate(self) -> float:
+        """The student's, before its schedule."""
+        return self.trained[-1].learning_rate
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The one dtype in which all networks compute."""
@@ -59,10 +74,12 @@ class Distillation:
             self.recorder.flush()
             self._check_weights()
             networks = self.distributed.gather(self.student.state())
-            optimizer = checkpoint.optimizer_state(self.optimizer, self.parameters)
-            optimizer = self.distributed.gather(optimizer)
+            optimizer: dict[str, Tensor] = {}
+            for one in self.trained:
+                state = checkpoint.optimizer_state(one.optimizer, one.parameters)
+                optimizer |= self.distributed.gather(state)
             if self.distributed.main:
-                state = checkpoint.TrainingState(
+                progress = checkpoint.TrainingState(
                     step=self.step,
                     position=self.position,
                     batch_size=self.loader.order.batch_size,
@@ -70,14 +87,15 @@ class Distillation:
                     scaler=self.scaler.state_dict(),
                     branch=self.branch,
                 )
-                whole = checkpoint.Checkpoint(state, networks, optimizer)
+                whole = checkpoint.Checkpoint(progress, networks, optimizer)
                 limit = self.config.checkpoints_total_limit
                 folder = checkpoint.save_checkpoint(self.config.run, whole, limit)
                 self.recorder.progress.write(f"saved {folder}")
             self.distributed.wait()
 
     def _check_weights(self) -> None:
-        parts = [local(parameter).isfinite().all() for parameter in self.parameters.values()]
+        weights = [weight for one in self.trained for weight in one.parameters.values()]
+        parts = [local(weight).isfinite().all() for weight in weights]
         finite = self.distributed.mean(torch.stack(parts).all().float())
         if finite.item() < 1:
             batch = self.position // self.loader.order.batch_size - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ from train.objectives import objective_of
 from train.objectives.objective import Loss
 from train.sampling.preview import open_previews
 from train.state import checkpoint, owner
-from train.state.optim import base_learning_rate, build_optimizer
-from train.state.restore import restore_networks, restore_optimizer
+from train.state.optim import base_learning_rate
+from train.state.restore import Moments, restore_networks, restore_optimizers
 from train.state.resume_checks import check_invariants, run_invariants
 from train.state.run_paths import to_keep
 from train.trainer.defaults import with_precision
@@ -51,6 +51,7 @@ from train.trainer.resume import as_left
 from train.trainer.run import Distillation
 from train.trainer.teacher import check_teacher, choose_teacher, grid_of, print_teacher
 from train.trainer.trackers import check_trackers
+from train.trainer.trainable import Trainable, build_trainables
 
 REPLACE = (
     "wait for it, end it, choose another --run, or add --take-over where it hangs (it will write "
@@ -71,25 +72,24 @@ def prepare(config: RunConfig) -> Distillation:
     conditioning = load_conditioning(CachePaths(config.cache).conditioning, manifest.layouts)
     empty = conditioning.unconditional
     config, answers = choose_teacher(config, manifest, model, empty, before)
-    trained = answered(manifest, answers)
+    served = answered(manifest, answers)
     set_threads(config.threads)
     distributed = Distributed(config.device)
     batch_size, accumulation = batches(config, distributed, len(manifest.layouts), before)
-    config = with_steps(config, batch_size, sum(shard.trained for shard in trained.shards))
+    config = with_steps(config, batch_size, sum(shard.trained for shard in served.shards))
     check_speed(config, distributed.device, distributed.fsdp, len(manifest.layouts))
     print_memory(config, accumulation, model, manifest, distributed)
     schedule = load_schedule(model.source).to(distributed.device)
     objective = objective_of(config).build(config, schedule, grid_of(answers))
     student, invariants = build_networks(config, manifest, model, answers, distributed, before)
-    parameters = student.trainable()
-    optimizer = build_optimizer(config, parameters)
+    trained = build_trainables(config, student, batch_size)
     scaler = torch.amp.GradScaler(distributed.device.type, enabled=config.mixed_precision == "fp16")
     if resumed is not None and before is not None:
         check_resumed(resumed, before, invariants, config)
-        go_on(resumed, before, student, optimizer, scaler)
+        go_on(resumed, before, student, trained, scaler)
     start = before or checkpoint.TrainingState(0, 0, batch_size, invariants)
     loader = build_loader(
-        config, trained, model, empty, objective, batch_size, start.position,
+        config, served, model, empty, objective, batch_size, start.position,
         distributed, answers,
     )  # fmt: skip
     run = Distillation(
@@ -99,10 +99,8 @@ def prepare(config: RunConfig) -> Distillation:
         objective=objective,
         loader=loader,
         empty=empty.to(distributed.device),
-        optimizer=optimizer,
+        trained=trained,
         scaler=scaler,
-        parameters=parameters,
-        learning_rate=base_learning_rate(config, batch_size),
         accumulation=accumulation,
         step=start.step,
         position=start.position,
@@ -163,12 +161,15 @@ def go_on(
     folder: Path,
     before: checkpoint.TrainingState,
     student: Student,
-    optimizer: torch.optim.Optimizer,
+    trained: Sequence[Trainable],
     scaler: torch.amp.GradScaler,
 ) -> None:
-    """Put networks, optimizer and fp16 scale into the state of a checkpoint."""
+    """Put networks, optimizers and fp16 scale into the state of a checkpoint."""
     restore_networks(folder, student)
-    restore_optimizer(optimizer, student.trainable(), folder)
+    moments = [
+        Moments(one.optimizer, one.parameters, one.has_moved(before.step)) for one in trained
+    ]
+    restore_optimizers(folder, moments)
     if before.scaler:  # empty where the run was not in fp16 before
         scaler.load_state_dict(dict(before.scaler))
 

@@ -39,7 +39,7 @@ def choose_teacher(
     where there are answers. Raises UserError, naming both sides, for answers that are not this
     teacher's. Its weights are not known yet: they are for `check_teacher`.
     """
-    if not objective_of(config).needs_teacher:
+    if not objective_of(config).reads_answers:
         return config, None
     wanted = config.teacher
     if wanted is None and before is not None:
