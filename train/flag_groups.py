@@ -140,8 +140,9 @@ class TeacherFlags:
     """Where the teacher's predictions come from."""
 
     teacher: TeacherSource | None = None
-    """cached: read what `prep teach` has left in the cache. online: compute it in every step.
-    cached where there is something to read unless given; a resumed run keeps its own."""
+    """cached: read what `prep teach` or `prep synthesize` has left in the cache. online: compute it
+    in every step. cached where there is something to read unless given; a resumed run keeps its
+    own."""
 
 
 @dataclass(frozen=True)
