@@ -178,8 +178,7 @@ class DistributionFlags:
     fake_warmup_steps: Natural = 100
     """dmd: steps at the start in which the fake score learns and the student stays."""
     gan_weight: NotNegative = 0.0
-    """dmd: weight of the GAN term against the cache's latents, such as 5e-3; the critic has twice
-    that. 0 for no GAN term."""
+    """dmd: weight of a GAN term against the cache's latents, such as 5e-3; its critic has twice."""
 
 
 @dataclass(frozen=True)
