@@ -192,7 +192,7 @@ def look_ahead(
         if config.latents == "auto" and not chosen.stored:
             settings = replace(settings, keep_logvar=posterior_matters(moments))
     layout = expected_layout(chosen.encoders, settings)
-    work = plan.make_plan(todo, layout, seconds, cache)
+    work = plan.make_plan(todo, layout.stride, seconds, cache)
     return replace(chosen, settings=settings), Todo(todo, stale, known, captions, work)
 
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from prep.cache import holdout
+from prep.cache.answers_reuse import former_answers, with_answers
 from prep.cache.reuse import NOTHING, known_by_source
 from prep.cache.stale import drop, find_stale
 from prep.commands import Todo, conclude, fold_and_report, with_cache
@@ -24,7 +25,8 @@ from prep.rows.character_encoding import check_encoding
 from prep.rows.unit import Unit
 from prep.synthesize.caption_files import read_captions
 from prep.synthesize.config import SynthesizeConfig
-from prep.synthesize.draw import Job, Work, numbered
+from prep.synthesize.draw import Job, Stock, Work, known_answers, numbered
+from prep.synthesize.keeping import Keeping, choose_keeping
 from prep.synthesize.teacher import (
     Canvas,
     Networks,
@@ -35,6 +37,8 @@ from prep.synthesize.teacher import (
     scheduler_config,
 )
 from prep.synthesize.units import caption_units
+from shared.cache.answers import AnswersShard
+from shared.cache.answers_store import claim_answers, read_answers
 from shared.cache.identity import (
     Drawn,
     Identity,
@@ -52,7 +56,7 @@ from shared.cache.paths import FORMAT, CachePaths, refuse_full_disk
 from shared.cache.units import UnitRecord
 from shared.cli.progress import Progress
 from shared.models.family import Model, native_resolution, resolve_model
-from shared.models.fingerprint import fingerprint
+from shared.models.fingerprint import fingerprint, signs
 from shared.models.rescale import plain_vae
 from shared.models.vae import load_vae
 from shared.networks.denoiser import load_unet
@@ -71,6 +75,7 @@ class Chosen:
     canvas: Canvas
     settings: Settings
     networks: Networks
+    keeping: Keeping | None  # of answers
     vae: AutoencoderKL  # on the CPU: nothing but the report needs it
     stored: Identity | None  # the cache's own that it was chosen by, where it has one
 
@@ -107,6 +112,8 @@ def synthesize(config: SynthesizeConfig) -> None:
             break
         print(f"note: another process has begun {cache.root}; on as it did", file=sys.stderr)
         del chosen, todo  # or a GPU would hold two teachers
+    if chosen.keeping is not None:
+        claim_answers(cache, chosen.keeping.identity)
     if note := networks.taken_over(config, chosen.stored):
         print(note, file=sys.stderr)
     holdout.ask(cache, config.holdout)
@@ -114,7 +121,7 @@ def synthesize(config: SynthesizeConfig) -> None:
     add_prompts(cache, chosen.networks.text, config.preview_prompts, todo.captions)
     job = Job(
         cache, model, chosen.identity.shapes, chosen.canvas, chosen.drawn, chosen.settings,
-        config.max_reject_fraction, tuple(todo.known),
+        config.max_reject_fraction, tuple(todo.known), chosen.keeping, kept_before(cache, chosen),
     )  # fmt: skip
     started = time.monotonic()
     done = draw_units(config, job, todo.units, chosen.networks, todo.work.rows)
@@ -154,15 +161,17 @@ def choose(config: SynthesizeConfig, stored: Identity | None, model: Model) -> C
     drawn = Drawn(
         fingerprint(unet), schedule_hash(config.sampler, schedule), config.sampler, config.steps,
         float(model.family.guidance_scale if scale is None else scale), config.per_caption,
-        config.seed, *choose_batch(config, stored, device, canvas),
+        config.seed, *choose_batch(config, stored, device, canvas), config.answers,
     )  # fmt: skip
-    teacher = Teacher(model.source, canvas, drawn, text.unconditional(), device, unet)
+    weights, empty = signs(unet.parameters()) if config.answers else "", text.unconditional()
+    keeping = choose_keeping(drawn, weights, model.source, schedule, empty, shapes, canvas.shape)
+    teacher = Teacher(model.source, canvas, drawn, empty, device, unet)
     preprocessing = Preprocessing(resolution, views=1, max_captions=1, center_crop=True)
     identity = Identity(
         FORMAT, model.family.name, model.source, "mean", made, text.identity(), preprocessing,
         shapes, drawn=drawn,
     )  # fmt: skip
-    return Chosen(identity, canvas, settings, Networks(text, teacher), vae, stored)
+    return Chosen(identity, canvas, settings, Networks(text, teacher), keeping, vae, stored)
 
 
 def choose_batch(
@@ -184,10 +193,17 @@ def look_ahead(
     """Plan what is to be drawn, how large it will be and how long it may take."""
     records = read_units(cache)
     stale = find_stale(cache, records, units, config.prune, 0, "that --captions does not")
-    todo = plan.pending(cache, part_of(units, config.part), records)
-    work = replace(plan.make_plan(todo, layout_of(chosen), None, cache), verb="draw")
-    copied = count_copied(cache, records, todo, config.seed)
+    keeping = chosen.keeping
+    known = records
+    if keeping is not None:
+        known = with_answers(cache, records, read_answers(cache), keeping.answers)
+    todo = plan.pending(cache, part_of(units, config.part), known)
+    stride = layout_of(chosen).stride + (keeping.layout.stride if keeping else 0)
+    work = replace(plan.make_plan(todo, stride, None, cache), verb="draw")
+    copied = count_copied(cache, records, todo, chosen)
     amount = counted(work.rows, "sample")
+    if keeping is not None:
+        amount += f" with {counted(keeping.answers, 'answer')} each"
     if copied:
         amount += f" ({copied:,} of them copied)"
     if todo:
@@ -196,15 +212,26 @@ def look_ahead(
     return Todo(todo, stale, records, captions, work)
 
 
+def kept_before(cache: CachePaths, chosen: Chosen) -> tuple[AnswersShard, ...]:
+    """Shards of answers that may be copied: the former manifest's, and those committed since."""
+    if chosen.keeping is None:
+        return ()
+    former = former_answers(cache)
+    records = read_answers(cache).values()
+    since = [shard for record in records for shard in record.shards]
+    return (*(former.shards if former else ()), *since)
+
+
 def count_copied(
-    cache: CachePaths, records: Sequence[UnitRecord], units: Sequence[Unit], seed: int
+    cache: CachePaths, records: Sequence[UnitRecord], units: Sequence[Unit], chosen: Chosen
 ) -> int:
-    """How many samples of the units the cache has already."""
+    """How many samples of the units the cache has already, with their answers."""
     known = known_by_source(cache, records)
+    answers = known_answers(cache, chosen.keeping, kept_before(cache, chosen))
     return sum(
-        known.get(unit.source, NOTHING).has_picture(digest)
+        Stock(unit.source, known.get(unit.source, NOTHING), answers).has(digest)
         for unit in units
-        for _, digest in numbered(unit.rows(), seed)
+        for _, digest in numbered(unit.rows(), chosen.drawn.seed)
     )
 
 

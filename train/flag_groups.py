@@ -140,8 +140,9 @@ class TeacherFlags:
     """Where the teacher's predictions come from."""
 
     teacher: TeacherSource | None = None
-    """cached: read what `prep teach` has left in the cache. online: compute it in every step.
-    cached where there is something to read unless given; a resumed run keeps its own."""
+    """cached: read what `prep teach` or `prep synthesize` has left in the cache. online: compute it
+    in every step. cached where there is something to read unless given; a resumed run keeps its
+    own."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,7 @@ class DistributionFlags:
     fake_warmup_steps: Natural = 100
     """dmd: steps at the start in which the fake score learns and the student stays."""
     gan_weight: NotNegative = 0.0
-    """dmd: weight of the GAN term against the cache's latents, such as 5e-3; the critic has twice
-    that. 0 for no GAN term."""
+    """dmd: weight of a GAN term against the cache's latents, such as 5e-3; its critic has twice."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from shared.cache.layout import Layout
 from shared.cache.paths import CachePaths
-from shared.cache.units import UnitRecord
+from shared.cache.units import Shard, UnitRecord
 from shared.storage.reading import read_if_there
 from shared.storage.urls import Place
 
@@ -43,6 +43,7 @@ class Latents:
     time_ids: NDArray[np.int32]  # `[views, 6]`
     fp32_retries: int  # views that the VAE had to encode a second time
     copied: bool = False  # from a sample that the cache had before
+    answers: NDArray[np.float16] | None = None  # `[K, 3, C, h, w]`: kept while they were drawn
 
 
 class Entries:
@@ -109,6 +110,11 @@ class Known:
     def has_picture(self, sha256: str) -> bool:
         """Is there such a picture? Its shard is not looked at."""
         return self._spot(0, bytes.fromhex(sha256)[:DIGEST]) is not None
+
+    def place(self, sha256: str) -> tuple[Shard, int] | None:
+        """Where the sample of a picture lies, if there is one: its shard, and its number there."""
+        spot = self._spot(0, bytes.fromhex(sha256)[:DIGEST])
+        return None if spot is None else (self.shards[spot[0]], spot[1])
 
     def caption(self, text: str) -> Arrays | None:
         """Find `prompt_embeds` `[L, D]` and `pooled_prompt_embeds` `[P]` of a caption, or None."""

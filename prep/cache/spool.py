@@ -18,6 +18,7 @@ from shared.cache.sums import ChannelSums
 from shared.cache.units import Shard
 from shared.storage.files import guard, move, staged, write_all
 from shared.storage.temporary import temporary
+from shared.storage.urls import Place
 
 
 def order_of(keys: array[int]) -> NDArray[np.int64]:
@@ -68,11 +69,12 @@ class Spool:
         with guard(tmp):
             self.path = self.held.enter_context(temporary(tmp, "-spool"))
 
-    def add(self, key: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-        """Append one sample; `write` brings it to the disk."""
-        whole = record | {"crc32": self.layout.crc32(arrays)}
-        self.unwritten.append(self.layout.pack(key, whole, arrays))
+    def add(self, key: str, record: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> int:
+        """Append one sample; `write` brings it to the disk. Returns the checksum of its arrays."""
+        crc32 = self.layout.crc32(arrays)
+        self.unwritten.append(self.layout.pack(key, record | {"crc32": crc32}, arrays))
         self.keys.append(int(key, 16))
+        return crc32
 
     def write(self) -> None:
         """Write what was added: many at once, for each call waits for Python's lock again."""
@@ -91,15 +93,20 @@ class Spool:
 
     def publish(self, cache: CachePaths, unit: str) -> Shard:
         """Write the shard under the name that its content gives it."""
-        height, width = self.layout.latent_size
-        with staged(self.sorted_samples(), cache.tmp) as (file, digest):
-            name = f"{unit}-{height}x{width}-{digest[:12]}.tar"
-            move(file, cache.shards / name)
+        name, digest = self.write_shard(cache.shards, cache.tmp, unit)
         count = len(self.keys)
         return Shard(
             f"shards/{name}", self.layout, count, self.layout.shard_bytes(count), digest,
             f"{min(self.keys):016x}",
         )  # fmt: skip
+
+    def write_shard(self, folder: Place, tmp: Path, unit: str) -> tuple[str, str]:
+        """Write it into a folder, by way of `tmp`; returns its name there and its sha256."""
+        height, width = self.layout.latent_size
+        with staged(self.sorted_samples(), tmp) as (file, digest):
+            name = f"{unit}-{height}x{width}-{digest[:12]}.tar"
+            move(file, folder / name)
+        return name, digest
 
     def close(self) -> None:
         """Delete the spool."""

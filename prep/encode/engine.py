@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 from prep.cache import holdout
 from prep.cache.accounts import account_batches
+from prep.cache.answers_fold import KeptAnswers
 from prep.cache.retire import retire
 from prep.cache.reuse import NOTHING, Known, known_by_source
 from prep.cache.stale import refuse_mixture
@@ -122,7 +123,7 @@ def finish(cache: CachePaths) -> str:
     """
     units = read_units(cache)
     while True:
-        manifest = write_fold(cache, units)
+        manifest, answers = write_fold(cache, units)
         # One that another process wrote meanwhile, of more units, may just have been replaced.
         if (now := read_units(cache)) == units:
             break
@@ -138,12 +139,15 @@ def finish(cache: CachePaths) -> str:
         f"{cache.root}: {counted(totals.written, 'sample')} of {counted(totals.read, 'row')}"
         f"{f' ({rejected})' if rejected else ''}, {size_of(totals.bytes)} in "
         f"{counted(len(manifest.shards), 'shard')}; {counted(long, 'caption')} "
-        f"{'was' if long == 1 else 'were'} longer than the encoder reads{again}{aside}"
+        f"{'was' if long == 1 else 'were'} longer than the encoder reads{again}{aside}{answers}"
     )
 
 
-def write_fold(cache: CachePaths, units: list[UnitRecord]) -> Manifest:
-    """Publish the manifest that these units add up to, if they do (`finish` tells)."""
+def write_fold(cache: CachePaths, units: list[UnitRecord]) -> tuple[Manifest, str]:
+    """Publish the manifest that these units add up to, if they do (`finish` tells).
+
+    So is that of the answers, if any were kept while they were drawn; with words about those.
+    """
     if not units:
         raise UserError(f"{cache.root} has no committed units; run `{command_of(cache)}` first")
     identity = read_identity(cache)
@@ -151,12 +155,15 @@ def write_fold(cache: CachePaths, units: list[UnitRecord]) -> Manifest:
         raise UserError(f"{cache.identity} does not exist; restore it, or choose another --cache")
     refuse_mixture(cache, units, identity.generation)
     refuse_nothing(cache, units)
+    kept = KeptAnswers.of(cache, units) if identity.drawn and identity.drawn.answers else None
     manifest = fold(identity, units, {name: version(name) for name in LIBRARIES})
     holdout.choose(cache, manifest)
     manifest = holdout.set_aside(cache, manifest)
+    if kept is not None:
+        kept.announce()
     retire(cache, {shard.file for shard in manifest.shards})
     write_manifest(cache, manifest)
-    return manifest
+    return manifest, "" if kept is None else f"; {kept.settle()}"
 
 
 def refuse_nothing(cache: CachePaths, units: Sequence[UnitRecord]) -> None:

@@ -20,7 +20,6 @@ from prep.filters.checks import Evidence
 from prep.filters.filters import is_filter
 from prep.images.decode import HEIF_MISSING, reads_heif
 from prep.sources.find import SourceError, Unit, estimate_rows
-from shared.cache.layout import Layout
 from shared.cache.paths import CachePaths
 from shared.cache.units import UnitRecord
 from shared.errors import UserError
@@ -79,18 +78,21 @@ def pending(cache: CachePaths, units: Sequence[Unit], known: Sequence[UnitRecord
 
 
 def make_plan(
-    units: Sequence[Unit], layout: Layout, seconds_per_row: float | None, cache: CachePaths
+    units: Sequence[Unit], stride: int, seconds_per_row: float | None, cache: CachePaths
 ) -> Plan:
-    """Forecast rows, bytes and seconds: rows are counted in a few sources, else told from sizes."""
+    """Forecast rows, bytes and seconds: rows are counted in a few sources, else told from sizes.
+
+    `stride` are the bytes of a row's sample.
+    """
     rows = estimate_rows(units)
     total, largest = sum(rows.values()), max(rows.values(), default=0)
     # A unit is spooled before it is published: the largest one is on the disk twice. What is
     # uploaded does not stay there.
     local = isinstance(cache.root, Path)
-    peak = (total + largest if local else 2 * largest) * layout.stride
+    peak = (total + largest if local else 2 * largest) * stride
     seconds = None if seconds_per_row is None else total * seconds_per_row
     free = free_bytes(cache.disk)
-    return Plan(len(units), total, total * layout.stride, peak, seconds, free)
+    return Plan(len(units), total, total * stride, peak, seconds, free)
 
 
 def probe(

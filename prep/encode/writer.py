@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from prep.cache.answers_spool import AnswersSpool
 from prep.cache.spool import Spool, Sums
 from prep.encode.samples import Encoded
 from prep.encode.settings import Settings
@@ -56,13 +57,15 @@ class UnitWriter:
     """Spools samples as they come, then publishes them sorted by key.
 
     What it remembers of a row until then is some hundred bytes, in Arrow's and NumPy's memory.
+    `answers` take those that samples come with, and are committed with them.
     """
 
     def __init__(
-        self, cache: CachePaths, unit: Unit, settings: Settings, channels: int, generation: int = 0
-    ) -> None:
+        self, cache: CachePaths, unit: Unit, settings: Settings, channels: int, generation: int = 0,
+        answers: AnswersSpool | None = None,
+    ) -> None:  # fmt: skip
         self.cache, self.unit, self.settings, self.channels = cache, unit, settings, channels
-        self.generation = generation
+        self.generation, self.answers = generation, answers
         self.spools: dict[tuple[int, int], Spool] = {}
         self.accounts: list[pa.RecordBatch] = []
         self.read = 0
@@ -77,6 +80,8 @@ class UnitWriter:
         rows = [self._add(sample) for sample in samples]
         for spool in self.spools.values():
             spool.write()
+        if self.answers is not None:
+            self.answers.write()
         self.accounts.append(pa.RecordBatch.from_pylist(rows, ACCOUNT))
         self.read += len(rows)
         return len(rows)
@@ -123,7 +128,10 @@ class UnitWriter:
                 micro_conditioning=pooled is not None,
             )
             self.spools[size] = Spool(layout, self.cache.tmp)
-        self.spools[size].add(key, self._record(sample, arrays["time_ids"]), arrays)
+        crc32 = self.spools[size].add(key, self._record(sample, arrays["time_ids"]), arrays)
+        if self.answers is not None:
+            assert sample.latents.answers is not None
+            self.answers.add(key, crc32, sample.latents.answers, bool(sample.latents.fp32_retries))
 
     def _record(self, sample: Encoded, time_ids: NDArray[np.int32]) -> dict[str, Any]:
         """Build the sample's json in the shard."""
@@ -140,7 +148,7 @@ class UnitWriter:
         }
 
     def commit(self, max_reject_fraction: float, handed: int) -> UnitRecord:
-        """Publish shards and accounts, then the record that makes them count.
+        """Publish shards and accounts, then answers, then the record that makes all of it count.
 
         `handed` rows came from the source: every one must have arrived here. Raises UserError,
         before anything is published, where too many are unusable: better now than after a night.
@@ -166,6 +174,8 @@ class UnitWriter:
             notes={"fp32_retries": self.fp32_retries} if self.fp32_retries else {},
             generation=self.generation,
         )
+        if self.answers is not None:
+            self.answers.commit(shards)
         commit_unit(self.cache, record)
         return record
 
@@ -173,6 +183,8 @@ class UnitWriter:
         """Remove the spools, whether or not they were published."""
         for spool in self.spools.values():
             spool.close()
+        if self.answers is not None:
+            self.answers.close()
 
     def _check_rejections(self, max_reject_fraction: float) -> None:
         unusable = Counter({r: n for r, n in self.rejected.items() if not is_filter(r)})

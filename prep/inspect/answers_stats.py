@@ -22,6 +22,8 @@ def answers_summary(cache: CachePaths, manifest: Manifest | None) -> dict[str, A
         "answers": found.answers,
         "model": found.identity.model,
         "num_ddim_timesteps": found.identity.num_ddim_timesteps,
+        "trajectory": found.identity.trajectory,
+        "command": found.identity.command,
         "without": found.without,
         "retried": found.retried,
         "bytes": sum(shard.size for shard in found.shards),
@@ -33,8 +35,11 @@ def answers_line(answers: Mapping[str, Any]) -> str:
     """`4 of each sample by MODEL at 50 timesteps, 1.2 GB`, and what is missing."""
     line = (
         f"{answers['answers']} of each sample by {visible(answers['model'], 60)} at "
-        f"{answers['num_ddim_timesteps']} timesteps, {size_of(answers['bytes'])}"
+        f"{answers['num_ddim_timesteps']} timesteps, "
+        f"{'kept while drawing, ' if answers['trajectory'] else ''}{size_of(answers['bytes'])}"
     )
     if answers["without"]:
         line += f"; {counted(answers['without'], 'sample')} without"
-    return line if answers["complete"] else f"{line}; of another state: run the same `prep teach`"
+    if answers["complete"]:
+        return line
+    return f"{line}; of another state: run the same `{answers['command']}`"

@@ -83,14 +83,21 @@ def remedy(config: VerifyConfig, manifest: Manifest, damaged: Collection[Place])
     """Say what to do about damage."""
     made = manifest.identity
     again = f"`{made.command}` that made the cache (model {made.model})"
-    if only_answers(CachePaths(config.cache), damaged):
-        again = "same `prep teach`"
+    cache = CachePaths(config.cache)
+    if only_answers(cache, damaged):
+        again = f"same `{maker_of_answers(cache)}`"
     return f"to mend it: `python -m prep verify --cache {config.cache} --repair`, then the {again}"
 
 
 def only_answers(cache: CachePaths, damaged: Collection[Place]) -> bool:
     """Is all that is damaged among the answers?"""
     return all(path.parent == answers_of(cache).units for path in damaged)
+
+
+def maker_of_answers(cache: CachePaths) -> str:
+    """Name the command that makes a cache's answers."""
+    identity = read_answers_identity(cache)
+    return identity.command if identity else "prep teach"
 
 
 def repair(cache: CachePaths, damaged: list[Place], command: str) -> str:
@@ -110,8 +117,8 @@ def repair(cache: CachePaths, damaged: list[Place], command: str) -> str:
             sync_folder(answers.root)
     if only_answers(cache, damaged):
         return (
-            f"{counted(len(damaged), 'record')} of answers removed; run the same `prep teach` to "
-            "ask for these again"
+            f"{counted(len(damaged), 'record')} of answers removed; run the same "
+            f"`{maker_of_answers(cache)}` to have these again"
         )
     with guard(cache.root):
         if cache.units.is_dir():

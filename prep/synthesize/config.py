@@ -36,6 +36,10 @@ class SynthesizeFlags:
     seed: Natural = 0
     """A sample's noise is drawn from a hash of this, its caption and its number within the
     caption."""
+    answers: Natural = 0
+    """Outputs of the solver's own steps that are kept of each sample, as answers of the teacher for
+    `train distill`: they cost no forward, but bytes. At most --steps, which must divide the
+    timesteps there are (1000, usually)."""
     resolution: Count | None = None
     """Side of the square in pixels; the cache's own, else the model's, unless given."""
     clip_skip: Natural = 0

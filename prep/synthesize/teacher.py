@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prep.encoders.text import TextEncoder
+from prep.synthesize.keeping import SPACING, Recorder
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.identity import Drawn, Shapes, VaeIdentity
 from shared.errors import UserError
@@ -35,7 +36,6 @@ from shared.networks.sampling import (
     teacher_scheduler,
 )
 
-SPACING = "trailing"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 # What of a scheduler's configuration decides what it draws, beside the spacing.
 DECIDING = (
@@ -74,6 +74,7 @@ class Drawing:
 
     latents: NDArray[np.float16]  # `[n, C, h, w]`
     retried: NDArray[np.bool_]  # `[n]`: in float32, for those that were not finite
+    answers: NDArray[np.float16] | None = None  # `[n, K, 3, C, h, w]`
 
 
 @dataclass(frozen=True)
@@ -109,23 +110,35 @@ class Teacher:
         """The UNet in fp32, for samples that are not finite otherwise."""
         return load_unet(self.source).to(self.device)
 
-    def draw(self, texts: TextEmbeds, seeds: Sequence[int], watch: Watch | None = None) -> Drawing:
-        """Draw up to `batch_size` samples; `watch` is shown the outputs of each step.
+    def draw(
+        self, texts: TextEmbeds, seeds: Sequence[int], intervals: NDArray[np.int64] | None = None
+    ) -> Drawing:
+        """Draw up to `batch_size` samples; keep answers at solver `intervals` `[n, K]`, if given.
 
-        What is not finite is drawn once more in fp32, one by one.
+        What is not finite, or as an answer not in fp16, is drawn once more in fp32, one by one.
         """
         count, most = len(seeds), self.drawn.batch_size
         assert 0 < count <= most
         padded = [*range(count), *[count - 1] * (most - count)]
-        z = self._solve(self.unet, texts[padded], [seeds[i] for i in padded], watch)[:count]
+        kept = self._recorder(intervals)
+        z = self._solve(self.unet, texts[padded], [seeds[i] for i in padded], kept)[:count]
+        answers = None if kept is None else kept.answers()
         retried = np.zeros(count, dtype=np.bool_)
         if self.drawn.mixed_precision != "no":
             retried = ~z.isfinite().all(dim=(1, 2, 3)).numpy()
+            if answers is not None:
+                retried |= ~np.isfinite(answers).all(axis=(1, 2, 3, 4, 5))
             for i in retried.nonzero()[0].tolist():
-                z[i] = self._solve(self.exact, texts[[i]], [seeds[i]], watch)[0]
+                kept = self._recorder(None if intervals is None else intervals[[i]])
+                z[i] = self._solve(self.exact, texts[[i]], [seeds[i]], kept)[0]
+                if answers is not None and kept is not None:
+                    answers[i] = kept.answers()[0]
         with np.errstate(over="ignore"):
             latents = (z / self.canvas.vae.scaling_factor).numpy().astype(np.float16)
-        return Drawing(latents, retried)
+        return Drawing(latents, retried, answers)
+
+    def _recorder(self, intervals: NDArray[np.int64] | None) -> Recorder | None:
+        return None if intervals is None else Recorder(intervals, self.drawn.steps)
 
     def _solve(
         self, unet: Denoiser, texts: TextEmbeds, seeds: Sequence[int], watch: Watch | None

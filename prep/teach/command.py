@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from prep.cache.retire import date
+from prep.cache.answers_fold import publish_fold
+from prep.cache.answers_reuse import with_answers
 from prep.config import TeachConfig
 from prep.encode import networks
 from prep.engines.run import check_engine, part_of, run_units
@@ -16,22 +17,18 @@ from prep.teach.unit import TeachJob, Work
 from shared.cache.answers import (
     FORMAT,
     AnswersIdentity,
-    AnswersManifest,
-    AnswersRecord,
     answers_layout,
     answers_spec,
     embedding_hash,
 )
 from shared.cache.answers_store import (
-    AGAIN,
+    again,
     answered,
     answers_of,
     claim_answers,
-    fold_answers,
     open_answers,
     read_answers,
     read_answers_identity,
-    write_answers_manifest,
 )
 from shared.cache.conditioning import TextEmbeds, load_conditioning
 from shared.cache.manifest import Manifest, open_manifest, read_units
@@ -44,7 +41,7 @@ from shared.errors import UserError
 from shared.models.family import Model, load_config, recorded_model, resolve_model
 from shared.networks.cache_checks import check_fit
 from shared.networks.precision import device_precision
-from shared.storage.files import file_sizes, free_bytes, guard, sync_folder
+from shared.storage.files import free_bytes
 from shared.storage.temporary import sweep
 from shared.style import FLAG, as_typed, described, marks, open_styles
 from shared.wording import counted, duration, size_of
@@ -84,13 +81,8 @@ def teach(config: TeachConfig) -> None:
     units = finished_units(cache, manifest)
     asked = choose(config, cache, manifest)
     count = at_least(config, cache, asked)
-    records = read_answers(cache)
-    sizes = file_sizes(answers_of(cache).shards)
-    todo = [
-        unit
-        for unit in part_of(units, config.part)
-        if not (answered(records.get(unit.name), unit, count) and there(records[unit.name], sizes))
-    ]
+    complete = {unit.name for unit in with_answers(cache, units, read_answers(cache), count)}
+    todo = [unit for unit in part_of(units, config.part) if unit.name not in complete]
     announce(asked, todo, count)
     if config.dry_run:
         return
@@ -121,9 +113,15 @@ def finished_units(cache: CachePaths, manifest: Manifest) -> list[UnitRecord]:
 def choose(config: TeachConfig, cache: CachePaths, manifest: Manifest) -> Asked:
     """Take the flags, else what the answers were begun with, else defaults; load the teacher.
 
-    Raises UserError for a teacher that does not fit the cache.
+    Raises UserError for a teacher that does not fit the cache, and where answers are kept already.
     """
     stored = read_answers_identity(cache)
+    if stored is not None and stored.trajectory:
+        raise UserError(
+            f"{answers_of(cache).root} holds answers that were kept while the samples were drawn "
+            "(`prep synthesize --answers`), and others do not mix with them; delete that folder to "
+            "ask the teacher anew"
+        )
     model = resolve_model(config.model or recorded_model(manifest.identity.model))
     check_fit(manifest, model, cache.root)
     schedule = schedule_settings(load_config(model.source, "scheduler/scheduler_config.json"))
@@ -151,7 +149,7 @@ def choose(config: TeachConfig, cache: CachePaths, manifest: Manifest) -> Asked:
     seed = config.seed if config.seed is not None else (stored.seed if stored else 0)
     identity = AnswersIdentity(
         FORMAT, model.source, teacher.signs, schedule, steps, seed, precision, config.dtype,
-        embedding_hash(empty), size, device.type, threads, styles,
+        embedding_hash(empty), size, device.type, threads, styles=styles,
     )  # fmt: skip
     return Asked(cache, manifest, model, identity, empty, teacher, new=stored is None)
 
@@ -169,11 +167,6 @@ def at_least(config: TeachConfig, cache: CachePaths, asked: Asked) -> int:
     if kept > config.answers:
         print(f"note: {kept} answers of each sample are there, and stay", file=sys.stderr)
     return max(config.answers, kept)
-
-
-def there(record: AnswersRecord, sizes: dict[str, int]) -> bool:
-    """Are all files of a record in place?"""
-    return all(sizes.get(s.file.removeprefix("shards/")) == s.size for s in record.shards)
 
 
 def announce(asked: Asked, todo: Sequence[UnitRecord], count: int) -> None:
@@ -232,13 +225,10 @@ def finish(
         if part is None:
             raise UserError(
                 f"{cache.root}: another process has changed {counted(len(missing), 'unit')} "
-                f"meanwhile (first: {missing[0].name}); {AGAIN}"
+                f"meanwhile (first: {missing[0].name}); {again(identity)}"
             )
         return f"part {part} is done; {counted(len(missing), 'unit')} left to the other parts"
-    manifest = fold_answers(identity, [records[unit.name] for unit in units])
-    retire_former(cache, manifest)
-    write_answers_manifest(cache, manifest)
-    drop_strangers(cache, set(records) - {unit.name for unit in units})
+    manifest = publish_fold(cache, identity, units, records)
     total = sum(shard.size for shard in manifest.shards)
     without = manifest.without
     aside = f"; {counted(without, 'sample')} without, for they are not finite" if without else ""
@@ -247,24 +237,3 @@ def finish(
         f"{counted(sum(s.count for s in manifest.shards) - without, 'sample')}, {size_of(total)} "
         f"in {counted(len(manifest.shards), 'shard')}{aside}"
     )
-
-
-def retire_former(cache: CachePaths, manifest: AnswersManifest) -> None:
-    """Date the shards that the former manifest names and the next one does not (retire.py)."""
-    try:
-        former = open_answers(cache.root, check_sizes=False)
-    except UserError:
-        return
-    kept = {shard.file for shard in manifest.shards}
-    if former is not None:
-        date(answers_of(cache), [s.file for s in former.shards if s.file not in kept])
-
-
-def drop_strangers(cache: CachePaths, names: set[str]) -> None:
-    """Remove the records of units that the cache has no more; their shards are left to gc."""
-    folder = answers_of(cache).units
-    if names:
-        with guard(folder):
-            for name in sorted(names):
-                (folder / f"{name}.json").unlink(missing_ok=True)
-            sync_folder(folder)

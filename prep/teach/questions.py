@@ -1,6 +1,7 @@
 """What the teacher is asked of a sample, rebuilt from nothing but the sample and its key.
 
-The trainer draws the same when it reads an answer, so no z_t is ever stored.
+The trainer draws the same when it reads an answer, so no z_t need be stored. Only where answers
+were kept while the teacher drew the sample, z_t is what is stored beside them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.cache.answers import AnswersIdentity
 from shared.cache.conditioning import TextEmbeds
-from shared.cache.draws import DrawSpec, answer_generator, choose, draw_noises
+from shared.cache.draws import DrawSpec, answer_generator, answer_intervals, choose, draw_noises
 from shared.cache.latents import finish_latents
 from shared.cache.layout import Layout
+from shared.cache.trajectory import alphas_sigmas, derive_noise
 from shared.errors import UserError
 from shared.storage.urls import Place
 
@@ -64,15 +67,40 @@ class Asking:
         latents = torch.empty(noise.shape, dtype=torch.float32)
         finish_latents(raw.copy(), latent_noise, self.scaling_factor, latents)
 
-        def row(name: str, at: int) -> Tensor | None:
-            return torch.from_numpy(arrays[name][at].copy()) if name in arrays else None
+        return question_of(arrays, latents, noise, choice.index, choice.view, choice.caption)
 
-        prompt_embeds = row("prompt_embeds", choice.caption)
-        assert prompt_embeds is not None
-        return Question(
-            latents, torch.from_numpy(noise), choice.index, prompt_embeds,
-            row("pooled_prompt_embeds", choice.caption), row("time_ids", choice.view),
-        )  # fmt: skip
+
+@dataclass(frozen=True)
+class Retracing:
+    """How a teacher that drew a sample is asked again: at points z_t of the trajectory."""
+
+    identity: AnswersIdentity
+    scaling_factor: float
+
+    def question(self, sample: Sample, number: int, z: NDArray[np.float16]) -> Question:
+        """Ask at z_t `[C, h, w]`, where the sample's answer `number` was kept."""
+        steps = self.identity.num_ddim_timesteps
+        index = answer_intervals(self.identity.seed, sample.key, steps)[number]
+        latents, noise = torch.empty(z.shape, dtype=torch.float32), np.empty(z.shape, np.float32)
+        finish_latents(sample.arrays["latents"][0].copy(), None, self.scaling_factor, latents)
+        derive_noise(z, latents.numpy(), alphas_sigmas(self.identity)[index], noise)
+        return question_of(sample.arrays, latents, noise, index, view=0, caption=0)
+
+
+def question_of(
+    arrays: Arrays, latents: Tensor, noise: NDArray[np.float32], index: int, view: int, caption: int
+) -> Question:
+    """Ask with one of a sample's captions, and the micro-conditioning of one of its views."""
+
+    def row(name: str, at: int) -> Tensor | None:
+        return torch.from_numpy(arrays[name][at].copy()) if name in arrays else None
+
+    prompt_embeds = row("prompt_embeds", caption)
+    assert prompt_embeds is not None
+    return Question(
+        latents, torch.from_numpy(noise), index, prompt_embeds,
+        row("pooled_prompt_embeds", caption), row("time_ids", view),
+    )  # fmt: skip
 
 
 def text_of(questions: Sequence[Question]) -> TextEmbeds:

@@ -9,6 +9,10 @@
 A shard is laid out as the samples' are (shared.cache.layout): member `KEY.answers.npy` holds K
 answers `[K, 2, C, h, w]`, first the conditional output, then the unconditional one. Neither z_t nor
 what it was made of is stored: `answer_generator` draws view, caption, timestep and noises again.
+
+Answers that a solver's own steps gave (`prep synthesize --answers`) are `[K, 3, C, h, w]`: z_t is a
+point of the sample's trajectory, which nobody can draw again, so it lies behind the outputs.
+`answer_intervals` says at which steps.
 """
 
 from __future__ import annotations
@@ -30,9 +34,24 @@ FORMAT = 1
 RECORD_BYTES = 512  # of a sample's KEY.json among the answers
 
 
-def answers_layout(count: int, channels: int, size: tuple[int, int], dtype: str = "<f2") -> Layout:
-    """Return the layout of a shard with `count` answers `[count, 2, C, h, w]` of each sample."""
-    return Layout((Field("answers", dtype, (count, 2, channels, *size)),), RECORD_BYTES)
+def answers_layout(
+    count: int,
+    channels: int,
+    size: tuple[int, int],
+    dtype: str = "<f2",
+    trajectory: bool = False,
+) -> Layout:
+    """Return the layout of a shard with `count` answers `[count, 2, C, h, w]` of each sample.
+
+    Those of a `trajectory` are `[count, 3, C, h, w]`.
+    """
+    shape = (count, parts(trajectory), channels, *size)
+    return Layout((Field("answers", dtype, shape),), RECORD_BYTES)
+
+
+def parts(trajectory: bool) -> int:
+    """Return of how many arrays an answer consists: two outputs, and z_t where it is kept."""
+    return 3 if trajectory else 2
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,13 @@ class AnswersIdentity:
     batch_size: int  # answers at a time; the last batch is filled up
     device: str  # its kind
     threads: int | None = None  # a CPU's
+    trajectory: bool = False  # kept while the teacher drew the samples: z_t is stored, too
     styles: tuple[Style, ...] = ()  # LoRAs that the teacher wears
+
+    @property
+    def command(self) -> str:
+        """Which command makes such answers, and missing ones again."""
+        return "prep synthesize" if self.trajectory else "prep teach"
 
     def compared(self) -> dict[str, Any]:
         """Return what two must share: all but where the teacher and what it wears lay."""
@@ -59,9 +84,10 @@ class AnswersIdentity:
         return {**self.to_json(), "model": None, **worn}
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as stored."""
+        """Return it as stored: without what is younger than the first answers and not in use."""
         value = asdict(self)
-        return value if self.styles else {k: v for k, v in value.items() if k != "styles"}
+        unused = [name for name in ("trajectory", "styles") if not value[name]]
+        return {name: item for name, item in value.items() if name not in unused}
 
     @staticmethod
     def from_json(stored: Mapping[str, Any]) -> AnswersIdentity:
@@ -98,7 +124,7 @@ class AnswersShard:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> AnswersShard:
-        """Invert `to_json`. Raises ValueError for what `prep teach` does not write."""
+        """Invert `to_json`. Raises ValueError for what no command here writes."""
         layout = Layout.from_json(typed(value.get("layout"), Mapping[str, Any], "layout"))
         shard = record_of(AnswersShard, {**value, "layout": layout})
         not_negative(count=shard.count, size=shard.size)

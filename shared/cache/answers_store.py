@@ -23,7 +23,12 @@ from shared.storage.reading import read_if_there
 from shared.storage.urls import Place
 from shared.wording import counted
 
-AGAIN = "run the same `prep teach` again"
+AGAIN = "run the same command that made them, `prep teach` or `prep synthesize`, again"
+
+
+def again(identity: AnswersIdentity) -> str:
+    """How missing or damaged answers are made anew."""
+    return f"run the same `{identity.command}` again"
 
 
 def answers_of(cache: CachePaths) -> CachePaths:
@@ -137,7 +142,8 @@ def open_answers(
     if manifest is not None:
         found = replace(found, shards=_matching(found, manifest, root))
     if check_sizes:
-        refuse_damage(paths, found.shards, f"`prep verify` lists what is, then {AGAIN}")
+        remedy = f"`prep verify` lists what is, then {again(found.identity)}"
+        refuse_damage(paths, found.shards, remedy)
     return found
 
 
@@ -151,7 +157,7 @@ def _matching(
         raise UserError(
             f"{root} has changed since its answers were written: "
             f"{counted(len(missing), 'shard')} of {len(manifest.shards)} have none "
-            f"(first: {missing[0].file}); {AGAIN}, or train with --teacher online"
+            f"(first: {missing[0].file}); {again(answers.identity)}, or train with --teacher online"
         )
     return tuple(by_samples[shard.file] for shard in manifest.shards)
 

@@ -52,6 +52,15 @@ def answer_generator(spec: DrawSpec, key: str, number: int) -> np.random.Generat
     return np.random.Generator(np.random.Philox(key=[spec.seed, int(key, 16)], counter=counter))
 
 
+def answer_intervals(seed: int, key: str, steps: int) -> list[int]:
+    """In which order a sample's answers take the solver's intervals 0 .. steps - 1, each once.
+
+    Where a teacher drew the sample and outputs were kept: answer k is that of the k-th of them.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, int(key, 16)]))
+    return [int(interval) for interval in rng.permutation(steps)]
+
+
 def choose(spec: DrawSpec, rng: np.random.Generator, num_captions: int) -> Choice:
     """What to read of the sample, and the numbers."""
     return Choice(

@@ -20,7 +20,7 @@ from shared.storage.typed_json import record_of
 
 ADDED = ("config", "configs", "tokenizers")  # what older caches do not say of their encoders
 # What is left out of the file where there is none of it; all else is null there.
-OMITTED = ("source", "shuffle", "threads", "generation", "stored", "drawn", *ADDED)
+OMITTED = ("source", "shuffle", "threads", "generation", "stored", "drawn", "answers", *ADDED)
 REMEDY = "restore it, or choose another --cache"
 
 
@@ -99,6 +99,7 @@ class Drawn:
     seed: int
     batch_size: int  # samples drawn at once
     mixed_precision: str
+    answers: int = 0  # K: outputs of the solver's steps that are kept of each sample
 
     def __str__(self) -> str:
         return (
@@ -158,6 +159,8 @@ class Identity:
             raise ValueError("a number in it is zero or below")
         if found.latents not in ("mean", "posterior"):
             raise ValueError(f"latents is {found.latents!r:.60}, neither mean nor posterior")
+        if found.drawn and not 0 <= found.drawn.answers <= found.drawn.steps:
+            raise ValueError(f"drawn.answers is {found.drawn.answers}")
         if shapes.device != "cpu":  # older caches record a CPU's threads all the same
             shapes = replace(shapes, threads=None)
         return replace(found, shapes=shapes, stored=dict(stored))
@@ -239,7 +242,8 @@ def _deciding(identity: Mapping[str, Any]) -> dict[str, Any]:
     shapes = identity["shapes"]
     if shapes["device"] != "cpu":  # older caches record them all the same
         shapes = {name: value for name, value in shapes.items() if name != "threads"}
-    return {**identity, "model": None, "vae": vae, "shapes": shapes}
+    drawn = identity.get("drawn") and {"answers": 0, **identity["drawn"]}
+    return {**identity, "model": None, "vae": vae, "shapes": shapes, "drawn": drawn}
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:

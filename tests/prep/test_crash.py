@@ -93,7 +93,8 @@ def test_a_record_is_published_after_what_it_owns(crashes):
 @pytest.mark.parametrize(
     "scenario",
     ["encode", "longer", "incremental", "overwrite", "finish", "report", "embed", "gc", "repair",
-     "teach", "teach more", "pack", "unpack", "unpack over", "synthesize", "synthesize more"],
+     "teach", "teach more", "pack", "unpack", "unpack over", "synthesize", "synthesize more",
+     "synthesize answers", "synthesize more answers"],
 )  # fmt: skip
 def test_killed_before_in_and_after_every_call(memory, scenario):
     """And whoever reads then sees what was there before, or all that the command makes."""
@@ -105,7 +106,7 @@ def test_killed_before_in_and_after_every_call(memory, scenario):
     assert not written & set(answer["files"])  # nothing is written in place
 
 
-RANDOM = [("many", 50), ("many changed", 50), ("teach many", 20)]
+RANDOM = [("many", 50), ("many changed", 50), ("teach many", 20), ("synthesize many", 20)]
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """`prep synthesize`: captions alone become a cache whose latents the teacher draws."""
 
-import contextlib
 import hashlib
 import io
 import json
@@ -15,11 +14,10 @@ import torch
 
 from prep.encoders.text import TextEncoder
 from prep.synthesize import teacher
-from prep.synthesize.config import SynthesizeConfig
-from prep.synthesize_command import synthesize
 from shared.models.family import load_config, resolve_model
 from shared.networks.denoiser import load_unet
 from shared.networks.sampling import draw_latents, teacher_predictor, teacher_scheduler
+from tests.support.drawn import CAPTIONS, draw, lines
 from tests.support.sources import (
     accounts,
     captioned,
@@ -35,25 +33,7 @@ from tests.support.sources import (
     write_tar,
 )
 
-CAPTIONS = [f"a red circle above {n} blue squares" for n in range(10)]
 CPU = torch.device("cpu")
-
-
-def lines(path, captions):
-    path.write_text("\n".join(captions) + "\n", "utf-8")
-    return path
-
-
-def draw(captions, cache, **flags):
-    """`prep synthesize` in this process, without its words; returns what it printed."""
-    settings = {"model": "tiny-sd", "threads": 1, "steps": 2, "batch_size": 4, "report": False}
-    out, threads = io.StringIO(), torch.get_num_threads()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(out):
-            synthesize(SynthesizeConfig((str(captions),), cache=cache, **{**settings, **flags}))
-    finally:
-        torch.set_num_threads(threads)
-    return out.getvalue()
 
 
 def every_sample(cache):

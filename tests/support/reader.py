@@ -37,7 +37,12 @@ def read_cache(root: Path) -> str:
 
 def read_answers(root: Path) -> str:
     """A digest of the answers, or what keeps a trainer from them. Raises UserError for damage."""
-    answers = open_answers(root)
+    try:
+        answers = open_answers(root, open_manifest(root))
+    except UserError as error:
+        if "has changed since its answers were written" in str(error):
+            return "of another state"
+        raise
     if answers is None:
         return "none"
     for shard in answers.shards:

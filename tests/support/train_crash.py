@@ -260,6 +260,9 @@ def main() -> None:
         matching = {"objective": "dmd", "fake_updates": 2, "fake_warmup_steps": 1}
         matching |= {"gan_weight": 0.01, "num_student_steps": 2}
         scenarios["dmd"] = Scenario(distilling("lora", args.cache.resolve(), **flags, **matching))
+        for objective, kind in {"pcm": "lora", "tcd": "full", "lcf": "full"}.items():
+            run = distilling(kind, args.cache.resolve(), objective=objective, **flags)
+            scenarios[objective] = Scenario(run)
     answers = {}
     for name in args.scenarios:
         play = Play(scenarios[name], args.work.resolve() / name)

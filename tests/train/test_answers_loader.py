@@ -226,5 +226,8 @@ def test_answers_of_another_shape_are_refused(cache):
     manifest = open_manifest(cache)
     answers = open_answers(cache, manifest)
     other = replace(answers, identity=replace(answers.identity, dtype="<f4"))
-    with pytest.raises(UserError, match=r"holds answers <f2 .* in <f4; run `prep teach` again"):
+    with pytest.raises(UserError, match=r"holds answers <f2 .* in <f4; run the same `prep teach` "):
+        open_bucket_answers(cache, open_buckets(cache, manifest), other, None)
+    other = replace(answers, identity=replace(answers.identity, trajectory=True))  # without z_t
+    with pytest.raises(UserError, match=r"holds answers <f2 .*; run the same `prep synthesize` ag"):
         open_bucket_answers(cache, open_buckets(cache, manifest), other, None)

@@ -81,6 +81,26 @@ def test_a_step_with_answers_is_a_step_with_the_teacher(
     batches.close()
 
 
+@pytest.mark.parametrize(("objective", "kind"), [("pcm", "full"), ("tcd", "lora")])
+def test_so_it_is_with_trajectory_targets(sd, tiny_sd, objective, kind):
+    """On a grid that is finer than the solver's, where a step may end at a phase's edge."""
+    teach(sd, tiny_sd, 1, dtype="<f4")
+    config = settings(
+        tiny_sd, sd, objective=objective, student=kind, num_ddim_timesteps=10, train_batch_size=8,
+    )  # fmt: skip
+    online, read = (prepare(replace(config, teacher=one)) for one in ("online", "cached"))
+    disturb(online.parameters.values(), scale=0.05)
+    batches = read.loader.batches()
+    for _ in range(2):
+        batch = next(batches)
+        assert (batch.uniforms is not None) == (objective == "tcd")
+        ours = read.objective(batch, online.empty, online.student)
+        theirs = read.objective(replace(batch, answers=None), online.empty, online.student)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+        assert theirs > 1e-3
+    batches.close()
+
+
 @pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_a_run_resumes_bit_for_bit_and_no_teacher_is_asked(sd, tiny_sd, kind, monkeypatch, capsys):
     teach(sd, tiny_sd, 2)

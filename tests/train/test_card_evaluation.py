@@ -53,6 +53,7 @@ def assess(run: Path, cache: Path, output: Path | None = None) -> None:
     evaluate.evaluate(config)
 
 
+@pytest.mark.slow
 def test_the_card_follows_the_evaluation(config, held, tmp_path, few_rows, capsys):
     run = config.run
     distill(prepare(config))

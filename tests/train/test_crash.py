@@ -104,7 +104,7 @@ def test_a_run_killed_at_every_call_ends_with_the_same_files(tmp_path, tiny_cach
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", [*KINDS, "dmd"])
+@pytest.mark.parametrize("kind", [*KINDS, "pcm", "tcd", "lcf", "dmd"])
 def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_files(tmp_path, tiny_cache, kind):
     flags = ["--cache", tiny_cache, "--signal", "KILL", "--count", 20, "--seed", 4]
     answer = drive(tmp_path, [kind], *flags)[kind]

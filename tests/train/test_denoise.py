@@ -208,7 +208,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     return {f"{f.name}/{n}": v for f in files for n, v in load_file(f).items()}
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_a_resumed_run_is_the_uninterrupted_one(settings, kind):
     rough = {"student": kind, "noise_offset": 0.1, "snr_gamma": 5.0,
              "proportion_empty_prompts": 0.2, "lr_warmup_steps": 3}  # fmt: skip

@@ -112,6 +112,7 @@ def test_exporting_again_gives_the_same(made, cli, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_evaluate_draws_it_as_the_teachers_reference(settings, monkeypatch, tmp_path, tiny_cache):
     """A student that has hardly moved has the figures of the teacher."""
     config = settings(max_train_steps=1, learning_rate=1e-12)

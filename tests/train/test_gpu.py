@@ -13,6 +13,7 @@ from train.config import DistillConfig
 from train.networks.build import build_student
 from train.state.checkpoint import checkpoint_folder
 from train.trainer.loop import distill, move, settle
+from train.trainer.metrics import Moved
 from train.trainer.setup import prepare
 
 pytestmark = pytest.mark.gpu
@@ -143,7 +144,7 @@ def test_lines_of_metrics_come_a_window_later_and_none_is_lost(config):
 
     def record(step: int, loss: float) -> None:
         values = torch.tensor([loss, 1.0], device=DEVICE)
-        run.recorder.record(step, step - 1, values[0], values[1], 1e-3)
+        run.recorder.record(step, step - 1, [Moved("", values[0], values[1], 1e-3)])
 
     with run.recorder:
         record(1, 1.0)

@@ -63,6 +63,7 @@ def test_what_a_run_does_not_read_is_refused(tiny_sd, tiny_cache, tmp_path, obje
     config = Watched(
         model=str(tiny_sd), cache=tiny_cache, run=tmp_path / "run", objective=objective,
         student=student, max_train_steps=1, train_batch_size=2, lora_rank=2, threads=1,
+        fake_warmup_steps=0, fake_updates=1,
     )  # fmt: skip
     run = prepare(config)
     run.previews = None  # which would only take time
@@ -79,8 +80,10 @@ def test_what_a_run_does_not_read_is_refused(tiny_sd, tiny_cache, tmp_path, obje
         typed = dataclasses.replace(plain, typed=frozenset({name}), **{name: value})
         assert dashed(name) in refusal(typed)
     assert unread >= {"lr_power", "lr_num_cycles", "hub_token"}  # it does find some
-    assert ("lora_alpha" in unread) == (student == "full")
-    assert ("ema_decay" in unread) == (objective == "denoise" or student == "lora")
+    adapters = student == "lora" or objective == "dmd"  # whose fake score has some
+    assert ("lora_alpha" in unread) == (not adapters)
+    assert ("ema_decay" in unread) == (objective in ("denoise", "dmd") or student == "lora")
+    assert ("gan_weight" in unread) == (objective != "dmd")
     assert ("num_phases" in unread) == (objective != "pcm")
     assert ("target_steps" in unread) == (objective != "tcd")
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from train.export.weights import exported_student, folded_adapter
 from train.networks.build import build_student
 from train.state.checkpoint import latest_checkpoint, read_progress
 from train.trainer.init_student import begin
+from train.trainer.resume import as_left, finished_message
 from train.trainer.setup import prepare
 
 FAMILIES = {"sd": ("tiny_cache", "tiny_sd"), "xl": ("tiny_xl_cache", "tiny_xl")}
@@ -223,11 +225,10 @@ def test_a_run_says_what_it_began_with_and_goes_on_without_it(made, kind, tmp_pa
     halves = settings(run, tmp_path / "halves", init_student=source)
     train(replace(halves, max_train_steps=2))
     latest = {"resume_from_checkpoint": "latest"}
-    for change, says in (({"init_student": None}, f"began with another student's weights; give "
-                          f"--init-student {source}"),
-                         ({"init_student": run.model}, "init-student")):  # fmt: skip
+    taught = "began with another student's weights; give --init-student"
+    for init, says in ((None, f"{taught} {source}"), (run.model, "init_student is|a whole UNet")):
         with pytest.raises(UserError, match=says):
-            prepare(replace(halves, **latest, **change))
+            prepare(replace(halves, **latest, init_student=init))
     again = replace(halves, **latest, init_student=run.folder)  # the same weights, elsewhere
     assert prepare(replace(again, dry_run=True)).step == 2
     shutil.rmtree(source)
@@ -240,6 +241,20 @@ def test_a_run_says_what_it_began_with_and_goes_on_without_it(made, kind, tmp_pa
     more = replace(plain, max_train_steps=2, init_student=run.folder, **latest)
     with pytest.raises(UserError, match="began with the teacher's; leave --init-student out"):
         prepare(more)
+
+
+def test_the_same_command_goes_on_however_the_path_was_typed(made, tmp_path, monkeypatch):
+    run = made("sd", "lora")
+    monkeypatch.chdir(run.folder.parent)
+    more = {"init_student": Path("lcd-run"), "max_train_steps": 1, "mixed_precision": "no"}
+    config = settings(run, tmp_path / "run", **more)
+    train(config)
+    stored = json.loads((config.run / "config.json").read_text())
+    assert stored["init_student"] == str(run.folder)  # from wherever the run is opened
+    assert "is finished" in finished_message(config)
+    assert as_left(config).resume_from_checkpoint == "latest"
+    with pytest.raises(UserError, match="begun with other flags: init_student is"):
+        as_left(replace(config, init_student=run.model))
 
 
 def test_kohyas_name_of_the_flag(cli, made, tmp_path):

@@ -109,7 +109,10 @@ KNOWN = {
 KNOWN["sd21"] = KNOWN["sd15"]
 
 
-@pytest.mark.parametrize(("name", "config"), [("sd15", SD15), ("sd21", SD21), ("sdxl", SDXL)])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("sd15", SD15), ("sd21", SD21), pytest.param("sdxl", SDXL, marks=pytest.mark.slow)],
+)
 def test_every_module_of_the_published_models_is_found_again(name, config):
     """Nothing is left over and nothing is missing when diffusers reads the names."""
     unet = weightless(config)

@@ -28,7 +28,7 @@ from train.trainer.distributed import apply_fsdp
 
 SIZE, COUNT = (32, 32), 3
 WORKSPACE = 300_000_000  # bytes that kernels may take for themselves
-MODELS = ["tiny_sd", "tiny_xl"]
+MODELS = ["tiny_sd", pytest.param("tiny_xl", marks=pytest.mark.slow)]
 KINDS = ["full", "lora"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.support.exports import Run, assert_same_picture, draw_ours, make_run
 from tests.support.runs import KINDS, tensors, train, untimed
 from train.config import DistillConfig
+from train.evaluation.evaluate import student_samplings
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 
@@ -138,3 +140,13 @@ def test_the_card_says_how(runs, objective, family, kind, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert np.asarray(Image.open(Path("picture.png"))).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("objective", [*SCHEDULERS, "lcd"])
+def test_evaluate_draws_in_no_more_steps_than_the_solver_has(objective):
+    def steps(solver: int) -> list[int]:
+        config = DistillConfig(objective=objective, num_ddim_timesteps=solver)
+        artist = SimpleNamespace(config=config, scheduler_config={})
+        return [count for _, count in student_samplings(artist)]
+
+    assert (steps(50), steps(4), steps(1)) == ([1, 2, 4, 8], [1, 2, 4], [1])

@@ -127,7 +127,7 @@ MICRO = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
     ("flags", "two_of"),
     [
         pytest.param({"student": "lora"}, TWO, id="lora"),
-        pytest.param({"student": "full"}, TWO, id="full"),
+        pytest.param({"student": "full"}, TWO, id="full", marks=pytest.mark.slow),
         pytest.param(DMD, MICRO, id="dmd"),
         pytest.param(DMD | {"student": "full"}, MICRO, id="dmd-full", marks=pytest.mark.slow),
         pytest.param(DMD | {"fake": "full"}, TWO, id="dmd-fake-full", marks=pytest.mark.slow),
@@ -174,6 +174,7 @@ def test_twenty_steps_in_float64_are_the_same(launch, kind):
     assert relative(weights(two, 20), weights(one, 20)) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_world_may_change_and_every_sample_comes_once(launch, tiny_cache):
     samples = json.loads((tiny_cache / "manifest.json").read_text())["totals"]["written"]
     steps = samples // 4

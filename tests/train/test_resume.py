@@ -85,7 +85,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, kind, capsys):
     assert len(moved) > 50  # the second half did train
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_run_can_be_made_longer(settings, kind):
     train(settings("long", student=kind))
     train(settings("short", student=kind, max_train_steps=3))

@@ -21,9 +21,9 @@ from tests.support.sources import (
     write_tar,
 )
 from train.data.bucket import open_buckets
-from train.data.loader import fault
 from train.data.local import LocalReader
 from train.data.shard_check import check_heads
+from train.data.soundness import fault
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.cache.answers import AnswersIdentity, AnswersManifest, AnswersShard
-from shared.cache.answers_store import answers_of
-from shared.cache.draws import Choice, DrawSpec, answer_generator, choose
+from shared.cache.answers import AnswersIdentity, AnswersManifest, AnswersShard, parts
+from shared.cache.answers_store import again, answers_of
+from shared.cache.draws import Choice, DrawSpec, answer_generator, answer_intervals, choose
 from shared.cache.manifest import Manifest
 from shared.cache.paths import CachePaths
+from shared.cache.trajectory import alphas_sigmas
 from shared.errors import UserError
 from train.data.bucket import Bucket, Reader, open_reader
 from train.data.local import Span
 
 DTYPES = {"<f2": torch.float16, "<f4": torch.float32}  # as kept
-EXPONENT = np.uint32(0x7F800000)  # of fp32: all ones mean infinite or not a number
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,24 @@ class Answers:
     spec: DrawSpec  # what view, caption, timestep and noises were drawn from
     dtype: torch.dtype
     buckets: Sequence[BucketAnswers]
+    alphas_sigmas: NDArray[np.float32] | None = None  # [N, 2]: z_t is read, and noise made of it
+
+    @property
+    def trajectory(self) -> bool:
+        """Does z_t lie beside the outputs?"""
+        return self.alphas_sigmas is not None
 
     def draw(
         self, key: str, passes: int, num_captions: int, own: Choice
-    ) -> tuple[np.random.Generator, Choice]:
+    ) -> tuple[np.random.Generator | None, Choice]:
         """Draw again what was answered in pass `passes` over the sample with this key.
 
-        Dropout and guidance are no part of it, and stay `own`.
+        Dropout and guidance are no part of it, and stay `own`. There is nothing to draw noise from
+        where z_t is read; a sample that a teacher drew has one view and one caption.
         """
+        if self.trajectory:
+            intervals = answer_intervals(self.spec.seed, key, self.spec.num_ddim_timesteps)
+            return None, replace(own, index=intervals[passes % self.number])
         rng = answer_generator(self.spec, key, passes % self.number)
         asked = choose(self.spec, rng, num_captions)
         return rng, replace(asked, drop_caption=own.drop_caption, w=own.w)
@@ -62,10 +72,13 @@ class BucketAnswers:
         self.nbytes = field.nbytes // field.shape[0]
         self._reader: Reader = open_reader(self.paths, self.strides)
 
-    def span(self, shard: int, index: int, number: int, view: memoryview) -> Span:
-        """Find where answer `number` of sample `index` of a shard lies."""
+    def span(self, shard: int, index: int, number: int, *views: memoryview) -> Span:
+        """Find where answer `number` of sample `index` of a shard lies.
+
+        Its outputs fill the first view, its z_t, if kept, the second.
+        """
         start = index * self.strides[shard] + self.offsets[shard] + number * self.nbytes
-        return Span(shard, start, self.nbytes, (view,))
+        return Span(shard, start, self.nbytes, views)
 
     def heads(self, shards: Sequence[int]) -> list[bytearray]:
         """Read header and record of these shards' first samples. Raises UserError for damage."""
@@ -104,7 +117,9 @@ def open_bucket_answers(
         shards = [by_samples[shard.file] for shard in bucket.shards]
         check_layouts(root, bucket, shards, answers.identity)
         found.append(BucketAnswers(root, shards))
-    return Answers(answers.answers, spec, DTYPES[answers.identity.dtype], found)
+    identity = answers.identity
+    points = alphas_sigmas(identity) if identity.trajectory else None
+    return Answers(answers.answers, spec, DTYPES[identity.dtype], found, points)
 
 
 def check_layouts(
@@ -114,12 +129,13 @@ def check_layouts(
     channels = bucket.layout.fields[0].shape[1]
     for shard in shards:
         field = shard.layout.fields[0]
-        fits = field.shape[2] in (channels, channels // 2) and field.shape[1] == 2
+        fits = field.shape[2] in (channels, channels // 2)
+        fits = fits and field.shape[1] == parts(identity.trajectory)
         if not fits or field.dtype != identity.dtype:
             raise UserError(
                 f"{answers_of(CachePaths(root)).root / shard.file} holds answers {field.dtype} "
                 f"{field.shape}, which are none to latents {bucket.layout.fields[0].shape} in "
-                f"{identity.dtype}; run `prep teach` again, or train with --teacher online"
+                f"{identity.dtype}; {again(identity)}, or train with --teacher online"
             )
 
 
@@ -133,8 +149,3 @@ def answered(manifest: Manifest, answers: AnswersManifest | None) -> Manifest:
         for shard in manifest.shards
     )
     return replace(manifest, shards=shards)
-
-
-def finite(values: NDArray[np.float32]) -> bool:
-    """Return whether a contiguous fp32 array holds neither infinities nor NaN."""
-    return bool(np.bitwise_and(values.view(np.uint32), EXPONENT).max() != EXPONENT)

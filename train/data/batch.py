@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.layout import Layout
 
-READ = ("pooled_prompt_embeds", "prompt_embeds", "time_ids", "answers")  # besides latents
+READ = ("pooled_prompt_embeds", "prompt_embeds", "time_ids", "answers", "z")  # besides latents
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Slot:
     """Memory of a batch of one bucket, and the same memory as NumPy sees it."""
 
     batch: Batch
-    arrays: dict[str, NDArray[Any]]  # the batch's, and `raw`: latents as stored, fp16
+    arrays: dict[str, NDArray[Any]]  # the batch's; `raw`: latents as stored, fp16; `z` if stored
     views: dict[str, list[memoryview]]  # what is read: each sample's row of each stored field
 
 
@@ -63,18 +63,19 @@ def allocate(
     size: int,
     pinned: bool,
     answers: torch.dtype | None = None,
+    trajectory: bool = False,
     uniforms: int = 0,
     noises: int = 0,
 ) -> list[Slot]:
     """A slot of `size` samples for each layout; all share memory, of which one is used at a time.
 
-    With a dtype for `answers` there is room for one of the teacher's a sample; `uniforms` and
-    `noises` are how many of these a sample has. Pinned memory can be copied to a CUDA device while
-    the processor does something else.
+    With a dtype for `answers` there is room for one of the teacher's a sample, of a `trajectory`
+    for its z_t, too; `uniforms` and `noises` are how many of these a sample has. Pinned memory can
+    be copied to a CUDA device while the processor does something else.
     """
     tables = []
     for layout in layouts:
-        table = _shapes(layout, channels, size, answers)
+        table = _shapes(layout, channels, size, answers, trajectory)
         latents, _ = table["latents"]
         if uniforms:
             table["uniforms"] = ((size, uniforms), torch.float32)
@@ -101,7 +102,7 @@ def allocate(
 
 
 def _shapes(
-    layout: Layout, channels: int, size: int, answers: torch.dtype | None
+    layout: Layout, channels: int, size: int, answers: torch.dtype | None, trajectory: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of everything that is read or drawn for a batch."""
     latents = (size, channels, *layout.latent_size)
@@ -117,4 +118,6 @@ def _shapes(
         shapes[field.name] = ((size, *field.shape[1:]), dtype)
     if answers is not None:
         shapes["answers"] = ((size, 2, *latents[1:]), answers)
+        if trajectory:
+            shapes["z"] = (latents, answers)
     return shapes

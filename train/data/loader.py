@@ -6,8 +6,9 @@ The stages of a batch; threads go through them several batches ahead of training
 2. what of each: view, caption, dropout, timestep and guidance, drawn by position (`choose`), or
    as the teacher was asked (`Answers.draw`);
 3. where it lies: a span of bytes per run of neighbouring fields (`Bucket.spans`);
-4. reading starts (`Bucket.start`), and while the disk works the noise is drawn (`_draw`), and
-   what else the objective wants (`draw_more`);
+4. reading starts (`Bucket.start`), and while the disk works the noise is drawn (`_draw`), unless
+   it follows from a z_t that is read (`derive_noise`), and what else the objective wants
+   (`draw_more`);
 5. reading ends (`Bucket.finish`), and what no encoder gives is refused (`_check`);
 6. x0 is sampled from the posterior, if that is stored, and scaled (`finish_latents`);
 7. the batch is copied to the device, beside the step before it (`_fill_and_send`).
@@ -29,22 +30,24 @@ from shared.cache.conditioning import TextEmbeds
 from shared.cache.draws import Choice, DrawSpec, choose, draw_more, draw_noises, generator
 from shared.cache.latents import finish_latents
 from shared.cache.layout import Layout
+from shared.cache.trajectory import derive_noise
 from shared.errors import UserError
 from shared.machine.device import use_device
-from train.data.answers import Answers, finite
+from train.data.answers import Answers
 from train.data.batch import Batch, Slot, allocate
 from train.data.bucket import Bucket, Rows
 from train.data.local import Span
 from train.data.order import Order
 from train.data.prefetch import Ring
+from train.data.soundness import fault, fault_of_answer
 
 Place = tuple[int, int]  # a shard of a bucket, and a sample in it
+# Where a sample's noises come from, if they are drawn, and all else that is drawn of it.
+Drawn = tuple[np.random.Generator | None, Choice]
 
 CPU = torch.device("cpu")
 AHEAD = 4  # batches being filled while one is in use
 REMOTE_AHEAD = 16  # likewise of a remote cache, a thread each: what is far must be asked for early
-
-EXPONENT = np.uint16(0x7C00)  # of fp16: all ones mean infinite or not a number
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,11 @@ class Loader:
                 slot.arrays["raw"][row], noise, self.latents.scaling_factor,
                 slot.batch.latents[row],
             )  # fmt: skip
+            if self.answers is not None and self.answers.alphas_sigmas is not None:
+                derive_noise(
+                    slot.arrays["z"][row], slot.arrays["latents"][row],
+                    self.answers.alphas_sigmas[drawn[row][1].index], slot.arrays["noise"][row],
+                )  # fmt: skip
         return slot.batch
 
     def _choose(
@@ -177,9 +185,9 @@ class Loader:
         samples: Sequence[int],
         positions: Sequence[int],
         passes: Sequence[int] | None,
-    ) -> list[tuple[np.random.Generator, Choice]]:
+    ) -> list[Drawn]:
         """What to read of each sample, and where its noises come from."""
-        drawn = []
+        drawn: list[Drawn] = []
         if self.answers is None or passes is None:
             captions = bucket.num_captions(samples)
             for position, num_captions in zip(positions, captions, strict=True):
@@ -200,9 +208,10 @@ class Loader:
         bucket, answers = self.buckets[number], self.answers.buckets[number]
         located = [bucket.locate(sample) for sample in samples]
         places = [(shard, start // bucket.layout.stride) for shard, start in located]
+        views = [slot.views[name] for name in ("answers", "z") if name in slot.views]
         spans = [
-            answers.span(*place, turn % self.answers.number, view)
-            for place, turn, view in zip(places, passes, slot.views["answers"], strict=True)
+            answers.span(*place, turn % self.answers.number, *into)
+            for place, turn, *into in zip(places, passes, *views, strict=True)
         ]
         return places, answers.start(spans)
 
@@ -217,16 +226,15 @@ class Loader:
         assert self.answers is not None
         answers, (places, rest) = self.answers.buckets[number], asked
         answers.finish(rest)
-        for place, values, choice in zip(places, slot.arrays["answers"], choices, strict=True):
-            sound = all_finite(values) if values.dtype == np.float16 else finite(values)
-            if not sound or is_constant(values[0]):
-                wrong = "one value alone" if sound else "non-finite values"
+        read = [slot.arrays[name] for name in ("answers", "z") if name in slot.arrays]
+        for place, choice, values, *z in zip(places, choices, *read, strict=True):
+            if wrong := fault_of_answer(values, *z):
                 raise UserError(f"{answers.name(*place)} holds {wrong}; see `prep verify`")
             if choice.drop_caption:
                 values[0] = values[1]  # asked with the same, so it is what the teacher would say
 
     def _draw(
-        self, slot: Slot, row: int, rng: np.random.Generator, choice: Choice
+        self, slot: Slot, row: int, rng: np.random.Generator | None, choice: Choice
     ) -> NDArray[np.float32] | None:
         """Draw everything that is not read; returns the VAE's noise, if there is any."""
         slot.arrays["index"][row] = choice.index
@@ -234,6 +242,8 @@ class Loader:
         for name in ("pooled_prompt_embeds", "prompt_embeds"):
             if name in slot.arrays and choice.drop_caption:
                 slot.arrays[name][row] = getattr(self.unconditional, name)[0].numpy()
+        if rng is None:
+            return None
         spec = self.spec if self.answers is None else self.answers.spec
         return draw_noises(spec, rng, slot.arrays["noise"][row])
 
@@ -249,10 +259,14 @@ class Loader:
     def _allocate(self) -> list[Slot]:
         layouts = [bucket.layout for bucket in self.buckets]
         per_rank = self.order.batch_size // self.world
-        answers = None if self.answers is None else self.answers.dtype
-        pinned = self._copies is not None
-        more = (self.spec.uniforms, self.spec.noises)
-        return allocate(layouts, self.latents.channels, per_rank, pinned, answers, *more)
+        pinned, answers = self._copies is not None, self.answers
+        return allocate(
+            layouts, self.latents.channels, per_rank, pinned,
+            answers=None if answers is None else answers.dtype,
+            trajectory=answers is not None and answers.trajectory,
+            uniforms=self.spec.uniforms,
+            noises=self.spec.noises,
+        )  # fmt: skip
 
 
 def wanted_rows(layout: Layout, choice: Choice) -> Rows:
@@ -265,32 +279,3 @@ def wanted_rows(layout: Layout, choice: Choice) -> Rows:
     }
     names = [(field.name, rows[field.name]) for field in layout.fields]
     return tuple((name, row) for name, row in names if row is not None)
-
-
-def all_finite(values: NDArray[np.float16]) -> bool:
-    """Return whether a contiguous fp16 array holds neither infinities nor NaN.
-
-    Compares bits: ten times faster than NumPy's and torch's tests of fp16.
-    """
-    return bool(np.bitwise_and(values.view(np.uint16), EXPONENT).max() != EXPONENT)
-
-
-def fault(arrays: Sequence[NDArray[np.float16]], channels: int) -> str:
-    """Return what is wrong with the numbers of a sample, its latents first, or an empty string.
-
-    They are finite, and no array is one value alone, such as zeros. (The latents' means, that is:
-    a logvar may be clamped.)
-    """
-    if not all(map(all_finite, arrays)):
-        return "non-finite values"
-    means = arrays[0][:channels]
-    return "one value alone" if any(map(is_constant, (means, *arrays[1:]))) else ""
-
-
-def is_constant(values: NDArray[np.float16]) -> bool:
-    """Return whether an array of several numbers holds one value alone, such as zeros.
-
-    Its ends are compared first: they differ in all but one of thousands.
-    """
-    flat = values.reshape(-1)
-    return bool(flat[0] == flat[-1] and len(flat) > 1 and (flat == flat[0]).all())

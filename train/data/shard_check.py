@@ -27,8 +27,8 @@ def check_answer_heads(buckets: Sequence[Bucket], answers: Answers) -> None:
             if key != asked[number]:
                 raise UserError(
                     f"{beside.paths[number]} begins with the answers to sample {key}, where "
-                    f"{bucket.paths[number]} has {asked[number]}; run `prep teach` again, or train "
-                    "with --teacher online"
+                    f"{bucket.paths[number]} has {asked[number]}; `prep verify` tells how to mend "
+                    "it, or train with --teacher online"
                 )
 
 

@@ -19,8 +19,8 @@ from shared.errors import UserError
 from shared.storage.urls import Place
 from shared.wording import counted
 from train.data.bucket import Bucket, largest_bucket
-from train.data.loader import fault
 from train.data.shard_check import check_heads
+from train.data.soundness import fault
 from train.state.checkpoint import latest_checkpoint, read_progress
 from train.state.run_paths import recorded_cache
 

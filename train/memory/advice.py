@@ -76,7 +76,8 @@ def fitting(
     def peak(change: Change) -> int:
         return estimate(unet_config, apply(config, change)[0], latent_size, parallelism).peak
 
-    for student in dict.fromkeys((config.student, "lora")):
+    kinds = (config.student,) if config.init_student else (config.student, "lora")
+    for student in dict.fromkeys(kinds):
         changes = ladder(config, student, parallelism)
         if not changes or peak(changes[-1]) > room:
             continue  # all of them together are not enough

@@ -78,9 +78,10 @@ class MetaAutocast(TorchFunctionMode):
             return value
         if not (value.is_leaf and value.requires_grad):
             return value.to(self.dtype)
-        if id(value) not in self.copies:
-            self.copies[id(value)] = value.to(self.dtype)
-        return self.copies[id(value)]
+        copy = self.copies.get(id(value))
+        if copy is None or torch.is_grad_enabled() > copy.requires_grad:  # made without gradients
+            copy = self.copies[id(value)] = value.to(self.dtype)
+        return copy
 
     def full(self, value: Any) -> Any:
         """In fp32."""

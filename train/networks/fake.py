@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from shared.cache.conditioning import TextEmbeds
@@ -64,7 +65,9 @@ class Critic(nn.Module):
         if self.head is None:
             return call_unet(self.unet, z, t, text, time_ids), None
         half = first_half(self.unet)
-        features = [self.again(call_unet, half, one, t, text, time_ids) for one in real]
+        # FSDP has given weights back by the time that features would be computed again.
+        again = as_it_is if isinstance(self.unet, FSDPModule) else self.again
+        features = [again(call_unet, half, one, t, text, time_ids) for one in real]
         hook = self.unet.mid_block.register_forward_hook(
             lambda module, inputs, output: features.insert(0, output)
         )
@@ -72,7 +75,29 @@ class Critic(nn.Module):
             output = call_unet(self.unet, z, t, text, time_ids)
         finally:
             hook.remove()
-        return output, torch.cat([self.head(one.to(z.dtype)) for one in features]).to(z.dtype)
+        return output, torch.cat([self.logits(one) for one in features])
+
+    def judge(
+        self, z: Tensor, t: Tensor, text: TextEmbeds, time_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output without gradients, and logits whose slope at z can be asked for."""
+        with torch.no_grad():
+            output = call_unet(self.unet, z, t, text, time_ids)
+        if self.head is None:
+            return output, None
+        return output, self.logits(call_unet(first_half(self.unet), z, t, text, time_ids))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The head's, `[B]` in the dtype of its weights."""
+        assert self.head is not None
+        dtype = self.head.logit.weight.dtype
+        logits: Tensor = self.head(features.to(dtype))
+        return logits.to(dtype)
+
+
+def as_it_is(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a function, and keep what its backward pass wants."""
+    return function(*inputs)
 
 
 def first_half(unet: Denoiser) -> Denoiser:

@@ -54,8 +54,8 @@ class MatchedStudent(Student):
         head = Head(teacher.config.block_out_channels[-1]) if config.gan_weight else None
         self.partner = FakeScore(Critic(fake, head), FAKE if fake is teacher else None)
         self.layers = [m for m in teacher.modules() if isinstance(m, BaseTunerLayer)]
-        for unet in self.networks():
-            unet.train()
+        for one in self.trained():
+            one.unet.train()
 
     def networks(self) -> list[Denoiser]:
         """Each once."""
@@ -104,10 +104,9 @@ class MatchedStudent(Student):
         return cond_and_uncond(self.teacher_unet, z, t, batch.text, empty, batch.time_ids)
 
     def fake(self, z: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The fake score's prediction, and its head's logits if it has one; it learns nothing."""
+        """Its prediction without gradients; with a head its logits of z, for their slope."""
         self.use(FAKE)
-        said: tuple[Tensor, Tensor | None] = self.partner.critic(z, t, batch.text, batch.time_ids)
-        return said
+        return self.partner.critic.judge(z, t, batch.text, batch.time_ids)
 
     def learning_fake(
         self, z: Tensor, t: Tensor, batch: Batch, *real: Tensor

@@ -51,12 +51,12 @@ class Networks(Protocol):
         """Conditional and unconditional prediction, without gradients."""
 
     def fake(self, z: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The fake score's prediction, and with a GAN term its head's logits `[B]` of z."""
+        """Its prediction without gradients; with a GAN term its head's logits `[B]` of z."""
 
     def learning_fake(
         self, z: Tensor, t: Tensor, batch: Batch, *real: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The same with gradients for it; the logits of `real` follow those of z."""
+        """Both with gradients for the fake score; the logits of `real` follow those of z."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,7 @@ class DMD(Loss):
                 gan = softplus(-logits).mean()
                 slope = torch.autograd.grad(gan * GAN_SCALE, x)[0] / GAN_SCALE
                 gan = gan.detach()
-        x, z, output = x.detach(), z.detach(), output.detach()  # and no activations of it are kept
-        kind = self.schedule.prediction_type
+        x, z, kind = x.detach(), z.detach(), self.schedule.prediction_type
         fake = predicted_x0(output, z, *at, kind)
         cond, uncond = networks.teacher(z, tau, batch, empty)
         real = guided(predicted_x0(cond, z, *at, kind), predicted_x0(uncond, z, *at, kind), batch.w)

@@ -81,6 +81,6 @@ def check_solver(config: DistillConfig, schedule: Schedule, grid: int | None = N
     if grid is not None and (grid % steps or total % grid):
         raise UserError(
             f"--num-ddim-timesteps {steps} does not divide {grid}, the timesteps of the cache's "
-            f"answers (`prep teach --num-ddim-timesteps {grid}`); give one that does, or add "
-            "--teacher online"
+            f"answers (`prep teach --num-ddim-timesteps` or `prep synthesize --steps`); give "
+            f"--num-ddim-timesteps {grid} or another that divides it, or add --teacher online"
         )

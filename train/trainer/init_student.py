@@ -12,6 +12,7 @@ from shared.errors import UserError
 from shared.models.fingerprint import tensors_fingerprint
 from shared.models.lora_files import read_lora
 from shared.networks.styled import read_styles
+from shared.storage.ownership import absolute
 from shared.storage.tensors import read_metadata
 from shared.style import FLAG, described, marks
 from train.config import RunConfig
@@ -41,7 +42,8 @@ def begin(student: Student, config: RunConfig, before: TrainingState | None) -> 
         raise UserError(f"{config.run} began with {what}; {way}, or choose another --run")
     if config.init_student is None:
         return None
-    if begun is not None and recorded(config) == config.init_student:
+    former = recorded(config)
+    if begun is not None and former and absolute(former) == absolute(config.init_student):
         return str(begun)
     weights = read_weights(config.init_student, student, config)
     if before is None:

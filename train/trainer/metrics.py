@@ -165,11 +165,12 @@ class Recorder:
             window.arrived.synchronize()  # a window ago: it is there
         losses, norms = window.values.tolist()
         for one, loss, norm in zip(window.noted, losses, norms, strict=True):
-            whose = one.name.replace("_", " ")
+            whose = f" ({one.name}loss)" if one.name else ""
             if not math.isfinite(loss) or loss > EXPLODED:
-                raise UserError(self.diverged(f"the {whose}loss is {loss:g}", one.step, one.batch))
+                what = f"the loss is {loss:g}{whose}"
+                raise UserError(self.diverged(what, one.step, one.batch))
             if not math.isfinite(norm):
-                what = f"the {whose}gradient norm is {norm:g}"
+                what = f"the gradient norm is {norm:g}{whose}"
                 raise UserError(self.diverged(what, one.step, one.batch))
         if not self.distributed.main:
             return ""

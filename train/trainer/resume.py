@@ -9,6 +9,7 @@ from typing import Any
 from shared.cache.identity import differences
 from shared.cli.config import to_dict
 from shared.errors import UserError
+from shared.storage.ownership import absolute
 from shared.style import Style, marks, split_scale
 from train.config import RunConfig
 from train.export.model_card import CARD_FILE
@@ -71,8 +72,8 @@ def changes(stored: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
 
     Flags that are younger than the run had their defaults.
     """
-    wanted = to_dict(replace(config, learning_rate=base_learning_rate(config)))
-    before = to_dict(stored)
+    wanted = to_dict(replace(located(config), learning_rate=base_learning_rate(config)))
+    before = to_dict(located(stored))
     # What the teacher wears is known by the files' contents, and a run remembers those.
     before[TEACHER_LORA], wanted[TEACHER_LORA] = recorded_marks(stored), marks(styles_of(config))
     names = wanted.keys() - FREE
@@ -86,6 +87,13 @@ def recorded_marks(stored: RunConfig) -> list[str]:
     scales = [split_scale(text)[1] for text in stored.teacher_lora]
     pairs = zip(stored.teacher_lora_sha256, scales, strict=False)
     return [Style("", scale, sha256).mark for sha256, scale in pairs]
+
+
+def located(config: RunConfig) -> RunConfig:
+    """The same with the one path that counts by where it leads, however it was typed."""
+    if config.init_student is None:
+        return config
+    return replace(config, init_student=absolute(config.init_student))
 
 
 def finished_message(config: RunConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,7 @@ def prepare(config: RunConfig) -> Distillation:
         print_teacher(config, answers)
         print(plan(run, resumed), file=sys.stderr)
         if not config.dry_run:
-            begun = invariants.get(INIT_STUDENT)
-            run.branch = start_run_folder(config, model, resumed, latest, begun)
+            run.branch = start_run_folder(config, model, resumed, latest, invariants)
     distributed.wait()
     return run
 
@@ -232,11 +231,11 @@ def start_run_folder(
     model: Model,
     resumed: Path | None,
     latest: Path | None,
-    begun: str | None = None,
+    invariants: Mapping[str, Any],
 ) -> int:
     """Make the folder our own and save the resolved configuration, the model's source in it.
 
-    So is the fingerprint of the weights it has `begun` with, where they were another student's.
+    Of the `invariants` it has the fingerprint of the weights that --init-student names.
     Returns the branch of the checkpoints to come (state/checkpoint.py). Raises UserError where the
     run has come further than `latest`, which was its latest checkpoint when this command began.
     """
@@ -250,7 +249,7 @@ def start_run_folder(
         sweep(config.run / "tmp")
         kept = to_keep(replace(config, model=model.source))
         kept = replace(kept, learning_rate=base_learning_rate(config))
-        stored = {**to_dict(kept), "init_fingerprint": begun}
+        stored = {**to_dict(kept), "init_fingerprint": invariants.get(INIT_STUDENT)}
         stored["teacher_lora_sha256"] = [style.sha256 for style in styles_of(config)]
         publish([dump_json(stored)], config.run / "config.json", config.run / "tmp")
         return checkpoint.start_branch(config.run, resumed)
