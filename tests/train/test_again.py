@@ -69,8 +69,8 @@ def names(run: Path) -> list[str]:
 
 MOMENTS = {  # where, and how often Ctrl-C; the status and the checkpoints it leaves
     "before anything": ("train.trainer.setup", "build_student", 1, 130, []),
-    "after the first step": ("train.trainer.loop", "update", 1, 130, ["step-00000001"]),
-    "twice": ("train.trainer.loop", "update", 2, 130, []),
+    "after the first step": ("train.trainer.loop", "settle", 1, 130, ["step-00000001"]),
+    "twice": ("train.trainer.loop", "settle", 2, 130, []),
     "in a save": ("train.state.checkpoint", "move", 1, 130, ["step-00000003"]),
     "twice in a save": ("train.state.checkpoint", "move", 2, 130, []),
     "twice in the export": ("train.trainer.run", "write_export", 2, 130,

@@ -42,7 +42,8 @@ DISTILL = frozenset({
     "checkpoints_total_limit", "resume_from_checkpoint", "validation_steps", "validation_prompts",
     "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
     "max_train_samples", "local_cache", "push_to_hub", "hub_model_id", "hub_token",
-    "export_dtype", "take_over",
+    "export_dtype", "take_over", "num_student_steps", "fake", "fake_lora_rank",
+    "fake_learning_rate", "fake_updates", "fake_warmup_steps", "gan_weight",
 })  # fmt: skip
 
 STAGES = (("one", "prep encode", ENCODE), ("two", "train distill", DISTILL))
