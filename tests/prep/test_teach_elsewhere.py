@@ -33,16 +33,17 @@ def put(cache: Path, url: str) -> None:
 
 def test_a_cache_behind_a_url(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    cache, url = encode(tars(tmp_path, 2, 5), tmp_path / "cache"), "s3://bucket/cache"
+    cache, url = encode(tars(tmp_path, 2, 5), tmp_path / "cache"), "s3://bucket/taught"
     with serving() as server:
         put(cache, url)
+        forget()  # what other tests saw there
         teach(cache)
         assert "20 answers asked for" in teach(url).out
         forget()
         assert objects(url) == tree(cache)
         server.calm()
         assert "nothing had to be asked" in teach(url).out
-        assert server.count("GET", "/bucket/cache/answers/shards/") == 0
+        assert server.count("GET", "/bucket/taught/answers/shards/") == 0
         assert objects(url) == tree(cache)
         assert "no damage" in prep("verify", "--cache", url, "--reencode", 2).out
 

@@ -13,10 +13,9 @@ import torch
 
 from shared.cli.config import coerce
 from shared.errors import run_main
-from shared.networks import denoiser
+from shared.networks import styled
 from train.config import DistillConfig
 from train.data.loader import Batch, Loader
-from train.networks import build, full, lora
 from train.trainer import loop, setup
 
 
@@ -37,9 +36,8 @@ def main() -> None:
 
 def compute_in_float64() -> None:
     torch.set_default_dtype(torch.float64)
-    load, to = denoiser.load_unet, Batch.to
-    for kind in (build, full, lora):
-        kind.load_unet = lambda source, *rest: load(source, *rest).double()
+    load, to = styled.load_unet, Batch.to
+    styled.load_unet = lambda source, *rest: load(source, *rest).double()
 
     def doubled(batch: Batch, device: torch.device) -> Batch:
         moved = to(batch, device)

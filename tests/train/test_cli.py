@@ -61,7 +61,7 @@ def test_a_mistake_is_one_line_and_nothing_else(repo, tmp_path):
 def test_unknown_command(refused):
     assert refused("distil") == (
         "error: 'distil' is not a command of python -m train; did you mean distill? "
-        "There are distill, evaluate, sample, export"
+        "There are distill, evaluate, compare, sample, export"
     )
 
 

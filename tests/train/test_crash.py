@@ -171,7 +171,7 @@ def test_sigterm_in_the_export_waits_for_it(cli, monkeypatch, words, tmp_path):
 def test_sigterm_saves_whatever_the_steps_between_checkpoints(
     cli, monkeypatch, words, tmp_path, every
 ):
-    terminate_in(monkeypatch, loop, "update")
+    terminate_in(monkeypatch, loop, "settle")
     answer = cli(*words, "--checkpointing-steps", every)
     assert answer.status == 0
     assert "stopped after step 1; the same command goes on" in answer.err
@@ -181,7 +181,7 @@ def test_sigterm_saves_whatever_the_steps_between_checkpoints(
 
 
 def test_sigterm_right_after_a_resume_writes_nothing_again(cli, monkeypatch, words, tmp_path):
-    terminate_in(monkeypatch, loop, "update", lambda *_: True)
+    terminate_in(monkeypatch, loop, "settle", lambda *_: True)
     cli(*words)
     monkeypatch.undo()
     [saved] = checkpoint.whole_checkpoints(tmp_path / "run")

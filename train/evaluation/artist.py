@@ -25,7 +25,6 @@ from train.config import EvaluateConfig, RunConfig, SampleConfig
 from train.export.student import load_student
 from train.networks.teacher import load_run_teacher
 from train.sampling.samplers import check_eta, student_sampler
-from train.state.run_config import run_config
 
 Spacings = Mapping[tuple[str, int], str]  # of the teacher's solvers, by sampler and steps
 
@@ -99,12 +98,12 @@ class Artist:
 def open_artist(run: Path, flags: EvaluateConfig | SampleConfig) -> Artist:
     """Open a run's exported student, with the VAE that is given, else the run's, else the model's.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, and for an --eta that it does not take.
     """
     set_threads(flags.threads)
     device = pick_device(flags.device)
-    check_eta(flags.eta, run_config(run))
     student, config = load_student(run, device, flags.model)
+    check_eta(flags.eta, config)
     model = resolve_model(flags.model or recorded_model(config.model))
     recorded = None if flags.model else config.vae
     vae = flags.vae or (recorded_model(recorded, "--vae") if recorded else model.source)
