@@ -56,7 +56,7 @@ def test_lcd_is_the_unit_exactly(tiny_sd):
     assert cost(tiny_sd, teacher="online", gradient_checkpointing=True, mixed_precision="bf16") == 1
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])
 def test_what_has_no_teacher_takes_fewer_forwards(tiny_sd, counted, kind):
     alone, target = counted[kind, "trained"], counted[kind]
     unit = lcd(counted, kind)
@@ -69,6 +69,7 @@ def test_what_has_no_teacher_takes_fewer_forwards(tiny_sd, counted, kind):
     assert cost(tiny_sd, kind, objective="denoise") == wanted
 
 
+@pytest.mark.slow
 def test_a_network_beside_the_student_counts_with_how_often_each_is_moved(tiny_sd, counted):
     flags = {"objective": "dmd", "fake_warmup_steps": 2, "fake_updates": 2, "max_train_steps": 10}
     forward, trained = counted["lora"], counted["lora", "trained"]
@@ -79,6 +80,7 @@ def test_a_network_beside_the_student_counts_with_how_often_each_is_moved(tiny_s
         assert cost(tiny_sd, steps=steps, **flags) == pytest.approx(wanted, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_kind_of_model_does_not_matter(tiny_xl):
     assert cost(tiny_xl, teacher="online") == 1
     assert 0.5 < cost(tiny_xl, teacher="cached") < 0.8

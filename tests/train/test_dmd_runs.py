@@ -117,7 +117,9 @@ def stop_at(config: DistillConfig, step: int) -> None:
         distill(run)
 
 
-@pytest.mark.parametrize("which", ["lora", "full", pytest.param("three", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", ["lora", *(pytest.param(w, marks=pytest.mark.slow) for w in ("full", "three"))]
+)
 def test_a_run_that_was_stopped_thrice_is_the_uninterrupted_one(settings, which):
     """Before the student has moved, in a step that moves it, and after one."""
     rough = {"lora_rank": 64} if which != "lora" else {}
@@ -185,10 +187,11 @@ def runs(request, tmp_path_factory):
     return run
 
 
-CASES = [("sd", "lora", 4), ("xl", "lora", 1), ("sd", "full", 1), ("xl", "full", 3)]
+CASES = [("sd", "lora", 4), ("xl", "full", 3)]
+OTHERS = [pytest.param(*c, marks=pytest.mark.slow) for c in [("xl", "lora", 1), ("sd", "full", 1)]]
 
 
-@pytest.mark.parametrize(("family", "kind", "steps"), CASES)
+@pytest.mark.parametrize(("family", "kind", "steps"), [*CASES, *OTHERS])
 def test_stock_diffusers_draws_what_train_sample_draws(runs, cli, tmp_path, family, kind, steps):
     run = runs(family, kind, steps)
     pipe = run.student
@@ -206,7 +209,7 @@ def test_stock_diffusers_draws_what_train_sample_draws(runs, cli, tmp_path, fami
     assert "is drawn without guidance" in told.err
 
 
-@pytest.mark.parametrize(("family", "kind", "steps"), [CASES[0], CASES[2]])
+@pytest.mark.parametrize(("family", "kind", "steps"), CASES)
 def test_the_card_says_how(runs, tmp_path, monkeypatch, family, kind, steps):
     """Its lines run as they stand; of the fake score nothing is exported."""
     run = runs(family, kind, steps)

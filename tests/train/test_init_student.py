@@ -68,7 +68,10 @@ def begun(model, init, kind="lora", **more):
 
 
 @pytest.mark.parametrize("file", ["", LORA, KOHYA])
-@pytest.mark.parametrize(("family", "rank", "alpha"), [("sd", 4, None), ("xl", 6, 9.0)])
+@pytest.mark.parametrize(
+    ("family", "rank", "alpha"),
+    [("sd", 4, None), pytest.param("xl", 6, 9.0, marks=pytest.mark.slow)],
+)
 def test_a_lora_goes_on_from_each_of_its_files(made, family, rank, alpha, file):
     """What is added to each layer is the same, at another rank and alpha as well."""
     run = made(family, "lora")
@@ -84,7 +87,7 @@ def test_a_lora_goes_on_from_each_of_its_files(made, family, rank, alpha, file):
     assert all(p.requires_grad for p in student.trainable().values())
 
 
-@pytest.mark.parametrize("family", ["sd", "xl"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("xl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", ["lcf", "pcm"])
 def test_a_full_student_goes_on_with_its_guidance_input(made, family, objective):
     run = made(family, "full")
@@ -209,7 +212,7 @@ def test_a_file_that_is_no_lora(made, tmp_path, change, says):
 # ---- Runs.
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_says_what_it_began_with_and_goes_on_without_it(made, kind, tmp_path, capsys):
     run = made("sd", kind)
     source = shutil.copytree(run.folder, tmp_path / "lcd-run")

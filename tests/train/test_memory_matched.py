@@ -39,7 +39,7 @@ def bytes_of(tensors) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("mixed", ["no", "bf16"])
+@pytest.mark.parametrize("mixed", [pytest.param("no", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize(("kind", "fake"), PAIRS)
 def test_weights_and_optimizers_are_those_of_the_run(tiny_sd, kind, fake, mixed):
     settings = config(tiny_sd, kind, fake, mixed_precision=mixed, gan_weight=0.1, fake_lora_rank=4)
@@ -101,7 +101,8 @@ def real_peak(model, settings: DistillConfig) -> int:
     ("model", "kind", "more"),
     [
         ("tiny_sd", "lora", {}),
-        ("tiny_sd", "full", {"gan_weight": 0.1, "gradient_checkpointing": True}),
+        pytest.param("tiny_sd", "full", {"gan_weight": 0.1, "gradient_checkpointing": True},
+                     marks=pytest.mark.slow),
         pytest.param("tiny_xl", "lora", {"gan_weight": 0.1, "num_student_steps": 4},
                      marks=pytest.mark.slow),
         pytest.param("tiny_xl", "full", {"fake": "full"}, marks=pytest.mark.slow),
@@ -114,6 +115,7 @@ def test_the_peak_is_that_of_a_real_step(request, model, kind, more):
     assert found.peak - found.optimizer == pytest.approx(real_peak(model, settings), rel=0.1)
 
 
+@pytest.mark.slow
 def test_processes_and_micro_steps_take_what_they_hold_of_both(tiny_sd):
     unet, settings = unet_config(tiny_sd), config(tiny_sd, "lora")
     sizes = [sum(p.nbytes for p in part) for part in meta_networks(unet, settings).trained()]

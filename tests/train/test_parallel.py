@@ -128,7 +128,7 @@ MICRO = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
     [
         pytest.param({"student": "lora"}, TWO, id="lora"),
         pytest.param({"student": "full"}, TWO, id="full", marks=pytest.mark.slow),
-        pytest.param(DMD, MICRO, id="dmd"),
+        pytest.param(DMD, MICRO, id="dmd", marks=pytest.mark.slow),
         pytest.param(DMD | {"student": "full"}, MICRO, id="dmd-full", marks=pytest.mark.slow),
         pytest.param(DMD | {"fake": "full"}, TWO, id="dmd-fake-full", marks=pytest.mark.slow),
     ],
