@@ -126,6 +126,16 @@ def test_export_publishes_card_and_weights(run, cli, hub, tmp_path):
     assert str(tmp_path) not in card.partition("from_pretrained")[0]
 
 
+def test_an_evaluation_goes_with_it_but_not_where_the_cache_was(run, cli, hub, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "evaluated")
+    (folder / "evaluation.json").write_text('{"rows": [], "eval_cache": "/secret/place"}')
+    (folder / "evaluation.md").write_text("| student | 12.5 |\n")
+    answer = cli("train", "export", "--run", folder, "--push-to-hub", "--hub-token", TOKEN)
+    assert answer.status == 0, answer.err
+    assert hub.files["evaluation.md"] == (folder / "evaluation.md").read_bytes()
+    assert not any(b"/secret/place" in content for content in hub.files.values())
+
+
 def test_the_card_of_an_earlier_checkpoint_tells_nothing_of_the_later(run, cli, tmp_path):
     folder, _ = run
     (folder / "evaluation.json").write_text('{"rows": []}')

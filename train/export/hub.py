@@ -22,7 +22,7 @@ WEIGHTS = {
     "full": ["unet/*"],
 }
 BESIDE = ["README.md", "preview.png", "scheduler/*"]
-EVALUATION = ["evaluation.json", "evaluation.png"]
+EVALUATION = ["evaluation.md", "evaluation.png"]  # the .json names a cache
 REMEDIES = {
     401: "the hub does not accept the token: `hf auth login`, or another --hub-token",
     403: "the token may not write there: take one with write access, or another --hub-model-id",

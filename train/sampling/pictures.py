@@ -39,7 +39,8 @@ def write_grid(
     )
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(columns):
-        pen.multiline_text((GAP + column * (width + GAP), 2), title, "black", font, spacing=1)
+        lines = "\n".join(fitted(line, width, font) for line in title.splitlines())
+        pen.multiline_text((GAP + column * (width + GAP), 2), lines, "black", font, spacing=1)
     for row, (pictures, label) in enumerate(zip(rows, labels, strict=True)):
         top = HEADER + row * (height + HEADER - 12)
         for column, picture in enumerate(pictures):
