@@ -191,6 +191,12 @@ def schedule_targets(steps: int, num_ddim_timesteps: int, total: int) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), inner.flip(0)])
 
 
+def nearest_divisor(steps: int, total: int) -> int:
+    """Return the number of steps nearest to `steps` that divides `total` timesteps evenly."""
+    divisors = (n for n in range(1, total + 1) if not total % n)
+    return min(divisors, key=lambda n: abs(n - steps))
+
+
 def boundary_scalings(
     t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5
 ) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from shared.cache.conditioning import TextEmbeds
 from shared.cache.draws import answer_intervals
 from shared.cache.identity import Drawn, Shapes
 from shared.cache.layout import Layout
-from shared.diffusion import schedule_settings
+from shared.diffusion import nearest_divisor, schedule_settings
 from shared.errors import UserError
 from shared.networks.sampling import teacher_scheduler
 
@@ -88,11 +88,9 @@ def refuse_answers(drawn: Drawn, total: int, config: Mapping[str, Any]) -> None:
             "compute; give another, or leave out --answers"
         )
     if total % steps:
-        divisors = [n for n in range(1, total + 1) if not total % n]
-        nearest = min(divisors, key=lambda n: abs(n - steps))
         raise UserError(
             f"--steps {steps} must divide {total}, the timesteps of the teacher, for --answers; "
-            f"the nearest that does is {nearest}"
+            f"the nearest that does is {nearest_divisor(steps, total)}"
         )
     scheduler = teacher_scheduler(drawn.sampler, SPACING, config)
     scheduler.set_timesteps(steps)

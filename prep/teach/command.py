@@ -36,7 +36,7 @@ from shared.cache.paths import CachePaths, refuse_full_disk
 from shared.cache.units import Shard, UnitRecord
 from shared.cli.defaults import MODEL, default_cache
 from shared.cli.progress import Progress
-from shared.diffusion import schedule_settings
+from shared.diffusion import nearest_divisor, schedule_settings
 from shared.errors import UserError
 from shared.models.family import Model, load_config, recorded_model, resolve_model
 from shared.networks.cache_checks import check_fit
@@ -129,7 +129,8 @@ def choose(config: TeachConfig, cache: CachePaths, manifest: Manifest) -> Asked:
     steps = config.num_ddim_timesteps or (stored.num_ddim_timesteps if stored else SOLVER_STEPS)
     if total % steps:
         raise UserError(
-            f"--num-ddim-timesteps {steps} must divide {total}, the timesteps there are"
+            f"--num-ddim-timesteps {steps} must divide {total}, the timesteps there are; the "
+            f"nearest that does is {nearest_divisor(steps, total)}"
         )
     device = networks.choose_device(config, stored, "delete its answers/ to ask anew")
     threads = networks.choose_threads(config, stored, device)

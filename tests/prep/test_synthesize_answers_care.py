@@ -1,9 +1,7 @@
 """Answers that were kept while drawing: verify, stats, gc and the announcement know of them."""
 
 import json
-import os
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from prep.inspect.verify_answers import one_step_away
 from prep.teach.teacher import Teacher
 from shared.cache.answers_store import open_answers
 from tests.support.drawn import CAPTIONS, draw, lines
+from tests.support.kept_answers import assert_gc_removes, shard_of
 from tests.support.sources import prep
 
 FLAGS = {"steps": 5, "answers": 2}
@@ -28,11 +27,6 @@ def kept(tmp_path_factory):
 @pytest.fixture
 def cache(kept, tmp_path):
     return shutil.copytree(kept[1], tmp_path / "cache")
-
-
-def shard_of(cache):
-    [shard] = open_answers(cache).shards
-    return cache / "answers" / shard.file
 
 
 def test_the_teacher_says_the_same_again(cache):
@@ -89,16 +83,7 @@ def test_stats_say_that_they_were_kept_while_drawing(cache):
 def test_gc_keeps_what_is_named_and_removes_what_is_not(kept, cache, tmp_path):
     former = shard_of(cache)
     draw(lines(tmp_path / "captions.txt", CAPTIONS[:6]), cache, prune=True, **FLAGS)
-    assert former.exists()
-    assert former != shard_of(cache)
-    assert prep("gc", "--cache", cache).status == 0  # a training may still read the former ones
-    assert former.exists()
-    for path in (cache / "answers" / "shards").iterdir():
-        os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
-    assert prep("gc", "--cache", cache).status == 0
-    assert not former.exists()
-    assert shard_of(cache).exists()
-    assert prep("verify", "--cache", cache).status == 0
+    assert_gc_removes(cache, former)
 
 
 def test_a_dry_run_counts_their_bytes(tmp_path):

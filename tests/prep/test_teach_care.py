@@ -1,14 +1,13 @@
 """Caring for answers: verify finds what is damaged, gc removes what nothing names."""
 
-import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
 from prep.teach.teacher import Teacher
 from shared.cache.answers_store import open_answers
+from tests.support.kept_answers import assert_gc_removes, shard_of
 from tests.support.sources import TINY_SD, Answer, captioned, encode, prep, write_tar
 
 
@@ -29,11 +28,6 @@ def cache(taught, tmp_path) -> Path:
 def teach(cache: Path, *more: object) -> Answer:
     return prep("teach", "--cache", cache, "--model", TINY_SD, "--answers", 2, "--threads", 1,
                 "--batch-size", 4, *more)  # fmt: skip
-
-
-def shard_of(cache: Path) -> Path:
-    [shard] = open_answers(cache).shards
-    return cache / "answers" / shard.file
 
 
 def flip(path: Path, at: int) -> None:
@@ -94,15 +88,7 @@ def test_answers_that_the_teacher_does_not_give_are_found(cache, monkeypatch):
 def test_gc_keeps_what_is_named_and_removes_what_is_not(cache):
     former = shard_of(cache)
     assert teach(cache, "--answers", 3).status == 0
-    assert shard_of(cache) != former
-    assert prep("gc", "--cache", cache).status == 0  # a training may still read the former ones
-    assert former.exists()
-    for path in (cache / "answers" / "shards").iterdir():
-        os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
-    assert prep("gc", "--cache", cache).status == 0
-    assert not former.exists()
-    assert shard_of(cache).exists()
-    assert prep("verify", "--cache", cache).status == 0
+    assert_gc_removes(cache, former)
 
 
 def test_stats_tell_of_them(cache):

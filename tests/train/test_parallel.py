@@ -146,9 +146,9 @@ def test_two_processes_take_the_step_of_one(launch, flags, two_of):
 @pytest.mark.parametrize(
     ("objective", "kind"),
     [
-        ("tcd", "lora"),
+        ("tcd", "full"),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-            ("tcd", "full"), ("pcm", "lora"), ("pcm", "full"), ("lcf", "lora"), ("lcf", "full"),
+            ("tcd", "lora"), ("pcm", "lora"), ("pcm", "full"), ("lcf", "lora"), ("lcf", "full"),
         ]),
     ],
 )  # fmt: skip

@@ -16,7 +16,6 @@ from shared.style import join_scale, marks, open_styles, split_scale
 from tests.support.students import build, make_batch, stock_unet
 from tests.support.styles import style_unet, write_style
 from train.config import DistillConfig
-from train.networks.build import build_student
 
 PIPELINES = {"tiny_sd": StableDiffusionPipeline, "tiny_xl": StableDiffusionXLPipeline}
 
@@ -120,7 +119,7 @@ def test_it_is_given_once_for_each_or_several_at_once(kind, tmp_path, monkeypatc
 
 def test_files_that_cannot_be_worn(tiny_sd, tiny_xl, tmp_path, capsys):
     good = write_style(tiny_sd, tmp_path / "a.safetensors")
-    xl = write_style(tiny_xl, tmp_path / "xl.safetensors")
+    write_style(tiny_xl, tmp_path / "xl.safetensors")
     tensors = load_file(good)
     save_file({"x": torch.ones(2)}, tmp_path / "no.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:1000])
@@ -139,7 +138,6 @@ def test_files_that_cannot_be_worn(tiny_sd, tiny_xl, tmp_path, capsys):
             load_teacher(str(tiny_sd), open_styles([str(tmp_path / name)]))
         assert "\n" not in str(error.value)
         assert str(tmp_path) in str(error.value)
-    assert xl.exists()
     assert capsys.readouterr().err == ""
 
 
@@ -173,5 +171,3 @@ def test_marks_tell_contents_not_places(tiny_sd, tmp_path):
     same = [marks(open_styles([f"{one}:0.5"])) for one in (path, other)]
     assert same[0] == same[1]
     assert marks(open_styles([str(path)])) != same[0]
-    config = DistillConfig(str(tiny_sd), None, None, teacher_lora=(f"{path}:0.5",))
-    assert build_student(str(tiny_sd), config).unet is not None

@@ -12,6 +12,7 @@ from shared.diffusion import (
     guided,
     huber_distance,
     l2_distance,
+    nearest_divisor,
     predicted_eps,
     predicted_x0,
 )
@@ -72,11 +73,10 @@ def check_solver(config: DistillConfig, schedule: Schedule, grid: int | None = N
     """
     steps, total = config.num_ddim_timesteps, schedule.num_train_timesteps
     if total % steps:
-        divisors = [n for n in range(1, total + 1) if not total % n]
-        nearest = min(divisors, key=lambda n: abs(n - steps))
         raise UserError(
             f"--num-ddim-timesteps {steps} must divide {total}, the timesteps of the teacher "
-            f"(num_train_timesteps); the nearest that does is {nearest}"
+            f"(num_train_timesteps); the nearest that does is "
+            f"{nearest_divisor(steps, total)}"
         )
     if grid is not None and (grid % steps or total % grid):
         raise UserError(
