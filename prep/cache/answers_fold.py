@@ -30,11 +30,19 @@ def publish_fold(
     units: Sequence[UnitRecord],
     records: Mapping[str, AnswersRecord],
 ) -> AnswersManifest:
-    """Write the manifest of these units' answers, and drop those of units that are no more."""
+    """Write the manifest of these units' answers, and drop those of units that are no more.
+
+    A record that the former manifest does not know may be of a unit that another process is about
+    to commit, and stays.
+    """
     manifest = fold_answers(identity, [records[unit.name] for unit in units])
-    retire_former(cache, manifest)
+    if former := former_answers(cache):
+        retire_former(cache, former, manifest)
     write_answers_manifest(cache, manifest)
-    drop_strangers(cache, set(records) - {unit.name for unit in units})
+    folded = {shard.file for shard in former.shards} if former else set()
+    gone = records.keys() - {unit.name for unit in units}
+    known = {name for name in gone if all(s.file in folded for s in records[name].shards)}
+    drop_strangers(cache, known)
     return manifest
 
 
@@ -87,11 +95,10 @@ class KeptAnswers:
         return f"{counted(manifest.answers, 'answer')} of each{aside}"
 
 
-def retire_former(cache: CachePaths, manifest: AnswersManifest) -> None:
+def retire_former(cache: CachePaths, former: AnswersManifest, manifest: AnswersManifest) -> None:
     """Date the shards that the former manifest names and the next one does not (retire.py)."""
     kept = {shard.file for shard in manifest.shards}
-    if former := former_answers(cache):
-        date(answers_of(cache), [s.file for s in former.shards if s.file not in kept])
+    date(answers_of(cache), [s.file for s in former.shards if s.file not in kept])
 
 
 def drop_strangers(cache: CachePaths, names: set[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from prep.config import EngineFlags
 from shared.cli.defaults import MODEL
 from shared.cli.paths import NameOrPath, PlaceFlag, SourceFlag
-from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Precision
+from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Precision, Seed
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SynthesizeFlags:
     time."""
     per_caption: Count = 1
     """Samples drawn for each caption, each from noise of its own."""
-    seed: Natural = 0
+    seed: Seed = 0
     """A sample's noise is drawn from a hash of this, its caption and its number within the
     caption."""
     answers: Natural = 0

@@ -58,7 +58,8 @@ def answer_intervals(seed: int, key: str, steps: int) -> list[int]:
     Where a teacher drew the sample and outputs were kept: answer k is that of the k-th of them.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, int(key, 16)]))
-    return [int(interval) for interval in rng.permutation(steps)]
+    intervals: list[int] = rng.permutation(steps).tolist()
+    return intervals
 
 
 def choose(spec: DrawSpec, rng: np.random.Generator, num_captions: int) -> Choice:

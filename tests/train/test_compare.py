@@ -16,6 +16,7 @@ from train.comparison.summary import training_seconds
 from train.config import SampleConfig
 from train.evaluation.artist import open_artist
 from train.evaluation.heldout import load_heldout
+from train.state.checkpoint import TrainingState
 
 KINDS = {"consistency": {}, "trajectory": {"objective": "tcd", "student": "full",
                                            "unet_time_cond_proj_dim": 16,
@@ -217,10 +218,17 @@ def test_two_teachers_have_a_line_each(own, compare, tmp_path):
     assert "teacher of trajectory" in answer.out
 
 
+def test_steps_behind_the_checkpoint_are_not_counted(tmp_path):
+    rates = ((2, 4.0), (3, 2.0), (5, 1.0))
+    lines = [json.dumps({"step": step, "samples_per_second": rate}) for step, rate in rates]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "sam')
+    assert training_seconds(tmp_path, TrainingState(3, 12, 4, {})) == 2 * 4 / 4.0 + 4 / 2.0
+
+
 def test_what_is_no_longer_told_is_a_dash(own, compare, tmp_path):
     run = own["consistency"]
     (run / "metrics.jsonl").write_text('{"step": 2}\n')
-    assert training_seconds(run, 4) is None
+    assert training_seconds(run, TrainingState(3, 12, 4, {})) is None
     shutil.rmtree(own["trajectory"] / "checkpoints")
     answer = compare(*own.values(), "--num-captions", 0)
     assert answer.status == 0, answer.err

@@ -154,6 +154,8 @@ def test_the_terms_of_a_run_are_its_own_flags(settings):
     train(settings(max_train_steps=3))
     with pytest.raises(UserError, match=r"gan_weight is 0\.0 there, 0\.1 here"):
         prepare(settings(max_train_steps=3, gan_weight=0.1, resume_from_checkpoint="latest"))
+    slower = {"learning_rate": 1e-5, "fake_learning_rate": 2e-5}  # a rate may change
+    prepare(settings(max_train_steps=4, resume_from_checkpoint="latest", **slower))
 
 
 def test_dmd_goes_on_from_lcd(settings):

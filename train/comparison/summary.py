@@ -16,7 +16,7 @@ from train.config import RunConfig
 from train.evaluation.record import Evaluation, read_evaluation
 from train.export.student import student_file
 from train.export.weights import exported_student
-from train.state.checkpoint import latest_checkpoint, read_progress
+from train.state.checkpoint import TrainingState, latest_checkpoint, read_progress
 from train.state.run_config import run_config
 
 
@@ -73,27 +73,29 @@ def read_summary(run: Path, name: str, model: str | None) -> Summary:
         cost=relative_cost(teacher, config, progress.step if progress else config.max_train_steps),
         steps=progress.step if progress else None,
         samples=progress.position if progress else None,
-        seconds=training_seconds(run, progress.batch_size) if progress else None,
+        seconds=training_seconds(run, progress) if progress else None,
     )
 
 
-def training_seconds(run: Path, batch_size: int) -> float | None:
+def training_seconds(run: Path, progress: TrainingState) -> float | None:
     """How long a run's steps took, by the rates in metrics.jsonl: without pauses and previews.
 
-    None where a line is missing or damaged. `batch_size` is the samples of a step.
+    Of the steps up to a checkpoint, at which a line ends. None where one is missing or damaged.
     """
     lines = (read_if_there(run / "metrics.jsonl") or b"").splitlines()
     before, seconds = 0, 0.0
     try:
         for line in lines:
+            if before >= progress.step:
+                break
             numbers = json.loads(line)
             step = typed(numbers["step"], int, "step")
             rate = typed(numbers["samples_per_second"], float, "samples_per_second")
-            seconds += (step - before) * batch_size / rate
+            seconds += (step - before) * progress.batch_size / rate
             before = step
     except (ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError):
         return None
-    return seconds if lines else None
+    return seconds if before == progress.step else None
 
 
 def check_comparable(one: Summary, other: Summary) -> None:

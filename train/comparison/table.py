@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -120,7 +120,7 @@ def words(summary: Summary) -> list[str]:
     return [summary.name, objective, summary.config.student]
 
 
-def figures(row: Result, marks: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+def figures(row: Result, marks: Set[str] = frozenset()) -> list[str]:
     """Steps and figures of a line; those in `marks` are bold, and a dash stands for none."""
     cells = [str(row.steps)]
     for name in BEST:

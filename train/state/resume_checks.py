@@ -107,8 +107,9 @@ def run_invariants(
 
 
 def invariant_flags(config: RunConfig) -> list[str]:
-    """The flags that must stay the same; where the teacher's answers come from may change."""
-    own = [name for name in objective_of(config).flags if name not in names_of(TeacherFlags)]
+    """The flags that must stay the same: not rates, nor where the teacher's answers come from."""
+    may_change = (*names_of(TeacherFlags), "fake_learning_rate")
+    own = [name for name in objective_of(config).flags if name not in may_change]
     return [*INVARIANT_FLAGS, *own]
 
 

@@ -67,7 +67,10 @@ def take_steps(run: Distillation) -> int:
 
 
 def take_step(run: Distillation, batches: Iterator[Batch]) -> bool:
-    """Take one optimizer step with the next batch; False where fp16 gradients overflowed."""
+    """Take one optimizer step with the next batch; False where fp16 gradients overflowed.
+
+    Of several networks those whose gradients did not overflow have moved then, and move again.
+    """
     step, batch = run.step + 1, next(batches)
     seed_dropout(run.config.seed, step, run.distributed.rank)
     moved = [move(run, one, batch) for one in run.trained if one.due(step)]  # 1 to 5

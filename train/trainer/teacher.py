@@ -121,12 +121,12 @@ def grid_of(answers: AnswersManifest | None) -> int | None:
 
 
 def print_teacher(config: RunConfig, answers: AnswersManifest | None) -> None:
-    """Tell the user which it is; nothing where no teacher is asked at all."""
+    """Tell the user which it is and what it wears; nothing where no teacher is asked at all."""
+    if config.teacher_lora:
+        print(f"the teacher wears {described(styles_of(config))}", file=sys.stderr)
     if config.teacher is None:
         return
     line: str = ONLINE
-    if config.teacher_lora:
-        print(f"the teacher wears {described(styles_of(config))}", file=sys.stderr)
     if answers is not None:
         line = f"{counted(answers.answers, 'cached answer')} a sample ({folder_of(config)})"
         if answers.without:
