@@ -12,11 +12,12 @@ COMMANDS = {
     "draw": (DrawConfig, command("infer.draw.command", "draw")),
 }
 LESS_MEMORY = "draw needs less of it with --dtype float16 or a smaller --size"
+INTERRUPTED = "every file that was written is whole"
 
 
 def main() -> None:
     """Entry point of `distillery-infer`."""
-    run_main(lambda: dispatch("python -m infer", COMMANDS), LESS_MEMORY)
+    run_main(lambda: dispatch("python -m infer", COMMANDS), LESS_MEMORY, INTERRUPTED)
 
 
 if __name__ == "__main__":

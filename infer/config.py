@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from shared.cli.paths import LocalPath, NameOrPath, StyleFlag
-from shared.cli.ranges import Count, Fraction, NotNegative, Numbers, Seed
+from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Numbers, Seed
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -54,7 +52,8 @@ class DrawConfig(ModelFlags):
     steps: Count | None = None
     """4 for a distilled student, 50 otherwise, unless given."""
     guidance_scale: NotNegative | None = None
-    """diffusers' meaning (w + 1); as trained, or the family's, unless given."""
+    """diffusers' meaning (w + 1); as trained, or the family's, unless given: 1 for students that
+    have learned it."""
     eta: Fraction = 0.0
     """Noise between the steps, for schedulers that know it (TCD's call it gamma)."""
     seed: Seed = 0
@@ -64,7 +63,7 @@ class DrawConfig(ModelFlags):
     image: LocalPath | None = None
     """A picture to begin from."""
     strength: Annotated[float, Numbers(float, 0, 1, above=True)] | None = None
-    """How far to go from --image: 1 keeps nothing of it. 0.6 unless given."""
+    """How far to go from --image: 1 keeps nothing of it. 0.6 unless given, with --mask 1."""
     mask: LocalPath | None = None
     """With --image: what is white is drawn anew, what is black stays."""
     controlnet: NameOrPath | None = None
@@ -73,12 +72,13 @@ class DrawConfig(ModelFlags):
     """What the ControlNet sees."""
     canny: bool = False
     """Show it the edges of --control-image (needs opencv-python-headless)."""
-    control_scale: NotNegative = 1.0
-    """Weight of the ControlNet."""
-    size: Annotated[int, Numbers(int, 8)] | None = None
-    """Side in pixels; as the model was trained, or the picture given, unless given."""
+    control_scale: NotNegative | None = None
+    """Weight of the ControlNet; 1 unless given."""
+    size: str | None = None
+    """SIDE or WIDTHxHEIGHT in pixels; as the model was trained, in the shape of --image, unless
+    given."""
+    clip_skip: Natural | None = None
+    """Layers of the text encoders to leave out; as in the run's cache unless given."""
     output: LocalPath = Path("drawn")
-    """Folder of the pictures and their contact sheet; a name with .png for a single picture."""
-    typed: tyro.conf.Suppress[frozenset[str]] = field(
-        default=frozenset(), repr=False, compare=False
-    )  # no flag; which were given
+    """Folder of the pictures and a contact sheet; a name with .png for one file: the picture, or
+    the sheet of several."""

@@ -53,6 +53,18 @@ def join(one: Lora, other: Lora) -> dict[str, Tensor]:
 
 def check_layers(tensors: Lora, unet: Denoiser, style: Style) -> None:
     """Raise UserError unless every pair of matrices fits a layer."""
+    if layer := misfit(tensors, unet):
+        raise UserError(
+            f"{FLAG} {style.file} is of another model than the teacher: its layer {layer} does "
+            "not fit; give a LoRA made for this kind of model"
+        )
+
+
+def misfit(tensors: Lora, unet: nn.Module) -> str:
+    """Name the first layer of a LoRA that the UNet has not, or has in another shape; else nothing.
+
+    The UNet may have adapters of its own.
+    """
     layers = {
         name.removesuffix(".base_layer"): module.weight.shape
         for name, module in unet.named_modules()
@@ -63,10 +75,8 @@ def check_layers(tensors: Lora, unet: Denoiser, style: Style) -> None:
         down, up = (tensors[f"{layer}.{part}.weight"] for part in ("lora_A", "lora_B"))
         product = (len(up), *down.shape[1:]) if up[0, 0].numel() == 1 else None
         if layer not in layers or product != layers[layer]:
-            raise UserError(
-                f"{FLAG} {style.file} is of another model than the teacher: its layer {layer} does "
-                "not fit; give a LoRA made for this kind of model"
-            )
+            return layer
+    return ""
 
 
 @torch.no_grad()
