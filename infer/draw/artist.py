@@ -84,8 +84,8 @@ def steps_taken(pipe: Any, job: Job) -> int:
     all_steps = len(scheduler.timesteps)
     if job.strength is None:
         return all_steps
-    skipped = max(job.steps - min(int(job.steps * job.strength), job.steps), 0)
-    return all_steps - skipped * scheduler.order
+    skipped: int = max(job.steps - min(int(job.steps * job.strength), job.steps), 0)
+    return all_steps - skipped * int(scheduler.order)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL
 
 from infer.pipelines.choose import Choice
@@ -44,6 +45,7 @@ def load_pipeline(
     precision rounds their sum once. Raises UserError for parts that are missing or do not fit.
     """
     diffusers.utils.logging.set_verbosity_error()  # of what is told here in a line
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     parts = {"vae": half_safe(load_vae(choice.vae), dtype), **text_parts(choice)}
     parts["unet"] = load_denoiser(choice, torch.float32 if choice.loras else dtype)
     if controlnet is not None:
@@ -77,7 +79,7 @@ def text_parts(choice: Choice) -> dict[str, Any]:
     for name in choice.model.family.text_encoders:
         tokenizer, encoder = load_clip(choice.model, name)
         parts[name.replace("text_encoder", "tokenizer")] = tokenizer
-        parts[name] = encoder.eval().requires_grad_(False)
+        parts[name] = encoder.requires_grad_(False)
     return parts
 
 

@@ -28,7 +28,7 @@ def load_controlnet(source: str, unet_config: Any, dtype: torch.dtype) -> Contro
         if not Path(source).is_dir():
             if source.count("/") != 1:
                 raise UserError(
-                    f"{FLAG} {source!r} is neither a folder here nor a hub id (owner/name); check it"
+                    f"{FLAG} {source!r} is neither a folder here nor a hub id (owner/name)"
                 )
             unreachable()  # with no hub, only what was downloaded before is looked for
         network = load_whole(

@@ -64,7 +64,7 @@ def sampling_of(source: str, scheduler: Mapping[str, Any], told: bool, family: F
     distilled students. Raises UserError for a scheduler that diffusers does not have.
     """
     name = str(scheduler.get("_class_name"))
-    kind = getattr(diffusers, name, None)
+    kind: Any = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise UserError(
             f"{source}: diffusers has no scheduler {name!r}, which its scheduler_config.json names"

@@ -60,7 +60,7 @@ def read_parts(path: Path, unet_config: Any) -> tuple[dict[str, Tensor], dict[st
     if not any(".lora_A." in name for name in own):
         own = convert_unet_state_dict_to_peft(own)
     check_pairs(path, own)
-    text = {}
+    text = dict[str, Tensor]()
     for part in ("text_encoder", "text_encoder_2"):
         its = {name: value for name, value in named.items() if name.startswith(f"{part}.")}
         text |= folded(its, adapter_settings(path, part))
