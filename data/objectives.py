@@ -12,9 +12,10 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,21 +189,24 @@ def train_all(bench: Bench, jobs: Sequence[tuple[Recipe, int]]) -> None:
     Raises the first error, once what runs beside it has ended.
     """
     ends = dict[tuple[str, int], Future[None]]()
+    failed = threading.Event()  # so that nothing new begins, after Ctrl-C too
 
     def job(recipe: Recipe, seed: int) -> None:
         if recipe.after:
             ends[recipe.after, seed].result()
-        train(bench, recipe, seed)
+        if failed.is_set():
+            return
+        try:
+            train(bench, recipe, seed)
+        except UserError:
+            failed.set()
+            raise
 
     with ThreadPoolExecutor(PROCESSES) as pool:
         for recipe, seed in jobs:
             ends[recipe.name, seed] = pool.submit(job, recipe, seed)
-        for end in as_completed(ends.values()):
-            if end.exception():
-                pool.shutdown(cancel_futures=True)
     for end in ends.values():
-        if not end.cancelled():
-            end.result()
+        end.result()
 
 
 def two_best(bench: Bench) -> list[Recipe]:
