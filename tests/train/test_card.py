@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from train.export.snippet import snippet
 
 from shared.cache.conditioning import load_conditioning
 from shared.cache.paths import CachePaths
@@ -22,7 +23,6 @@ from shared.storage.urls import place
 from tests.support.single_file import write_single_file
 from train.config import RunConfig
 from train.export.file_guide import half_precision
-from train.export.model_card import snippet
 from train.export.provenance import Provenance, of_finished
 from train.export.student import publish_export, write_export
 from train.networks.build import build_student

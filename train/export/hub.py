@@ -20,6 +20,7 @@ from train.flag_groups import PublishFlags
 WEIGHTS = {
     "lora": ["pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"],
     "full": ["unet/*"],
+    "standalone": ["unet/*", "student.safetensors", "student.fp16.safetensors"],
 }
 BESIDE = ["README.md", "preview.png", "scheduler/*"]
 EVALUATION = ["evaluation.md", "evaluation.png"]  # the .json names a cache
@@ -59,7 +60,7 @@ def push(
 ) -> str:
     """Make the repository, let `write_card` name it, upload the export; returns the address.
 
-    Of the folder goes what belongs to a `lora` or `full` student, the evaluation if `write_card`
+    Of the folder goes what belongs to a `lora`, `full` or `standalone` student, the evaluation if `write_card`
     says that it is the student's.
 
     Raises UserError, in a line, for whatever the hub refuses; the export stays where it is.

@@ -60,29 +60,35 @@ def write_card(
         parts.append(f"![{preview_title(origin)}]({PREVIEW_FILE})")
     lines = snippet(origin, name, origin.family, half_precision(folder))
     parts += ["## Use", f"```python\n{lines}```", guidance(origin)]
-    if files := file_guide(folder, origin.config):
+    if files := file_guide(folder, origin):
         parts += ["## Files", "\n".join(f"- {line}" for line in files)]
-    if table := evaluation(run, student, latest):
+    if table := evaluation(run, student, latest, origin.guidance_scale):
         parts += [f"## {EVALUATION}", table]
     parts += [f"## {AFTER_EVALUATION}", settings(origin), "## Licence", licence(origin)]
     publish(["\n\n".join(parts).encode() + b"\n"], folder / CARD_FILE, tmp)
     return bool(table)
 
 
-def evaluation(run: Path, student: str | None, latest: bool) -> str:
+def evaluation(
+    run: Path, student: str | None, latest: bool, guidance_scale: float | None = None
+) -> str:
     """The table of a run's evaluation; nothing where there is none or it is of another student.
 
-    An older version's does not say of whom it is, and is taken for the latest's.
+    An older version's does not say of whom it is, and is taken for the latest's. With a guidance
+    that is folded in, another guidance makes another student.
     """
     figures, table = run / "evaluation.json", run / "evaluation.md"
     if not (figures.is_file() and table.is_file()):
         return ""
     try:
-        evaluated = load_record(figures, lambda record: record.get("weights"), "evaluate again")
+        evaluated, guided = load_record(
+            figures, lambda r: (r.get("weights"), r.get("guidance_scale")), "evaluate again"
+        )
     except UserError as error:
         print(f"note: the card has no table: {error}", file=sys.stderr)
         return ""
     mine = latest if evaluated is None else evaluated == student
+    mine = mine and guidance_scale in (None, guided)
     return table.read_bytes().decode().strip() if mine else ""
 
 
@@ -123,8 +129,18 @@ def introduction(origin: Provenance, name: str) -> str:
     purpose = origin.objective.card.purpose.format(teacher=base_name(origin))
     return (
         f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery"
-        f"{begun(origin)}.{styled(origin)}"
+        f"{begun(origin)}.{styled(origin)}{alone(origin)}"
     )
+
+
+def alone(origin: Provenance) -> str:
+    """What was done so that it stands alone."""
+    if origin.guidance_scale is not None:
+        return (
+            f" It draws with `guidance_scale` {origin.guidance_scale:g}, which was folded into its "
+            "weights: no program has to tell it."
+        )
+    return " The LoRA is merged into the model." * (origin.standalone and origin.adapted)
 
 
 def styled(origin: Provenance) -> str:
@@ -181,7 +197,7 @@ def snippet(origin: Provenance, name: str, family: Family, variant: str = "") ->
     if lora:
         lines += f"pipe.load_lora_weights({quoted(name)}, weight_name={quoted(LORA_FILE)})\n"
     side = resolution(origin, family)
-    built_in = guidance_learned(origin.config)
+    built_in = guidance_learned(origin.config) or origin.guidance_scale is not None
     image = call(
         "pipe",
         quoted(prompt(origin)),
@@ -211,13 +227,18 @@ def quoted(text: str) -> str:
 
 def guidance(origin: Provenance) -> str:
     """What guidance_scale means for this student."""
-    config, family, more = origin.config, origin.family, origin.objective.card.drawing
+    config, more = origin.config, origin.objective.card.drawing
     if origin.objective.sampler.classifier_free:
         return "`guidance_scale` means what it means for the model it was fine-tuned from."
     if not uses_guidance(config):
         return "It is drawn as what it began with, without guidance: leave `guidance_scale` at 1."
-    low = family.w_min if config.w_min is None else config.w_min
-    high = family.w_max if config.w_max is None else config.w_max
+    low, high = origin.guidance_range
+    if origin.guidance_scale is not None:
+        return (
+            f"The guidance is inside: `guidance_scale` {origin.guidance_scale:g}, of the "
+            f"{low + 1:g} to {high + 1:g} that it was trained for. Leave `guidance_scale` at 1. "
+            f"{more}".rstrip()
+        )
     if guidance_learned(config):
         return (
             f"The guidance is built in (w between {low:g} and {high:g} in training): leave "
@@ -232,7 +253,7 @@ def guidance(origin: Provenance) -> str:
 
 def settings(origin: Provenance) -> str:
     """The settings that matter, as a table."""
-    other = "ema_" if origin.lora else "lora_"  # settings of the other kind
+    other = "ema_" if origin.adapted else "lora_"  # settings of the other kind
     values = vars(origin.config) | {"max_train_steps": origin.steps}
     rows = [
         f"| {name} | {shown(values[name])} |"

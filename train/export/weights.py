@@ -56,9 +56,7 @@ def write_lora(unet: Denoiser, folder: Path, dtype: str, tmp: Path, worn: Worn =
     its own conversion renames the attention layers only, and a file with both kinds of names
     loses half its modules on loading.
     """
-    adapter: Lora = folded_adapter(unet)
-    if worn.marks:
-        adapter = evened(join(worn.lora, adapter))
+    adapter = lora_tensors(unet, worn)
     student = tensors_fingerprint(adapter)
     if dtype == "fp16":
         adapter = halved(adapter)
@@ -80,6 +78,12 @@ def write_lora(unet: Denoiser, folder: Path, dtype: str, tmp: Path, worn: Worn =
     }
     publish(tensor_chunks(tensors, metadata), folder / LORA_FILE, tmp)
     return student
+
+
+def lora_tensors(unet: Denoiser, worn: Worn) -> Lora:
+    """What a LoRA student adds to the plain model: its own adapter, and what its teacher wears."""
+    adapter = folded_adapter(unet)
+    return evened(join(worn.lora, adapter)) if worn.marks else adapter
 
 
 def folded_adapter(unet: Denoiser) -> dict[str, Tensor]:
@@ -134,10 +138,13 @@ def adapter_config(unet: Denoiser, adapter: Lora) -> dict[str, Any]:
     return {**config, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
 
 
-def write_unet(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:
+def write_unet(
+    unet: Denoiser, folder: Path, dtype: str, tmp: Path, told: Mapping[str, str] | None = None
+) -> str:
     """Write a diffusers folder: config.json and the weights in fp32, fp16 or `both`.
 
-    Returns the student's fingerprint. Where the teacher lay is nobody's business.
+    Returns the student's fingerprint, which is in the metadata unless `told` says what is. Where
+    the teacher lay is nobody's business.
     """
     config = json.loads(unet.to_json_string())
     config.pop("_name_or_path", None)
@@ -147,7 +154,7 @@ def write_unet(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:
         if dtype in (name, "both"):
             tensors = unet.state_dict()
             tensors = halved(tensors) if name == "fp16" else tensors
-            metadata = {"format": "pt", STUDENT: student}
+            metadata = {"format": "pt", **({STUDENT: student} if told is None else told)}
             publish(tensor_chunks(tensors, metadata), folder / UNET_FOLDER / file, tmp)
     sync_folder(folder / UNET_FOLDER)
     return student
@@ -155,11 +162,16 @@ def write_unet(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:
 
 def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same in fp16. Raises UserError for a weight that is too large for it."""
-    half = {name: tensor.half() for name, tensor in tensors.items()}
+    half = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
     for name, tensor in half.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name} does not fit into fp16; use --export-dtype fp32")
     return half
+
+
+def full_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in fp32."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def weight_files(kind: str, dtype: str) -> list[str]:
