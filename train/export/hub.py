@@ -60,8 +60,8 @@ def push(
 ) -> str:
     """Make the repository, let `write_card` name it, upload the export; returns the address.
 
-    Of the folder goes what belongs to a `lora`, `full` or `standalone` student, the evaluation if `write_card`
-    says that it is the student's.
+    Of the folder goes what belongs to this kind of export (`WEIGHTS`), the evaluation if
+    `write_card` says that it is the student's.
 
     Raises UserError, in a line, for whatever the hub refuses; the export stays where it is.
     """
