@@ -14,7 +14,8 @@ import pytest
 from tests import conftest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ("prep", "train", "shared", "data", "benchmarks")
+PRODUCT = ("prep", "train", "infer", "shared")
+SOURCE = (*PRODUCT, "data", "benchmarks")
 FILE_LINES = 300
 FUNCTION_LINES = 60
 DATA_BYTES = 25_000_000
@@ -131,9 +132,7 @@ def test_no_machine_paths():
 
 def test_every_folder_with_code_is_a_package():
     """Without an __init__.py its modules would work in a checkout and be missing when installed."""
-    product = [
-        path for path in modules() if path.relative_to(ROOT).parts[0] in ("prep", "train", "shared")
-    ]
+    product = [path for path in modules() if path.relative_to(ROOT).parts[0] in PRODUCT]
     assert [p for p in product if not (p.parent / "__init__.py").exists()] == []
 
 
@@ -143,7 +142,8 @@ def requirement_name(line: str) -> str:
 
 def test_each_stage_is_part_of_a_plain_install():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras["prep"]) | set(extras["train"]) <= set(PROJECT["project"]["dependencies"])
+    stages = {*extras["prep"], *extras["train"], *extras["infer"]}
+    assert stages <= set(PROJECT["project"]["dependencies"])
 
 
 def test_lock_pins_everything_exactly():

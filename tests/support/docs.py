@@ -21,8 +21,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
-    "python", "accelerate", "torchrun", "pip", "hf", "distillery-prep", "distillery-train", "ruff",
-    "mypy", "lint-imports",
+    "python", "accelerate", "torchrun", "pip", "hf", "distillery-prep", "distillery-train",
+    "distillery-infer", "ruff", "mypy", "lint-imports",
 )  # fmt: skip
 LANGUAGES = ("sh", "bash", "python", "text", "toml", "json")  # bash: a batch script
 HUB = {
@@ -109,7 +109,7 @@ class Workspace:
         self.calls = root / "calls.jsonl"
         self.bin = root / ".venv/bin"
         self.bin.mkdir(parents=True)
-        for name in ("Makefile", "prep", "train", "shared", "data", "benchmarks"):
+        for name in ("Makefile", "prep", "train", "infer", "shared", "data", "benchmarks"):
             (root / name).symlink_to(ROOT / name)
         for name in ("pyproject.toml", "requirements.lock"):
             (root / name).write_text("")
@@ -166,7 +166,7 @@ def module_command(words: list[str]) -> list[str] | None:
            for start in ELSEWHERE):  # fmt: skip
         return None
     assert rest[:1] == ["-m"], f"{words} is no command of this project"
-    assert rest[1] in ("prep", "train"), words
+    assert rest[1] in ("prep", "train", "infer"), words
     return rest[1:]
 
 

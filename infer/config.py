@@ -1,0 +1,84 @@
+"""The commands of `python -m infer`: each has the groups of flags that it inherits, and its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from shared.cli.paths import LocalPath, NameOrPath, StyleFlag
+from shared.cli.ranges import Count, Fraction, NotNegative, Numbers, Seed
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class MachineFlags:
+    """Where the networks run, and in what precision."""
+
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    """float16 on a GPU and float32 on a CPU unless given."""
+    threads: Count | None = None
+    """CPU threads of the networks; as many as the process may use unless given."""
+
+
+@dataclass(frozen=True)
+class ModelFlags(MachineFlags):
+    """What draws: the student of a run, or a model, with LoRAs on top."""
+
+    run: LocalPath | None = None
+    """A run's folder or an exported student's. Unless given, and without --model, the run in runs/
+    with the newest student."""
+    model: NameOrPath | None = None
+    """A preset, a diffusers folder, a hub id or a single file. With --run, where its teacher is."""
+    lora: StyleFlag = ()
+    """LoRAs in diffusers' or kohya's form, or runs of LoRA students, each with its scale (1 unless
+    given); repeatable."""
+    vae: NameOrPath | None = None
+    """The VAE; the run's or the model's own unless given."""
+
+
+@dataclass(frozen=True)
+class DrawConfig(ModelFlags):
+    """Draw pictures: any prompt, with a student or a model, LoRAs mixed, from pictures too."""
+
+    prompt: tuple[str, ...] = ()
+    """Any text; several draw a row each."""
+    prompts: LocalPath | None = None
+    """A text file with a prompt in each line."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; for models and students that are drawn with guidance."""
+    steps: Count | None = None
+    """4 for a distilled student, 50 otherwise, unless given."""
+    guidance_scale: NotNegative | None = None
+    """diffusers' meaning (w + 1); as trained, or the family's, unless given."""
+    eta: Fraction = 0.0
+    """Noise between the steps, for schedulers that know it (TCD's call it gamma)."""
+    seed: Seed = 0
+    """Of the first picture of each prompt; the next ones count up from it."""
+    num_images: Count = 1
+    """Pictures per prompt."""
+    image: LocalPath | None = None
+    """A picture to begin from."""
+    strength: Annotated[float, Numbers(float, 0, 1, above=True)] | None = None
+    """How far to go from --image: 1 keeps nothing of it. 0.6 unless given."""
+    mask: LocalPath | None = None
+    """With --image: what is white is drawn anew, what is black stays."""
+    controlnet: NameOrPath | None = None
+    """A ControlNet: a diffusers folder, a hub id or a single file."""
+    control_image: LocalPath | None = None
+    """What the ControlNet sees."""
+    canny: bool = False
+    """Show it the edges of --control-image (needs opencv-python-headless)."""
+    control_scale: NotNegative = 1.0
+    """Weight of the ControlNet."""
+    size: Annotated[int, Numbers(int, 8)] | None = None
+    """Side in pixels; as the model was trained, or the picture given, unless given."""
+    output: LocalPath = Path("drawn")
+    """Folder of the pictures and their contact sheet; a name with .png for a single picture."""
+    typed: tyro.conf.Suppress[frozenset[str]] = field(
+        default=frozenset(), repr=False, compare=False
+    )  # no flag; which were given
