@@ -25,9 +25,8 @@ def kohya_metadata(unet: Denoiser, tensors: Mapping[str, Tensor]) -> dict[str, s
 
     alpha is the rank: what it was in training is part of the weights.
     """
-    own = unet.peft_config["default"].r
     ranks = (len(tensor) for name, tensor in tensors.items() if ".lora_down." in name)
-    rank = str(next(ranks, own))  # with what a teacher wore it is larger than the student's own
+    rank = str(next(ranks))
     v2 = unet.config.cross_attention_dim == 1024
     base = "sd_v2" if v2 else "sd_v1"
     if unet.config.addition_embed_type == "text_time":

@@ -73,20 +73,18 @@ def standalone_unet(origin: Provenance, unet: Denoiser, worn: Worn) -> Denoiser:
     return unet
 
 
-def write_single_files(
-    unet: Denoiser,
-    beside: Mapping[str, Tensor],
-    folder: Path,
-    dtype: str,
-    tmp: Path,
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a whole model in the original layout, in fp32, fp16 or `both`.
+def whole_model(unet: Denoiser, beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model in the original layout; `beside` is all but the UNet (`beside_unet`).
 
-    `beside` is all but the UNet (`shared.models.whole_model`). Raises UserError for a layer that
-    the layout does not have.
+    Raises UserError for a layer that the layout does not have.
     """
-    whole = {**beside, **original_unet(unet.state_dict(), unet.config.layers_per_block)}
+    return {**beside, **original_unet(unet.state_dict(), unet.config.layers_per_block)}
+
+
+def write_single_files(
+    whole: Mapping[str, Tensor], folder: Path, dtype: str, tmp: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write a whole model in one file, in fp32, fp16 or `both`."""
     for name, file in SINGLE_FILES.items():
         if dtype in (name, "both"):
             tensors = halved(whole) if name == "fp16" else full_precision(whole)

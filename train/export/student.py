@@ -31,6 +31,7 @@ from train.export.standalone import (
     SINGLE_FILES,
     standalone_unet,
     told_metadata,
+    whole_model,
     write_single_files,
 )
 from train.export.weights import (
@@ -86,11 +87,11 @@ def export_standalone(
     student = tensors_fingerprint(lora_tensors(unet, worn)) if lora else fingerprint(unet)
     told = told_metadata(student, origin.guidance_scale)
     plain = standalone_unet(origin, unet, worn)
-    beside = beside_unet(resolve_model(origin.teacher), origin.vae)
+    whole = whole_model(plain, beside_unet(resolve_model(origin.teacher), origin.vae))
 
     def write(building: Path) -> str:
         write_unet(plain, building, dtype, tmp, told)
-        write_single_files(plain, beside, building, dtype, tmp, told)
+        write_single_files(whole, building, dtype, tmp, told)
         return student
 
     return replace_export(folder, UNET_FOLDER, COMPANIONS, write, describe)
