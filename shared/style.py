@@ -44,9 +44,8 @@ def split_scale(text: str) -> tuple[str, float]:
         scale = float(number)
     except ValueError:
         if os.path.lexists(file):
-            raise UserError(
-                f"{text!r}: {number!r} is no number; give a scale, such as 0.8"
-            ) from None
+            why = f"{number!r} is no number; give a scale, such as 0.8"
+            raise UserError(f"{text!r}: {why}") from None
         return text, 1.0  # a colon of the file's own name
     if not math.isfinite(scale) or not scale:
         raise UserError(f"{text!r}: a scale of {number} cannot be; give another, such as 0.8")

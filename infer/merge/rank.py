@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,8 @@ def reduced(lora: Lora, rank: int) -> dict[str, Tensor]:
 def truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best `[rank, ...]` and `[..., rank]` for the product of `[r, ...]` and `[..., r]`.
 
-    With up = Q1 R1 and down' = Q2 R2, the product is Q1 (R1 R2') Q2', and the core between is r x r:
-    its singular values are the product's. Both factors get the square root of the values that stay.
+    With up = Q1 R1 and down' = Q2 R2, the product is Q1 (R1 R2') Q2', and the core between, which
+    is r x r, has the product's singular values. Both factors get the root of the values that stay.
     """
     q_up, r_up = torch.linalg.qr(up.flatten(1).double())
     q_down, r_down = torch.linalg.qr(down.flatten(1).double().T)
@@ -51,7 +53,8 @@ def truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def relative_error(wanted: Lora, found: Lora) -> float:
     """|wanted - found| / |wanted| over all that they add: root sums of squares, in float64."""
-    return (square(join(wanted, scaled(found, -1))) / square(wanted)) ** 0.5
+    whole = square(wanted)
+    return math.sqrt(square(join(wanted, scaled(found, -1))) / whole) if whole else 0.0
 
 
 def square(lora: Lora) -> float:
