@@ -41,7 +41,7 @@ def stock(model: Path):
 
 def draw(pipe) -> np.ndarray:
     return pipe(
-        "a red square", num_inference_steps=3, guidance_scale=2.0, output_type="np", height=64,
+        "a red square", num_inference_steps=2, guidance_scale=2.0, output_type="np", height=64,
         width=64, generator=torch.Generator().manual_seed(1),
     ).images  # fmt: skip
 
