@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from shared.cli.paths import LocalPath, NameOrPath, StyleFlag
+import tyro
+
+from shared.cli.paths import LocalPath, NameOrPath, StyleFlag, StyleText
 from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Numbers, Seed
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -37,6 +39,28 @@ class ModelFlags(MachineFlags):
     given); repeatable."""
     vae: NameOrPath | None = None
     """The VAE; the run's or the model's own unless given."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge LoRAs into one, or into the model that they are for."""
+
+    loras: tyro.conf.Positional[tuple[StyleText, ...]] = ()
+    """LoRAs in diffusers' or kohya's form, or runs of LoRA students, each with its scale (1 unless
+    given)."""
+    model: NameOrPath | None = None
+    """The model that they are for: a preset, a diffusers folder, a hub id or a single file. A run's
+    teacher unless given."""
+    form: Literal["kohya", "diffusers", "folder", "single-file"] = "kohya"
+    """kohya: a LoRA file for every program. diffusers: one for diffusers alone. folder: the model
+    with the LoRAs in it, in diffusers' format. single-file: the same for ComfyUI and its like."""
+    rank: Count | None = None
+    """Reduce the merged LoRA to this rank (by SVD; the error is printed). Unless given the ranks
+    are joined, which is exact."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of what is written."""
+    output: LocalPath | None = None
+    """merged.safetensors, or the folder merged, unless given."""
 
 
 @dataclass(frozen=True)

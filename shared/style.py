@@ -34,7 +34,8 @@ class Style:
 def split_scale(text: str) -> tuple[str, float]:
     """Divide `FILE[:SCALE]`; the scale is 1 unless given, and a file of the whole name is a file.
 
-    Raises UserError for a scale that does nothing.
+    Raises UserError for a scale that does nothing, and behind a file's name for one that is no
+    number.
     """
     file, colon, number = text.rpartition(":")
     if not colon or not file or os.path.lexists(text):
@@ -42,6 +43,9 @@ def split_scale(text: str) -> tuple[str, float]:
     try:
         scale = float(number)
     except ValueError:
+        if os.path.lexists(file):
+            why = f"{number!r} is no number; give a scale, such as 0.8"
+            raise UserError(f"{text!r}: {why}") from None
         return text, 1.0  # a colon of the file's own name
     if not math.isfinite(scale) or not scale:
         raise UserError(f"{text!r}: a scale of {number} cannot be; give another, such as 0.8")

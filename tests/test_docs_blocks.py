@@ -38,6 +38,10 @@ GIVEN = {
         "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"
         "make train RUN=runs/full ARGS='--student full'\n"
     ),
+    "docs/merging.md": (
+        "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"
+        "make train RUN=runs/style ARGS='--objective denoise'\n"
+    ),
 }
 
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infer.draw.job import Job
-from infer.pipelines.sampling import Guidance
 from shared.errors import UserError
 
 DECODING = 3  # a picture's decoding, in passes of the UNet: 2.5 TFLOP to 0.8 for SD 1.5 at 512 px
@@ -56,7 +55,7 @@ def arguments(pipe: Any, job: Job) -> dict[str, Any]:
     given: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
     given |= {
         "num_inference_steps": job.steps,
-        "guidance_scale": job.guidance_scale,
+        "guidance_scale": job.guidance_scale if job.folded is None else 1.0,
         "negative_prompt": job.negative_prompt,
         "clip_skip": job.clip_skip or None,
         **pictures(job),
@@ -104,7 +103,7 @@ def seconds_per_pass(pipe: Any, job: Job) -> float:
         more["added_cond_kwargs"] = {
             "text_embeds": pooled, "time_ids": torch.zeros(1, 6, **options)
         }  # fmt: skip
-    if job.choice.sampling.guidance is Guidance.TOLD:
+    if config.time_cond_proj_dim is not None:
         more["timestep_cond"] = torch.zeros(1, config.time_cond_proj_dim, **options)
     seconds = 0.0
     for _ in range(1 if unet.device.type == "cpu" else 2):  # the first one on a GPU is slow

@@ -66,6 +66,16 @@ class Job:
         told = self.choice.sampling.guidance is Guidance.TOLD
         return 2 if self.guidance_scale > 1 and not told else 1
 
+    @property
+    def folded(self) -> float | None:
+        """The guidance_scale to build into a full student.
+
+        Diffusers' pipelines for a ControlNet and a picture together know no way to tell it.
+        """
+        told = self.choice.sampling.guidance is Guidance.TOLD
+        both = self.given.control is not None and self.given.image is not None
+        return self.guidance_scale if told and both else None
+
     def pictures(self) -> Iterator[tuple[str, int]]:
         """Prompt and seed of each."""
         return ((prompt, seed) for prompt in self.prompts for seed in self.seeds)
@@ -122,7 +132,6 @@ def plan_job(config: DrawConfig, choice: Choice, dtype: str) -> Job:
     if last > LARGEST_SEED:
         raise UserError(f"--seed {config.seed}: the last picture's would be {last}; give a smaller")
     given = read_given(config, size)
-    refuse_untold(choice, given)
     return Job(
         choice=choice, prompts=prompts, seeds=range(config.seed, last + 1), size=size, steps=steps,
         guidance_scale=scale, eta=config.eta, negative_prompt=config.negative_prompt,
@@ -143,16 +152,6 @@ def read_given(config: DrawConfig, size: Size) -> Given:
         control = read_picture(config.control_image, "--control-image", size)
         control = edges(control) if config.canny else control
     return Given(image, mask, control)
-
-
-def refuse_untold(choice: Choice, given: Given) -> None:
-    """Raise UserError where diffusers' pipeline cannot tell a full student its guidance."""
-    told = choice.sampling.guidance is Guidance.TOLD
-    if told and given.control is not None and given.image is not None:
-        raise UserError(
-            f"{choice.name} is told its guidance, which diffusers' pipelines for a ControlNet and "
-            "--image together do not do; leave one of the two out, or give a LoRA student"
-        )
 
 
 def told_files(config: DrawConfig) -> dict[str, str]:

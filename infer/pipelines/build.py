@@ -19,6 +19,7 @@ from shared.models.rescale import Scales, rescale_vae, scales_of
 from shared.models.vae import load_vae
 from shared.networks.denoiser import Denoiser, load_unet
 from train.export.student import load_exported_unet
+from train.networks.full import plain_copy
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Exact for every VAE (docs/fp16-vae.md), and lets streams of 8 million pass through fp16.
@@ -38,16 +39,19 @@ def load_pipeline(
     dtype: torch.dtype,
     kind: str = "",
     controlnet: str | None = None,
+    folded: float | None = None,
 ) -> Any:
     """Load a stock pipeline, its LoRAs fused.
 
     `kind` is "" for prompts alone, "Img2Img" or "Inpaint". LoRAs are added in fp32, so that half
-    precision rounds their sum once. Raises UserError for parts that are missing or do not fit.
+    precision rounds their sum once. `folded` is a guidance_scale to build into a UNet that would
+    have to be told it. Raises UserError for parts that are missing or do not fit.
     """
     diffusers.utils.logging.set_verbosity_error()  # of what is told here in a line
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     parts = {"vae": half_safe(load_vae(choice.vae), dtype), **text_parts(choice)}
-    parts["unet"] = load_denoiser(choice, torch.float32 if choice.loras else dtype)
+    unet = load_denoiser(choice, torch.float32 if choice.loras else dtype)
+    parts["unet"] = unet if folded is None else plain_copy(unet, folded - 1)
     if controlnet is not None:
         parts["controlnet"] = load_controlnet(controlnet, parts["unet"].config, dtype)
     pipe = pipeline_class(choice, kind, controlnet is not None)(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def sampling_of(source: str, scheduler: Mapping[str, Any], told: bool, family: F
     """
     name = str(scheduler.get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    if not inspect.isclass(kind) or not issubclass(kind, SchedulerMixin):
         raise UserError(
             f"{source}: diffusers has no scheduler {name!r}, which its scheduler_config.json names"
         )

@@ -19,18 +19,19 @@ def objective_of(config: DistillConfig) -> Objective:
     return OBJECTIVES[config.objective]
 
 
+def is_told_guidance(config: DistillConfig) -> bool:
+    """Is a run's student told w by an input of its own?"""
+    return objective_of(config).takes_guidance and config.student == "full"
+
+
 def uses_guidance(config: DistillConfig) -> bool:
     """Does w mean anything to a run: to the teacher's solver, or to a full student?"""
-    objective = objective_of(config)
-    told = objective.takes_guidance and config.student == "full"
-    return objective.needs_teacher or told
+    return objective_of(config).needs_teacher or is_told_guidance(config)
 
 
 def guidance_learned(config: DistillConfig) -> bool:
     """Are a run's students drawn without guidance, which the weights have in them?"""
-    objective = objective_of(config)
-    told = objective.takes_guidance and config.student == "full"
-    return not (told or objective.sampler.classifier_free)
+    return not (is_told_guidance(config) or objective_of(config).sampler.classifier_free)
 
 
 def asks_teacher(config: DistillConfig) -> bool:

@@ -113,7 +113,8 @@ class Translation:
 
     def _rule(self, name: str) -> Taken:
         """Return what becomes of a name; no setting may have two. Raises UsageError."""
-        rule = TAKEN.get(name, name)
+        # A command's own flag goes first: of merge, --rank is no LoRA's to be trained.
+        rule = name if name in self.known else TAKEN.get(name, name)
         ours = _ours(rule)
         if ours not in self.known:
             raise UsageError(self._refusal(name, ours))
