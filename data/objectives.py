@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.arguments import local_argument
@@ -18,10 +18,12 @@ from data.side_by_side import Job, Workers
 from shared.cli.config import parse
 from shared.errors import UserError, run_main
 from shared.models.family import resolve_model
+from shared.networks.denoiser import load_schedule
 from train.comparison.cost import relative_cost
 from train.config import DistillConfig, RunConfig
 from train.evaluation.record import read_evaluation
 from train.export.weights import exported_student
+from train.objectives import objective_of
 
 MODEL = "tiny-sd"
 BUDGET = 2000.0  # in steps of LCD that ask the teacher, with the same kind of student
@@ -110,14 +112,21 @@ def steps_of(bench: Bench, recipe: Recipe) -> int:
     """How many steps the recipe's share of the budget pays for.
 
     What a step costs on the mean may depend on how many there are (DMD's fake score warms up), so
-    the count is taken twice.
+    the count is taken twice. Raises UserError where the budget is too small.
     """
     flags = parse(DistillConfig, training_flags(bench, recipe, 0), "train distill")
     config = RunConfig(**vars(flags))
     budget = recipe.share * bench.budget
-    steps = round(budget)
+    model, steps = resolve_model(MODEL), round(budget)
     for _ in range(2):
-        steps = round(budget / relative_cost(resolve_model(MODEL), config, steps))
+        steps = round(budget / relative_cost(model, config, steps))
+    config = replace(config, max_train_steps=steps)
+    try:
+        objective_of(config).build(config, load_schedule(model.source), None)
+    except UserError as error:
+        raise UserError(
+            f"--budget {bench.budget:g} is too small for {recipe.name}: {error}"
+        ) from None
     return steps
 
 

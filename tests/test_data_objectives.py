@@ -10,6 +10,7 @@ from data import objectives
 from data.objectives import BY_NAME, RECIPES, Bench, Recipe
 from data.side_by_side import Workers
 from shared.cli.config import parse
+from shared.errors import UserError
 from shared.models.family import resolve_model
 from train.comparison.cost import relative_cost
 from train.config import DistillConfig, RunConfig
@@ -49,3 +50,10 @@ def test_seeds_have_runs_of_their_own(tmp_path: Path) -> None:
     flags = objectives.training_flags(bench, recipe, 2)
     assert flags[flags.index("--run") + 1] == str(tmp_path / "runs" / "full-dmd-seed2")
     assert flags[flags.index("--init-student") + 1] == str(tmp_path / "runs" / "full-half-seed2")
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="--budget 24 is too small for full-dmd: the student first learns"
+    ):
+        objectives.steps_of(bench_at(tmp_path, 24.0), BY_NAME["full-dmd"])
