@@ -77,6 +77,8 @@ class Workers:
         def do(job: Job) -> None:
             if job.after:
                 ends[job.after].result()
+            if self.stopped.is_set():
+                raise CancelledError
             job.work()
 
         with ThreadPoolExecutor(self.count) as pool:

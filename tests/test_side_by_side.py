@@ -38,8 +38,12 @@ def test_what_comes_after_another_waits_for_it(tmp_path: Path) -> None:
 def test_a_failure_names_the_file_that_says_why_and_nothing_begins_after_it(tmp_path: Path) -> None:
     workers = Workers(tmp_path, 1)
     jobs = {name: Job(do(workers, name, "raise SystemExit('no room')")) for name in "abc"}
+    begun = list[str]()
+    jobs["d"] = Job(lambda: begun.append("d"), after="c")
+    jobs["e"] = Job(lambda: begun.append("e"))
     with pytest.raises(UserError, match=r"python -m timeit -n failed; .*a\.log says why"):
-        workers.run({**jobs, "d": Job(jobs["b"].work, after="c")})
+        workers.run(jobs)
+    assert begun == []
     assert [path.name for path in tmp_path.iterdir()] == ["a.log"]
     assert "no room" in (tmp_path / "a.log").read_text()
 
