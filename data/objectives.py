@@ -91,7 +91,7 @@ class Bench:
 
 def say(line: str) -> None:
     """Print a line with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {line}\n", end="", flush=True)  # by threads
 
 
 def training_flags(bench: Bench, recipe: Recipe, seed: int) -> list[str]:
