@@ -8,26 +8,22 @@ goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.arguments import local_argument
 from data.demo import SCORER, encode
+from data.side_by_side import Job, Workers
 from shared.cli.config import parse
 from shared.errors import UserError, run_main
 from shared.models.family import resolve_model
+from shared.networks.denoiser import load_schedule
 from train.comparison.cost import relative_cost
 from train.config import DistillConfig, RunConfig
 from train.evaluation.record import read_evaluation
 from train.export.weights import exported_student
+from train.objectives import objective_of
 
 MODEL = "tiny-sd"
 BUDGET = 2000.0  # in steps of LCD that ask the teacher, with the same kind of student
@@ -78,10 +74,11 @@ BY_NAME = {recipe.name: recipe for recipe in RECIPES}
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything lies, and how much arithmetic a line of the table may cost."""
+    """Where everything lies, how much arithmetic a line of the table may cost, and who works."""
 
     folder: Path
     budget: float
+    workers: Workers
 
     def cache(self, split: str) -> Path:
         """The cache of a split of the pictures."""
@@ -91,29 +88,10 @@ class Bench:
         """Where a recipe's student is trained: the first seed's run has its name."""
         return self.folder / "runs" / (recipe.name if not seed else f"{recipe.name}-seed{seed}")
 
-    def say(self, line: str) -> None:
-        """Print a line with the time of day."""
-        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
-    def command(self, log: str, *words: str | Path) -> None:
-        """Run `python -m ...` on one thread, its output in a file.
-
-        Raises UserError with that file's name where it fails.
-        """
-        path = self.folder / "logs" / f"{log}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        typed = [str(word) for word in words]
-        with path.open("a") as out:
-            out.write(f"$ python -m {shlex.join(typed)}\n")
-            out.flush()
-            child = subprocess.run(
-                [sys.executable, "-m", *typed],
-                stdout=out,
-                stderr=out,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        if child.returncode:
-            raise UserError(f"python -m {' '.join(typed[:2])} failed; {path} says why")
+def say(line: str) -> None:
+    """Print a line with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {line}\n", end="", flush=True)  # by threads
 
 
 def training_flags(bench: Bench, recipe: Recipe, seed: int) -> list[str]:
@@ -130,49 +108,55 @@ def training_flags(bench: Bench, recipe: Recipe, seed: int) -> list[str]:
     return words
 
 
-def steps_of(bench: Bench, recipe: Recipe, seed: int) -> int:
+def steps_of(bench: Bench, recipe: Recipe) -> int:
     """How many steps the recipe's share of the budget pays for.
 
     What a step costs on the mean may depend on how many there are (DMD's fake score warms up), so
-    the count is taken twice.
+    the count is taken twice. Raises UserError where the budget is too small.
     """
-    flags = parse(DistillConfig, training_flags(bench, recipe, seed), "train distill")
+    flags = parse(DistillConfig, training_flags(bench, recipe, 0), "train distill")
     config = RunConfig(**vars(flags))
-    steps = round(recipe.share * bench.budget)
+    budget = recipe.share * bench.budget
+    model, steps = resolve_model(MODEL), round(budget)
     for _ in range(2):
-        steps = round(
-            recipe.share * bench.budget / relative_cost(resolve_model(MODEL), config, steps)
-        )
+        steps = round(budget / relative_cost(model, config, steps))
+    config = replace(config, max_train_steps=steps)
+    try:
+        objective_of(config).build(config, load_schedule(model.source), None)
+    except UserError as error:
+        raise UserError(
+            f"--budget {bench.budget:g} is too small for {recipe.name}: {error}"
+        ) from None
     return steps
 
 
 def prepare(bench: Bench) -> None:
     """Encode the pictures, and ask the teacher once for what most recipes then read."""
     for split in ("train", "heldout"):
-        bench.say(f"encode {split}")
-        bench.command(f"encode-{split}", *encode(split, bench.cache(split)))
-    bench.say(f"teach: {ANSWERS} answers a picture")
-    bench.command(
+        say(f"encode {split}")
+        bench.workers.command(f"encode-{split}", *encode(split, bench.cache(split)))
+    say(f"teach: {ANSWERS} answers a picture")
+    bench.workers.command(
         "teach",
         *("prep", "teach", "--cache", bench.cache("train"), "--model", MODEL),
         *("--answers", str(ANSWERS), "--batch-size", "32"),
     )
 
 
-def train(bench: Bench, recipe: Recipe, seed: int) -> None:
+def train(bench: Bench, recipe: Recipe, seed: int, steps: int) -> None:
     """Train a recipe's student, or go on with it, and evaluate it."""
-    run, steps = bench.run(recipe, seed), steps_of(bench, recipe, seed)
-    bench.say(f"{run.name}: {steps:,} steps")
+    run = bench.run(recipe, seed)
+    say(f"{run.name}: {steps:,} steps")
     flags = training_flags(bench, recipe, seed)
-    bench.command(run.name, "train", "distill", *flags, "--max-train-steps", str(steps))
+    bench.workers.command(run.name, "train", "distill", *flags, "--max-train-steps", str(steps))
     if recipe.shown and not evaluated(run, recipe):
-        bench.say(f"{run.name}: evaluate")
-        bench.command(
+        say(f"{run.name}: evaluate")
+        bench.workers.command(
             run.name,
             *("train", "evaluate", "--run", run, "--eval-cache", bench.cache("heldout")),
             *("--scorer", SCORER, "--num-samples", "1000", "--threads", "1"),
         )
-    bench.say(f"{run.name}: done")
+    say(f"{run.name}: done")
 
 
 def evaluated(run: Path, recipe: Recipe) -> bool:
@@ -181,32 +165,6 @@ def evaluated(run: Path, recipe: Recipe) -> bool:
         return read_evaluation(run).weights == exported_student(run, recipe.student)
     except UserError:
         return False
-
-
-def train_all(bench: Bench, jobs: Sequence[tuple[Recipe, int]]) -> None:
-    """Train the recipes, two at a time, each after the one that it begins with.
-
-    Raises the first error, once what runs beside it has ended.
-    """
-    ends = dict[tuple[str, int], Future[None]]()
-    failed = threading.Event()  # so that nothing new begins, after Ctrl-C too
-
-    def job(recipe: Recipe, seed: int) -> None:
-        if recipe.after:
-            ends[recipe.after, seed].result()
-        if failed.is_set():
-            return
-        try:
-            train(bench, recipe, seed)
-        except UserError:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        for recipe, seed in jobs:
-            ends[recipe.name, seed] = pool.submit(job, recipe, seed)
-    for end in ends.values():
-        end.result()
 
 
 def two_best(bench: Bench) -> list[Recipe]:
@@ -232,20 +190,24 @@ def with_beginnings(recipe: Recipe) -> list[Recipe]:
 
 def measure(bench: Bench) -> None:
     """Make the caches, the students and the table."""
+    say("count what a step of each costs")
+    steps = {recipe.name: steps_of(bench, recipe) for recipe in RECIPES}
     prepare(bench)
-    train_all(bench, [(recipe, 0) for recipe in RECIPES])
-    again = [
-        (one, seed)
-        for seed in SEEDS[1:]
-        for best in two_best(bench)
-        for one in with_beginnings(best)
-    ]
-    train_all(bench, list(dict.fromkeys(again)))
+
+    def job(recipe: Recipe, seed: int) -> Job:
+        return Job(lambda: train(bench, recipe, seed, steps[recipe.name]), recipe.after)
+
+    bench.workers.run({recipe.name: job(recipe, 0) for recipe in RECIPES})
     runs = [bench.run(recipe, 0) for recipe in shown()]
-    runs += [bench.run(recipe, seed) for recipe, seed in again if recipe.shown]
-    bench.say("compare")
-    bench.command("compare", "train", "compare", *runs, "--output", bench.folder / "comparison")
-    print((bench.folder / "comparison" / "compare.md").read_text())
+    best = two_best(bench)
+    for seed in SEEDS[1:]:
+        again = {one.name: job(one, seed) for each in best for one in with_beginnings(each)}
+        bench.workers.run(again)
+        runs += [bench.run(recipe, seed) for recipe in best]
+    say("compare")
+    folder = bench.folder / "comparison"
+    bench.workers.command("compare", "train", "compare", *runs, "--output", folder)
+    print((folder / "compare.md").read_text())
 
 
 def main() -> None:
@@ -254,7 +216,8 @@ def main() -> None:
     parser.add_argument("--folder", type=local_argument, default=Path("demo-objectives"))
     parser.add_argument("--budget", type=float, default=BUDGET, help="of a line, in steps of LCD")
     args = parser.parse_args()
-    run_main(lambda: measure(Bench(args.folder, args.budget)))
+    workers = Workers(args.folder / "logs", PROCESSES)
+    run_main(lambda: measure(Bench(args.folder, args.budget, workers)))
 
 
 if __name__ == "__main__":

@@ -113,8 +113,9 @@ class Translation:
 
     def _rule(self, name: str) -> Taken:
         """Return what becomes of a name; no setting may have two. Raises UsageError."""
-        # A command's own flag goes first: of merge, --rank is no LoRA's to be trained.
-        rule = name if name in self.known else TAKEN.get(name, name)
+        rule = TAKEN.get(name, name)
+        if name in self.known and _ours(rule) not in self.known:
+            rule = name  # merge's own --rank, where there is no --lora-rank
         ours = _ours(rule)
         if ours not in self.known:
             raise UsageError(self._refusal(name, ours))
