@@ -62,15 +62,9 @@ def sampling_of(source: str, scheduler: Mapping[str, Any], told: bool, family: F
     """How a model or an export is drawn, by its scheduler's configuration.
 
     `told` is whether its UNet is told the guidance. LCM's and TCD's schedulers are those of
-    distilled students. Raises UserError for a scheduler that diffusers does not have.
+    distilled students. Raises UserError for an unknown scheduler.
     """
-    name = str(scheduler.get("_class_name"))
-    kind: Any = getattr(diffusers, name, None)
-    if not inspect.isclass(kind) or not issubclass(kind, SchedulerMixin):
-        raise UserError(
-            f"{source}: diffusers has no scheduler {name!r}, which its scheduler_config.json names"
-        )
-    built = kind.from_config(scheduler)
+    built = scheduler_class(source, scheduler).from_config(scheduler)
     most = timesteps_of(built)
     if isinstance(built, LCMScheduler):
         most = int(built.config.original_inference_steps)
@@ -80,6 +74,17 @@ def sampling_of(source: str, scheduler: Mapping[str, Any], told: bool, family: F
         guidance = Guidance.TOLD
     steps = min(FEW_STEPS if few else USUAL_STEPS, most)
     return Sampling(built, steps, most, guidance, scale_of(guidance, family))
+
+
+def scheduler_class(source: str, scheduler: Mapping[str, Any]) -> Any:
+    """The class that a configuration names. Raises UserError for none that diffusers has."""
+    name = str(scheduler.get("_class_name"))
+    kind = getattr(diffusers, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+        raise UserError(
+            f"{source}: diffusers has no scheduler {name!r}, which its scheduler_config.json names"
+        )
+    return kind
 
 
 def timesteps_of(scheduler: Any) -> int:
