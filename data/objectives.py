@@ -28,6 +28,7 @@ from train.export.weights import exported_student
 from train.objectives import objective_of
 
 MODEL = "tiny-sd"
+EVALUATION = "--num-samples 1000 --threads 1"
 TEACHERS_ROWS = threading.Lock()  # held while they are drawn
 BUDGET = 2000.0  # in steps of LCD that ask the teacher, with the same kind of student
 ANSWERS = 16
@@ -160,10 +161,10 @@ def train(bench: Bench, recipe: Recipe, seed: int, steps: int) -> None:
 def evaluate(bench: Bench, run: Path) -> None:
     """Evaluate a student; the first one draws the teacher's rows, and others wait to find them."""
     heldout = bench.cache("heldout")
-    words = ["--run", run, "--eval-cache", heldout, "--scorer", SCORER, "--num-samples", "1000"]
+    words = ["--run", str(run), "--eval-cache", str(heldout), "--scorer", SCORER]
     with TEACHERS_ROWS if not list(heldout.glob("evaluations/*.safetensors")) else nullcontext():
         say(f"{run.name}: evaluate")
-        bench.workers.command(run.name, "train", "evaluate", *words, "--threads", "1")
+        bench.workers.command(run.name, "train", "evaluate", *words, *EVALUATION.split())
 
 
 def evaluated(run: Path, recipe: Recipe) -> bool:
