@@ -36,6 +36,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """To look for garbage among some thousand modules that are imported takes a fifth of it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish():
     """What the tests test is imported now, and nothing has run: the moment to fork from.
 
@@ -43,6 +53,7 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
     warm.fork_server()
 
 
@@ -78,7 +89,8 @@ def encode_some(model: str, latents: str, count: int, folder: Path) -> None:
 def shared_cache(factory, model: str, latents: str, count: int) -> Path:
     """The same for all workers of a session: the first that asks makes it."""
     base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{model}"
+    here = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = here / f"shared-{model}-{count}"
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -92,6 +104,12 @@ def shared_cache(factory, model: str, latents: str, count: int) -> Path:
 def tiny_cache(tmp_path_factory) -> Path:
     """72 pictures for tiny-sd, mean only: enough for an evaluation. Do not write into it."""
     return shared_cache(tmp_path_factory, "tiny-sd", "mean", 72)
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory) -> Path:
+    """The first 24 of them: enough for a training. Do not write into it."""
+    return shared_cache(tmp_path_factory, "tiny-sd", "mean", 24)
 
 
 @pytest.fixture(scope="session")
