@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS and RUNS are pasted as typed, so that quotes inside them work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce prep synthesize teach train evaluate compare sample test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce objectives prep synthesize teach train evaluate compare sample test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,9 @@ demo: $(STAMP) ## offline, on a CPU, in minutes: prep, train, evaluate, a pictur
 
 reproduce: $(STAMP) ## the long version behind the README's table and picture
 	$(PY) -m data.demo --reproduce $(args)
+
+objectives: $(STAMP) ## every objective at the same cost, in one table: hours, goes on where it stopped
+	$(PY) -m data.objectives $(args)
 
 # What is not given is left to the command, whose defaults the first line of its output says.
 

@@ -9,7 +9,7 @@ backward pass through adapters or through all weights: each counts as the run ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,10 @@ from train.networks.build import student_of
 from train.objectives import objective_of
 from train.objectives.objective import Loss
 
+Term = Callable[[Batch, TextEmbeds, Any], Tensor]  # what an optimizer lowers
+
 # What the baseline has in common with the run; the teacher is the same model.
 SAME = ("student", *names_of(LoraFlags), *names_of(FullStudentFlags))
-
-
-@dataclass(frozen=True)
-class Update:
-    """One of the losses that a run's steps take, and in which part of them."""
-
-    loss: Callable[[Batch, TextEmbeds, Any], Tensor]
-    share: float
 
 
 def relative_cost(model: Model, config: RunConfig, steps: int) -> float:
@@ -55,30 +49,27 @@ def relative_cost(model: Model, config: RunConfig, steps: int) -> float:
     return step_flops(model, replace(config, **nowhere), steps) / step_flops(model, lcd, 1)
 
 
-@cache
 def step_flops(model: Model, config: RunConfig, steps: int) -> float:
     """Floating-point operations of a step with one sample, the mean over the first `steps`."""
+    partner, (student, *others) = objective_of(config).partner, update_flops(model, config)
+    if partner is None:
+        return student
+    due = sum(partner.student_due(config, step) for step in range(1, steps + 1))
+    return sum(others) + student * due / max(steps, 1)
+
+
+@cache
+def update_flops(model: Model, config: RunConfig) -> list[int]:
+    """Operations of the losses' updates with one sample: the student's, its partner's."""
     config = replace(config, mixed_precision="no", offload_ema=False)
     schedule = load_schedule(model.source).to(META)
-    loss = objective_of(config).build(config, schedule, None)
-    return sum(
-        one.share * update_flops(model, config, loss, one)
-        for one in updates(config, loss, steps)
-        if one.share
-    )
+    loss, partner = objective_of(config).build(config, schedule, None), objective_of(config).partner
+    terms: list[Term] = [loss] if partner is None else [loss, partner.loss(loss)]
+    return [term_flops(model, config, loss, term) for term in terms]
 
 
-def updates(config: RunConfig, loss: Loss, steps: int) -> list[Update]:
-    """What the first `steps` steps of a run consist of: the student's updates, its partner's."""
-    partner = objective_of(config).partner
-    if partner is None:
-        return [Update(loss, 1.0)]
-    due = sum(partner.student_due(config, step) for step in range(1, steps + 1))
-    return [Update(partner.loss(loss), 1.0), Update(loss, due / max(steps, 1))]
-
-
-def update_flops(model: Model, config: RunConfig, loss: Loss, update: Update) -> int:
-    """Operations of an update's forwards and its backward pass, for one sample."""
+def term_flops(model: Model, config: RunConfig, loss: Loss, term: Term) -> int:
+    """Operations of a term's forwards and its backward pass, for one of the loss's samples."""
     unet = unet_config(model.source)
     side = native_resolution(model) // vae_downscale(model.source)
     counter = FlopCounterMode(display=False)
@@ -88,7 +79,7 @@ def update_flops(model: Model, config: RunConfig, loss: Loss, update: Update) ->
         student = student_of(teacher, config)
         batch, empty = one_sample(unet, side, config, loss)
         with counter:
-            update.loss(batch, empty, student).backward()
+            term(batch, empty, student).backward()
     return int(counter.get_total_flops())
 
 

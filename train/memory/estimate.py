@@ -9,7 +9,7 @@ What it cannot see is the workspace of kernels, and fragmentation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from train.config import DistillConfig
 from train.memory.matched import matched_losses, meta_matched
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
 from train.networks.dtensor import FSDP_BLOCKS
+from train.networks.fake import as_it_is
 from train.networks.full import guided_copy
 from train.networks.lora import add_adapters
 from train.networks.matched import MatchedStudent
@@ -93,10 +94,19 @@ class MetaNetworks:
             return self.matched.networks()
         return list(dict.fromkeys((self.student, self.target, self.teacher)))
 
+    def modules(self) -> list[nn.Module]:
+        """The UNets, and what is in memory besides."""
+        return [*self.unets(), *(self.matched.heads() if self.matched else [])]
+
     def tensors(self) -> list[Tensor]:
         """All weights, each once."""
-        modules = [*self.unets(), *(self.matched.heads() if self.matched else [])]
-        return [tensor for module in modules for tensor in module.state_dict().values()]
+        return [tensor for module in self.modules() for tensor in module.state_dict().values()]
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Where the weights lie that each optimizer moves, in the order of their steps."""
+        if self.matched is None:
+            return [self.student]
+        return [one.module() for one in reversed(self.matched.trained())]
 
     def trained(self) -> list[list[nn.Parameter]]:
         """What each optimizer moves, in the order of their steps."""
@@ -148,7 +158,7 @@ def estimate(
     shared = reduce_gradients(trainable, parallelism)
     live.note(shared)
     autocast = MetaAutocast(config.mixed_precision)
-    losses = losses_of(networks, config, unet_config, latent_size, autocast)
+    losses = losses_of(networks, config, unet_config, latent_size, autocast, parallelism.fsdp)
     attention = patch("torch.nn.functional.scaled_dot_product_attention", fused_attention)
     for parameters, loss_of in zip(networks.trained(), losses, strict=True):
         if config.gradient_accumulation_steps > 1:  # gradients of the last micro-step lie there
@@ -175,6 +185,7 @@ def losses_of(
     unet_config: Mapping[str, Any],
     latent_size: tuple[int, int],
     autocast: MetaAutocast,
+    fsdp: bool,
 ) -> list[Callable[[], Tensor]]:
     """What each optimizer's weights are moved by, ready to be computed."""
     again = partial(checkpointed, autocast)
@@ -184,7 +195,7 @@ def losses_of(
             unet.enable_gradient_checkpointing(again)
     if matched is None:
         return [partial(forward, networks, config, unet_config, latent_size)]
-    matched.partner.critic.again = again
+    matched.partner.critic.again = as_it_is if fsdp else again  # as `Critic.forward` does
     return matched_losses(matched, config, unet_config, latent_size)
 
 
@@ -213,16 +224,20 @@ def gathered_bytes(networks: MetaNetworks, parallelism: Parallelism) -> int:
     """What FSDP has whole at the most: weights that were gathered, gradients to be divided."""
     if not parallelism.fsdp:
         return 0
-    whole = [two_blocks(unet, lambda weight: weight.nbytes) for unet in networks.unets()]
+    whole = [two_blocks(module, set(module.parameters())) for module in networks.modules()]
     weights = sum(t.nbytes for t in networks.tensors()) if parallelism.gathered else max(whole)
-    return weights + two_blocks(networks.student, lambda w: w.nbytes if w.requires_grad else 0)
+    moved = zip(networks.trained_modules(), networks.trained(), strict=True)
+    return weights + max(two_blocks(module, set(parameters)) for module, parameters in moved)
 
 
-def two_blocks(unet: Denoiser, size: Callable[[Tensor], int]) -> int:
-    """The size of what lies in no block, and of two of the largest: the next is on its way."""
-    modules = [module for module in unet.modules() if type(module).__name__ in FSDP_BLOCKS]
-    blocks = sorted(sum(map(size, module.parameters())) for module in modules)
-    return sum(map(size, unet.parameters())) - sum(blocks[:-2])
+def two_blocks(module: nn.Module, counted: Set[nn.Parameter]) -> int:
+    """Bytes of what lies in no block, and of two of the largest: the next is on its way."""
+
+    def size(part: nn.Module) -> int:
+        return sum(weight.nbytes for weight in part.parameters() if weight in counted)
+
+    blocks = [part for part in module.modules() if type(part).__name__ in FSDP_BLOCKS]
+    return size(module) - sum(sorted(map(size, blocks))[:-2])
 
 
 def checkpointed(autocast: MetaAutocast, block: nn.Module, *inputs: Any) -> Any:

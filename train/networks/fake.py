@@ -5,7 +5,6 @@ The fake score is a denoiser that learns what the student draws (arXiv 2405.1486
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -102,7 +101,8 @@ def as_it_is(function: Callable[..., Any], *inputs: Any) -> Any:
 
 def first_half(unet: Denoiser) -> Denoiser:
     """The same UNet up to its middle, whose features it returns; all weights are shared."""
-    half = copy.copy(unet)
+    half = Denoiser.__new__(Denoiser)  # FSDP's copy.copy would build another UNet, and drop it
+    half.__dict__.update(unet.__dict__)
     rest = {"up_blocks": nn.ModuleList(), "conv_norm_out": None, "conv_out": nn.Identity()}
     half._modules = {**unet._modules, **rest}
     return half
