@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import s3fs  # noqa: F401 (fsspec would, in each of the warm processes)
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 

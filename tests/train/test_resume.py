@@ -37,7 +37,9 @@ def settings(flags, tmp_path):
     """A small run; `settings(seed=1)` changes some of its flags."""
 
     def make(run: str = "run", **more) -> DistillConfig:
-        small = {k: v for k, v in flags.items() if k != "lora_rank" or more.get("student") != "full"}
+        small = {
+            k: v for k, v in flags.items() if k != "lora_rank" or more.get("student") != "full"
+        }
         width = {"unet_time_cond_proj_dim": 16} if more.get("student") == "full" else {}
         return DistillConfig(run=tmp_path / run, **small | width | more)
 
