@@ -176,7 +176,7 @@ def killed_and_resumed(settings, repo, kind: str, kills: list[tuple[int, float]]
 def test_a_killed_run_ends_with_the_same_bits(settings, repo):
     moment = random.uniform(0, 0.1)
     print(f"killed {moment} s after line 3")
-    killed_and_resumed(settings, repo, "lora", [(3, moment)], steps=16)
+    killed_and_resumed(settings, repo, "lora", [(3, moment)], steps=12)
 
 
 @pytest.mark.slow
