@@ -19,11 +19,17 @@ from tests.support import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = {
-    "test_crash.py", "test_evaluate.py", "test_parallel.py", "test_docs_blocks.py", "test_hub.py",
-    "test_again.py", "test_launch.py", "test_weights.py", "test_benchmarks.py", "test_parts.py",
+    "test_crash.py", "test_compare.py", "test_evaluate.py", "test_parallel.py", "test_parts.py",
+    "test_docs_blocks.py", "test_compare_cost.py", "test_dmd_runs.py", "test_resume.py",
+    "test_again.py", "test_hub.py", "test_launch.py", "test_weights.py", "test_benchmarks.py",
 }  # fmt: skip
 
 
+# What is imported when there is work for it, and would be in every process that is forked for some.
+LATER = {
+    "prep.encode.engine": ["pandas", "pillow_heif", "transformers.models.clip.tokenization_clip"],
+    "train.trainer.loop": ["torch.utils.tensorboard"],
+}
 MEMORY = Path("/dev/shm")
 ROOM = 4 << 30  # bytes; the fast tests have a tenth of it at once
 
@@ -62,6 +68,9 @@ def pytest_collection_finish():
 
     None of it is garbage; to look through it again and again took a tenth of the tests' time.
     """
+    for ours, theirs in LATER.items():
+        for name in theirs if ours in sys.modules else ():
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -16,7 +16,7 @@ RANK = 6
 
 def config(model: Path, student: str = "lora", **flags) -> RunConfig:
     return RunConfig(
-        model=str(model), cache=Path("cache"), run=Path("run"), student=student, lora_rank=RANK,
+        model=str(model), cache=Path(), run=Path(), student=student, lora_rank=RANK,
         unet_time_cond_proj_dim=16, **flags,
     )  # fmt: skip
 

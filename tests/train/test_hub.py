@@ -166,16 +166,10 @@ def test_distill_publishes_at_its_end_and_keeps_no_token(
     assert all(TOKEN.encode() not in content for content in hub.files.values())
 
 
-SAID = {401: "hf auth login", 403: "write access", 404: "check --hub-model-id", 500: "500"}
-REFUSALS = [
-    # What the hub answers is the same to both kinds.
-    pytest.param(kind, *said, marks=pytest.mark.slow if kind == "full" and said[0] != 403 else ())
-    for kind in ("lora", "full")
-    for said in SAID.items()
-]
-
-
-@pytest.mark.parametrize(("run", "status", "words"), REFUSALS, indirect=["run"])
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, "hf auth login"), (403, "write access"), (404, "check --hub-model-id"), (500, "500")],
+)
 def test_refusals_of_the_hub_lose_nothing(run, cli, tmp_path, monkeypatch, status, words):
     folder, kind = run
     with serve(status) as server:
