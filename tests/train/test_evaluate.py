@@ -61,7 +61,7 @@ def with_rows(monkeypatch, teacher, student, tried: int) -> None:
 @pytest.fixture
 def few_rows(monkeypatch):
     teacher = (("ddim", 4), ("ddim", 1), ("ddim", 2), ("dpmsolver++", 1), ("dpmsolver++", 2))
-    with_rows(monkeypatch, teacher, (("student", 1), ("student", 2)), 20)
+    with_rows(monkeypatch, teacher, (("student", 1), ("student", 2)), 5)
 
 
 @pytest.fixture
