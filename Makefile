@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS and RUNS are pasted as typed, so that quotes inside them work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce objectives prep synthesize teach train evaluate compare sample test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce objectives prep synthesize teach train evaluate compare draw sample export merge test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,8 +59,16 @@ evaluate: $(STAMP) ## student against teacher: [RUN=the newest] [EVAL_CACHE=] [S
 compare: $(STAMP) ## evaluated students of several runs side by side: RUNS='runs/a runs/b' [ARGS=]
 	$(PY) -m train compare $(value RUNS) $(args)
 
-sample: $(STAMP) ## draw with a student: [RUN=the newest] [PROMPT='one of those in the cache'] [ARGS=]
-	$(PY) -m train sample $(call option,--run,RUN) $(call option,--prompt,PROMPT) $(args)
+draw: $(STAMP) ## any prompt: [PROMPT='a red circle'] [RUN=the newest] [MODEL=instead of a run] [ARGS=]
+	$(PY) -m infer draw $(call option,--run,RUN) $(call option,--model,MODEL) $(call option,--prompt,PROMPT) $(args)
+
+sample: draw ## the same
+
+export: $(STAMP) ## a student for other programs: [RUN=the newest] [ARGS='--guidance-scale 7.5']
+	$(PY) -m train export $(call option,--run,RUN) $(args)
+
+merge: $(STAMP) ## LoRAs into one, or into their model: LORAS='a.safetensors:0.8 runs/b' [MODEL=sdxl] [ARGS=]
+	$(PY) -m infer merge $(value LORAS) $(call option,--model,MODEL) $(args)
 
 test: lint ## lint, then the fast tests ([ARGS='-k shards'])
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(args)
@@ -92,7 +100,7 @@ clean-demo: ## remove what `make demo` wrote
 # ---- Mistakes on the command line: found while this file is read, so before any setup or download.
 
 # A variable that nothing reads would be ignored in silence: MODL=sd15 would train sdxl.
-variables := SHARDS CAPTIONS MODEL CACHE RUN RUNS ARGS EVAL_CACHE SCORER PROMPT PYTHON PIP_ARGS VENV PY STAMP
+variables := SHARDS CAPTIONS MODEL CACHE RUN RUNS LORAS ARGS EVAL_CACHE SCORER PROMPT PYTHON PIP_ARGS VENV PY STAMP
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(if $(filter $(variables),$(name)),,$(error $(name) is no variable of this Makefile; there are $(variables)))))
 
 wanted = $(filter $(1),$(MAKECMDGOALS))
@@ -107,6 +115,10 @@ endif
 
 ifneq ($(call wanted,compare),)
   $(if $(value RUNS)$(value ARGS),,$(error RUNS is missing. For example: make compare RUNS='runs/a runs/b'))
+endif
+
+ifneq ($(call wanted,merge),)
+  $(if $(value LORAS)$(value ARGS),,$(error LORAS is missing. For example: make merge LORAS='style.safetensors:0.8 runs/sdxl-lora'))
 endif
 
 # Unquoted, SHARDS=a/{00..03}.tar reaches make as four SHARDS=..., of which it would keep the last.

@@ -51,11 +51,17 @@ class UsageError(UserError):
     status = 2
 
 
-def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
+GOES_ON = "what was committed is safe; the same command goes on from there"
+
+
+def run_main(
+    main: Callable[[], int | None], less_memory: str = "", interrupted: str = GOES_ON
+) -> None:
     """Run a command's `main`; a UserError, Ctrl-C or SIGTERM ends it in one line.
 
     So does what the operating system refuses, and memory that is full, the GPU's or the machine's:
-    `less_memory` says which flags need less of it. Exits 0 on success, 1 on an error, 2 on a wrong
+    `less_memory` says which flags need less of it, `interrupted` what is there after an
+    interruption. Exits 0 on success, 1 on an error, 2 on a wrong
     command line, 130 on Ctrl-C, 143 on SIGTERM.
     """
     speak_any_name()
@@ -70,12 +76,12 @@ def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
     except (RuntimeError, MemoryError) as error:
         what = exhausted(error)
         if not what and signals:
-            _interrupted(signals)
+            _interrupted(signals, interrupted)
         if not what:
             raise
         _fail(f"{what}; {less_memory}" if less_memory else f"{what}; close other programs")
     except KeyboardInterrupt:
-        _interrupted(signals)
+        _interrupted(signals, interrupted)
     except BrokenPipeError:  # `python -m prep stats | head`
         sys.stderr.close()
         sys.exit(141)
@@ -85,15 +91,14 @@ def run_main(main: Callable[[], int | None], less_memory: str = "") -> None:
     except Exception:
         if not signals:
             raise
-        _interrupted(signals)  # of which a library's C code has made an error of its own
+        _interrupted(
+            signals, interrupted
+        )  # of which a library's C code has made an error of its own
 
 
-def _interrupted(signals: Sequence[int]) -> NoReturn:
+def _interrupted(signals: Sequence[int], said: str) -> NoReturn:
     """Say that these signals ended the command, and exit as shells expect it."""
-    print(
-        "interrupted: what was committed is safe; the same command goes on from there",
-        file=sys.stderr,
-    )
+    print(f"interrupted: {said}", file=sys.stderr)
     sys.exit(143 if signal.SIGTERM in signals else 130)
 
 

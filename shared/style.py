@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from shared.errors import UserError
@@ -34,7 +35,8 @@ class Style:
 def split_scale(text: str) -> tuple[str, float]:
     """Divide `FILE[:SCALE]`; the scale is 1 unless given, and a file of the whole name is a file.
 
-    Raises UserError for a scale that does nothing.
+    Raises UserError for a scale that does nothing, and behind a file's name for one that is no
+    number.
     """
     file, colon, number = text.rpartition(":")
     if not colon or not file or os.path.lexists(text):
@@ -42,6 +44,9 @@ def split_scale(text: str) -> tuple[str, float]:
     try:
         scale = float(number)
     except ValueError:
+        if os.path.lexists(file):
+            why = f"{number!r} is no number; give a scale, such as 0.8"
+            raise UserError(f"{text!r}: {why}") from None
         return text, 1.0  # a colon of the file's own name
     if not math.isfinite(scale) or not scale:
         raise UserError(f"{text!r}: a scale of {number} cannot be; give another, such as 0.8")
@@ -68,8 +73,19 @@ def open_styles(texts: Sequence[str]) -> tuple[Style, ...]:
             )
         if path.suffix != ".safetensors":
             raise UserError(f"{FLAG} {file} is no .safetensors file, which is what is read")
-        found.append(Style(file, scale, file_sha256(path)))
+        found.append(Style(file, scale, content_hash(path)))
     return tuple(found)
+
+
+def content_hash(path: Path) -> str:
+    """A file's sha256, computed once for as long as the file stays as it is."""
+    stat = path.stat()
+    return _content_hash(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _content_hash(path: Path, *_state: int) -> str:
+    return file_sha256(path)
 
 
 def as_recorded(styles: Sequence[Style]) -> tuple[Style, ...]:

@@ -44,12 +44,12 @@ def test_usage_errors_have_one_status(cli, tmp_path, tiny_cache, monkeypatch, st
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("stage", ["prep", "train"])
+@pytest.mark.parametrize("stage", ["prep", "train", "infer"])
 def test_version_and_help(cli, stage):
     answer = cli(stage, "--version")
     assert answer.status == 0
     assert answer.out.startswith("latent-distillery ")
-    command = {"prep": "encode", "train": "distill"}[stage]
+    command = {"prep": "encode", "train": "distill", "infer": "draw"}[stage]
     assert cli(stage, command, "--version") == answer
     assert "--print-completion bash|zsh|fish" in cli(stage, "--help").out
 

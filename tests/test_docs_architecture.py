@@ -11,7 +11,7 @@ from tests.support.docs import pages
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 ARCHITECTURE = DOCS / "architecture.md"
-PACKAGES = ("prep", "train", "shared")
+PACKAGES = ("prep", "train", "infer", "shared")
 PAGES = [str(page.relative_to(ROOT)) for page in pages()]
 
 
@@ -41,7 +41,9 @@ def test_every_hop_is_in_the_code(file, function):
 @pytest.mark.parametrize("page", [*PAGES, "docs/walks.svg"])
 def test_every_file_of_the_code_that_is_named_exists(page):
     text = (ROOT / page).read_text()
-    named = set(re.findall(r"\b((?:prep|train|shared|tests|benchmarks|data)/[\w./-]*[\w/])", text))
+    named = set(
+        re.findall(r"\b((?:prep|train|infer|shared|tests|benchmarks|data)/[\w./-]*[\w/])", text)
+    )
     code = {name for name in named if name.endswith((".py", "/")) and "*" not in name}
     assert {name for name in code if not (ROOT / name).exists()} == set()
 

@@ -14,7 +14,8 @@ import pytest
 from tests import conftest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ("prep", "train", "shared", "data", "benchmarks")
+PRODUCT = ("prep", "train", "infer", "shared")
+SOURCE = (*PRODUCT, "data", "benchmarks")
 FILE_LINES = 300
 FUNCTION_LINES = 60
 DATA_BYTES = 25_000_000
@@ -131,9 +132,7 @@ def test_no_machine_paths():
 
 def test_every_folder_with_code_is_a_package():
     """Without an __init__.py its modules would work in a checkout and be missing when installed."""
-    product = [
-        path for path in modules() if path.relative_to(ROOT).parts[0] in ("prep", "train", "shared")
-    ]
+    product = [path for path in modules() if path.relative_to(ROOT).parts[0] in PRODUCT]
     assert [p for p in product if not (p.parent / "__init__.py").exists()] == []
 
 
@@ -143,7 +142,8 @@ def requirement_name(line: str) -> str:
 
 def test_each_stage_is_part_of_a_plain_install():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras["prep"]) | set(extras["train"]) <= set(PROJECT["project"]["dependencies"])
+    stages = {*extras["prep"], *extras["train"], *extras["infer"]}
+    assert stages <= set(PROJECT["project"]["dependencies"])
 
 
 def test_lock_pins_everything_exactly():
@@ -241,8 +241,8 @@ def test_quoted_shards_arrive_as_typed(make, shards):
          ["train", "evaluate", "--eval-cache", "c", "--scorer", "m:f", "--seed", "1"]),
         ("compare RUNS='runs/a \"my run\"' ARGS='--steps 2'",
          ["train", "compare", "runs/a", "my run", "--steps", "2"]),
-        ("sample", ["train", "sample"]),
-        ("sample PROMPT='a cat'", ["train", "sample", "--prompt", "a cat"]),
+        ("draw MODEL=sd15", ["infer", "draw", "--model", "sd15"]),
+        ("sample PROMPT='a cat'", ["infer", "draw", "--prompt", "a cat"]),
     ],
 )  # fmt: skip
 def test_only_what_is_given_is_passed_on(make, words, passed):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-SOURCES = ("prep", "train", "shared", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("prep", "train", "infer", "shared", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, Texts
 from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Numbers, Seed
 from shared.storage.urls import Place
 from train import flag_groups as groups
@@ -107,7 +107,7 @@ class CompareConfig(groups.MachineFlags):
 class SampleConfig(groups.MachineFlags, ArtistFlags):
     """Draw pictures with a student, for prompts whose embeddings are in its cache."""
 
-    prompt: tuple[str, ...] = ()
+    prompt: Texts = ()
     """The prompts of the run's previews unless given."""
     cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""
@@ -128,5 +128,11 @@ class ExportConfig(groups.PublishFlags):
     """latest, step-N, or the folder of a checkpoint."""
     model: NameOrPath | None = None
     """Where the teacher is; the run's own, if it is on this machine, unless given."""
+    standalone: bool = False
+    """Write a model of its own, for programs that draw with nothing else: a LoRA is merged into
+    its teacher. A plain UNet in diffusers' format and, with VAE and text encoders, one file."""
+    guidance_scale: NotNegative | None = None
+    """--standalone for a full student that is told its guidance: the one to fold in (diffusers'
+    meaning, w + 1)."""
     output: LocalPath | None = None
-    """The run's folder unless given."""
+    """The run's folder unless given; within it, standalone or guidance-SCALE for --standalone."""

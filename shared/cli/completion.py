@@ -1,4 +1,4 @@
-"""Tab completion of the installed commands, `distillery-prep` and `distillery-train`."""
+"""Tab completion of the installed commands: `distillery-prep` and its like."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def dispatch(prog: str, commands: Mapping[str, tuple[type[Any], Command]]) -> in
         print(f"{prog} --version; {prog} --print-completion bash|zsh|fish")
         return 0 if argv else 2
     if argv[0] == "--version" or argv[1:] == ["--version"]:
-        print(f"latent-distillery {_version()}")
+        print(f"latent-distillery {installed_version()}")
         return 0
     if argv[0].partition("=")[0] == "--print-completion":
         shell = "".join(argv[1:2]) or argv[0].partition("=")[2]
@@ -256,7 +256,7 @@ def dispatch(prog: str, commands: Mapping[str, tuple[type[Any], Command]]) -> in
     return run(parse(kind, argv[1:], f"{prog} {argv[0]}")) or 0
 
 
-def _version() -> str:
+def installed_version() -> str:
     """Return that of the installed package; a checkout that is not installed has none."""
     try:
         return version("latent-distillery")

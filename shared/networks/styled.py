@@ -33,13 +33,18 @@ def read_styles(styles: Sequence[Style], unet: Denoiser) -> Lora:
     joined: Lora = {}
     for style in styles:
         tensors = read_lora(Path(style.file), unet.config)
-        check_layers(tensors, unet, style)
-        scaled = {
-            name: tensor * style.scale if ".lora_B." in name else tensor
-            for name, tensor in tensors.items()
-        }
-        joined = join(joined, scaled)
+        if layer := misfit(tensors, unet):
+            raise UserError(
+                f"{FLAG} {style.file} is of another model than the teacher: its layer {layer} does "
+                "not fit; give a LoRA made for this kind of model"
+            )
+        joined = join(joined, scaled(tensors, style.scale))
     return joined
+
+
+def scaled(lora: Lora, scale: float) -> dict[str, Tensor]:
+    """One LoRA that adds `scale` times what this one adds."""
+    return {name: t * scale if ".lora_B." in name else t for name, t in lora.items()}
 
 
 def join(one: Lora, other: Lora) -> dict[str, Tensor]:
@@ -51,8 +56,8 @@ def join(one: Lora, other: Lora) -> dict[str, Tensor]:
     return found
 
 
-def check_layers(tensors: Lora, unet: Denoiser, style: Style) -> None:
-    """Raise UserError unless every pair of matrices fits a layer."""
+def misfit(tensors: Lora, unet: Denoiser) -> str | None:
+    """The first layer of a LoRA whose pair of matrices fits none of the UNet's; None if all do."""
     layers = {
         name.removesuffix(".base_layer"): module.weight.shape
         for name, module in unet.named_modules()
@@ -63,10 +68,8 @@ def check_layers(tensors: Lora, unet: Denoiser, style: Style) -> None:
         down, up = (tensors[f"{layer}.{part}.weight"] for part in ("lora_A", "lora_B"))
         product = (len(up), *down.shape[1:]) if up[0, 0].numel() == 1 else None
         if layer not in layers or product != layers[layer]:
-            raise UserError(
-                f"{FLAG} {style.file} is of another model than the teacher: its layer {layer} does "
-                "not fit; give a LoRA made for this kind of model"
-            )
+            return layer
+    return None
 
 
 @torch.no_grad()

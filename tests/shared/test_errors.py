@@ -83,7 +83,7 @@ def test_a_full_disk_behind_stdout_is_one_line():
     assert answer.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("stage", ["prep", "train"])
+@pytest.mark.parametrize("stage", ["prep", "train", "infer"])
 def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_word(stage):
     script = f"""
 import importlib.abc, os, signal, sys

@@ -86,7 +86,7 @@ KNOWN = list(dict.fromkeys(LCM + DIFFUSERS + KOHYA + ARTICLE + PIPELINES))
 
 COMMANDS = {
     f"{stage} {name}": kind
-    for stage in ("prep", "train")
+    for stage in ("prep", "train", "infer")
     for name, (kind, _) in importlib.import_module(f"{stage}.__main__").COMMANDS.items()
 }
 BOTH = ("train distill", "prep encode")

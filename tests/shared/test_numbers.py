@@ -75,7 +75,7 @@ def test_no_number_at_all_is_told():
     assert "0x" not in str(error.value)  # no addresses of functions
 
 
-@pytest.mark.parametrize("stage", ["train", "prep"])
+@pytest.mark.parametrize("stage", ["train", "prep", "infer"])
 def test_every_number_of_every_command_has_a_range(stage):
     for kind, _ in importlib.import_module(f"{stage}.__main__").COMMANDS.values():
         hints = typing.get_type_hints(kind, include_extras=True)

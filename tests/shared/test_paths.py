@@ -154,7 +154,7 @@ def test_every_path_of_every_command_has_its_kind():
     """A new flag that holds a path cannot forget it."""
     names = {"run", "cache", "model", "vae", "shards", "output", "input", "eval_cache",
              "local_cache", "logging_dir", "resume_from_checkpoint", "checkpoint"}  # fmt: skip
-    for stage in ("prep", "train"):
+    for stage in ("prep", "train", "infer"):
         for kind, _ in importlib.import_module(f"{stage}.__main__").COMMANDS.values():
             hints = typing.get_type_hints(kind, include_extras=True)
             for field in fields(kind):

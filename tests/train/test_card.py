@@ -22,8 +22,8 @@ from shared.storage.urls import place
 from tests.support.single_file import write_single_file
 from train.config import RunConfig
 from train.export.file_guide import half_precision
-from train.export.model_card import snippet
 from train.export.provenance import Provenance, of_finished
+from train.export.snippet import snippet
 from train.export.student import publish_export, write_export
 from train.networks.build import build_student
 

@@ -163,7 +163,6 @@ def test_a_layer_without_a_name_there_costs_that_file_alone(tiny_xl, tmp_path, c
 def test_the_file_says_what_it_is(config, base, v2):
     """By what sd-scripts and the web UIs ask for."""
     unet = weightless(config)
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q"]))
     told = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(RANK),
@@ -171,8 +170,8 @@ def test_the_file_says_what_it_is(config, base, v2):
         "ss_base_model_version": base,
         "ss_v2": v2,
     }
-    assert kohya_metadata(unet, {"x": torch.zeros(4, 320)}) == told
-    convolved = kohya_metadata(unet, {"x": torch.zeros(4, 320, 3, 3)})
+    assert kohya_metadata(unet, {"x.lora_down.weight": torch.zeros(4, 320)}) == told
+    convolved = kohya_metadata(unet, {"x.lora_down.weight": torch.zeros(4, 320, 3, 3)})
     assert json.loads(convolved.pop("ss_network_args")) == {"conv_dim": "4", "conv_alpha": "4"}
     assert convolved == told
 

@@ -20,6 +20,7 @@ from train.flag_groups import PublishFlags
 WEIGHTS = {
     "lora": ["pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors"],
     "full": ["unet/*"],
+    "standalone": ["unet/*", "student.safetensors", "student.fp16.safetensors"],
 }
 BESIDE = ["README.md", "preview.png", "scheduler/*"]
 EVALUATION = ["evaluation.md", "evaluation.png"]  # the .json names a cache
@@ -59,8 +60,8 @@ def push(
 ) -> str:
     """Make the repository, let `write_card` name it, upload the export; returns the address.
 
-    Of the folder goes what belongs to a `lora` or `full` student, the evaluation if `write_card`
-    says that it is the student's.
+    Of the folder goes what belongs to this kind of export (`WEIGHTS`), the evaluation if
+    `write_card` says that it is the student's.
 
     Raises UserError, in a line, for whatever the hub refuses; the export stays where it is.
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,20 +9,14 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from shared.cache.conditioning import load_conditioning
-from shared.cache.manifest import open_manifest
-from shared.cache.paths import CachePaths
 from shared.errors import UserError
-from shared.models.family import Family, Model, native_resolution
-from shared.models.single_file import is_single_file
 from shared.storage.files import copy_durably, load_record, publish
 from shared.style import split_scale
 from train.export.file_guide import file_guide, half_precision
 from train.export.provenance import Provenance
-from train.export.weights import LORA_FILE
+from train.export.snippet import snippet
 from train.objectives import guidance_learned, uses_guidance
 
-ANY_PROMPT = "a photograph of a lighthouse at sunset"
 CARD_FILE, PREVIEW_FILE = "README.md", "preview.png"
 EVALUATION, AFTER_EVALUATION = "Evaluation", "Training"  # sections
 READ = ("utf-8", "surrogateescape")  # what others wrote into a card stays as it is
@@ -32,9 +24,6 @@ SETTINGS = (  # before the objective's own
     "objective", "student", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler",
 )  # fmt: skip
-DEVICE = """device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.float16 if device == "cuda" else torch.float32
-"""
 
 
 def write_card(
@@ -60,29 +49,35 @@ def write_card(
         parts.append(f"![{preview_title(origin)}]({PREVIEW_FILE})")
     lines = snippet(origin, name, origin.family, half_precision(folder))
     parts += ["## Use", f"```python\n{lines}```", guidance(origin)]
-    if files := file_guide(folder, origin.config):
+    if files := file_guide(folder, origin):
         parts += ["## Files", "\n".join(f"- {line}" for line in files)]
-    if table := evaluation(run, student, latest):
+    if table := evaluation(run, student, latest, origin.guidance_scale):
         parts += [f"## {EVALUATION}", table]
     parts += [f"## {AFTER_EVALUATION}", settings(origin), "## Licence", licence(origin)]
     publish(["\n\n".join(parts).encode() + b"\n"], folder / CARD_FILE, tmp)
     return bool(table)
 
 
-def evaluation(run: Path, student: str | None, latest: bool) -> str:
+def evaluation(
+    run: Path, student: str | None, latest: bool, guidance_scale: float | None = None
+) -> str:
     """The table of a run's evaluation; nothing where there is none or it is of another student.
 
-    An older version's does not say of whom it is, and is taken for the latest's.
+    An older version's does not say of whom it is, and is taken for the latest's. With a guidance
+    that is folded in, another guidance makes another student.
     """
     figures, table = run / "evaluation.json", run / "evaluation.md"
     if not (figures.is_file() and table.is_file()):
         return ""
     try:
-        evaluated = load_record(figures, lambda record: record.get("weights"), "evaluate again")
+        evaluated, guided = load_record(
+            figures, lambda r: (r.get("weights"), r.get("guidance_scale")), "evaluate again"
+        )
     except UserError as error:
         print(f"note: the card has no table: {error}", file=sys.stderr)
         return ""
     mine = latest if evaluated is None else evaluated == student
+    mine = mine and guidance_scale in (None, guided)
     return table.read_bytes().decode().strip() if mine else ""
 
 
@@ -123,8 +118,18 @@ def introduction(origin: Provenance, name: str) -> str:
     purpose = origin.objective.card.purpose.format(teacher=base_name(origin))
     return (
         f"# {Path(name).name}\n\nA {kind} {purpose}, trained with Latent Distillery"
-        f"{begun(origin)}.{styled(origin)}"
+        f"{begun(origin)}.{styled(origin)}{alone(origin)}"
     )
+
+
+def alone(origin: Provenance) -> str:
+    """What was done so that it stands alone."""
+    if origin.guidance_scale is not None:
+        return (
+            f" It draws with `guidance_scale` {origin.guidance_scale:g}, which was folded into its "
+            "weights: no program has to tell it."
+        )
+    return " The LoRA is merged into the model." * (origin.standalone and origin.adapted)
 
 
 def styled(origin: Provenance) -> str:
@@ -156,68 +161,20 @@ def preview_title(origin: Provenance) -> str:
     return f"Prompts at {', '.join(others)} and {last} steps" if others else "Prompts"
 
 
-def snippet(origin: Provenance, name: str, family: Family, variant: str = "") -> str:
-    """Python that draws one picture with stock diffusers.
-
-    `variant` is Python for that of a full student's weights.
-    """
-    source, kind, lora = origin.config.model, family.pipeline, origin.lora
-    sampler = origin.objective.sampler
-    scheduler = sampler.scheduler.__name__
-    classes = [kind, scheduler, *([] if lora else ["UNet2DConditionModel"])]
-    lines = f"import torch\nfrom diffusers import {', '.join(sorted(classes))}\n\n{DEVICE}"
-    lines += f'scheduler = {scheduler}.from_pretrained({quoted(name)}, subfolder="scheduler")\n'
-    parts = ["scheduler=scheduler", "torch_dtype=dtype"]
-    if not lora:
-        options = [quoted(name), 'subfolder="unet"', "torch_dtype=dtype"]
-        options += [f"variant={variant}"] if variant else []
-        lines += f"unet = {call('UNet2DConditionModel.from_pretrained', *options)}\n"
-        parts.insert(0, "unet=unet")
-    load = "from_pretrained"
-    if is_single_file(source):
-        load = "from_single_file"
-        parts.insert(0, f"config={quoted(pipeline_config(source, family))}")
-    lines += f"pipe = {call(f'{kind}.{load}', quoted(source), *parts)}.to(device)\n"
-    if lora:
-        lines += f"pipe.load_lora_weights({quoted(name)}, weight_name={quoted(LORA_FILE)})\n"
-    side = resolution(origin, family)
-    built_in = guidance_learned(origin.config)
-    image = call(
-        "pipe",
-        quoted(prompt(origin)),
-        f"num_inference_steps={sampler.usual_steps(origin.config)}",
-        f"guidance_scale={1.0 if built_in else family.guidance_scale}",
-        f"height={side}",
-        f"width={side}",
-    )
-    return lines + f'image = {image}.images[0]\nimage.save("picture.png")\n'
-
-
-def call(function: str, *arguments: str) -> str:
-    """Python that calls a function, each argument on a line of its own."""
-    return f"{function}(\n" + "".join(f"    {one},\n" for one in arguments) + ")"
-
-
-def pipeline_config(source: str, family: Family) -> str:
-    """Where diffusers finds what a single file does not say: beside it, else the family's own."""
-    beside = Path(source).with_suffix("")
-    return str(beside) if (beside / "model_index.json").is_file() else family.pretrained
-
-
-def quoted(text: str) -> str:
-    """A Python string in double quotes."""
-    return json.dumps(text, ensure_ascii=False)
-
-
 def guidance(origin: Provenance) -> str:
     """What guidance_scale means for this student."""
-    config, family, more = origin.config, origin.family, origin.objective.card.drawing
+    config, more = origin.config, origin.objective.card.drawing
     if origin.objective.sampler.classifier_free:
         return "`guidance_scale` means what it means for the model it was fine-tuned from."
     if not uses_guidance(config):
         return "It is drawn as what it began with, without guidance: leave `guidance_scale` at 1."
-    low = family.w_min if config.w_min is None else config.w_min
-    high = family.w_max if config.w_max is None else config.w_max
+    low, high = origin.guidance_range
+    if origin.guidance_scale is not None:
+        return (
+            f"The guidance is inside: `guidance_scale` {origin.guidance_scale:g}, of the "
+            f"{low + 1:g} to {high + 1:g} that it was trained for. Leave `guidance_scale` at 1. "
+            f"{more}".rstrip()
+        )
     if guidance_learned(config):
         return (
             f"The guidance is built in (w between {low:g} and {high:g} in training): leave "
@@ -232,7 +189,7 @@ def guidance(origin: Provenance) -> str:
 
 def settings(origin: Provenance) -> str:
     """The settings that matter, as a table."""
-    other = "ema_" if origin.lora else "lora_"  # settings of the other kind
+    other = "ema_" if origin.adapted else "lora_"  # settings of the other kind
     values = vars(origin.config) | {"max_train_steps": origin.steps}
     rows = [
         f"| {name} | {shown(values[name])} |"
@@ -267,21 +224,3 @@ def base_name(origin: Provenance) -> str:
     if source is None:
         return Path(origin.config.model).stem
     return f"[{source}](https://huggingface.co/{source})"
-
-
-def prompt(origin: Provenance) -> str:
-    """One that the run was watched with, else any."""
-    prompts = origin.config.validation_prompts
-    if not prompts and origin.cache is not None:
-        with contextlib.suppress(OSError, UserError):  # gone or out of reach
-            prompts = load_conditioning(CachePaths(origin.cache).conditioning).prompts
-    return prompts[0] if prompts else ANY_PROMPT
-
-
-def resolution(origin: Provenance, family: Family) -> int:
-    """The pixels that the cache was made at; the model's own where it cannot be read any more."""
-    if origin.cache is not None:
-        with contextlib.suppress(OSError, UserError):
-            manifest = open_manifest(origin.cache, check_sizes=False)
-            return manifest.identity.preprocessing.resolution
-    return native_resolution(Model(origin.teacher, family))

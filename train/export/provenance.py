@@ -9,7 +9,7 @@ from typing import Any
 from shared.models.family import Family, load_config, recorded_model, resolve_model
 from shared.storage.urls import Place, RemotePlace
 from train.config import RunConfig
-from train.objectives import objective_of
+from train.objectives import guidance_range, objective_of
 from train.objectives.objective import Objective
 from train.state.run_config import run_config
 
@@ -24,6 +24,8 @@ class Provenance:
     teacher: str  # where the teacher's files are
     cache: Place | None  # None where it is not to be asked
     steps: int  # optimizer steps taken
+    standalone: bool = False  # exported as a model of its own, which is told nothing
+    guidance_scale: float | None = None  # folded into that, in diffusers' meaning (w + 1)
 
     @property
     def objective(self) -> Objective:
@@ -32,8 +34,28 @@ class Provenance:
 
     @property
     def lora(self) -> bool:
-        """Is it a LoRA? Otherwise a UNet."""
+        """Is it exported as a LoRA? Otherwise as a UNet."""
+        return self.kind == "lora"
+
+    @property
+    def adapted(self) -> bool:
+        """Was it trained as a LoRA? Otherwise as a UNet."""
         return self.config.student == "lora"
+
+    @property
+    def kind(self) -> str:
+        """What the export is: `lora`, `full`, or `standalone`."""
+        return "standalone" if self.standalone else self.config.student
+
+    @property
+    def vae(self) -> str | None:
+        """The VAE that it is drawn with, where that is another than the model's."""
+        return recorded_model(self.config.vae, "--vae") if self.config.vae else None
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """The papers' w, from and to, that it was trained with."""
+        return guidance_range(self.config, self.family)
 
     @property
     def family(self) -> Family:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from shared.errors import UserError
-from shared.models.family import recorded_model
+from shared.models.family import recorded_model, resolve_model
+from shared.models.fingerprint import fingerprint, tensors_fingerprint
 from shared.models.weights import load_whole
+from shared.models.whole_model import beside_unet
 from shared.networks.denoiser import Denoiser, load_unet
 from shared.networks.styled import read_styles
 from shared.storage.files import guard, publish, workshop
@@ -25,6 +27,13 @@ from train.export.hub import push
 from train.export.kohya import KOHYA_FILE
 from train.export.model_card import CARD_FILE, PREVIEW_FILE, write_card
 from train.export.provenance import SCHEDULER_FILE, Provenance
+from train.export.standalone import (
+    SINGLE_FILES,
+    standalone_unet,
+    told_metadata,
+    whole_model,
+    write_single_files,
+)
 from train.export.weights import (
     LORA_FILE,
     NOTHING,
@@ -32,6 +41,7 @@ from train.export.weights import (
     UNET_FOLDER,
     Worn,
     exported_student,
+    lora_tensors,
     write_lora,
     write_unet,
 )
@@ -40,33 +50,72 @@ from train.networks.teacher import styles_of
 from train.state.run_config import run_config
 from train.state.tensor_files import check_lora
 
-COMPANIONS = (SCHEDULER_FILE, CARD_FILE, PREVIEW_FILE)  # of the weights
+COMPANIONS = (SCHEDULER_FILE, CARD_FILE, PREVIEW_FILE, *SINGLE_FILES.values())  # of the weights
+Describe = Callable[[Path, str], object]  # the folder in which it is built, its fingerprint
 
 
 def export_student(
     unet: Denoiser,
     folder: Path,
     dtype: str = "both",
-    describe: Callable[[Path, str], object] = lambda building, student: None,
+    describe: Describe = lambda building, student: None,
     worn: Worn = NOTHING,
 ) -> Path:
     """Write a UNet folder, or `pytorch_lora_weights.safetensors` and, beside it, kohya's file.
 
-    `describe` is called with the folder in which the export is built and the student's
-    fingerprint, and may put `COMPANIONS` there. A LoRA has in it what its teacher has `worn`. The
-    former export is replaced when all of the new one is whole, and no file of it is left beside the
-    new ones. Returns what was written. Raises UserError when the disk refuses; the former export is
-    then as it was.
+    A LoRA has in it what its teacher has `worn`. Replaces the former export and returns what was
+    written: `replace_export`.
+    """
+    tmp = folder / "tmp"
+    if getattr(unet, "peft_config", None):
+        write = partial(write_lora, unet, dtype=dtype, tmp=tmp, worn=worn)
+        return replace_export(folder, LORA_FILE, (KOHYA_FILE, *COMPANIONS), write, describe)
+    write = partial(write_unet, unet, dtype=dtype, tmp=tmp)
+    return replace_export(folder, UNET_FOLDER, COMPANIONS, write, describe)
+
+
+def export_standalone(
+    origin: Provenance, unet: Denoiser, folder: Path, dtype: str, describe: Describe, worn: Worn
+) -> Path:
+    """Write a student as a plain UNet's folder and, with all parts of its model, as one file.
+
+    The fingerprint is the student's, as it is in its ordinary export. Replaces as
+    `replace_export`.
+    """
+    tmp = folder / "tmp"
+    lora = origin.adapted
+    student = tensors_fingerprint(lora_tensors(unet, worn)) if lora else fingerprint(unet)
+    told = told_metadata(student, origin.guidance_scale)
+    plain = standalone_unet(origin, unet, worn)
+    whole = whole_model(plain, beside_unet(resolve_model(origin.teacher), origin.vae))
+
+    def write(building: Path) -> str:
+        write_unet(plain, building, dtype, tmp, told)
+        write_single_files(whole, building, dtype, tmp, told)
+        return student
+
+    return replace_export(folder, UNET_FOLDER, COMPANIONS, write, describe)
+
+
+def replace_export(
+    folder: Path,
+    primary: str,
+    companions: Sequence[str],
+    write: Callable[[Path], str],
+    describe: Describe,
+) -> Path:
+    """Build an export beside the former one and replace that when all of it is whole.
+
+    `write` is given the folder in which it is built and returns the student's fingerprint;
+    `describe` may then put `COMPANIONS` there. No file of the former export is left beside the new
+    ones. Returns the path of the `primary`. Raises UserError when the disk refuses; the former
+    export is then as it was.
     """
     tmp = folder / "tmp"
     with guard(folder):
         sweep(tmp)
     with workshop(tmp, "-export") as building:
-        lora = bool(getattr(unet, "peft_config", None))
-        primary = LORA_FILE if lora else UNET_FOLDER
-        write = partial(write_lora, worn=worn) if lora else write_unet
-        describe(building, write(unet, building, dtype, tmp))
-        companions = (KOHYA_FILE, *COMPANIONS) if lora else COMPANIONS
+        describe(building, write(building))
         replace_together(building, folder, primary, companions)
     return folder / primary
 
@@ -87,12 +136,15 @@ def write_export(
         publish([scheduler.encode()], building / SCHEDULER_FILE, tmp)
         write_card(run, building, tmp, origin, student, latest, str(folder))
 
-    return export_student(unet, folder, dtype, describe, worn_by_teacher(origin, unet))
+    worn = worn_by_teacher(origin, unet)
+    if origin.standalone:
+        return export_standalone(origin, unet, folder, dtype, describe, worn)
+    return export_student(unet, folder, dtype, describe, worn)
 
 
 def worn_by_teacher(origin: Provenance, unet: Denoiser) -> Worn:
     """What a LoRA student needs besides its own weights; a full one has it in them."""
-    styles = styles_of(origin.config) if origin.lora else ()
+    styles = styles_of(origin.config) if origin.adapted else ()
     return Worn(read_styles(styles, unet), tuple(marks(styles)))
 
 
@@ -100,12 +152,12 @@ def publish_export(
     run: Path, origin: Provenance, folder: Path, flags: PublishFlags, latest: bool = True
 ) -> None:
     """With --push-to-hub, upload what `write_export` wrote; say where it is and what it is for."""
-    kind = origin.config.student
+    kind = origin.kind
     if flags.push_to_hub:
         student = exported_student(folder, kind)
         write = partial(write_card, run, folder, folder / "tmp", origin, student, latest)
         print(f"published: {push(flags, run, folder, kind, write)}")
-    for line in file_guide(folder, origin.config):
+    for line in file_guide(folder, origin):
         print(f"note: {line}", file=sys.stderr)
 
 

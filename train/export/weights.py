@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
@@ -29,6 +30,7 @@ from train.export.kohya import KOHYA_FILE, kohya_metadata, kohya_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNET_FOLDER = "unet"
+Chunks = Iterator[bytes | memoryview]
 UNET_FILES = {
     "fp32": "diffusion_pytorch_model.safetensors",
     "fp16": "diffusion_pytorch_model.fp16.safetensors",  # diffusers' variant="fp16"
@@ -56,30 +58,40 @@ def write_lora(unet: Denoiser, folder: Path, dtype: str, tmp: Path, worn: Worn =
     its own conversion renames the attention layers only, and a file with both kinds of names
     loses half its modules on loading.
     """
-    adapter: Lora = folded_adapter(unet)
-    if worn.marks:
-        adapter = evened(join(worn.lora, adapter))
+    adapter = lora_tensors(unet, worn)
     student = tensors_fingerprint(adapter)
     if dtype == "fp16":
         adapter = halved(adapter)
     told = {STYLES: json.dumps(worn.marks)} if worn.marks else {}
+    metadata = {STUDENT: student, **told}
     try:
-        named = kohya_tensors(adapter, unet)
+        chunks = kohya_file(adapter, unet, metadata)
     except UserError as error:
         print(f"note: {KOHYA_FILE} is left out: {error}", file=sys.stderr)
     else:
-        metadata = {**kohya_metadata(unet, named), STUDENT: student, **told}
-        publish(tensor_chunks(named, metadata), folder / KOHYA_FILE, tmp)
+        publish(chunks, folder / KOHYA_FILE, tmp)
+    publish(diffusers_file(adapter, unet, metadata), folder / LORA_FILE, tmp)
+    return student
+
+
+def kohya_file(adapter: Lora, unet: Denoiser, told: Mapping[str, str]) -> Chunks:
+    """The bytes of a LoRA's file in kohya's form. Raises UserError for a layer without a name."""
+    named = kohya_tensors(adapter, unet)
+    return tensor_chunks(named, {**kohya_metadata(unet, named), **told})
+
+
+def diffusers_file(adapter: Lora, unet: Denoiser, told: Mapping[str, str]) -> Chunks:
+    """The bytes of a LoRA's file in diffusers' form."""
     tensors = {f"unet.{name}": tensor for name, tensor in adapter.items()}
     settings = {f"unet.{name}": value for name, value in adapter_config(unet, adapter).items()}
-    metadata = {
-        "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True),
-        STUDENT: student,
-        **told,
-    }
-    publish(tensor_chunks(tensors, metadata), folder / LORA_FILE, tmp)
-    return student
+    stored = json.dumps(settings, indent=2, sort_keys=True)
+    return tensor_chunks(tensors, {"format": "pt", LORA_ADAPTER_METADATA_KEY: stored, **told})
+
+
+def lora_tensors(unet: Denoiser, worn: Worn) -> Lora:
+    """What a LoRA student adds to the plain model: its own adapter, and what its teacher wears."""
+    adapter = folded_adapter(unet)
+    return evened(join(worn.lora, adapter)) if worn.marks else adapter
 
 
 def folded_adapter(unet: Denoiser) -> dict[str, Tensor]:
@@ -125,19 +137,21 @@ def adapter_config(unet: Denoiser, adapter: Lora) -> dict[str, Any]:
     alpha is the rank, since it is folded; there is no dropout, which diffusers would go on with
     while drawing.
     """
-    config: dict[str, Any] = unet.peft_config["default"].to_dict()
+    own = getattr(unet, "peft_config", {}).get("default", LoraConfig(target_modules=[]))
+    config: dict[str, Any] = own.to_dict()
     layers = {name.rpartition(".lora_")[0] for name in adapter}
     config["target_modules"] = sorted({*config["target_modules"], *layers})
-    rank = next(
-        (len(tensor) for name, tensor in adapter.items() if ".lora_A." in name), config["r"]
-    )
+    rank = next(len(tensor) for name, tensor in adapter.items() if ".lora_A." in name)
     return {**config, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
 
 
-def write_unet(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:
+def write_unet(
+    unet: Denoiser, folder: Path, dtype: str, tmp: Path, told: Mapping[str, str] | None = None
+) -> str:
     """Write a diffusers folder: config.json and the weights in fp32, fp16 or `both`.
 
-    Returns the student's fingerprint. Where the teacher lay is nobody's business.
+    Returns the student's fingerprint, which is in the metadata unless `told` says what is. Where
+    the teacher lay is nobody's business.
     """
     config = json.loads(unet.to_json_string())
     config.pop("_name_or_path", None)
@@ -147,19 +161,26 @@ def write_unet(unet: Denoiser, folder: Path, dtype: str, tmp: Path) -> str:
         if dtype in (name, "both"):
             tensors = unet.state_dict()
             tensors = halved(tensors) if name == "fp16" else tensors
-            metadata = {"format": "pt", STUDENT: student}
+            metadata = {"format": "pt", **({STUDENT: student} if told is None else told)}
             publish(tensor_chunks(tensors, metadata), folder / UNET_FOLDER / file, tmp)
     sync_folder(folder / UNET_FOLDER)
     return student
 
 
-def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same in fp16. Raises UserError for a weight that is too large for it."""
-    half = {name: tensor.half() for name, tensor in tensors.items()}
+def halved(
+    tensors: Mapping[str, Tensor], remedy: str = "use --export-dtype fp32"
+) -> dict[str, Tensor]:
+    """The same in fp16. Raises UserError, with the remedy, for a weight too large for it."""
+    half = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
     for name, tensor in half.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{name} does not fit into fp16; use --export-dtype fp32")
+            raise UserError(f"{name} does not fit into fp16; {remedy}")
     return half
+
+
+def full_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in fp32."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def weight_files(kind: str, dtype: str) -> list[str]:

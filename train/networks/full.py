@@ -122,6 +122,15 @@ def fold_guidance(weights: Mapping[str, Tensor], w: float) -> dict[str, Tensor]:
     return folded
 
 
+def plain_copy(unet: Denoiser, w: float) -> Denoiser:
+    """A UNet without a guidance input that computes what this one does where it is told `w`."""
+    config = {**unet.config, "time_cond_proj_dim": None}
+    config.pop("_use_default_values", None)
+    copy = Denoiser.from_config(config)
+    copy.load_state_dict(fold_guidance(unet.state_dict(), w))
+    return copy.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
 def guided_copy(teacher: Denoiser, dim: int, guidance_init: str) -> Denoiser:
     """The teacher's weights in a UNet with `time_cond_proj_dim`.
 

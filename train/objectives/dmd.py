@@ -222,9 +222,9 @@ def fake_learning_rate(config: DistillConfig) -> float:
 
 
 def comfy_settings(config: DistillConfig) -> str:
-    """How such a LoRA is drawn in ComfyUI and its like, whose LCM sampling knows 50 timesteps."""
+    """How they are drawn in ComfyUI and its like, whose LCM sampling knows 50 timesteps."""
     steps = config.num_student_steps
-    text = f"strength 1, CFG 1, sampler LCM, {counted(steps, 'step')}, in ComfyUI with `simple`"
+    text = f"CFG 1, sampler LCM, {counted(steps, 'step')}, in ComfyUI with `simple`"
     if steps > 2:
         text += " (at timesteps that are not quite those of its training, as in diffusers they are)"
     return text

@@ -100,8 +100,8 @@ def build(config: DistillConfig, schedule: Schedule, grid: int | None = None) ->
 
 
 def comfy_settings(config: DistillConfig) -> str:
-    """How a distilled LoRA is drawn in ComfyUI and its like."""
-    text = "strength 1, CFG 1, sampler LCM, in ComfyUI with scheduler `simple`"
+    """How a student is drawn in ComfyUI and its like, which are told no guidance."""
+    text = "CFG 1, sampler LCM, in ComfyUI with scheduler `simple`"
     solver = (config.num_ddim_timesteps, config.timestep_scaling_factor)
     if solver != COMFY_SOLVER:
         text += (

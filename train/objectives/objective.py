@@ -111,7 +111,7 @@ class Card:
     purpose: str  # "A LoRA ...", with {teacher} in it
     settings: tuple[str, ...]  # flags in its table; those of the other kind of student are left out
     tags: tuple[str, ...] = ()  # on the hub
-    other_programs: Callable[[DistillConfig], str] | None = None  # how a LoRA is drawn in ComfyUI
+    other_programs: Callable[[DistillConfig], str] | None = None  # how it is drawn in ComfyUI
     drawing: str = ""  # what else there is to say of drawing with diffusers
 
 

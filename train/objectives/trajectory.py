@@ -23,7 +23,7 @@ from train.objectives.lcd import Networks
 from train.objectives.objective import Card, Loss, Objective, Sampler, teacher_outputs
 
 COMFY = (
-    "strength 1, CFG 1, in ComfyUI sampler `euler` with scheduler `simple`, whose timesteps are "
+    "CFG 1, in ComfyUI sampler `euler` with scheduler `simple`, whose timesteps are "
     "diffusers' to within one solver step"
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from shared.errors import UserError
@@ -11,6 +12,7 @@ from train.config import ExportConfig
 from train.export.hub import check_push
 from train.export.newest_run import newest_checkpoint
 from train.export.provenance import of_recorded
+from train.export.standalone import check_standalone, note_range, standalone_folder
 from train.export.student import publish_export, write_export
 from train.networks.build import build_student
 from train.state.checkpoint import find_checkpoint, latest_checkpoint, read_progress
@@ -24,8 +26,20 @@ def export(config: ExportConfig) -> None:
     """Export a checkpoint of a run as the run's owner, and print where."""
     run = newest_checkpoint(config.run)
     remedy = "wait for it, or give --output another folder"
-    with owning(config.output or run, "train export", remedy):
+    with owning(folder_of(config, run), "train export", remedy):
         print(export_checkpoint(run, config))
+
+
+def folder_of(config: ExportConfig, run: Path) -> Path:
+    """Where the export goes."""
+    if config.output is not None:
+        return config.output
+    return standalone_folder(run, config.guidance_scale) if stands_alone(config) else run
+
+
+def stands_alone(config: ExportConfig) -> bool:
+    """Is a model of its own asked for?"""
+    return config.standalone or config.guidance_scale is not None
 
 
 def export_checkpoint(run: Path, config: ExportConfig) -> Path:
@@ -35,14 +49,20 @@ def export_checkpoint(run: Path, config: ExportConfig) -> Path:
     """
     check_push(config, run)
     stored = run_config(run)
+    check_standalone(config, stored)
     checkpoint = find_checkpoint(run, config.checkpoint, "--checkpoint")
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint yet")
-    folder = config.output or run
+    folder = folder_of(config, run)
     with guard(folder):
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
     before = read_progress(checkpoint)
-    origin = of_recorded(stored, config.model, before.step)
+    origin = replace(
+        of_recorded(stored, config.model, before.step),
+        standalone=stands_alone(config),
+        guidance_scale=config.guidance_scale,
+    )
+    note_range(origin)
     model = resolve_model(origin.teacher)
     student = build_student(model.source, stored)
     invariants = run_invariants(stored, None, model, student)

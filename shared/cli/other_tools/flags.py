@@ -114,6 +114,8 @@ class Translation:
     def _rule(self, name: str) -> Taken:
         """Return what becomes of a name; no setting may have two. Raises UsageError."""
         rule = TAKEN.get(name, name)
+        if name in self.known and _ours(rule) not in self.known:
+            rule = name  # merge's own --rank, where there is no --lora-rank
         ours = _ours(rule)
         if ours not in self.known:
             raise UsageError(self._refusal(name, ours))

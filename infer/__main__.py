@@ -1,0 +1,25 @@
+"""`python -m infer COMMAND`: the command line of what comes after training."""
+
+from __future__ import annotations
+
+from shared.cli import startup  # isort: skip  # noqa: F401 (before what takes a while)
+
+from infer.config import DrawConfig, MergeConfig
+from shared.cli.config import command, dispatch
+from shared.errors import run_main
+
+COMMANDS = {
+    "draw": (DrawConfig, command("infer.draw.command", "draw")),
+    "merge": (MergeConfig, command("infer.merge.command", "merge")),
+}
+LESS_MEMORY = "draw needs less of it with --dtype float16 or a smaller --size"
+INTERRUPTED = "every file that was written is whole"
+
+
+def main() -> None:
+    """Entry point of `distillery-infer`."""
+    run_main(lambda: dispatch("python -m infer", COMMANDS), LESS_MEMORY, INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

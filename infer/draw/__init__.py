@@ -1,0 +1,1 @@
+"""Prompts and a pipeline become pictures."""

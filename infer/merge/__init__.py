@@ -1,0 +1,1 @@
+"""LoRAs become one LoRA, or part of a model."""
