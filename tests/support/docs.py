@@ -36,20 +36,23 @@ HUB = {
     "stabilityai/stable-diffusion-xl-base-1.0": "tiny-xl",
 }
 CONTROLNET = "lllyasviel/control_v11p_sd15_canny"
-PICTURES = 100  # in a folder, or in three tars
+PICTURES, MORE_PICTURES = 42, 102  # in a folder, or in three tars; where they are evaluated
 MANY, FEW = "{00000..00099}", "{00000..00002}"
 # Whatever a page asks for, these are the numbers it gets.
 TINY = {
-    "encode": {"--threads": "1", "--holdout": "70"},
+    "encode": {"--threads": "1", "--holdout": "8"},
     "synthesize": {"--threads": "1"},
     "distill": {
         "--max-train-steps": "2", "--train-batch-size": "2", "--threads": "1",
-        "--lr-warmup-steps": "0", "--validation-steps": "2",
+        "--lr-warmup-steps": "0", "--validation-steps": "0",
     },
     "evaluate": {"--num-samples": "65", "--threads": "1"},
     "sample": {"--steps": "1", "--threads": "1"},
     "draw": {"--steps": "4", "--threads": "1"},
 }  # fmt: skip
+# Where a page's previews are drawn, and where its students are evaluated.
+PREVIEWS = {"distill": {"--validation-steps": "2"}}
+EVALUATIONS = {"encode": {"--holdout": "70"}}
 # Run by themselves elsewhere, or by whoever runs these tests.
 ELSEWHERE = (["-m", "data.demo"], ["-m", "pytest"], ["-m", "benchmarks."])
 
@@ -93,19 +96,19 @@ def snapshot(hub: Path, repository: str) -> Path:
     return place / "snapshots" / ("0" * 40)
 
 
-def make_sources(folder: Path) -> None:
+def make_sources(folder: Path, count: int) -> None:
     """What the pages call `my-pictures`, a folder, `pictures`, tars, and files of their own."""
     pictures, tars = folder / "my-pictures", folder / "pictures"
     pictures.mkdir()
     tars.mkdir()
     with tarfile.open(ROOT / "data/pictures/train/00000.tar") as source:
         files = [(member.name, source.extractfile(member).read()) for member in source]
-    for name, content in files[: 3 * PICTURES]:  # KEY.jpg, KEY.txt, KEY.json
+    for name, content in files[: 3 * count]:  # KEY.jpg, KEY.txt, KEY.json
         if not name.endswith(".json"):
             (pictures / name).write_bytes(content)
     for number in range(3):
         with tarfile.open(tars / f"{number:05d}.tar", "w") as tar:
-            for name, content in files[number * PICTURES : (number + 1) * PICTURES]:
+            for name, content in files[number * count : (number + 1) * count]:
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
@@ -210,10 +213,11 @@ def check_extras(words: list[str]) -> None:
             assert set(extras.split(",")) <= set(known), f"pip install {word}"
 
 
-def cut_down(words: list[str]) -> list[str]:
-    """A command with the numbers of TINY in place of its own, and a folder for the bucket."""
+def cut_down(words: list[str], others: dict[str, dict[str, str]]) -> list[str]:
+    """A command with the numbers of TINY, or `others`, in place of its own, and a folder for the
+    bucket."""
     words = [word.removeprefix("s3://") for word in words]
-    flags = TINY.get(words[1], {})
+    flags = TINY.get(words[1], {}) | others.get(words[1], {})
     kept, skip = [], False
     for word in words:
         name = word.partition("=")[0].replace("_", "-")
