@@ -165,8 +165,8 @@ def test_a_toy_loop_trains_from_a_local_cache_and_from_a_url(many, monkeypatch, 
         forget()
         for path in many.rglob("*"):
             if path.is_file():
-                bucket().put_file(str(path), f"bucket/cache/{path.relative_to(many)}")
-        url = "s3://bucket/cache"
+                bucket().put_file(str(path), f"bucket/others/{path.relative_to(many)}")
+        url = "s3://bucket/others"
         assert len(toy_loop(batches(url))) == 15 * 4
         there = [sample["__key__"] for sample in open_webdataset(url, shuffle=0)]
         assert there == [sample["__key__"] for sample in CacheDataset(url)]
