@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from shared.cli import startup  # isort: skip  # noqa: F401 (before what takes a while)
 
-from infer.config import DrawConfig, MergeConfig
+from infer.config import DrawConfig, LearnConfig, MergeConfig, MorphConfig
 from shared.cli.config import command, dispatch
 from shared.errors import run_main
 
 COMMANDS = {
     "draw": (DrawConfig, command("infer.draw.command", "draw")),
+    "learn": (LearnConfig, command("infer.learn.command", "learn")),
     "merge": (MergeConfig, command("infer.merge.command", "merge")),
+    "morph": (MorphConfig, command("infer.morph.command", "morph")),
 }
 LESS_MEMORY = "draw needs less of it with --dtype float16 or a smaller --size"
 INTERRUPTED = "every file that was written is whole"
