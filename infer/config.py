@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -180,3 +180,6 @@ class MorphConfig(LearnFlags):
     """Frames per second of GIF and MP4."""
     output: LocalPath | None = None
     """Folder; in morphed/, named after the pictures, unless given."""
+    typed: tyro.conf.Suppress[frozenset[str]] = field(
+        default=frozenset(), repr=False, compare=False
+    )  # no flag; which were given

@@ -85,23 +85,26 @@ def usual_rate(unet: Mapping[str, Any]) -> float:
     return NARROW_RATE if unet["block_out_channels"][0] < NARROW else USUAL_RATE
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Write down what is learned in a folder.
-
-    Raises UserError where another recipe has it, or something that is none.
-    """
+def check(folder: Path, recipe: Recipe) -> None:
+    """Raise UserError where a folder has learned something else, or is for something else."""
     record = folder / RECORD
     if record.is_file():
         stored = load_record(record, lambda told: record_of(Recipe, told), "remove the folder")
         before, now = asdict(stored), asdict(recipe)
         if changed := {name for name in now if before[name] != now[name]} - {"picture"}:
-            pairs = ({name: side[name] for name in changed} for side in (before, now))
+            there, here = ({name: side[name] for name in changed} for side in (before, now))
             raise UserError(
-                f"{folder} has learned something else: {differences(*pairs)}; choose another "
+                f"{folder} has learned something else: {differences(there, here)}; choose another "
                 "--output"
             )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and has learned no picture; choose another "
-                        "--output")  # fmt: skip
-    publish([dump_json(asdict(recipe))], record, folder / "tmp")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} is there already and is no picture's run; choose another --output"
+        )
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Write down what a folder learns. Raises UserError as `check` does."""
+    check(folder, recipe)
+    if not (folder / RECORD).exists():
+        publish([dump_json(asdict(recipe))], folder / RECORD, folder / "tmp")

@@ -18,6 +18,7 @@ from shared.models.family import Model
 
 SHEET = "redrawn.png"
 STEPS = 50
+PASSES = 4 * STEPS
 ETA = 1.0  # new noise in each step leaves nothing of what the steps before got wrong
 
 Pixels = NDArray[np.uint8]
@@ -52,7 +53,7 @@ def redraw(pipe: Any, model: Model, recipe: Recipe, picture: Pixels) -> Redrawn:
     prompt = inversion.encode_prompt(pipe, recipe.prompt)
     latents = inversion.encode_picture(pipe, picture)
     noise = inversion.noise_of(latents, recipe.seed)
-    with Progress("redraw", 4 * STEPS, "step") as progress:
+    with Progress("redraw", PASSES, "step") as progress:
 
         def after_step() -> None:
             progress.update(1)

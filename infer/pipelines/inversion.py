@@ -76,13 +76,14 @@ def encode_picture(pipe: Any, pixels: NDArray[np.uint8]) -> Tensor:
     vae = pipe.vae
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     mean: Tensor = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mean
-    return mean.float() * vae.config.scaling_factor
+    return mean.float() * float(vae.config.scaling_factor)
 
 
 def decode(pipe: Any, latents: Tensor) -> NDArray[np.uint8]:
     """The picture `[H, W, 3]` of scaled latents `[1, C, h, w]`."""
-    pixels: NDArray[np.uint8] = decode_latents(pipe.vae, latents / pipe.vae.config.scaling_factor)
-    return pixels[0]
+    pixels: NDArray[np.uint8]
+    (pixels,) = decode_latents(pipe.vae, latents / pipe.vae.config.scaling_factor)
+    return pixels
 
 
 def invert(pipe: Any, way: Trajectory, latents: Tensor, prompt: Prompt, on_step: Step) -> Tensor:
