@@ -12,7 +12,7 @@ from torch import Tensor
 from infer.morph.attention import Kept, blending, keeping
 from infer.morph.interpolate import adain, between, slerp
 from infer.morph.job import ROUNDS, Job
-from infer.morph.spacing import Pixels, evenly, respaced
+from infer.morph.spacing import Pixels, evenest, evenly, respaced
 from infer.pictures.read import content, framed
 from infer.pipelines import inversion
 from infer.pipelines.adapters import share
@@ -105,7 +105,8 @@ def draw_frames(pipe: Any, job: Job, on_step: Callable[[], object]) -> Morph:
 
     places = evenly(job.config.frames)
     draw(places)
-    for _ in range(ROUNDS if job.config.reschedule else 0):
-        places = respaced(drawn, job.config.frames)
-        draw(places)
+    if job.config.reschedule:
+        for _ in range(ROUNDS):
+            draw(respaced(drawn, job.config.frames))
+        places = evenest(drawn, job.config.frames)
     return Morph((first, last), {a: drawn[a] for a in places})

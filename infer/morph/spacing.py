@@ -43,3 +43,24 @@ def respaced(drawn: Mapping[float, Pixels], frames: int) -> list[float]:
     wanted = np.linspace(0, way[-1], frames)
     found = np.interp(wanted, way, places)
     return [0.0, *(float(a) for a in found[1:-1]), 1.0]
+
+
+def evenest(drawn: Mapping[float, Pixels], frames: int) -> list[float]:
+    """Of all places drawn, the `frames` from end to end whose steps' squares add up to least.
+
+    Of ways of one length the even one has the least; and a frame that strays costs more. Dynamic
+    programming over the pairs: `least[j]` is the best way to place j in so many steps.
+    """
+    places = sorted(drawn)
+    found = features(np.stack([drawn[a] for a in places]))
+    squares = np.square(found[:, None] - found[None]).sum(2)
+    squares[np.tril_indices(len(places))] = np.inf  # never back, nor on the spot
+    least, before = squares[0], list[NDArray[np.intp]]()
+    for _ in range(frames - 2):
+        sums = least[:, None] + squares
+        before.append(sums.argmin(0))
+        least = sums.min(0)
+    chosen = [len(places) - 1]
+    for best in reversed(before):
+        chosen.append(int(best[chosen[-1]]))
+    return [places[number] for number in (0, *reversed(chosen))]
