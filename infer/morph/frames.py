@@ -11,8 +11,8 @@ from torch import Tensor
 
 from infer.morph.attention import Kept, blending, keeping
 from infer.morph.interpolate import adain, between, slerp
-from infer.morph.job import ROUNDS, Job
-from infer.morph.spacing import Pixels, evenest, evenly, respaced
+from infer.morph.job import Job
+from infer.morph.spacing import Pixels, evenest, evenly, where_most_changes
 from infer.pictures.read import content, framed
 from infer.pipelines import inversion
 from infer.pipelines.adapters import share
@@ -106,7 +106,7 @@ def draw_frames(pipe: Any, job: Job, on_step: Callable[[], object]) -> Morph:
     places = evenly(job.config.frames)
     draw(places)
     if job.config.reschedule:
-        for _ in range(ROUNDS):
-            draw(respaced(drawn, job.config.frames))
+        for _ in range(job.added):
+            draw([where_most_changes(drawn)])
         places = evenest(drawn, job.config.frames)
     return Morph((first, last), {a: drawn[a] for a in places})

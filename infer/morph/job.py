@@ -18,7 +18,7 @@ EXAMPLE = "python -m infer morph cat.jpg dog.jpg --prompts 'a photo of a cat' 'a
 # Flags of learning, which do nothing where nothing is learned.
 LEARNING = ("learn_steps", "rank", "learning_rate", "train_batch_size", "gradient_checkpointing",
             "seed")  # fmt: skip
-ROUNDS = 3  # in which frames are spaced anew; each knows the way better than the one before
+ADDED = 3  # frames that are drawn to choose from, for each that is asked for
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,12 @@ class Job:
     @property
     def drawings(self) -> int:
         """How often the way is gone, there or back: for each end both, for each frame back."""
-        rounds = ROUNDS if self.config.reschedule else 0
-        return 4 + (self.config.frames - 2) * (1 + rounds)
+        return 4 + self.config.frames - 2 + self.added
+
+    @property
+    def added(self) -> int:
+        """Frames that are drawn besides, to choose evenly spaced ones of all."""
+        return ADDED * self.config.frames if self.config.reschedule else 0
 
     def __str__(self) -> str:
         """What will be done."""

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from train.evaluation.features import features
 
+NEAR = 1e-6  # a jump that is left between so near places is one
+
 Pixels = NDArray[np.uint8]
 
 
@@ -30,37 +32,31 @@ def unevenness(pictures: Sequence[Pixels]) -> float:
     return float(steps.max() / steps.mean()) if steps.any() else 1.0
 
 
-def respaced(drawn: Mapping[float, Pixels], frames: int) -> list[float]:
-    """`frames` places with the same way between neighbours, by what has been drawn so far.
-
-    The way to a place is the sum of the steps up to it; in between it grows in a straight line
-    (DiffMorpher, section 4.4).
-    """
-    places = sorted(drawn)
-    way = np.concatenate([[0], distances([drawn[a] for a in places]).cumsum()])
-    if way[-1] == 0:
-        return evenly(frames)
-    wanted = np.linspace(0, way[-1], frames)
-    found = np.interp(wanted, way, places)
-    return [0.0, *(float(a) for a in found[1:-1]), 1.0]
+def where_most_changes(drawn: Mapping[float, Pixels]) -> float:
+    """The middle between the two neighbours that differ most of those that lie apart."""
+    places = np.array(sorted(drawn))
+    steps = distances([drawn[a] for a in places])
+    steps[np.diff(places) < NEAR] = 0
+    most = int(steps.argmax())
+    return float(places[most] + places[most + 1]) / 2
 
 
 def evenest(drawn: Mapping[float, Pixels], frames: int) -> list[float]:
-    """Of all places drawn, the `frames` from end to end whose steps' squares add up to least.
+    """Of all places drawn, `frames` with about the same way from each to the next.
 
-    Of ways of one length the even one has the least; and a frame that strays costs more. Dynamic
-    programming over the pairs: `least[j]` is the best way to place j in so many steps.
+    The way to a place is the sum of the steps up to it (DiffMorpher, section 4.4). Each frame is
+    the one whose way is nearest to an even share, and none is taken twice.
     """
     places = sorted(drawn)
-    found = features(np.stack([drawn[a] for a in places]))
-    squares = np.square(found[:, None] - found[None]).sum(2)
-    squares[np.tril_indices(len(places))] = np.inf  # never back, nor on the spot
-    least, before = squares[0], list[NDArray[np.intp]]()
-    for _ in range(frames - 2):
-        sums = least[:, None] + squares
-        before.append(sums.argmin(0))
-        least = sums.min(0)
-    chosen = [len(places) - 1]
-    for best in reversed(before):
-        chosen.append(int(best[chosen[-1]]))
-    return [places[number] for number in (0, *reversed(chosen))]
+    way = np.concatenate([[0], distances([drawn[a] for a in places]).cumsum()])
+    chosen = [0]
+    for left, share in zip(range(frames - 2, 0, -1), way[-1] * inner(frames), strict=True):
+        first, last = chosen[-1] + 1, len(places) - 1 - left
+        chosen.append(first + int(np.abs(way[first : last + 1] - share).argmin()))
+    return [places[number] for number in (*chosen, len(places) - 1)]
+
+
+def inner(frames: int) -> NDArray[np.float64]:
+    """Even shares, without the two ends."""
+    shares: NDArray[np.float64] = np.linspace(0, 1, frames)[1:-1]
+    return shares
