@@ -83,6 +83,6 @@ def seconds_of(lessons: list[Lesson]) -> float:
     flags, model, recipe = lessons[0].flags, lessons[0].model, lessons[0].recipe
     unet = load_unet(model.source).to(pick_device(flags.device))
     side = recipe.resolution // vae_downscale(model.source)
-    learning = FORWARD_AND_BACK * seconds_per_pass(unet, side, recipe.train_batch_size)
-    drawing = redrawn.PASSES * seconds_per_pass(unet, side)
+    learning = FORWARD_AND_BACK * seconds_per_pass(unet, side, side, recipe.train_batch_size)
+    drawing = redrawn.PASSES * seconds_per_pass(unet, side, side)
     return len(lessons) * (recipe.steps * learning + drawing)

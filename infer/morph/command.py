@@ -62,7 +62,7 @@ def seconds(job: Job) -> float:
     """About how long drawing takes."""
     unet = load_unet(job.model.source).to(pick_device(job.config.device))
     side = job.lessons[0].recipe.resolution // vae_downscale(job.model.source)
-    one = seconds_per_pass(unet, side) * (WITH_LORAS if job.config.learn else 1)
+    one = seconds_per_pass(unet, side, side) * (WITH_LORAS if job.config.learn else 1)
     return job.drawings * job.way.steps * one
 
 

@@ -36,8 +36,9 @@ def where_most_changes(drawn: Mapping[float, Pixels]) -> float:
     """The middle between the two neighbours that differ most of those that lie apart."""
     places = np.array(sorted(drawn))
     steps = distances([drawn[a] for a in places])
-    steps[np.diff(places) < NEAR] = 0
-    most = int(steps.argmax())
+    gaps = np.diff(places)
+    steps[gaps < NEAR] = 0
+    most = int((steps if steps.any() else gaps).argmax())
     return float(places[most] + places[most + 1]) / 2
 
 

@@ -11,10 +11,10 @@ TOKENS = 77  # of a prompt, as CLIP reads it
 
 
 @torch.inference_mode()
-def seconds_per_pass(unet: Any, side: int, batch: int = 1) -> float:
-    """Time a pass over `batch` latents of `side` x `side`, in seconds."""
+def seconds_per_pass(unet: Any, height: int, width: int, batch: int = 1) -> float:
+    """Time a pass over `batch` latents of this size, in seconds."""
     config, options = unet.config, {"device": unet.device, "dtype": unet.dtype}
-    latents = torch.zeros(batch, config.in_channels, side, side, **options)
+    latents = torch.zeros(batch, config.in_channels, height, width, **options)
     states = torch.zeros(batch, TOKENS, config.cross_attention_dim, **options)
     more = dict[str, Any]()
     if config.addition_embed_type == "text_time":
@@ -22,8 +22,10 @@ def seconds_per_pass(unet: Any, side: int, batch: int = 1) -> float:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text = torch.zeros(batch, pooled, **options)
         more["added_cond_kwargs"] = {"text_embeds": text, "time_ids": ids}
+    if config.time_cond_proj_dim is not None:
+        more["timestep_cond"] = torch.zeros(batch, config.time_cond_proj_dim, **options)
     seconds = 0.0
-    for _ in range(2):  # the first one warms up
+    for _ in range(1 if unet.device.type == "cpu" else 2):  # the first one on a GPU is slow
         started = time.perf_counter()
         unet(latents, 1, states, **more).sample.cpu()
         seconds = time.perf_counter() - started
