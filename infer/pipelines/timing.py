@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+LONG = 2.0  # seconds; beside them warming up is little
 TOKENS = 77  # of a prompt, as CLIP reads it
 
 
@@ -25,8 +26,10 @@ def seconds_per_pass(unet: Any, height: int, width: int, batch: int = 1) -> floa
     if config.time_cond_proj_dim is not None:
         more["timestep_cond"] = torch.zeros(batch, config.time_cond_proj_dim, **options)
     seconds = 0.0
-    for _ in range(1 if unet.device.type == "cpu" else 2):  # the first one on a GPU is slow
+    for _ in range(2):  # the first one warms up
         started = time.perf_counter()
         unet(latents, 1, states, **more).sample.cpu()
         seconds = time.perf_counter() - started
+        if seconds > LONG:
+            break
     return seconds
