@@ -14,7 +14,14 @@ from infer.pictures.read import content, picture_size
 from shared.cache.identity import differences
 from shared.cli.defaults import RUNS
 from shared.errors import UserError
-from shared.models.family import FAMILIES, Model, model_name, native_resolution, unet_config
+from shared.models.family import (
+    FAMILIES,
+    Model,
+    model_name,
+    native_resolution,
+    unet_config,
+    vae_downscale,
+)
 from shared.storage.files import dump_json, load_record, publish
 from shared.storage.ownership import absolute
 from shared.storage.typed_json import record_of
@@ -56,15 +63,19 @@ class Recipe:
 
 
 def recipe_of(flags: LearnFlags, model: Model, picture: Path, prompt: str, steps: int) -> Recipe:
-    """Decide what the flags leave open. Raises UserError, of the picture, for what is none."""
+    """Decide what the flags leave open. Raises UserError for what is no picture, and no side."""
     picture_size(picture, "picture")
+    unit = vae_downscale(model.source)
+    resolution = flags.resolution or native_resolution(model)
+    if resolution % unit:
+        raise UserError(f"--resolution {resolution} is not a multiple of {unit}, a latent's side")
     return Recipe(
         picture=picture.name,
         picture_sha256=hashlib.sha256(content(picture, "picture")).hexdigest(),
         prompt=prompt,
         model=lasting_name(flags.model),
         vae=lasting_name(flags.vae or flags.model),
-        resolution=flags.resolution or native_resolution(model),
+        resolution=resolution,
         steps=steps,
         rank=flags.rank,
         learning_rate=flags.learning_rate or usual_rate(unet_config(model.source)),

@@ -72,11 +72,11 @@ def encode_prompt(pipe: Any, text: str) -> Prompt:
 
 @torch.inference_mode()
 def encode_picture(pipe: Any, pixels: NDArray[np.uint8]) -> Tensor:
-    """The scaled mean latents `[1, C, h, w]`, fp32, of `[H, W, 3]`."""
+    """The scaled mean latents `[1, C, h, w]`, fp32 on the CPU, of `[H, W, 3]`."""
     vae = pipe.vae
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     mean: Tensor = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mean
-    return mean.float() * float(vae.config.scaling_factor)
+    return mean.float().cpu() * float(vae.config.scaling_factor)
 
 
 def decode(pipe: Any, latents: Tensor) -> NDArray[np.uint8]:
@@ -113,7 +113,7 @@ def walk(
     on_step: Step,
     eta: float = 0.0,
 ) -> Tensor:
-    """Let the stock pipeline go a scheduler's way, from latents to latents."""
+    """Let the stock pipeline go a scheduler's way, from latents to latents, fp32 on the CPU."""
 
     def after_step(_pipe: Any, _step: int, _t: Any, changed: dict[str, Any]) -> dict[str, Any]:
         on_step()
@@ -133,7 +133,7 @@ def walk(
         output_type="latent",
     )
     found: Tensor = answer.images
-    return found.float()
+    return found.float().cpu()
 
 
 def noise_of(latents: Tensor, seed: int) -> Tensor:

@@ -150,6 +150,7 @@ def by_hand(morphed, a: float) -> np.ndarray:
     return ((picture / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy().astype(int)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_a_frame_is_what_stock_diffusers_draws_of_both_loras(morphed, number):
     found = drawn(morphed.output)[number]
