@@ -14,7 +14,10 @@ COMMANDS = {
     "merge": (MergeConfig, command("infer.merge.command", "merge")),
     "morph": (MorphConfig, command("infer.morph.command", "morph")),
 }
-LESS_MEMORY = "draw needs less of it with --dtype float16 or a smaller --size"
+LESS_MEMORY = (
+    "draw needs less of it with --dtype float16 or a smaller --size, learn and morph with a "
+    "smaller --train-batch-size or --gradient-checkpointing"
+)
 INTERRUPTED = "every file that was written is whole"
 
 

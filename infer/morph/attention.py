@@ -1,4 +1,4 @@
-"""Self-attention that sees keys and values of both ends (DiffMorpher, section 4.2).
+"""Self-attention that sees keys and values of both ends (DiffMorpher).
 
 The ends are drawn first, and what each layer's `to_k` and `to_v` say in each step is kept. A frame
 at `a` then attends to (1 - a) K_first + a K_last, and V likewise, in its first steps. Hooks on the

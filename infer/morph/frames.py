@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -93,20 +93,14 @@ class Morph:
 
 
 def draw_frames(pipe: Any, job: Job, on_step: Callable[[], object]) -> Morph:
-    """Draw all frames, and draw them again where they are to be spaced evenly."""
+    """Draw all frames; where they are to be spaced evenly, more of them, to choose from."""
     artist = Artist(pipe, job, on_step)
     first, last = artist.end(0), artist.end(1)
     drawn = {0.0: first.drawn, 1.0: last.drawn}
-
-    def draw(places: Iterable[float]) -> None:
-        for a in places:
-            if a not in drawn:
-                drawn[a] = artist.frame(first, last, a)
-
-    places = evenly(job.config.frames)
-    draw(places)
-    if job.config.reschedule:
-        for _ in range(job.added):
-            draw([where_most_changes(drawn)])
-        places = evenest(drawn, job.config.frames)
+    for a in evenly(job.config.frames)[1:-1]:
+        drawn[a] = artist.frame(first, last, a)
+    for _ in range(job.added):
+        a = where_most_changes(drawn)
+        drawn[a] = artist.frame(first, last, a)
+    places = evenest(drawn, job.config.frames)
     return Morph((first, last), {a: drawn[a] for a in places})

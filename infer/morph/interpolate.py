@@ -46,7 +46,7 @@ def between(first: Prompt, last: Prompt, a: float) -> Prompt:
 def adain(latents: Tensor, first: Tensor, last: Tensor, a: float) -> Tensor:
     """Give each channel of `[1, C, h, w]` the mean and deviation that lie between the ends' own.
 
-    x to (x - mean(x)) / std(x) * lerp(std) + lerp(mean), over h and w (DiffMorpher, section 4.3).
+    x to (x - mean(x)) / std(x) * lerp(std) + lerp(mean), over h and w (DiffMorpher).
     """
     mean = lerp(channel_mean(first), channel_mean(last), a)
     deviation = lerp(channel_deviation(first), channel_deviation(last), a)

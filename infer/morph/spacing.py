@@ -45,7 +45,7 @@ def where_most_changes(drawn: Mapping[float, Pixels]) -> float:
 def evenest(drawn: Mapping[float, Pixels], frames: int) -> list[float]:
     """Of all places drawn, `frames` with about the same way from each to the next.
 
-    The way to a place is the sum of the steps up to it (DiffMorpher, section 4.4). Each frame is
+    The way to a place is the sum of the steps up to it (DiffMorpher). Each frame is
     the one whose way is nearest to an even share, and none is taken twice.
     """
     places = sorted(drawn)
