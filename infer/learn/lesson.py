@@ -11,11 +11,10 @@ from infer.learn import redrawn
 from infer.learn.recipe import Recipe, check, claim
 from infer.learn.stages import is_learned, make_cache, train_lora
 from infer.pictures.read import content, framed
-from infer.pipelines.adapters import load_with_adapters
+from infer.pipelines.adapters import bare_unet, load_with_adapters
 from infer.pipelines.timing import seconds_per_pass
 from shared.machine.device import pick_device
 from shared.models.family import Model, model_name, vae_downscale
-from shared.networks.denoiser import load_unet
 from shared.wording import counted
 
 STOPPED = 143  # the exit status that shells give to SIGTERM
@@ -81,7 +80,7 @@ def seconds_of(lessons: list[Lesson]) -> float:
     if not lessons:
         return 0.0
     flags, model, recipe = lessons[0].flags, lessons[0].model, lessons[0].recipe
-    unet = load_unet(model.source).to(pick_device(flags.device))
+    unet = bare_unet(flags, model)
     side = recipe.resolution // vae_downscale(model.source)
     learning = FORWARD_AND_BACK * seconds_per_pass(unet, side, side, recipe.train_batch_size)
     drawing = redrawn.PASSES * seconds_per_pass(unet, side, side)

@@ -17,12 +17,11 @@ from infer.morph.job import Job, plan_job
 from infer.morph.spacing import distances, unevenness
 from infer.pictures.film import EXTRA, gif_of, write_mp4, writes_mp4
 from infer.pictures.write import write_drawn, write_sheet
-from infer.pipelines.adapters import load_with_adapters
+from infer.pipelines.adapters import bare_unet, load_with_adapters
 from infer.pipelines.timing import seconds_per_pass
 from shared.cli.progress import Progress
-from shared.machine.device import pick_device, set_threads
+from shared.machine.device import set_threads
 from shared.models.family import model_name, vae_downscale
-from shared.networks.denoiser import load_unet
 from shared.storage.files import dump_json, move, publish, workshop
 from shared.wording import duration
 
@@ -60,7 +59,7 @@ def morph(config: MorphConfig) -> int:
 
 def seconds(job: Job) -> float:
     """About how long drawing takes."""
-    unet = load_unet(job.model.source).to(pick_device(job.config.device))
+    unet = bare_unet(job.config, job.model)
     side = job.lessons[0].recipe.resolution // vae_downscale(job.model.source)
     one = seconds_per_pass(unet, side, side) * (WITH_LORAS if job.config.learn else 1)
     return job.drawings * job.way.steps * one

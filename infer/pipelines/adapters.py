@@ -12,6 +12,8 @@ from infer.pipelines.build import load_pipeline, pick_dtype
 from infer.pipelines.choose import choose
 from infer.pipelines.loras import LoraFile, load_lora
 from shared.machine.device import pick_device
+from shared.models.family import Model
+from shared.networks.denoiser import Denoiser, load_unet
 from train.export.weights import LORA_FILE
 
 
@@ -28,6 +30,12 @@ def load_with_adapters(flags: LearnFlags, runs: Sequence[Path]) -> Any:
     pipe.to(device, dtype)
     share(pipe, [0.0] * len(runs))
     return pipe
+
+
+def bare_unet(flags: LearnFlags, model: Model) -> Denoiser:
+    """The UNet as it will compute, to be timed."""
+    device = pick_device(flags.device)
+    return load_unet(model.source, pick_dtype(flags.dtype, device)).to(device)
 
 
 def share(pipe: Any, shares: Sequence[float]) -> None:
