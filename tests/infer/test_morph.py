@@ -12,7 +12,10 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageSequence
 
+from infer.config import LearnConfig, MorphConfig
+from infer.learn.recipe import recipe_of
 from infer.morph import command, frames
+from infer.morph.job import plan_job
 from infer.pictures import film
 from tests.support import warm
 from tests.support.learned import shapes
@@ -172,6 +175,16 @@ def test_what_was_learned_is_kept(morphed, cli):
     np.testing.assert_array_equal(drawn(output), drawn(morphed.output))
     again, _ = morph(cli, morphed, "--frames", 3)  # beside it, not over it
     assert again == output.with_name(f"{output.name}-2")
+
+
+def test_what_learn_has_learned_is_found(morphed):
+    pictures = tuple(map(Path, morphed.pictures))
+    job = plan_job(MorphConfig(model="tiny-sd", pictures=pictures, prompts=tuple(morphed.prompts)))
+    flags = LearnConfig(model="tiny-sd")
+    for lesson, picture, prompt in zip(job.lessons, pictures, morphed.prompts, strict=True):
+        learned = recipe_of(flags, job.model, picture, prompt, flags.steps)
+        assert lesson.recipe == learned
+        assert lesson.run == learned.folder()
 
 
 @pytest.mark.parametrize("flag", [["--adain"], ["--attention", "1"], ["--attention", "0.34"]])
