@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS and RUNS are pasted as typed, so that quotes inside them work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce objectives prep synthesize teach train evaluate compare draw sample export merge test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce objectives prep synthesize teach train evaluate compare draw sample export merge learn morph test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -70,6 +70,12 @@ export: $(STAMP) ## a student for other programs: [RUN=the newest] [ARGS='--guid
 merge: $(STAMP) ## LoRAs into one, or into their model: LORAS='a.safetensors:0.8 runs/b' [MODEL=sdxl] [ARGS=]
 	$(PY) -m infer merge $(value LORAS) $(call option,--model,MODEL) $(args)
 
+learn: $(STAMP) ## a picture -> a LoRA that draws it: PICTURE=cat.jpg PROMPT='a photo of a cat' [MODEL=sdxl] [ARGS=]
+	$(PY) -m infer learn $(call quote,PICTURE) $(call option,--model,MODEL) $(call option,--prompt,PROMPT) $(args)
+
+morph: $(STAMP) ## one picture into another: PICTURES='a.jpg b.jpg' PROMPTS="'a cat' 'a dog'" [MODEL=sdxl] [ARGS=]
+	$(PY) -m infer morph $(value PICTURES) --prompts $(value PROMPTS) $(call option,--model,MODEL) $(args)
+
 test: lint ## lint, then the fast tests ([ARGS='-k shards'])
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(args)
 
@@ -100,7 +106,7 @@ clean-demo: ## remove what `make demo` wrote
 # ---- Mistakes on the command line: found while this file is read, so before any setup or download.
 
 # A variable that nothing reads would be ignored in silence: MODL=sd15 would train sdxl.
-variables := SHARDS CAPTIONS MODEL CACHE RUN RUNS LORAS ARGS EVAL_CACHE SCORER PROMPT PYTHON PIP_ARGS VENV PY STAMP
+variables := SHARDS CAPTIONS MODEL CACHE RUN RUNS LORAS PICTURE PICTURES PROMPTS ARGS EVAL_CACHE SCORER PROMPT PYTHON PIP_ARGS VENV PY STAMP
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(if $(filter $(variables),$(name)),,$(error $(name) is no variable of this Makefile; there are $(variables)))))
 
 wanted = $(filter $(1),$(MAKECMDGOALS))
@@ -119,6 +125,14 @@ endif
 
 ifneq ($(call wanted,merge),)
   $(if $(value LORAS)$(value ARGS),,$(error LORAS is missing. For example: make merge LORAS='style.safetensors:0.8 runs/sdxl-lora'))
+endif
+
+ifneq ($(call wanted,learn),)
+  $(if $(value PICTURE),,$(error PICTURE is missing. For example: make learn PICTURE=cat.jpg PROMPT='a photo of a cat' MODEL=sd15))
+endif
+
+ifneq ($(call wanted,morph),)
+  $(if $(and $(value PICTURES),$(value PROMPTS)),,$(error PICTURES or PROMPTS is missing. For example: make morph PICTURES='cat.jpg dog.jpg' PROMPTS="'a cat' 'a dog'" MODEL=sd15))
 endif
 
 # Unquoted, SHARDS=a/{00..03}.tar reaches make as four SHARDS=..., of which it would keep the last.

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from shared.cli import startup  # isort: skip  # noqa: F401 (before what takes a while)
 
-from infer.config import DrawConfig, MergeConfig
+from infer.config import DrawConfig, LearnConfig, MergeConfig, MorphConfig
 from shared.cli.config import command, dispatch
 from shared.errors import run_main
 
 COMMANDS = {
     "draw": (DrawConfig, command("infer.draw.command", "draw")),
+    "learn": (LearnConfig, command("infer.learn.command", "learn")),
     "merge": (MergeConfig, command("infer.merge.command", "merge")),
+    "morph": (MorphConfig, command("infer.morph.command", "morph")),
 }
-LESS_MEMORY = "draw needs less of it with --dtype float16 or a smaller --size"
+LESS_MEMORY = (
+    "draw needs less of it with --dtype float16 or a smaller --size, learn and morph with a "
+    "smaller --train-batch-size or --gradient-checkpointing"
+)
 INTERRUPTED = "every file that was written is whole"
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from shared.cli.defaults import MODEL
 from shared.cli.paths import LocalPath, NameOrPath, StyleFlag, StyleText, Texts
-from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Numbers, Seed
+from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Numbers, Positive, Seed
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -109,3 +110,76 @@ class DrawConfig(ModelFlags):
     output: LocalPath = Path("drawn")
     """Folder of the pictures and a contact sheet; a name with .png for one file: the picture, or
     the sheet of several."""
+
+
+@dataclass(frozen=True)
+class LearnFlags(MachineFlags):
+    """How a picture is learned, and of which model."""
+
+    dtype: Dtype = "auto"
+    """Of drawing, and of learning beside fp32 weights. Unless given float32 on a CPU; on a GPU
+    float16 to draw, bfloat16 to learn where it has that."""
+    model: NameOrPath = MODEL
+    """A preset, a diffusers folder, a hub id or a single file."""
+    vae: NameOrPath | None = None
+    """The VAE; the model's own unless given."""
+    resolution: Count | None = None
+    """Side of the square that is cut out of a picture's middle, in pixels; the model's own unless
+    given."""
+    rank: Count = 16
+    """Of the LoRA."""
+    learning_rate: Positive | None = None
+    """Falls to 0 along a cosine. 2e-4 for Stable Diffusion, more for narrower networks, unless
+    given."""
+    train_batch_size: Count = 8
+    """Noises in a step: the picture is the same in all of them."""
+    gradient_checkpointing: bool = False
+    """Learn in less memory and more time."""
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class LearnConfig(LearnFlags):
+    """Learn a picture: a LoRA that draws it, for `draw`, `merge` and `morph`."""
+
+    picture: tyro.conf.Positional[LocalPath | None] = None
+    """The picture."""
+    prompt: str | None = None
+    """What it shows, in words."""
+    steps: Count = 300
+    """Of learning."""
+    output: LocalPath | None = None
+    """Folder of the run; in runs/learned/, named after the picture, unless given."""
+
+
+@dataclass(frozen=True)
+class MorphConfig(LearnFlags):
+    """Lead one picture into another: frames, a strip, a GIF and an MP4."""
+
+    pictures: tyro.conf.Positional[tuple[LocalPath, ...]] = ()
+    """The first and the last."""
+    prompts: tuple[str, ...] = ()
+    """What each shows, in words: two of them."""
+    frames: Annotated[int, Numbers(int, 3)] = 16
+    """How many, the two ends among them."""
+    steps: Count = 50
+    """Of DDIM, for each frame."""
+    learn: bool = True
+    """Learn each picture by a LoRA first, and lead one LoRA into the other. Without, the model
+    itself draws all frames."""
+    learn_steps: Count = 300
+    """Of learning a picture."""
+    adain: bool = False
+    """Let each channel's mean and deviation go evenly from one end's noise to the other's."""
+    attention: Fraction = 0.0
+    """In this share of the steps, the first ones, self-attention sees keys and values of both ends;
+    DiffMorpher takes 0.6."""
+    reschedule: bool = False
+    """Space the frames evenly by how much changes between them."""
+    fps: Count = 8
+    """Frames per second of GIF and MP4."""
+    output: LocalPath | None = None
+    """Folder; in morphed/, named after the pictures, unless given."""
+    typed: tyro.conf.Suppress[frozenset[str]] = field(
+        default=frozenset(), repr=False, compare=False
+    )  # no flag; which were given

@@ -43,6 +43,9 @@ GIVEN = {
         "make train RUN=runs/full ARGS='--student full'\n"
     ),
     "docs/drawing.md": f"{MINE}make train MODEL=sd15 CACHE=caches/mine RUN=runs/sd15-lora\n",
+    "docs/learning-pictures.md": (
+        "cp my-pictures/000000.jpg cat.jpg\ncp my-pictures/000004.jpg dog.jpg\n"
+    ),
     "docs/merging.md": (
         "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"
         "make train RUN=runs/style ARGS='--objective denoise'\n"

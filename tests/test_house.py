@@ -174,6 +174,9 @@ def make(tmp_path):
         "EVAL_CACHE",
         "SCORER",
         "PROMPT",
+        "PICTURE",
+        "PICTURES",
+        "PROMPTS",
     }
     environment = {name: value for name, value in os.environ.items() if name not in own}
 
@@ -243,6 +246,11 @@ def test_quoted_shards_arrive_as_typed(make, shards):
          ["train", "compare", "runs/a", "my run", "--steps", "2"]),
         ("draw MODEL=sd15", ["infer", "draw", "--model", "sd15"]),
         ("sample PROMPT='a cat'", ["infer", "draw", "--prompt", "a cat"]),
+        ("learn PICTURE='my cat.jpg' PROMPT='a cat' ARGS='--rank 4'",
+         ["infer", "learn", "my cat.jpg", "--prompt", "a cat", "--rank", "4"]),
+        ("morph PICTURES='\"my cat.jpg\" dog.jpg' PROMPTS='\"a cat\" dog' MODEL=sd15",
+         ["infer", "morph", "my cat.jpg", "dog.jpg", "--prompts", "a cat", "dog", "--model",
+          "sd15"]),
     ],
 )  # fmt: skip
 def test_only_what_is_given_is_passed_on(make, words, passed):

@@ -6,7 +6,6 @@ So a picture is the same whatever else is drawn beside it.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from infer.draw.job import Job
+from infer.pipelines.timing import seconds_per_pass
 from shared.errors import UserError
 
 DECODING = 3  # a picture's decoding, in passes of the UNet: 2.5 TFLOP to 0.8 for SD 1.5 at 512 px
@@ -87,32 +87,8 @@ def steps_taken(pipe: Any, job: Job) -> int:
     return all_steps - skipped * int(scheduler.order)
 
 
-@torch.inference_mode()
-def seconds_per_pass(pipe: Any, job: Job) -> float:
-    """How long a pass of the UNet takes, measured."""
-    unet, (width, height) = pipe.unet, job.size
-    factor = pipe.vae_scale_factor
-    options = {"device": unet.device, "dtype": unet.dtype}
-    config = unet.config
-    latents = torch.zeros(1, config.in_channels, height // factor, width // factor, **options)
-    length = pipe.tokenizer.model_max_length
-    states = torch.zeros(1, length, config.cross_attention_dim, **options)
-    more = dict[str, Any]()
-    if job.choice.model.family.micro_conditioning:
-        pooled = torch.zeros(1, pipe.text_encoder_2.config.projection_dim, **options)
-        more["added_cond_kwargs"] = {
-            "text_embeds": pooled, "time_ids": torch.zeros(1, 6, **options)
-        }  # fmt: skip
-    if config.time_cond_proj_dim is not None:
-        more["timestep_cond"] = torch.zeros(1, config.time_cond_proj_dim, **options)
-    seconds = 0.0
-    for _ in range(1 if unet.device.type == "cpu" else 2):  # the first one on a GPU is slow
-        started = time.perf_counter()
-        unet(latents, 1, states, **more).sample.cpu()
-        seconds = time.perf_counter() - started
-    return seconds
-
-
 def seconds_expected(pipe: Any, job: Job, steps: int) -> float:
     """About how long the whole job will take."""
-    return job.count * (steps * job.passes + DECODING) * seconds_per_pass(pipe, job)
+    width, height = (side // pipe.vae_scale_factor for side in job.size)
+    one = seconds_per_pass(pipe.unet, height, width)
+    return job.count * (steps * job.passes + DECODING) * one

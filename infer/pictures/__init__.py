@@ -1,1 +1,1 @@
-"""Pictures of the user's go in as pixels; what is drawn comes out as files that say how."""
+"""Pictures of the user's go in as pixels; what is drawn comes out as files and films."""

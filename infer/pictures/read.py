@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from prep.images.crop import Framing, prepare
 from prep.images.decode import BadImage, opened, shown_size, upright_rgb
 from shared.errors import UserError
 from shared.storage.reading import read_file
@@ -38,6 +40,11 @@ def read_picture(path: Path, flag: str, size: Size | None = None) -> Image.Image
     except BadImage as error:
         raise unusable(path, flag, error) from None
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS) if size else picture
+
+
+def framed(data: bytes, side: int) -> NDArray[np.uint8]:
+    """The pixels `[side, side, 3]` that `prep` would encode of a picture, cut out of its middle."""
+    return prepare(data, Framing(side))[0].pixels
 
 
 def read_mask(path: Path, size: Size) -> Image.Image:

@@ -48,6 +48,11 @@ TINY = {
     },
     "evaluate": {"--num-samples": "65", "--threads": "1"},
     "sample": {"--steps": "1", "--threads": "1"},
+    "learn": {"--steps": "2", "--train-batch-size": "2", "--threads": "1"},
+    "morph": {
+        "--learn-steps": "2", "--train-batch-size": "2", "--frames": "3", "--steps": "2",
+        "--threads": "1",
+    },
     "draw": {"--steps": "4", "--threads": "1"},
 }  # fmt: skip
 # Where a page's previews are drawn, and where its students are evaluated.
