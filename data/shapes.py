@@ -4,8 +4,8 @@ A scene is what a caption can name; everything a caption does not name (tint, sh
 place) is drawn at random. The same words serve the renderer, the captions and the oracle, so that
 "does the picture show what the prompt says" has an exact answer.
 
-A scene can be drawn in a style, of which no caption tells: "plain", or "studded", which has a dot of
-the figure's colour in each corner.
+A scene can be drawn in a style, of which no caption tells: "plain", or "studded", which has a dot
+of the figure's colour, a stud, in two corners.
 
 All lengths are fractions of the side of the central square, which is what survives a centre crop.
 """
@@ -150,7 +150,7 @@ def contains(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDAr
 
 def studs(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Does (x, y) of the central square lie in a stud?"""
-    return np.any([np.hypot(x - u, y - v) < STUD_RADIUS for u, v in STUDS], axis=0)
+    return np.asarray(np.any([np.hypot(x - u, y - v) < STUD_RADIUS for u, v in STUDS], axis=0))
 
 
 def _article(noun: str) -> str:

@@ -1,8 +1,8 @@
-"""Draws the same captions with several students and says of each how often style and content are right.
+"""Draws the same captions with several students; how often are style and content right?
 
-`train evaluate` draws a student as its own objective is drawn. Here a fine-tuned student is also drawn
-in few steps, to see what is left of them, and so is a file of merged LoRAs, which no run has made.
-"""  # fmt: skip
+`train evaluate` draws a student as its own objective is drawn. Here a fine-tuned student is drawn
+in few steps, too, to see what is left of them, and so is a file of merged LoRAs, which no run made.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ Pictures = NDArray[np.uint8]  # [N, H, W, 3]
 
 @dataclass(frozen=True)
 class Line:
-    """What is drawn: a name, a UNet, and in how many steps.
+    """What is drawn: a name, a UNet with the flags of its training, and in how many steps.
 
     A `guided` one is drawn as the model itself, with DDIM and classifier-free guidance; others are
     drawn with LCMScheduler, and told the guidance where they have an input for it.
     """
 
     name: str
-    unet: Callable[[], Denoiser]
+    load: Callable[[], tuple[Denoiser, DistillConfig]]
     steps: int
     guided: bool = False
 
@@ -72,14 +72,15 @@ class Score:
     fd: float
 
 
-def of_run(run: Path) -> Callable[[], Denoiser]:
+def of_run(run: Path) -> Callable[[], tuple[Denoiser, DistillConfig]]:
     """The exported student of a run."""
-    return lambda: load_student(run, CPU)[0]
+    return lambda: load_student(run, CPU)
 
 
-def of_lora(model: str, file: Path) -> Callable[[], Denoiser]:
-    """A model with a LoRA file in its weights."""
-    return lambda: load_teacher(resolve_model(model).source, open_styles([str(file)]))
+def of_lora(model: str, file: Path) -> Callable[[], tuple[Denoiser, DistillConfig]]:
+    """A model with a few-step LoRA's file in its weights; in training it had LCD's defaults."""
+    source = resolve_model(model).source
+    return lambda: (load_teacher(source, open_styles([str(file)])), DistillConfig())
 
 
 @dataclass(frozen=True)
@@ -112,44 +113,56 @@ class Easel:
 
     def draw(self, line: Line) -> Pictures:
         """Every caption once, number i from the noise of seed + i."""
-        unet = line.unet()
+        unet, config = line.load()
         count, shape = len(self.heldout), self.heldout.shape
         parts = []
         for start in range(0, count, BATCH):
             end = min(start + BATCH, count)
-            predict, scheduler = self.sampler(unet, line, self.heldout.texts[slice(start, end)])
+            texts = self.heldout.texts[slice(start, end)]
+            predict = self.predictor(unet, line, texts)
+            scheduler = self.scheduler(config, line)
             seeds = range(self.seed + start, self.seed + end)
             parts.append(draw_latents(predict, scheduler, line.steps, shape, seeds, CPU))
         return self.decoded(torch.cat(parts))
 
-    def sampler(self, unet: Denoiser, line: Line, texts: TextEmbeds) -> tuple[Predict, Any]:
-        """How a line is drawn: its forward and its scheduler."""
-        scale = resolve_model(self.model).family.guidance_scale
-        settings = load_config(self.source, "scheduler/scheduler_config.json")
-        size = (SIDE, SIDE)
+    def predictor(self, unet: Denoiser, line: Line, texts: TextEmbeds) -> Predict:
+        """A line's forward."""
+        scale, size = resolve_model(self.model).family.guidance_scale, (SIDE, SIDE)
         if line.guided:
-            predict = teacher_predictor(unet, texts, self.heldout.empty, scale, size)
-            return predict, teacher_scheduler("ddim", "trailing", settings)
-        scheduler = OBJECTIVES["lcd"].sampler.build(settings, DistillConfig())
-        return student_predictor(unet, texts, scale, size), scheduler
+            return teacher_predictor(unet, texts, self.heldout.empty, scale, size)
+        return student_predictor(unet, texts, scale, size)
+
+    def scheduler(self, config: DistillConfig, line: Line) -> Any:
+        """A line's scheduler, with the intervals that its training had."""
+        settings = load_config(self.source, "scheduler/scheduler_config.json")
+        if line.guided:
+            return teacher_scheduler("ddim", "trailing", settings)
+        return OBJECTIVES["lcd"].sampler.build(settings, config)
 
     def score(self, line: Line, pictures: Pictures) -> Score:
         """Score drawn pictures."""
         style = score_style(pictures, self.heldout.captions)
         content = score_content(pictures, self.heldout.captions)
         distance = frechet_distance(self.real, Gaussian.of(features(pictures)))
-        parts = (float(np.mean(right)) for right in (style, content, style * content))
-        return Score(line.name, line.steps, *parts, fd=distance)
+        return Score(
+            line.name,
+            line.steps,
+            style=float(np.mean(style)),
+            content=float(np.mean(content)),
+            both=float(np.mean(style * content)),
+            fd=distance,
+        )
 
 
 def table(scores: Sequence[Score]) -> str:
     """The scores in Markdown."""
-    rows = [
-        [one.student, str(one.steps), *(f"{part:.3f}" for part in (one.style, one.content, one.both)),
-         f"{one.fd:.1f}"]
-        for one in scores
-    ]  # fmt: skip
-    return aligned([HEADINGS, *rows])
+    return aligned([HEADINGS, *map(cells, scores)])
+
+
+def cells(score: Score) -> list[str]:
+    """A row of the table."""
+    parts = (score.style, score.content, score.both)
+    return [score.student, str(score.steps), *(f"{part:.3f}" for part in parts), f"{score.fd:.1f}"]
 
 
 def write_columns(

@@ -4,8 +4,8 @@
     python -m train evaluate --scorer data.style_oracle:score_content ...  # is the caption right?
     python -m train evaluate --scorer data.style_oracle:score ...          # are both?
 
-A stud holds a stud where it stands out from what is around it. For the content, studs are painted
-over with the field, and the rest is read as the plain oracle reads it.
+There is a stud where its place stands out from what is around it. For the content, studs are
+painted over with the field, and the rest is read as the plain oracle reads it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from data.shapes import STUD_RADIUS, STUDS, Scene, parse
 
 CONTRAST = 25.0  # of a stud to its surroundings, in RGB; red and orange lie 105 apart
 ALIKE = 90.0  # as far may a picture's studs lie from their mean colour
+UNEVEN = 40.0  # may lie the half of a stud's pixels from its colour
 CORE = 0.7  # of a stud's radius; what is outside is blurred
 SURROUNDINGS = (1.4, 1.9)  # of its radius
 
@@ -45,7 +46,7 @@ def score(images: NDArray[np.uint8], captions: Sequence[str]) -> NDArray[np.floa
 
 
 def is_studded(image: NDArray[np.uint8]) -> bool:
-    """Is there a dot in each stud, and are they of one colour?"""
+    """Is there a stud in both corners, and are they of one colour?"""
     pixels = image.astype(np.float64)
     colours = [stud_colour(pixels, stud) for stud in STUDS]
     found = np.asarray([colour for colour in colours if colour is not None])
@@ -70,10 +71,13 @@ def read_content(image: NDArray[np.uint8]) -> Scene | None:
 def stud_colour(
     pixels: NDArray[np.float64], stud: tuple[float, float]
 ) -> NDArray[np.float64] | None:
-    """The colour of a stud's stud, or None where nothing stands out there."""
+    """The colour where a stud belongs, or None where nothing stands out there."""
     distance = distance_from(stud, pixels.shape[0])
     near, far = (share * STUD_RADIUS for share in SURROUNDINGS)
-    core = np.median(pixels[distance < CORE * STUD_RADIUS], axis=0)
+    inner = pixels[distance < CORE * STUD_RADIUS]
+    core = np.median(inner, axis=0)
+    if np.median(np.linalg.norm(inner - core, axis=1)) > UNEVEN:
+        return None
     around = np.median(pixels[(distance > near) & (distance < far)], axis=0)
     return core if np.linalg.norm(core - around) > CONTRAST else None
 
