@@ -91,7 +91,7 @@ def test_plain_pictures_read_as_ever_and_studded_ones_as_well():
     assert np.mean([agrees(s, read(i)) for s, i in zip(scenes, images, strict=True)]) < 0.1
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [80, pytest.param(600, marks=pytest.mark.slow)])
 def test_style_and_content_outlast_the_vae(count):
     """Told right in 98% at least; small stars blur into circles a little more often than plain."""
     right = {}
@@ -105,4 +105,4 @@ def test_style_and_content_outlast_the_vae(count):
         seen, captions = seen[no_stars], [captions[i] for i in no_stars]
         assert score_content(seen, captions).mean() >= 0.97
     assert right["plain"] >= 0.95
-    assert right["studded"] >= right["plain"] - 0.06
+    assert right["studded"] >= right["plain"] - 0.08
