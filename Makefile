@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS and RUNS are pasted as typed, so that quotes inside them work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce objectives style prep synthesize teach train evaluate compare sample export merge test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce objectives style prep synthesize teach train evaluate compare draw sample export merge test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -62,8 +62,10 @@ evaluate: $(STAMP) ## student against teacher: [RUN=the newest] [EVAL_CACHE=] [S
 compare: $(STAMP) ## evaluated students of several runs side by side: RUNS='runs/a runs/b' [ARGS=]
 	$(PY) -m train compare $(value RUNS) $(args)
 
-sample: $(STAMP) ## draw with a student: [RUN=the newest] [PROMPT='one of those in the cache'] [ARGS=]
-	$(PY) -m train sample $(call option,--run,RUN) $(call option,--prompt,PROMPT) $(args)
+draw: $(STAMP) ## any prompt: [PROMPT='a red circle'] [RUN=the newest] [MODEL=instead of a run] [ARGS=]
+	$(PY) -m infer draw $(call option,--run,RUN) $(call option,--model,MODEL) $(call option,--prompt,PROMPT) $(args)
+
+sample: draw ## the same
 
 export: $(STAMP) ## a student for other programs: [RUN=the newest] [ARGS='--guidance-scale 7.5']
 	$(PY) -m train export $(call option,--run,RUN) $(args)

@@ -8,7 +8,9 @@ goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from train.export.weights import exported_student
 from train.objectives import objective_of
 
 MODEL = "tiny-sd"
+EVALUATION = "--num-samples 1000 --threads 1"
+TEACHERS_ROWS = threading.Lock()  # held while they are drawn
 BUDGET = 2000.0  # in steps of LCD that ask the teacher, with the same kind of student
 ANSWERS = 16
 PROCESSES = 2  # trainings side by side
@@ -150,13 +154,17 @@ def train(bench: Bench, recipe: Recipe, seed: int, steps: int) -> None:
     flags = training_flags(bench, recipe, seed)
     bench.workers.command(run.name, "train", "distill", *flags, "--max-train-steps", str(steps))
     if recipe.shown and not evaluated(run, recipe):
-        say(f"{run.name}: evaluate")
-        bench.workers.command(
-            run.name,
-            *("train", "evaluate", "--run", run, "--eval-cache", bench.cache("heldout")),
-            *("--scorer", SCORER, "--num-samples", "1000", "--threads", "1"),
-        )
+        evaluate(bench, run)
     say(f"{run.name}: done")
+
+
+def evaluate(bench: Bench, run: Path) -> None:
+    """Evaluate a student; the first one draws the teacher's rows, and others wait to find them."""
+    heldout = bench.cache("heldout")
+    words = ["--run", str(run), "--eval-cache", str(heldout), "--scorer", SCORER]
+    with TEACHERS_ROWS if not list(heldout.glob("evaluations/*.safetensors")) else nullcontext():
+        say(f"{run.name}: evaluate")
+        bench.workers.command(run.name, "train", "evaluate", *words, *EVALUATION.split())
 
 
 def evaluated(run: Path, recipe: Recipe) -> bool:

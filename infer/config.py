@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from shared.cli.paths import LocalPath, NameOrPath, StyleFlag, StyleText
+from shared.cli.paths import LocalPath, NameOrPath, StyleFlag, StyleText, Texts
 from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Numbers, Seed
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -39,6 +39,9 @@ class ModelFlags(MachineFlags):
     given); repeatable."""
     vae: NameOrPath | None = None
     """The VAE; the run's or the model's own unless given."""
+    scheduler: str | None = None
+    """diffusers' scheduler: lcm, tcd, ddim, euler, DPMSolverMultistep, ...; unless given the one
+    that the student was trained for, or the model's own."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class MergeConfig:
 class DrawConfig(ModelFlags):
     """Draw pictures: any prompt, with a student or a model, LoRAs mixed, from pictures too."""
 
-    prompt: tuple[str, ...] = ()
-    """Any text; several draw a row each."""
+    prompt: Texts = ()
+    """Any text; several draw a row each; repeatable."""
     prompts: LocalPath | None = None
     """A text file with a prompt in each line."""
     negative_prompt: str | None = None

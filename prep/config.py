@@ -10,7 +10,7 @@ import tyro
 
 from prep.rows.row import MAX_IMAGE_BYTES
 from shared.cli.defaults import MODEL
-from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag, StyleFlag
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, SourceFlag, StyleFlag, Texts
 from shared.cli.ranges import Count, Fraction, Natural, Numbers, Precision, Seed
 
 
@@ -78,7 +78,7 @@ class EncodeFlags:
     """What stands between the tags that are shuffled; a comma unless given."""
     clip_skip: Natural = 0
     """How many last layers of the text encoders to leave out, as in diffusers: 1 is kohya's 2."""
-    preview_prompts: tuple[str, ...] = ()
+    preview_prompts: Texts = ()
     """Prompts embedded for previews; the first captions of the data unless given."""
     vae_batch_size: Count | None = None
     """Pictures per VAE call; a started cache keeps its own. 8 on a CPU; on a GPU 16 of 512 px, 4 of

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from shared.errors import UserError
@@ -72,8 +73,19 @@ def open_styles(texts: Sequence[str]) -> tuple[Style, ...]:
             )
         if path.suffix != ".safetensors":
             raise UserError(f"{FLAG} {file} is no .safetensors file, which is what is read")
-        found.append(Style(file, scale, file_sha256(path)))
+        found.append(Style(file, scale, content_hash(path)))
     return tuple(found)
+
+
+def content_hash(path: Path) -> str:
+    """A file's sha256, computed once for as long as the file stays as it is."""
+    stat = path.stat()
+    return _content_hash(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _content_hash(path: Path, *_state: int) -> str:
+    return file_sha256(path)
 
 
 def as_recorded(styles: Sequence[Style]) -> tuple[Style, ...]:

@@ -19,16 +19,33 @@ from tests.support import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = {
-    "test_crash.py", "test_evaluate.py", "test_parallel.py", "test_docs_blocks.py", "test_hub.py",
-    "test_again.py", "test_launch.py", "test_weights.py", "test_benchmarks.py", "test_parts.py",
+    "test_crash.py", "test_compare.py", "test_evaluate.py", "test_parallel.py", "test_parts.py",
+    "test_docs_blocks.py", "test_compare_cost.py", "test_dmd_runs.py", "test_resume.py",
+    "test_again.py", "test_hub.py", "test_launch.py", "test_weights.py", "test_benchmarks.py",
 }  # fmt: skip
 
 
+# What is imported when there is work for it, and would be in every process that is forked for some.
+LATER = {
+    "prep.encode.engine": ["pandas", "pillow_heif", "transformers.models.clip.tokenization_clip"],
+    "train.trainer.loop": ["torch.utils.tensorboard"],
+}
+MEMORY = Path("/dev/shm")
+ROOM = 4 << 30  # bytes; the fast tests have a tenth of it at once
+
+
 def pytest_configure(config):
-    """The other tests are about a CPU: hide the GPUs unless -m asks for the tests that need one."""
+    """The other tests are about a CPU: hide the GPUs unless -m asks for the tests that need one.
+
+    The folders of the fast tests lie in memory where there is room: a tenth of their time went into
+    fsync.
+    """
     chosen = config.option.markexpr
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    usable = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM
+    if usable and "not slow" in chosen:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 def pytest_collection_modifyitems(items):
@@ -36,13 +53,28 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """To look for garbage among some thousand modules that are imported takes a fifth of it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish():
     """What the tests test is imported now, and nothing has run: the moment to fork from.
 
     None of it is garbage; to look through it again and again took a tenth of the tests' time.
     """
+    for ours, theirs in LATER.items():
+        for name in theirs if ours in sys.modules else ():
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(10_000, 20, 20)
     warm.fork_server()
 
 
@@ -78,7 +110,8 @@ def encode_some(model: str, latents: str, count: int, folder: Path) -> None:
 def shared_cache(factory, model: str, latents: str, count: int) -> Path:
     """The same for all workers of a session: the first that asks makes it."""
     base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{model}"
+    here = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = here / f"shared-{model}-{count}"
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -92,6 +125,12 @@ def shared_cache(factory, model: str, latents: str, count: int) -> Path:
 def tiny_cache(tmp_path_factory) -> Path:
     """72 pictures for tiny-sd, mean only: enough for an evaluation. Do not write into it."""
     return shared_cache(tmp_path_factory, "tiny-sd", "mean", 72)
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory) -> Path:
+    """The first 24 of them: enough for a training. Do not write into it."""
+    return shared_cache(tmp_path_factory, "tiny-sd", "mean", 24)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,11 @@ import pytest
 from prep.config import EncodeConfig
 from shared.cli.config import parse
 from tests.support.docs import (
+    EVALUATIONS,
     LANGUAGES,
+    MORE_PICTURES,
+    PICTURES,
+    PREVIEWS,
     Workspace,
     blocks,
     cut_down,
@@ -38,6 +42,7 @@ GIVEN = {
         "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"
         "make train RUN=runs/full ARGS='--student full'\n"
     ),
+    "docs/drawing.md": f"{MINE}make train MODEL=sd15 CACHE=caches/mine RUN=runs/sd15-lora\n",
     "docs/merging.md": (
         "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"
         "make train RUN=runs/style ARGS='--objective denoise'\n"
@@ -47,16 +52,23 @@ GIVEN = {
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """The hub and the pictures of the pages."""
-    folder = tmp_path_factory.mktemp("documented")
-    make_hub(folder / "hub")
-    make_sources(folder)
-    return folder
+    """The hub and so many pictures of the pages."""
+    made = {}
+
+    def make(count):
+        if count not in made:
+            made[count] = tmp_path_factory.mktemp("documented")
+            make_hub(made[count] / "hub")
+            make_sources(made[count], count)
+        return made[count]
+
+    return make
 
 
 @pytest.fixture
-def workspace(sources, tmp_path, monkeypatch):
+def workspace(request, sources, tmp_path, monkeypatch):
     """A checkout to type in, where the real models' names stand for the tiny ones."""
+    sources = sources(MORE_PICTURES if request.node.get_closest_marker("slow") else PICTURES)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(sources / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
@@ -76,21 +88,25 @@ def test_every_block_says_what_it_is(block):
 
 READ = {"encode": EncodeConfig, "evaluate": EvaluateConfig, "compare": CompareConfig}
 SLOW = ("evaluate", "compare")  # read in the fast tests, carried out in the slow ones
+DRAWN = ("README.md", "docs/finetuning.md")  # with previews; the others' are the same command's
 
 
 @pytest.mark.parametrize("page", [page for page, found in BY_PAGE.items() if found])
 def test_blocks_run(page, workspace, cli):
-    run_blocks(page, workspace, cli, read={*SLOW})
+    run_blocks(page, workspace, cli, {*SLOW}, PREVIEWS if page in DRAWN else {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
 def test_slow_blocks_run(page, workspace, cli):
-    run_blocks(page, workspace, cli, read=set())
+    run_blocks(page, workspace, cli, set(), PREVIEWS | EVALUATIONS)
 
 
-def run_blocks(page, workspace, cli, read):
-    """Carry out a page's blocks; of the commands in `read` only the flags are looked at."""
+def run_blocks(page, workspace, cli, read, numbers):
+    """Carry out a page's blocks, with these numbers besides those of TINY.
+
+    Of the commands in `read` only the flags are looked at.
+    """
     names = {}
     for block in [GIVEN.get(page, ""), *BY_PAGE[page]]:
         if block and not isinstance(block, str) and block.language == "python":
@@ -103,5 +119,5 @@ def run_blocks(page, workspace, cli, read):
             if "--engine" in command or command[1] in read:  # the former runs in prep/test_ray.py
                 parse(READ[command[1]], command[2:], "")
                 continue
-            answer = cli(*cut_down(command))
+            answer = cli(*cut_down(command, numbers))
             assert answer.status == 0, f"{block}: {words}\n{answer.err}{answer.out}"

@@ -59,4 +59,4 @@ def test_demo_leaves_pictures_and_tables(demo: Path) -> None:
     for student in ("full", "lora"):
         for name in ("evaluation.png", "evaluation.md"):
             assert (demo / "runs" / student / name).stat().st_size > 500
-    assert (demo / "sample.png").exists()
+    assert (demo / "drawn.png").exists()

@@ -241,8 +241,8 @@ def test_quoted_shards_arrive_as_typed(make, shards):
          ["train", "evaluate", "--eval-cache", "c", "--scorer", "m:f", "--seed", "1"]),
         ("compare RUNS='runs/a \"my run\"' ARGS='--steps 2'",
          ["train", "compare", "runs/a", "my run", "--steps", "2"]),
-        ("sample", ["train", "sample"]),
-        ("sample PROMPT='a cat'", ["train", "sample", "--prompt", "a cat"]),
+        ("draw MODEL=sd15", ["infer", "draw", "--model", "sd15"]),
+        ("sample PROMPT='a cat'", ["infer", "draw", "--prompt", "a cat"]),
     ],
 )  # fmt: skip
 def test_only_what_is_given_is_passed_on(make, words, passed):

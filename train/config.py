@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, Texts
 from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Numbers, Seed
 from shared.storage.urls import Place
 from train import flag_groups as groups
@@ -107,7 +107,7 @@ class CompareConfig(groups.MachineFlags):
 class SampleConfig(groups.MachineFlags, ArtistFlags):
     """Draw pictures with a student, for prompts whose embeddings are in its cache."""
 
-    prompt: tuple[str, ...] = ()
+    prompt: Texts = ()
     """The prompts of the run's previews unless given."""
     cache: PlaceFlag | None = None
     """Cache that holds the prompts' embeddings; the run's own unless given."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, StyleFlag
+from shared.cli.paths import LocalPath, NameOrPath, PlaceFlag, StyleFlag, Texts
 from shared.cli.ranges import (
     BelowOne,
     Count,
@@ -257,7 +257,7 @@ class ProgressFlags:
     """Take the run over from a process that hangs."""
     validation_steps: Natural = 250
     """Steps between preview pictures; 0 for none."""
-    validation_prompts: tuple[str, ...] = ()
+    validation_prompts: Texts = ()
     """Prompts of the previews, from those embedded in the cache; its first four unless given."""
     logging_steps: Count = 10
     report_to: tuple[str, ...] = ("tensorboard",)

@@ -105,5 +105,5 @@ def note_truncated(pipe: Any, job: Job) -> None:
     """Say which prompts are longer than the text encoders read."""
     most = pipe.tokenizer.model_max_length
     for prompt in job.prompts:
-        if len(pipe.tokenizer(prompt).input_ids) > most:
+        if len(pipe.tokenizer(prompt, verbose=False).input_ids) > most:
             print(f"note: only the first {most} tokens are read of: {prompt}", file=sys.stderr)

@@ -76,6 +76,11 @@ class Job:
         both = self.given.control is not None and self.given.image is not None
         return self.guidance_scale if told and both else None
 
+    @property
+    def mixed_in(self) -> str:
+        """The LoRAs that are added to what draws, in words."""
+        return ", ".join(map(str, self.choice.mixed_in))
+
     def pictures(self) -> Iterator[tuple[str, int]]:
         """Prompt and seed of each."""
         return ((prompt, seed) for prompt in self.prompts for seed in self.seeds)
@@ -85,8 +90,7 @@ class Job:
         width, height = self.size
         many = f" ({counted(len(self.prompts), 'prompt')}, {counted(len(self.seeds), 'seed')})"
         from_what = {"": "", "Img2Img": " from a picture", "Inpaint": " into a picture"}
-        loras = ", ".join(map(str, self.choice.loras))
-        with_loras = f" with {loras}" if loras else ""
+        with_loras = f" with {self.mixed_in}" if self.mixed_in else ""
         steered = ", steered by a ControlNet" if self.given.control is not None else ""
         scheduler = type(self.choice.sampling.scheduler).__name__
         return (
@@ -109,7 +113,7 @@ class Job:
             "size": f"{width}x{height}",
             "model": self.choice.model_name,
             "run": self.choice.run,
-            "loras": ", ".join(map(str, self.choice.loras)) or None,
+            "loras": self.mixed_in or None,
             "scheduler": type(self.choice.sampling.scheduler).__name__,
             "clip_skip": self.clip_skip or None,
             "strength": None if self.strength is None else f"{self.strength:g}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from infer.pipelines.loras import find_lora
 from shared.errors import UsageError, UserError
 from shared.models.family import Model, recorded_model, resolve_model
 from shared.models.lora_files import read_lora
@@ -13,7 +14,6 @@ from shared.networks.styled import Lora, join, misfit, scaled
 from shared.storage.files import file_sha256
 from shared.style import Style, split_scale
 from train.state.run_config import run_config
-from train.trainer.init_student import PICKLES, lora_at, unet_at
 
 
 def find_loras(texts: Sequence[str]) -> tuple[Style, ...]:
@@ -25,28 +25,8 @@ def find_loras(texts: Sequence[str]) -> tuple[Style, ...]:
         raise UsageError(
             "which LoRAs? For example: python -m infer merge style.safetensors:0.8 runs/sdxl-lora"
         )
-    found = []
-    for text in texts:
-        name, scale = split_scale(text)
-        file = find_lora(Path(name))
-        found.append(Style(str(file), scale, file_sha256(file)))
-    return tuple(found)
-
-
-def find_lora(path: Path) -> Path:
-    """The LoRA file that a path is, or that lies there. Raises UserError where there is none."""
-    if file := lora_at(path):
-        return file
-    if not path.exists():
-        raise UserError(
-            f"{path}: there is no such file; give a LoRA's .safetensors file, or the folder of a "
-            "run (`hf download` fetches one of the hub)"
-        )
-    if path.suffix in PICKLES:
-        raise UserError(f"{path} is a pickle, which can run code; give it as .safetensors")
-    if unet_at(path) is not None:
-        raise UserError(f"{path} holds a whole UNet, which is no LoRA; merge the LoRA into it")
-    raise UserError(f"{path} holds no LoRA; give a .safetensors file, or a run with a LoRA student")
+    files = [find_lora(text, "the LoRA") for text in texts]
+    return tuple(Style(str(one.path), one.scale, file_sha256(one.path)) for one in files)
 
 
 def find_model(name: str | None, texts: Sequence[str]) -> Model:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from infer.config import ModelFlags
 from infer.pipelines.loras import LoraFile, find_lora
-from infer.pipelines.sampling import SCHEDULER_CONFIG, Guidance, Sampling, sampling_of
+from infer.pipelines.sampling import SCHEDULER_CONFIG, Guidance, Sampling, rescheduled, sampling_of
 from infer.pipelines.students import Student, identity_of, open_student, prompts_of
 from shared.models.family import (
     Model,
@@ -31,11 +31,17 @@ class Choice:
     model: Model  # whose text encoders and, unless there is a `unet`, UNet
     unet: Path | None  # of a full student
     vae: str
-    loras: tuple[LoraFile, ...]
+    own: LoraFile | None  # of a LoRA student
+    mixed_in: tuple[LoraFile, ...]
     sampling: Sampling
     side: int  # of a picture unless told otherwise, in pixels
     clip_skip: int  # layers of the text encoders that are left out of the prompts
     prompts: tuple[str, ...]  # unless given
+
+    @property
+    def loras(self) -> tuple[LoraFile, ...]:
+        """All that are added to the model's weights."""
+        return self.mixed_in if self.own is None else (self.own, *self.mixed_in)
 
 
 def choose(flags: ModelFlags) -> Choice:
@@ -43,12 +49,11 @@ def choose(flags: ModelFlags) -> Choice:
     student = None
     if flags.run is not None or flags.model is None:
         student = open_student(newest_student(flags.run))
-    loras = tuple(map(find_lora, flags.lora))
+    mixed_in = tuple(map(find_lora, flags.lora))
     source = flags.model if student is None else student.teacher(flags.model)
     assert source is not None
     model = resolve_model(source)
-    if student is not None and student.lora:
-        loras = (LoraFile(student.weights, 1.0, student), *loras)
+    own = LoraFile(student.weights, 1.0, student) if student and student.lora else None
     config = None if student is None else student.config
     identity = identity_of(config)
     return Choice(
@@ -58,8 +63,9 @@ def choose(flags: ModelFlags) -> Choice:
         model=model,
         unet=None if student is None or student.lora else student.weights,
         vae=vae_of(flags, student, model),
-        loras=loras,
-        sampling=sampling_with(student, loras, source, model),
+        own=own,
+        mixed_in=mixed_in,
+        sampling=rescheduled(sampling_with(student, mixed_in, source, model), flags.scheduler),
         side=native_resolution(model) if identity is None else identity.preprocessing.resolution,
         clip_skip=0 if identity is None else identity.text.clip_skip,
         prompts=prompts_of(config),
@@ -77,7 +83,7 @@ def vae_of(flags: ModelFlags, student: Student | None, model: Model) -> str:
 
 
 def sampling_with(
-    student: Student | None, loras: tuple[LoraFile, ...], source: str, model: Model
+    student: Student | None, mixed_in: tuple[LoraFile, ...], source: str, model: Model
 ) -> Sampling:
     """How the mixture is drawn: as the first of its parts that is distilled, else as the base is.
 
@@ -91,6 +97,6 @@ def sampling_with(
         base = sampling_of(model.source, scheduler, told, model.family)
     if base.guidance is not Guidance.CLASSIFIER_FREE:
         return base
-    students = [lora.student for lora in loras if lora.student is not None]
+    students = [lora.student for lora in mixed_in if lora.student is not None]
     mixed = (one.sampling(source) for one in students)
     return next((one for one in mixed if one.distilled), base)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infer.pipelines.students import Student, nearest, open_student, student_beside
+from infer.pipelines.students import Student, nearest, student_beside
 from shared.errors import UserError
 from shared.models.lora_files import read_parts
 from shared.networks.styled import misfit
 from shared.style import split_scale
+from train.trainer.init_student import PICKLES, lora_at, unet_at
 
 FLAG = "--lora"
 
@@ -29,26 +31,32 @@ class LoraFile:
         return f"{name} at {self.scale:g}"
 
 
-def find_lora(text: str) -> LoraFile:
-    """Find what a `--lora FILE[:SCALE]` names: a file, or the folder of a LoRA student.
+def find_lora(text: str, flag: str = FLAG) -> LoraFile:
+    """Find what a `FILE[:SCALE]` names: a LoRA's file, or the folder in which a run has one.
 
     Raises UserError where there is none.
     """
     name, scale = split_scale(text)
     path = Path(name)
-    if path.is_dir():
-        student = open_student(path, FLAG)
-        if not student.lora:
-            raise UserError(
-                f"{FLAG} {path} is the run of a full student, which is a model of its own: "
-                f"--run {path}"
-            )
-        return LoraFile(student.weights, scale, student)
-    if not path.is_file():
-        raise UserError(f"{FLAG} {path} is not there{nearest(path)}")
-    if path.suffix != ".safetensors":
-        raise UserError(f"{FLAG} {path} is no .safetensors file, which is what is read")
-    return LoraFile(path, scale, student_beside(path))
+    file = lora_at(path)
+    if file is None:
+        raise UserError(f"{flag} {path} {why_no_lora(path)}")
+    return LoraFile(file, scale, student_beside(file))
+
+
+def why_no_lora(path: Path) -> str:
+    """Cause and remedy where a path names no LoRA."""
+    if not path.exists():
+        return f"is not there{nearest(path)}"
+    if path.suffix in PICKLES:
+        return "is a pickle, which can run code; give it as .safetensors"
+    if path.is_file():
+        return "is no .safetensors file, which is what is read"
+    if unet_at(path) is not None:
+        return f"holds a whole UNet, a model of its own: `infer draw --run {path}` draws with it"
+    if (path / "checkpoints").is_dir():
+        return f"has no exported LoRA yet; `python -m train export --run {path}` makes one"
+    return "holds no LoRA; give a .safetensors file, or a run with a LoRA student"
 
 
 def load_loras(pipe: Any, loras: Sequence[LoraFile], model: str) -> None:
@@ -58,8 +66,10 @@ def load_loras(pipe: Any, loras: Sequence[LoraFile], model: str) -> None:
     for one that does not fit.
     """
     names = [f"lora{number}" for number in range(len(loras))]
-    for lora, name in zip(loras, names, strict=True):
-        load_lora(pipe, lora, name, model)
+    with warnings.catch_warnings():  # peft warns of a second adapter, which is meant
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        for lora, name in zip(loras, names, strict=True):
+            load_lora(pipe, lora, name, model)
     if loras:
         pipe.set_adapters(names, [lora.scale for lora in loras])
         parts = [part for part in pipe._lora_loadable_modules if has_adapters(pipe, part)]

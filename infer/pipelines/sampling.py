@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 import inspect
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import diffusers
 from diffusers import LCMScheduler, SchedulerMixin, TCDScheduler
+from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from shared.errors import UserError
 from shared.models.family import Family, Model, load_config
@@ -64,27 +67,61 @@ def sampling_of(source: str, scheduler: Mapping[str, Any], told: bool, family: F
     `told` is whether its UNet is told the guidance. LCM's and TCD's schedulers are those of
     distilled students. Raises UserError for an unknown scheduler.
     """
-    built = scheduler_class(source, scheduler).from_config(scheduler)
-    most = timesteps_of(built)
-    if isinstance(built, LCMScheduler):
-        most = int(built.config.original_inference_steps)
-    few = isinstance(built, LCMScheduler | TCDScheduler)
-    guidance = Guidance.LEARNED if few else Guidance.CLASSIFIER_FREE
-    if told:
-        guidance = Guidance.TOLD
-    steps = min(FEW_STEPS if few else USUAL_STEPS, most)
-    return Sampling(built, steps, most, guidance, scale_of(guidance, family))
-
-
-def scheduler_class(source: str, scheduler: Mapping[str, Any]) -> Any:
-    """The class that a configuration names. Raises UserError for none that diffusers has."""
     name = str(scheduler.get("_class_name"))
-    kind = getattr(diffusers, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+    kind = schedulers().get(name)
+    if kind is None:
         raise UserError(
             f"{source}: diffusers has no scheduler {name!r}, which its scheduler_config.json names"
         )
-    return kind
+    guidance = Guidance.TOLD if told else Guidance.CLASSIFIER_FREE
+    return with_scheduler(kind.from_config(scheduler), guidance, family.guidance_scale)
+
+
+def with_scheduler(built: Any, guidance: Guidance, guidance_scale: float) -> Sampling:
+    """How a denoiser is drawn by a scheduler: by LCM's and TCD's as a distilled student is."""
+    few = isinstance(built, LCMScheduler | TCDScheduler)
+    if few and guidance is Guidance.CLASSIFIER_FREE:
+        guidance, guidance_scale = Guidance.LEARNED, 1.0
+    most = timesteps_of(built)
+    if isinstance(built, LCMScheduler):
+        most = int(built.config.original_inference_steps)
+    steps = min(FEW_STEPS if few else USUAL_STEPS, most)
+    return Sampling(built, steps, most, guidance, guidance_scale)
+
+
+def rescheduled(sampling: Sampling, name: str | None) -> Sampling:
+    """The same with the scheduler that `--scheduler` names, if it names one.
+
+    A student keeps its usual steps. Raises UserError for one that diffusers does not have.
+    """
+    if name is None:
+        return sampling
+    drawing = (*KarrasDiffusionSchedulers.__members__, "LCMScheduler", "TCDScheduler")
+    plain = {plain_name(one): one for one in drawing}
+    typed = plain_name(name)
+    begun = [one for one in plain if one.startswith(typed)]
+    if typed not in plain and len(begun) != 1:
+        raise UserError(
+            f"--scheduler {name} is none that draws Stable Diffusion; there are "
+            f"{', '.join(begun or plain)}"
+        )
+    kind = plain[typed if typed in plain else begun[0]]
+    built = schedulers()[kind].from_config(sampling.scheduler.config)
+    new = with_scheduler(built, sampling.guidance, sampling.guidance_scale)
+    return replace(new, steps=min(sampling.steps, new.steps))
+
+
+def plain_name(name: str) -> str:
+    """Write EulerAncestralDiscreteScheduler as people type it, `euler-ancestral`, and less."""
+    return re.sub(r"[-_ ]|scheduler$|discrete", "", name.lower())
+
+
+@cache
+def schedulers() -> dict[str, Any]:
+    """Diffusers' schedulers by the names of their classes."""
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+    kinds = {name: getattr(diffusers, name) for name in names}
+    return {n: k for n, k in kinds.items() if inspect.isclass(k) and issubclass(k, SchedulerMixin)}
 
 
 def timesteps_of(scheduler: Any) -> int:

@@ -116,6 +116,7 @@ PlaceFlag = Annotated[Place, PathKind("PATH|URL", any_place)]
 SourceFlag = Annotated[str, PathKind("PATH|URL", source)]
 NameOrPath = Annotated[str, PathKind("NAME|PATH", name_or_path)]
 REPEATABLE = "repeatable"  # of a flag with several values, that may be given once for each
+Texts = Annotated[tuple[str, ...], REPEATABLE]
 StyleText = Annotated[str, PathKind("FILE[:SCALE]", file_and_scale)]
 StyleFlag = Annotated[tuple[StyleText, ...], REPEATABLE]
 

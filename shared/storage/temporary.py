@@ -32,7 +32,7 @@ from pathlib import Path
 
 from shared.errors import UserError
 
-KEPT_SECONDS = 24 * 3600.0
+KEPT_SECONDS, ATTEMPTS = 24 * 3600.0, 1000
 LOCK, UNLOCKED = "lock", "no-lock"  # the latter where the file system has no locks
 HELD = re.compile(r"held-([0-9a-f]{12})-[0-9a-f]{12}")
 
@@ -165,13 +165,17 @@ _desks = _Desks()
 
 def _take(tmp: Path) -> _Desk:
     """Make a folder in `tmp` and lock it; a sweep that comes in between makes it begin again."""
+    attempts = ATTEMPTS
     while True:
+        attempts -= 1
         try:
             tmp.mkdir(parents=True, exist_ok=True)
             folder = tmp / f"held-{_reach(tmp)}-{os.urandom(6).hex()}"
             folder.mkdir()
             fd = _create(folder / LOCK)
         except FileNotFoundError:  # swept, or another process has removed an empty `tmp`
+            if not attempts:  # or nothing can be made there, as in a working folder that is gone
+                raise
             continue
         locked = _lock(fd)
         if locked is None:

@@ -208,7 +208,7 @@ def test_mistakes_are_told_in_a_line(cli, repo, styles, tmp_path):
         ([styles["tiny-xl"][0], "--model", "tiny-sd", *out], 1, "is not for tiny-sd: its layer "),
         ([f"{ink}:much", "--model", "tiny-sd", *out], 2, "'much' is no number; give a scale"),
         ([f"{ink}:0", "--model", "tiny-sd", *out], 2, "a scale of 0 cannot be"),
-        ([tmp_path / "no.safetensors", "--model", "tiny-sd", *out], 1, "there is no such file"),
+        ([tmp_path / "no.safetensors", "--model", "tiny-sd", *out], 1, "is not there"),
         ([tmp_path / "empty", "--model", "tiny-sd", *out], 1, "empty holds no LoRA"),
         ([repo / "data/tiny-sd", "--model", "tiny-sd", *out], 1, "holds a whole UNet"),
         ([ink, "--model", "tiny-sd", "--output", tmp_path / "x.ckpt"], 1, "ends with .safetensors"),

@@ -40,8 +40,8 @@ def drive(folder: Path, scenarios: list[str], *flags: object) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def crashes(memory: Path) -> dict[str, Any]:
-    """At each sixth moment; dying just before a call is dying just after the one before it."""
-    flags = ("--modes", "before", "half", "--distinct", "--every", 6)
+    """At each ninth moment; dying just before a call is dying just after the one before it."""
+    flags = ("--modes", "before", "half", "--distinct", "--every", 9)
     return drive(memory / "small", ["encode"], *flags)
 
 

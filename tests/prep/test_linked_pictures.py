@@ -3,7 +3,6 @@
 import base64
 import http.server
 import os
-import threading
 from pathlib import Path
 
 import datasets
@@ -16,6 +15,7 @@ from prep.files.litter import HIDDEN
 from prep.sources.find import SourceOptions, find_units
 from prep.sources.tables.linked_pictures import MISSING, OUTSIDE, UNREACHABLE
 from shared.storage import retry
+from tests.support import web
 from tests.support.sources import accounts, encode, png, refusal
 
 PNG = png(1)
@@ -58,7 +58,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.files, self.redirects, self.asked = files, redirects, []
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        web.serve(self)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -8,7 +8,6 @@ import gzip
 import io
 import os
 import tarfile
-import threading
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -28,7 +27,7 @@ from tests.support.sources import (
     units,
     write_tar,
 )
-from tests.support.web import Server
+from tests.support.web import Server, serve
 
 FLAGS = ("--model", "tiny-sd", "--threads", 1, "--latents", "mean", "--max-reject-fraction", 1.0)
 
@@ -188,7 +187,7 @@ def damaged(whole):
 def server(monkeypatch):
     monkeypatch.setattr("shared.storage.retry.FIRST_WAIT", 0.01)
     with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        serve(server)
         yield server
         server.shutdown()
 

@@ -85,15 +85,23 @@ def test_a_source_that_hangs_is_left_behind(monkeypatch):
     go_on.set()
 
 
-@pytest.fixture
-def tar(tmp_path):
-    return write_tar(tmp_path / "a.tar", captioned(range(40)))
+SMALL_BATCHES = {"vae_batch_size": 2, "text_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory):
+    return write_tar(tmp_path_factory.mktemp("pictures") / "a.tar", captioned(range(40)))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tar, tmp_path_factory):
+    """The bytes of its cache, by small batches."""
+    return tree(encode(tar, tmp_path_factory.mktemp("undisturbed") / "cache", **SMALL_BATCHES))
 
 
 @pytest.mark.parametrize("stage", ["reading", "decoding", "captions", "latents", "writing"])
-def test_what_any_stage_raises_reaches_the_caller(stage, tar, tmp_path, monkeypatch):
+def test_what_any_stage_raises_reaches_the_caller(stage, tar, undisturbed, tmp_path, monkeypatch):
     """With no thread and no file left behind, and the next run makes it good."""
-    wanted = tree(encode(tar, tmp_path / "wanted", vae_batch_size=2, text_batch_size=2))
     place, name = {
         "reading": (prep.encode.engine.Unit, "rows"),
         "decoding": (decode_rows, "prepare"),
@@ -119,12 +127,12 @@ def test_what_any_stage_raises_reaches_the_caller(stage, tar, tmp_path, monkeypa
     cache = tmp_path / "cache"
     monkeypatch.setattr(place, name, failing)
     with pytest.raises(OSError, match="no luck"):
-        encode(tar, cache, vae_batch_size=2, text_batch_size=2)
+        encode(tar, cache, **SMALL_BATCHES)
     monkeypatch.setattr(place, name, real)
     assert ours() == []
     assert list((cache / "tmp").iterdir()) == []
     assert not list(cache.glob("units/*"))
-    assert tree(encode(tar, cache, vae_batch_size=2, text_batch_size=2)) == wanted
+    assert tree(encode(tar, cache, **SMALL_BATCHES)) == undisturbed
 
 
 def test_an_interrupted_run_leaves_no_thread_and_no_file(tar, tmp_path, monkeypatch):

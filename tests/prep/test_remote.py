@@ -2,7 +2,6 @@
 
 import pickle
 import sys
-import threading
 from unittest import mock
 
 import fsspec
@@ -26,7 +25,7 @@ from tests.support.sources import (
     units,
     write_tar,
 )
-from tests.support.web import Server
+from tests.support.web import Server, serve
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +59,7 @@ KEYS = [f"{n:04d}" for n in range(12)]
 @pytest.fixture
 def server():
     with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+        serve(server)
         yield server
         server.shutdown()
 

@@ -106,3 +106,33 @@ def test_a_dry_run_counts_their_bytes(tmp_path):
 
 def megabytes(line):
     return float(line.split(": ")[1].split(" MB")[0])
+
+
+def test_answers_of_a_unit_that_another_process_is_about_to_commit_stay(tmp_path):
+    """Its answers are there, and its samples not yet, when this process writes the manifest."""
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    lines(folder / "a.txt", CAPTIONS[:3])
+    draw(folder / "*.txt", tmp_path / "one", **FLAGS)
+    lines(folder / "b.txt", CAPTIONS[3:7])
+    shutil.copytree(tmp_path / "one", tmp_path / "both")
+    draw(folder / "*.txt", tmp_path / "both", **FLAGS)
+    theirs = [path for path in (tmp_path / "both/answers").rglob("b.txt-*") if path.is_file()]
+    assert [path.suffix for path in sorted(theirs)] == [".tar", ".json"]
+    for path in theirs:
+        shutil.copy(path, tmp_path / "one" / path.relative_to(tmp_path / "both"))
+    assert prep("finish", "--cache", tmp_path / "one").status == 0
+    for path in theirs:
+        assert (tmp_path / "one" / path.relative_to(tmp_path / "both")).exists()
+    assert len(open_answers(tmp_path / "one").shards) == 1
+    for name in ("units", "samples", "shards"):  # now they are committed
+        for path in (tmp_path / "both" / name).glob("b.txt-*"):
+            shutil.copy(path, tmp_path / "one" / name)
+    assert prep("finish", "--cache", tmp_path / "one").status == 0
+    assert open_answers(tmp_path / "one") == open_answers(tmp_path / "both")
+    # One that the manifest knows goes with its unit.
+    for path in (tmp_path / "one/units").glob("b.txt-*"):
+        path.unlink()
+    assert prep("finish", "--cache", tmp_path / "one").status == 0
+    assert not list((tmp_path / "one/answers/units").glob("b.txt-*"))
+    assert len(open_answers(tmp_path / "one").shards) == 1

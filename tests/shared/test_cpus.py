@@ -1,12 +1,11 @@
 """Processors that a process may use: the least of what the system and its schedulers grant."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from shared.machine import cpus
+from tests.support import warm
 
 
 @pytest.fixture
@@ -115,13 +114,9 @@ def test_the_networks_of_a_pinned_process_take_no_more_threads(repo):
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import torch; from shared.machine.device import set_threads\n"
-        "set_threads(None); print(torch.get_num_threads())"
+        "torch.set_num_threads(3); set_threads(None); print(torch.get_num_threads())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(repo)}
-    environment.pop("OMP_NUM_THREADS", None)
-    answer = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
-    )
+    answer = warm.run(["-c", script], repo, OMP_NUM_THREADS="")
     assert answer.stdout.strip() == "1", answer.stderr
 
 

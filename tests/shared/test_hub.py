@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from shared.errors import UserError
 from shared.models import family, hub
 from shared.models.family import model_name, native_resolution, resolve_model
+from tests.support import warm
 
 
 @pytest.fixture
@@ -64,19 +65,36 @@ def test_a_hub_that_answers_is_used(fresh, monkeypatch):
     assert not constants.is_offline_mode()
 
 
-@pytest.mark.parametrize("how", [pytest.param("HF_HUB_OFFLINE", marks=pytest.mark.slow), "refused"])
+OFFLINE = {
+    "HF_HUB_OFFLINE": {"HF_HUB_OFFLINE": "1"},
+    # Another test may have gone offline.
+    "refused": {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"},
+}
+SD15 = """
+from shared.errors import run_main; from shared.models.family import resolve_model
+run_main(lambda: resolve_model('sd15') and None)
+"""
+# In a process that has imported it: what a new one reads from the environment.
+AFRESH = "import importlib, huggingface_hub.constants as read; importlib.reload(read)\n"
+
+
+@pytest.mark.parametrize("how", OFFLINE)
 def test_a_preset_without_a_network_is_one_line_that_says_what_to_do(repo, tmp_path, how):
-    """The real command, where sd15 was never downloaded."""
-    environment = {**os.environ, "PYTHONPATH": str(repo), "HF_HOME": str(tmp_path)}
-    if how == "refused":
-        environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
-        environment["HF_HUB_OFFLINE"] = "0"  # another test may have gone offline
-    else:
-        environment["HF_HUB_OFFLINE"] = "1"
-    code = "from shared.errors import run_main; from shared.models.family import resolve_model;"
-    code += "run_main(lambda: resolve_model('sd15') and None)"
-    command = [sys.executable, "-c", code]
+    """Where sd15 was never downloaded."""
+    environment = {**OFFLINE[how], "PYTHONPATH": str(repo), "HF_HOME": str(tmp_path)}
+    check_told(warm.run(["-c", AFRESH + SD15], tmp_path, **environment), how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", OFFLINE)
+def test_a_new_process_without_a_network_says_the_same(repo, tmp_path, how):
+    environment = {**os.environ, **OFFLINE[how], "PYTHONPATH": str(repo), "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", SD15]
     answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    check_told(answer, how)
+
+
+def check_told(answer, how):
     assert answer.returncode == 1
     assert answer.stderr.count("\n") == 1, answer.stderr  # not a line for every retry
     assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir" in answer.stderr

@@ -101,7 +101,8 @@ def test_prep_and_train_take_the_file(models, cli, tmp_path):
     assert all((a[k].arrays["prompt_embeds"] == b[k].arrays["prompt_embeds"]).all() for k in a)
     run = tmp_path / "run"
     answer = cli("train", "distill", "--model", models["tiny-sd"][1], "--cache", caches[1],
-                 "--run", run, "--max-train-steps", 1, "--threads", 1)  # fmt: skip
+                 "--run", run, "--max-train-steps", 1, "--threads", 1,
+                 "--lora-rank", 4, "--train-batch-size", 2, "--validation-steps", 0)  # fmt: skip
     assert answer.status == 0, answer.err
     assert (run / "pytorch_lora_weights.safetensors").is_file()
 

@@ -1,8 +1,7 @@
 """Files behind URLs: whole or absent, fresh, and errors told in a line."""
 
 import pickle
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import fsspec
@@ -14,6 +13,7 @@ from shared.errors import UserError
 from shared.storage import files, retry, urls
 from shared.storage.errors import known_protocol
 from shared.storage.urls import RemotePlace, place
+from tests.support import warm
 from tests.support.s3 import bucket, forget, serving
 from train.config import DistillConfig, SampleConfig
 
@@ -101,21 +101,21 @@ from shared.storage import files
 from shared.storage.urls import place
 path = place(sys.argv[1])
 assert not path.exists()
-print("ready", flush=True)
-sys.stdin.readline()
+here = Path(sys.argv[3])
+(here / f"ready{sys.argv[2]}").touch()
+while not (here / "go").exists():
+    time.sleep(0.001)
 print(files.create_exclusively(sys.argv[2].encode(), path, Path("unused")))
 """
 
 
-def test_of_several_processes_one_creates_the_file(root, repo):
+def test_of_several_processes_one_creates_the_file(root, repo, tmp_path):
     path = root / "identity.json"
-    command = [sys.executable, "-c", CLAIM, str(path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": repo}
-    started = [subprocess.Popen([*command, str(number)], **pipes) for number in range(2)]
-    assert [process.stdout.readline() for process in started] == ["ready\n"] * 2
-    for process in started:
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    started = [warm.start(["-c", CLAIM, path, n, tmp_path], repo) for n in range(2)]
+    while len(list(tmp_path.glob("ready*"))) < 2:
+        assert not any(process.poll() for process in started)
+        time.sleep(0.001)
+    (tmp_path / "go").touch()
     won = [process.communicate()[0].strip() for process in started]
     assert sorted(won) == ["False", "True"]
     assert path.read_bytes() == str(won.index("True")).encode()

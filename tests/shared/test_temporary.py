@@ -191,6 +191,16 @@ def test_a_process_may_begin_while_its_empty_folder_is_swept(tmp_path, monkeypat
     assert sorted(path.name for path in folder.iterdir()) == ["lock", "work"]
 
 
+def test_where_no_folder_can_be_made_it_is_told(tmp_path, monkeypatch):
+    """As in a working folder that is gone, where mkdir finds no parent however often it tries."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(FileNotFoundError):
+        files.publish([b"x"], Path("below/file"), Path("below"))
+
+
 def test_threads_share_their_processs_folder(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         done = [pool.submit(sweep_and_publish, number, tmp_path, 30) for number in range(8)]

@@ -11,7 +11,7 @@ from train.evaluation import evaluate, teacher_results
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 
-TEACHER = (("ddim", 5), ("ddim", 1), ("ddim", 2), ("dpmsolver++", 1), ("dpmsolver++", 2))
+TEACHER = (("ddim", 3), ("ddim", 1), ("ddim", 2), ("dpmsolver++", 1), ("dpmsolver++", 2))
 
 
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:

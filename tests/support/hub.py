@@ -2,9 +2,10 @@
 
 import base64
 import json
-import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.support import web
 
 
 class Hub(ThreadingHTTPServer):
@@ -69,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(status: int = 200):
     hub = Hub(status)
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    web.serve(hub)
     try:
         yield hub
     finally:

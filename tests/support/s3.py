@@ -12,9 +12,11 @@ from typing import Any
 
 import fsspec
 import pytest
+import s3fs  # noqa: F401 (fsspec would, in each of the warm processes)
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+from tests.support import web
 from tests.support.sources import DERIVED
 
 ERROR = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>injected</Message></Error>"
@@ -91,8 +93,7 @@ def serving() -> Iterator[Server]:
     """A server with the bucket `bucket`, which AWS's variables in the environment point to."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = Server()
-    thread = threading.Thread(target=server.server.serve_forever, daemon=True)
-    thread.start()
+    web.serve(server.server)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "AWS_ENDPOINT_URL": server.url,

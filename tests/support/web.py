@@ -1,7 +1,14 @@
 """An HTTP server on loopback with ranges and etags, which fails as it is told."""
 
 import http.server
+import socketserver
+import threading
 from collections import Counter
+
+
+def serve(server: socketserver.BaseServer) -> None:
+    """Let it answer in a thread, which `shutdown` ends at once and not half a second later."""
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
 
 class Server(http.server.ThreadingHTTPServer):

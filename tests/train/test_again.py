@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from shared.errors import UserError
+from tests.support import warm
 from train.state import checkpoint
 from train.state.resume_checks import check_invariants
 from train.trainer import loop
@@ -24,15 +25,35 @@ STUDENT = "pytorch_lora_weights.safetensors"
 KOHYA = "kohya_lora_weights.safetensors"
 
 
-@pytest.fixture
-def words(tiny_cache, tiny_sd, tmp_path) -> list[object]:
-    """The command of a small run in tmp_path/run; a later flag wins."""
+@pytest.fixture(scope="module")
+def flags(tiny_cache, tiny_sd) -> list[object]:
+    """Those of a small run."""
     return [
-        "distill", "--model", tiny_sd, "--cache", tiny_cache, "--run", tmp_path / "run",
-        "--threads", 1, "--train-batch-size", 2, "--max-train-steps", 4, "--lora-rank", 2,
-        "--lora-dropout", 0.2, "--validation-steps", 0, "--device", "cpu", "--logging-steps", 1,
-        "--report-to", "none", "--checkpointing-steps", 3,
+        "--model", tiny_sd, "--cache", tiny_cache, "--threads", 1, "--train-batch-size", 2,
+        "--max-train-steps", 4, "--lora-rank", 2, "--lora-dropout", 0.2, "--validation-steps", 0,
+        "--device", "cpu", "--logging-steps", 1, "--report-to", "none", "--checkpointing-steps", 3,
     ]  # fmt: skip
+
+
+@pytest.fixture
+def words(flags, tmp_path) -> list[object]:
+    """The command of a small run in tmp_path/run; a later flag wins."""
+    return ["distill", *flags, "--run", tmp_path / "run"]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, repo, tmp_path_factory) -> Path:
+    """The run that nobody interrupted. Do not write into it."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    words = ["-m", "train", "distill", *flags, "--run", run]
+    warm.run(words, repo, OMP_NUM_THREADS="1").check_returncode()
+    return run
+
+
+@pytest.fixture
+def finished(whole, tmp_path) -> Path:
+    """The same as one's own, where `distil` has its run."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -80,11 +101,10 @@ MOMENTS = {  # where, and how often Ctrl-C; the status and the checkpoints it le
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_same_command_ends_with_the_bits_of_one_that_nobody_interrupted(
-    distil, monkeypatch, tmp_path, moment
+    distil, monkeypatch, tmp_path, whole, moment
 ):
     module, name, times, status, saved = MOMENTS[moment]
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    assert distil("--run", whole).status == 0
+    run = tmp_path / "run"
     interrupt_in(monkeypatch, importlib.import_module(module), name, times)
     answer = distil()
     monkeypatch.undo()
@@ -109,9 +129,8 @@ def test_ctrl_c_in_the_export_waits_for_it(distil, monkeypatch, tmp_path):
     assert (tmp_path / "run" / "README.md").is_file()
 
 
-def test_a_finished_run_says_so_and_exports_what_is_missing(distil, monkeypatch, tmp_path):
-    run = tmp_path / "run"
-    distil()
+def test_a_finished_run_says_so_and_exports_what_is_missing(distil, monkeypatch, finished):
+    run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     for more in ((), ("--resume-from-checkpoint", "latest")):
         answer = distil(*more)
@@ -153,10 +172,8 @@ def interrupted(*_: object) -> None:
         (["--train-batch-size", 4], "train_batch_size is 2 there, 4 here", "latest goes on"),
     ],
 )
-def test_a_changed_command_is_refused_and_told_what_differs(distil, tmp_path, change, said, way):
-    run = tmp_path / "run"
-    if not run.exists():
-        distil()
+def test_a_changed_command_is_refused_and_told_what_differs(distil, finished, change, said, way):
+    run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     answer = distil(*change)
     assert answer.status == 1
@@ -167,18 +184,17 @@ def test_a_changed_command_is_refused_and_told_what_differs(distil, tmp_path, ch
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_what_the_student_does_not_depend_on_may_change(distil, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    distil("--max-train-steps", 4, "--checkpoints-total-limit", 5)
-    (tmp_path / "run" / STUDENT).unlink()
-    answer = distil("--threads", 2, "--run", "run", "--checkpointing-steps", 1)
+def test_what_the_student_does_not_depend_on_may_change(distil, monkeypatch, finished):
+    monkeypatch.chdir(finished.parent)
+    (finished / STUDENT).unlink()
+    more = ("--checkpointing-steps", 1, "--checkpoints-total-limit", 5)
+    answer = distil("--threads", 2, "--run", "run", *more)
     assert (answer.status, "step-00000004" in answer.err) == (0, True)
 
 
-def test_lines_without_a_checkpoint_are_written_again_by_the_same_run_only(distil, tmp_path):
+def test_lines_without_a_checkpoint_are_written_again_by_the_same_run_only(distil, finished):
     """It was killed before it saved: its lines are those that the same command writes."""
-    distil()
-    run = tmp_path / "run"
+    run = finished
     shutil.rmtree(run / "checkpoints")
     before = (run / "metrics.jsonl").read_text()
     for more in ((), ("--resume-from-checkpoint", "latest")):
@@ -190,11 +206,11 @@ def test_lines_without_a_checkpoint_are_written_again_by_the_same_run_only(disti
     assert steps(run) == [1, 2, 3, 4]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(distil, tmp_path):
-    distil("--checkpointing-steps", 0)
-    run = tmp_path / "run"
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(distil, finished):
+    run = finished
+    shutil.rmtree(run / "checkpoints/step-00000003")
     (run / "checkpoints/step-00000004/optimizer.safetensors").write_bytes(b"cut")
-    answer = distil("--checkpointing-steps", 0)
+    answer = distil()
     assert answer.status == 1
     assert (
         f"no checkpoint in {run} is whole (step-00000004: optimizer.safetensors has 3 of"

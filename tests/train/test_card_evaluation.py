@@ -15,7 +15,7 @@ from train.trainer.export_command import export_checkpoint
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 
-TEACHER = (("ddim", 3), ("ddim", 1))
+TEACHER = (("ddim", 2), ("ddim", 1))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 
 from shared.cache.manifest import open_manifest
 from shared.models.vae import decode_latents
-from tests.support.comparison import assess, copied, few_rows, make_run
+from tests.support.comparison import TEACHER, assess, copied, few_rows, make_run
 from tests.support.runs import metrics
 from train.comparison.summary import training_seconds
 from train.config import SampleConfig
@@ -81,7 +81,7 @@ def test_the_figures_are_those_of_the_evaluations(runs, compare, tmp_path):
     rows = {(r["sampler"], r["steps"]): r for r in evaluations["consistency"]["rows"]}
     best = [min((r for r in rows.values() if r["sampler"] != "student" and r["steps"] == n),
                 key=lambda r: r["fd"]) for n in (1, 2)]  # fmt: skip
-    assert teacher["rows"] == [rows["ddim", 5], *best]
+    assert teacher["rows"] == [rows[TEACHER[0]], *best]
     assert not (tmp_path / "out" / "compare.png").exists()
 
 
@@ -115,7 +115,7 @@ def test_each_column_is_what_that_student_draws(runs, shared_runs, compare, tmp_
     for column, name in enumerate([None, *runs]):
         artist = open_artist(runs[name or "consistency"], SampleConfig(threads=1, device="cpu"))
         artist = artist.with_teacher(heldout.empty).for_shape(heldout.shape)
-        what = ("student", 2) if name else ("ddim", 5)
+        what = ("student", 2) if name else TEACHER[0]
         wanted = [artist.draw(*what, heldout.texts[[row]], [7 + row]) for row in (0, 1)]
         latents = torch.cat(wanted) / artist.vae.config.scaling_factor
         for row, picture in enumerate(decode_latents(artist.vae, latents)):

@@ -47,7 +47,16 @@ class MadeOfNumbers(TorchDispatchMode):
         return answer
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("tiny_sd", "full"),
+        ("tiny_xl", "lora"),  # and each part of the others is one of these
+        pytest.param("tiny_sd", "lora", marks=pytest.mark.slow),
+        pytest.param("tiny_xl", "full", marks=pytest.mark.slow),
+    ],
+    indirect=["model"],
+)
 def test_a_step_sends_nothing_to_the_device(model, kind, monkeypatch):
     """Watched on torch's meta device, which like a GPU has memory of its own."""
     meta = torch.device("meta")

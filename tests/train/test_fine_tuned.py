@@ -43,7 +43,11 @@ def settings(tiny_cache, tiny_sd, tmp_path):
     return make
 
 
-CASES = [("sd", "lora"), ("sd", "full"), ("xl", "lora")]
+CASES = [
+    ("sd", "full"),
+    ("xl", "lora"),  # and each part of the other is one of these
+    pytest.param(("sd", "lora"), marks=pytest.mark.slow),
+]
 PIPELINES = {"sd": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
 
 

@@ -85,29 +85,27 @@ def test_the_first_interval_is_compared_with_the_data_themselves():
     )
 
 
-def test_there_is_no_teacher_in_memory(tiny_sd):
+def test_a_full_student_has_two_networks_and_no_teacher(tiny_sd):
     full = build(tiny_sd, "full", objective="lcf")
     assert full.networks() == [full.unet, full.target_unet]
     assert full.unet.config.time_cond_proj_dim == 16  # a distilled student's input, kept
     assert len(build(tiny_sd, "full").networks()) == 3
+
+
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_there_is_no_teacher_in_memory(tiny_sd, kind):
     unet = json.loads((tiny_sd / "unet/config.json").read_text())
-    for kind in ("lora", "full"):
-        sizes = {}
-        for objective, more in (
-            ("lcf", {}),
-            ("lcd", {"teacher": "cached"}),
-            ("lcd", {}),
-            ("pcm", {}),
-        ):
-            config = DistillConfig(
-                str(tiny_sd), None, None, objective=objective, student=kind, lora_rank=4,
-                unet_time_cond_proj_dim=16, **more,
-            )  # fmt: skip
-            assert asks_teacher(config) == (objective != "lcf" and not more)
-            sizes[objective, *more] = estimate(unet, config, (8, 8))
-        assert sizes["lcf",] == sizes["lcd", "teacher"]
-        assert sizes["pcm",] == sizes["lcd",]
-        assert (sizes["lcf",].weights < sizes["lcd",].weights) == (kind == "full")
+    sizes = {}
+    for objective, more in (("lcf", {}), ("lcd", {"teacher": "cached"}), ("lcd", {}), ("pcm", {})):
+        config = DistillConfig(
+            str(tiny_sd), None, None, objective=objective, student=kind, lora_rank=4,
+            unet_time_cond_proj_dim=16, **more,
+        )  # fmt: skip
+        assert asks_teacher(config) == (objective != "lcf" and not more)
+        sizes[objective, *more] = estimate(unet, config, (8, 8))
+    assert sizes["lcf",] == sizes["lcd", "teacher"]
+    assert sizes["pcm",] == sizes["lcd",]
+    assert (sizes["lcf",].weights < sizes["lcd",].weights) == (kind == "full")
 
 
 @pytest.mark.parametrize(

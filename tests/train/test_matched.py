@@ -94,7 +94,8 @@ def test_the_fakes_adapters_may_have_a_rank_of_their_own(tiny_sd):
     assert student.unet.peft_config["fake"].lora_dropout == 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+# With it, the gradients without it are asked for too.
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(("kind", "fake"), PAIRS)
 def test_gradients_reach_the_one_that_learns_alone(networks, kind, fake, checkpointing):
     """And with gradient checkpointing they are the same, whoever spoke between."""

@@ -14,6 +14,7 @@ from shared.cache.manifest import open_manifest
 from shared.errors import UserError
 from shared.storage import retry
 from tests.support.loader import equal, joined_by_size, make_cache, open_loader, take
+from tests.support.web import serve
 from train.data import remote
 from train.data.bucket import open_buckets
 from train.data.loader import Loader
@@ -116,7 +117,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(cache):
     with Server(cache) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        serve(server)
         yield server
         server.shutdown()
 

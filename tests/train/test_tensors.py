@@ -78,6 +78,9 @@ def test_a_checkpoint_is_taken_whole_or_not_at_all(config, file, how):
     finally:
         path.write_bytes(before)
         state.write_text(sizes)
+
+
+def test_a_checkpoint_that_is_whole_is_taken(config):
     assert prepare(config).step == 1
 
 

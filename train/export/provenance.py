@@ -9,7 +9,7 @@ from typing import Any
 from shared.models.family import Family, load_config, recorded_model, resolve_model
 from shared.storage.urls import Place, RemotePlace
 from train.config import RunConfig
-from train.objectives import objective_of
+from train.objectives import guidance_range, objective_of
 from train.objectives.objective import Objective
 from train.state.run_config import run_config
 
@@ -55,9 +55,7 @@ class Provenance:
     @property
     def guidance_range(self) -> tuple[float, float]:
         """The papers' w, from and to, that it was trained with."""
-        low, high = self.config.w_min, self.config.w_max
-        family = self.family
-        return family.w_min if low is None else low, family.w_max if high is None else high
+        return guidance_range(self.config, self.family)
 
     @property
     def family(self) -> Family:

@@ -10,7 +10,7 @@ from train.networks.lora import LoraStudent
 from train.networks.matched import MatchedStudent
 from train.networks.student import Student
 from train.networks.teacher import load_run_teacher
-from train.objectives import objective_of
+from train.objectives import guidance_range, objective_of
 
 
 def build_student(source: str, config: DistillConfig) -> Student:
@@ -41,8 +41,5 @@ def student_of(teacher: Denoiser, config: DistillConfig, w: float = 0.0) -> Stud
 
 
 def middle_guidance(source: str, config: DistillConfig) -> float:
-    """Half-way between the flags' ends of the guidance, or those of the model's family."""
-    family = resolve_model(source).family
-    low = family.w_min if config.w_min is None else config.w_min
-    high = family.w_max if config.w_max is None else config.w_max
-    return (low + high) / 2
+    """Half-way between the ends of the guidance that is drawn."""
+    return sum(guidance_range(config, resolve_model(source).family)) / 2

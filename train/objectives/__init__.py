@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import get_args
 
+from shared.errors import UserError
+from shared.models.family import Family
 from train.config import DistillConfig
 from train.flag_groups import CACHED, ObjectiveName
 from train.objectives.objective import Objective
@@ -22,6 +24,18 @@ def objective_of(config: DistillConfig) -> Objective:
 def is_told_guidance(config: DistillConfig) -> bool:
     """Is a run's student told w by an input of its own?"""
     return objective_of(config).takes_guidance and config.student == "full"
+
+
+def guidance_range(config: DistillConfig, family: Family) -> tuple[float, float]:
+    """Where a run's w is drawn from: the flags' ends, else the family's.
+
+    Raises UserError for an empty range.
+    """
+    low = family.w_min if config.w_min is None else config.w_min
+    high = family.w_max if config.w_max is None else config.w_max
+    if low > high:
+        raise UserError(f"--w-min {low:g} is above --w-max {high:g}")
+    return low, high
 
 
 def uses_guidance(config: DistillConfig) -> bool:

@@ -35,7 +35,7 @@ from train.networks.build import build_student
 from train.networks.precision import check_speed, speed_up
 from train.networks.student import Student
 from train.networks.teacher import styles_of
-from train.objectives import objective_of
+from train.objectives import guidance_range, objective_of
 from train.objectives.objective import Loss
 from train.sampling.preview import open_previews
 from train.state import checkpoint, owner
@@ -190,7 +190,7 @@ def build_loader(
         spec = answers_spec(answers.identity, identity)
         read = open_bucket_answers(config.cache, buckets, answers, spec)
         check_answer_heads(buckets, read)
-    w_min, w_max = guidance_range(config, family.w_min, family.w_max)
+    w_min, w_max = guidance_range(config, family)
     return Loader(
         buckets,
         Order(tuple(map(len, buckets)), batch_size, config.seed),
@@ -215,15 +215,6 @@ def build_loader(
         device=distributed.device,
         answers=read,
     )
-
-
-def guidance_range(config: RunConfig, w_min: float, w_max: float) -> tuple[float, float]:
-    """The flags, else the family's. Raises UserError for an empty range."""
-    low = w_min if config.w_min is None else config.w_min
-    high = w_max if config.w_max is None else config.w_max
-    if low > high:
-        raise UserError(f"--w-min {low:g} is above --w-max {high:g}")
-    return low, high
 
 
 def start_run_folder(
