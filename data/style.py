@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from data.arguments import local_argument
@@ -226,10 +227,10 @@ def measure(studio: Studio) -> None:
     check(studio)
     announce(studio)
     prepare(studio)
-    studio.workers.run({
-        one.name: Job(lambda one=one: train(studio, one), one.begins or one.wears)  # type: ignore[misc]
-        for one in TRAININGS
-    })  # fmt: skip
+    jobs = {
+        one.name: Job(partial(train, studio, one), one.begins or one.wears) for one in TRAININGS
+    }
+    studio.workers.run(jobs)
     mix(studio)
     easel = Easel.open(MODEL, studio.cache("heldout"), studio.captions)
     parts = {"adapted": adapted_lines(studio), "mixed": mixed_lines(studio)}
