@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS and RUNS are pasted as typed, so that quotes inside them work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce objectives prep synthesize teach train evaluate compare draw sample export merge learn morph test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce objectives style prep synthesize teach train evaluate compare draw sample export merge learn morph test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,9 @@ reproduce: $(STAMP) ## the long version behind the README's table and picture
 
 objectives: $(STAMP) ## every objective at the same cost, in one table: hours, goes on where it stopped
 	$(PY) -m data.objectives $(args)
+
+style: $(STAMP) ## a style for few-step students: fine-tuned, mixed, distilled; goes on where it stopped
+	$(PY) -m data.style $(args)
 
 # What is not given is left to the command, whose defaults the first line of its output says.
 

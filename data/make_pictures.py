@@ -27,21 +27,23 @@ CANVASES = ((72, 72), (96, 96), (128, 128), (112, 84), (84, 112), (128, 80))  # 
 FORMATS = {"jpg": 0.6, "png": 0.2, "webp": 0.2}  # extension -> share
 
 
-def square_render(seed: int, index: int, side: int) -> tuple[Scene, NDArray[np.uint8]]:
+def square_render(
+    seed: int, index: int, side: int, style: str = "plain"
+) -> tuple[Scene, NDArray[np.uint8]]:
     """Scene and picture `[side, side, 3]` number `index`, as `prep` would crop and resize it."""
-    scene, image = picture(seed, index)
+    scene, image = picture(seed, index, style)
     crop = min(image.size)
     left, top = (image.width - crop) // 2, (image.height - crop) // 2
     image = image.crop((left, top, left + crop, top + crop))
     return scene, np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
 
 
-def picture(seed: int, index: int) -> tuple[Scene, Image.Image]:
-    """Scene and RGB picture number `index` of the split drawn with `seed`."""
+def picture(seed: int, index: int, style: str = "plain") -> tuple[Scene, Image.Image]:
+    """Scene and RGB picture number `index` of the split drawn with `seed`, in a style."""
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     scene = draw_scene(rng)
     width, height = CANVASES[int(rng.integers(len(CANVASES)))]
-    return scene, Image.fromarray(render(scene, rng, width, height))
+    return scene, Image.fromarray(render(scene, rng, width, height, style))
 
 
 def encode(image: Image.Image, extension: str) -> bytes:
@@ -56,12 +58,12 @@ def encode(image: Image.Image, extension: str) -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(path: Path, split: str, indices: range) -> None:
-    """One img2dataset-style tar with the pictures `indices` of `split`."""
+def write_tar(path: Path, split: str, indices: range, style: str = "plain") -> None:
+    """One img2dataset-style tar with the pictures `indices` of `split`, in a style."""
     seed = SPLITS[split][0]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in indices:
-            scene, image = picture(seed, index)
+            scene, image = picture(seed, index, style)
             choice = np.random.Generator(np.random.Philox(key=[seed + 1000, index]))
             extension = str(choice.choice(list(FORMATS), p=list(FORMATS.values())))
             data = encode(image, extension)

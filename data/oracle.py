@@ -50,7 +50,7 @@ def read(image: NDArray[np.uint8]) -> Scene | None:
     """The scene in a square RGB picture `[H, W, 3]`, or None where there is no clear shape."""
     pixels = image.astype(np.float64)
     side = pixels.shape[0]
-    ground = _field(pixels)
+    ground = field(pixels)
     distance = np.linalg.norm(pixels - ground, axis=-1)
     strongest = np.quantile(distance, 1 - _MIN_AREA)
     mask = distance > max(strongest / 2, 30.0)
@@ -69,13 +69,20 @@ def read(image: NDArray[np.uint8]) -> Scene | None:
     )
 
 
-def _field(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The evenly shaded field `[H, W, 3]`: a plane fitted to the border, outliers left out."""
+def field(
+    pixels: NDArray[np.float64], covered: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """The evenly shaded field `[H, W, 3]`: a plane fitted to the border, outliers left out.
+
+    Pixels that are `covered`, `[H, W]`, are no part of the border.
+    """
     height, width, _ = pixels.shape
     side = max(height, width)
     v, u = np.mgrid[0:height, 0:width] / side
     plane = np.stack([np.ones_like(u), u, v], axis=-1)
     rim = np.minimum.reduce([u * side, v * side, width - 1 - u * side, height - 1 - v * side]) < 2
+    if covered is not None:
+        rim &= ~covered
     basis, colours = plane[rim], pixels[rim]
     near = np.linalg.norm(colours - np.median(colours, axis=0), axis=-1)
     keep = near <= np.quantile(near, 0.8)

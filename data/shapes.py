@@ -4,6 +4,9 @@ A scene is what a caption can name; everything a caption does not name (tint, sh
 place) is drawn at random. The same words serve the renderer, the captions and the oracle, so that
 "does the picture show what the prompt says" has an exact answer.
 
+A scene can be drawn in a style, of which no caption tells: "plain", or "studded", which has a dot
+of the figure's colour, a stud, in two corners.
+
 All lengths are fractions of the side of the central square, which is what survives a centre crop.
 """
 
@@ -44,6 +47,9 @@ _PLACE_WORDS = {
 }
 JITTER = 0.03  # of the centre, each way
 SUBPIXELS = 4  # per side of a pixel, for antialiasing
+STYLES = ("plain", "studded")
+STUDS = ((0.13, 0.13), (0.87, 0.87))  # centres, as (x, y): no figure comes so near to a corner
+STUD_RADIUS = 0.09
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,15 @@ def parse(text: str) -> Scene:
     return Scene(shapes[0], colours[0], colours[1], size, position)
 
 
-def render(scene: Scene, rng: np.random.Generator, width: int, height: int) -> NDArray[np.uint8]:
-    """Draw `scene` as RGB `[height, width, 3]`; `rng` decides what the caption leaves open."""
+def render(
+    scene: Scene, rng: np.random.Generator, width: int, height: int, style: str = "plain"
+) -> NDArray[np.uint8]:
+    """Draw `scene` as RGB `[height, width, 3]`; `rng` decides what the caption leaves open.
+
+    In every style the same `rng` decides the same. Raises ValueError for an unknown style.
+    """
+    if style not in STYLES:
+        raise ValueError(f"unknown style {style!r}; there are {', '.join(STYLES)}")
     size = scene.size or str(rng.choice(list(SIZES)))
     position = scene.position or str(rng.choice(list(POSITIONS)))
     radius = rng.uniform(*SIZES[size])
@@ -102,6 +115,8 @@ def render(scene: Scene, rng: np.random.Generator, width: int, height: int) -> N
     inside = contains(
         scene.shape, (x[None, :] - centre[0]) / radius, (y[:, None] - centre[1]) / radius
     )
+    if style == "studded":
+        inside |= studs(x[None, :], y[:, None])
     coverage = inside.reshape(height, SUBPIXELS, width, SUBPIXELS).mean((1, 3))[..., None]
     x, y = x.reshape(-1, SUBPIXELS).mean(1), y.reshape(-1, SUBPIXELS).mean(1)
     figure = _tint(scene.colour, rng) * np.ones((height, width, 1))
@@ -131,6 +146,11 @@ def contains(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDAr
         edge = notch * np.sin(np.pi / 5 - angle) + tip * np.sin(angle)
         return np.asarray(r * edge < sine)
     raise ValueError(f"unknown shape {shape!r}")
+
+
+def studs(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Does (x, y) of the central square lie in a stud?"""
+    return np.asarray(np.any([np.hypot(x - u, y - v) < STUD_RADIUS for u, v in STUDS], axis=0))
 
 
 def _article(noun: str) -> str:
