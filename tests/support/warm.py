@@ -197,6 +197,7 @@ def _interpret(words: list[str]) -> None:
     if how == "-m":
         sys.argv = rest
         sys.path.insert(0, os.getcwd())
+        sys.modules.pop(f"{rest[0]}.__main__", None)  # a test's import of it, which runpy warns of
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif how == "-c":
         sys.argv = [how, *rest[1:]]
