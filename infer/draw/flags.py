@@ -96,6 +96,19 @@ def guidance_of(config: DrawConfig, choice: Choice) -> float:
     return scale
 
 
+def clip_skip_of(config: DrawConfig, choice: Choice) -> int:
+    """Layers of the text encoders to leave out. Raises UserError for more than they have."""
+    skipped = choice.clip_skip if config.clip_skip is None else config.clip_skip
+    for name in choice.model.family.text_encoders if skipped else ():
+        layers = int(load_config(choice.model.source, f"{name}/config.json")["num_hidden_layers"])
+        if skipped >= layers:
+            raise UserError(
+                f"--clip-skip {skipped} leaves nothing of the {layers} layers of {name}; give "
+                f"{layers - 1} at the most"
+            )
+    return skipped
+
+
 def check_eta(config: DrawConfig, choice: Choice) -> None:
     """Raise UserError for an eta that the scheduler does not know."""
     scheduler = choice.sampling.scheduler

@@ -139,7 +139,7 @@ def plan_job(config: DrawConfig, choice: Choice, dtype: str) -> Job:
     return Job(
         choice=choice, prompts=prompts, seeds=range(config.seed, last + 1), size=size, steps=steps,
         guidance_scale=scale, eta=config.eta, negative_prompt=config.negative_prompt,
-        clip_skip=choice.clip_skip if config.clip_skip is None else config.clip_skip,
+        clip_skip=flags.clip_skip_of(config, choice),
         strength=strength, given=given, dtype=dtype, told=told_files(config),
         control_scale=1.0 if config.control_scale is None else config.control_scale,
     )  # fmt: skip

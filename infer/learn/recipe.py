@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.config import LearnFlags
-from infer.pictures.read import content, picture_size
+from infer.pictures.read import content, read_picture
 from shared.cache.identity import differences
 from shared.cli.defaults import RUNS
 from shared.errors import UserError
@@ -64,7 +64,7 @@ class Recipe:
 
 def recipe_of(flags: LearnFlags, model: Model, picture: Path, prompt: str, steps: int) -> Recipe:
     """Decide what the flags leave open. Raises UserError for what is no picture, and no side."""
-    picture_size(picture, "picture")
+    read_picture(picture, "picture")  # all of it: a file that ends too early has a size as well
     unit = vae_downscale(model.source)
     resolution = flags.resolution or native_resolution(model)
     if resolution % unit:

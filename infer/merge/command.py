@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from infer.config import MergeConfig
-from infer.merge.into_model import check_free, write_folder, write_single_file
+from infer.merge.into_model import write_folder, write_single_file
 from infer.merge.loras import find_loras, find_model, join_loras
 from infer.merge.rank import layers_of, rank_of, reduced, relative_error
+from infer.pictures.write import check_free
 from shared.errors import UserError
 from shared.models.family import Model, model_name, unet_config
 from shared.networks.denoiser import Denoiser

@@ -8,9 +8,10 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
+from infer.pictures.write import check_free
 from prep.encoders.clip import load_clip
-from shared.errors import UserError
 from shared.models.family import Model, force_zeros, load_config
 from shared.models.rescale import plain_vae
 from shared.models.vae import load_vae
@@ -56,14 +57,10 @@ def write_folder(model: Model, lora: Lora, folder: Path, half: bool) -> None:
         move(building, folder)
 
 
-def check_free(folder: Path) -> None:
-    """Raise UserError for a folder that has something in it already."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; remove it, or choose another --output")
-
-
 def pipeline(model: Model, unet: Denoiser) -> Any:
     """Diffusers' pipeline of a model, wherever it is, with this UNet; fp32, without a checker."""
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     family = model.family
     parts: dict[str, Any] = {}
     for name in family.text_encoders:

@@ -58,4 +58,9 @@ def join_loras(loras: Sequence[Style], model: str, unet: Denoiser) -> Lora:
                 "one kind of model, and name that as --model"
             )
         joined = join(joined, scaled(tensors, lora.scale))
+        if not all(tensor.isfinite().all() for tensor in joined.values()):
+            raise UserError(
+                f"{lora.file} at {lora.scale:g} has numbers that fp32 cannot hold; give a smaller "
+                "scale"
+            )
     return joined

@@ -16,7 +16,7 @@ from infer.morph.frames import Morph, draw_frames
 from infer.morph.job import Job, plan_job
 from infer.morph.spacing import distances, unevenness
 from infer.pictures.film import EXTRA, gif_of, write_mp4, writes_mp4
-from infer.pictures.write import write_drawn, write_sheet
+from infer.pictures.write import check_free, write_drawn, write_sheet
 from infer.pipelines.adapters import bare_unet, load_with_adapters
 from infer.pipelines.timing import seconds_per_pass
 from shared.cli.progress import Progress
@@ -85,7 +85,8 @@ def write(job: Job, drawn: Morph) -> None:
         if writes_mp4():
             write_mp4(building / "morph.mp4", drawn.pictures, fps)
         publish([dump_json(record(job, drawn))], building / "morph.json", building)
-        if output.is_dir():  # an empty one
+        check_free(output)  # still
+        if output.is_dir():
             output.rmdir()
         move(building, output)
 

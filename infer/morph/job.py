@@ -8,8 +8,9 @@ from pathlib import Path
 from infer.config import MorphConfig
 from infer.learn.lesson import Lesson
 from infer.learn.recipe import recipe_of
+from infer.pictures.write import check_free
 from infer.pipelines.inversion import Trajectory, trajectory_of
-from shared.errors import UsageError, UserError
+from shared.errors import UsageError
 from shared.models.family import Model, model_name, resolve_model
 from shared.wording import counted
 
@@ -101,11 +102,7 @@ def lesson_of(config: MorphConfig, model: Model, picture: Path, prompt: str) -> 
 def output_of(config: MorphConfig) -> Path:
     """The folder that will appear. Raises UserError for one that has something in it."""
     if config.output is not None:
-        taken = config.output.is_file() or (config.output.is_dir() and any(config.output.iterdir()))
-        if taken:
-            raise UserError(
-                f"{config.output} is there already; remove it, or choose another --output"
-            )
+        check_free(config.output)
         return config.output
     name = "-to-".join(one.stem for one in config.pictures)
     names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]

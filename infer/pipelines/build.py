@@ -14,7 +14,8 @@ from infer.pipelines.choose import Choice
 from infer.pipelines.control import load_controlnet
 from infer.pipelines.loras import load_loras
 from prep.encoders.clip import load_clip
-from shared.models.family import force_zeros
+from shared.errors import UserError
+from shared.models.family import force_zeros, unet_config
 from shared.models.rescale import Scales, rescale_vae, scales_of
 from shared.models.vae import load_vae
 from shared.networks.denoiser import Denoiser, load_unet
@@ -48,6 +49,7 @@ def load_pipeline(
     have to be told it. Raises UserError for parts that are missing or do not fit.
     """
     diffusers.utils.logging.set_verbosity_error()  # of what is told here in a line
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     parts = {"vae": half_safe(load_vae(choice.vae), dtype), **text_parts(choice)}
     unet = load_denoiser(choice, torch.float32 if choice.loras else dtype)
@@ -84,6 +86,10 @@ def text_parts(choice: Choice) -> dict[str, Any]:
         tokenizer, encoder = load_clip(choice.model, name)
         parts[name.replace("text_encoder", "tokenizer")] = tokenizer
         parts[name] = encoder.requires_grad_(False)
+        if not hasattr(encoder, "text_model"):
+            # Of transformers 5; for clip_skip diffusers looks there for the last norm. Not as a
+            # module, which would be its own child.
+            vars(encoder)["text_model"] = encoder
     return parts
 
 
@@ -92,7 +98,20 @@ def load_denoiser(choice: Choice, dtype: torch.dtype) -> Denoiser:
     if choice.unet is None:
         return load_unet(choice.model.source, dtype)
     unet = load_exported_unet(choice.unet).eval().requires_grad_(False)
+    check_family(unet, choice)
     return unet.to(dtype).to(memory_format=torch.channels_last)
+
+
+def check_family(unet: Denoiser, choice: Choice) -> None:
+    """Raise UserError for a student that was trained from another kind of model."""
+    config = unet_config(choice.model.source)
+    for name in ("cross_attention_dim", "addition_embed_type"):
+        ours, theirs = unet.config.get(name), config.get(name)
+        if ours != theirs:
+            raise UserError(
+                f"{choice.name} is no student of {choice.model_name}: its {name} is {ours}, the "
+                f"model's {theirs}; leave --model out, or give one of its kind"
+            )
 
 
 def half_safe(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:

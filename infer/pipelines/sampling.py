@@ -97,7 +97,8 @@ def rescheduled(sampling: Sampling, name: str | None) -> Sampling:
     if name is None:
         return sampling
     drawing = (*KarrasDiffusionSchedulers.__members__, "LCMScheduler", "TCDScheduler")
-    plain = {plain_name(one): one for one in drawing}
+    there = schedulers()  # one whose package is missing is none
+    plain = {plain_name(one): one for one in drawing if one in there}
     typed = plain_name(name)
     begun = [one for one in plain if one.startswith(typed)]
     if typed not in plain and len(begun) != 1:
@@ -106,7 +107,7 @@ def rescheduled(sampling: Sampling, name: str | None) -> Sampling:
             f"{', '.join(begun or plain)}"
         )
     kind = plain[typed if typed in plain else begun[0]]
-    built = schedulers()[kind].from_config(sampling.scheduler.config)
+    built = there[kind].from_config(sampling.scheduler.config)
     new = with_scheduler(built, sampling.guidance, sampling.guidance_scale)
     return replace(new, steps=min(sampling.steps, new.steps))
 

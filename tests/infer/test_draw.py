@@ -109,6 +109,15 @@ def test_an_export_without_its_run_draws_the_same(run, cli, tmp_path):
     )
 
 
+def test_a_student_of_another_kind_of_model_is_refused_in_a_line(run, cli):
+    other = {"sd": "tiny-xl", "xl": "tiny-sd"}[run.family]
+    answer = cli("infer", "draw", "--run", run.folder, "--model", other, "--prompt", PROMPT)
+    assert answer.status == 1
+    last = answer.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert ("is no student of" if run.kind == "full" else "is of another model than") in last
+
+
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-xl"])
 def test_a_model_is_drawn_with_guidance_by_its_own_scheduler(cli, repo, tmp_path, name):
     words = ("--prompt", PROMPT, "--negative-prompt", "red", "--steps", 3, "--seed", 5)
@@ -117,6 +126,19 @@ def test_a_model_is_drawn_with_guidance_by_its_own_scheduler(cli, repo, tmp_path
     options = {"num_inference_steps": 3, "guidance_scale": 3.0, "seed": 5}
     assert_equal_pictures(ours, drawn_by(pipe, negative_prompt="red", **options))
     assert np.abs(ours - drawn_by(pipe, **options)).mean() > 1
+
+
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-xl"])
+def test_layers_of_the_text_encoders_are_left_out(cli, repo, tmp_path, name):
+    """As stock diffusers counts them; that of SD looks for the last norm where it no longer is."""
+    words = ("--model", name, "--prompt", PROMPT, "--steps", 2)
+    ours = draw(cli, tmp_path / "a.png", *words, "--clip-skip", 1)
+    assert np.abs(ours - draw(cli, tmp_path / "b.png", *words)).mean() > 0.5
+    pipe = stock(repo / "data" / name)
+    if name == "tiny-sd":
+        vars(pipe.text_encoder)["text_model"] = pipe.text_encoder
+    wanted = drawn_by(pipe, num_inference_steps=2, guidance_scale=3.0, clip_skip=1)
+    assert_equal_pictures(ours, wanted)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_mistakes_of_flags_are_told_in_a_line(cli, lora, tmp_path):
         ((*MODEL, *asked, "--mask", picture), "--mask does nothing without --image"),
         ((*MODEL, *asked, "--controlnet", tmp_path), "does nothing without --control-image"),
         ((*MODEL, *asked, "--canny"), "--canny does nothing without --control-image"),
+        ((*MODEL, *asked, "--clip-skip", 2), "leaves nothing of the 2 layers of"),
         ((*MODEL, *asked, "--size", "60"), "sides are multiples of 8; the nearest to 60 is 64"),
         ((*MODEL, *asked, "--size", "big"), "is not SIDE or WIDTHxHEIGHT"),
         ((*MODEL, *asked, "--scheduler", "dpm"), "there are dpmsolvermultistep, dpmsolversingle"),

@@ -175,6 +175,7 @@ MISTAKES = [
     ([], 2, "which picture? For example: python -m infer learn cat.jpg --prompt"),
     (["a.jpg"], 2, "what does a.jpg show? Say it: --prompt 'a photo of a cat'"),
     (["a.jpg", "--prompt", " "], 2, "what does a.jpg show?"),
+    (["cut.png", "--prompt", "x"], 1, "picture cut.png is no picture that can be used: "),
     (["none.jpg", "--prompt", "x"], 1, "picture none.jpg is not there; check the path"),
     (["text.txt", "--prompt", "x"], 1, "picture text.txt is no picture that can be used: "),
     (["PICTURE", "--prompt", "x", "--model", "tiny-sdd"], 1, "did you mean tiny-sd?"),
@@ -191,13 +192,15 @@ def test_mistakes_are_told_in_one_line(cli, once, tmp_path, monkeypatch, words, 
     whole = once.place / once.pictures[0][0]
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("no picture")
+    Image.effect_noise((64, 64), 50).save("cut.png")
+    Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:1500])  # its size can still be read
     words = [whole if word == "PICTURE" else word for word in words]
     answer = cli("infer", "learn", *words, *([] if "--model" in words else FEW[:2]))
     assert answer.status == status, answer
     assert answer.err.startswith("error: ")
     assert answer.err.count("\n") == 1
     assert said in answer.err
-    assert os.listdir() == ["text.txt"]
+    assert sorted(os.listdir()) == ["cut.png", "text.txt"]
 
 
 def test_the_learning_rate_is_for_the_width_of_the_network():

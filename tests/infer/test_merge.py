@@ -207,6 +207,7 @@ def test_mistakes_are_told_in_a_line(cli, repo, styles, tmp_path):
         ([ink, *out], 2, "which model are these LoRAs for? Say --model"),
         ([styles["tiny-xl"][0], "--model", "tiny-sd", *out], 1, "is not for tiny-sd: its layer "),
         ([f"{ink}:much", "--model", "tiny-sd", *out], 2, "'much' is no number; give a scale"),
+        ([f"{ink}:1e39", "--model", "tiny-sd", *out], 1, "has numbers that fp32 cannot hold"),
         ([f"{ink}:0", "--model", "tiny-sd", *out], 2, "a scale of 0 cannot be"),
         ([tmp_path / "no.safetensors", "--model", "tiny-sd", *out], 1, "is not there"),
         ([tmp_path / "empty", "--model", "tiny-sd", *out], 1, "empty holds no LoRA"),

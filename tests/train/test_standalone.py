@@ -180,6 +180,19 @@ def test_what_cannot_be_is_refused_in_a_line(runs, cli, tmp_path):
         assert cause in answer.err
         assert answer.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    (whole / "model_index.json").write_text("{}")
+    run = runs("xl", "full").folder
+    before = sorted(run.rglob("*"))
+    for output, cause in (
+        (run, "is a run, whose own student would be"),
+        (whole, "is a whole model"),
+    ):
+        answer = cli("train", "export", "--run", run, "--guidance-scale", 3, "--output", output)
+        assert (answer.status, answer.err.count("\n")) == (1, 1)
+        assert cause in answer.err
+    assert sorted(run.rglob("*")) == before
     _, said = export(cli, runs("xl", "full"), "--guidance-scale", 9, "--output", tmp_path / "out")
     assert "note: --guidance-scale 9 is outside of 2 to 3.5, which the student was" in said
 

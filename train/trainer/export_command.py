@@ -25,6 +25,7 @@ from train.state.run_config import run_config
 def export(config: ExportConfig) -> None:
     """Export a checkpoint of a run as the run's owner, and print where."""
     run = newest_checkpoint(config.run)
+    check_output(config, run)
     remedy = "wait for it, or give --output another folder"
     with owning(folder_of(config, run), "train export", remedy):
         print(export_checkpoint(run, config))
@@ -35,6 +36,22 @@ def folder_of(config: ExportConfig, run: Path) -> Path:
     if config.output is not None:
         return config.output
     return standalone_folder(run, config.guidance_scale) if stands_alone(config) else run
+
+
+def check_output(config: ExportConfig, run: Path) -> None:
+    """Raise UserError where an export would put another student in the place of what is there."""
+    if config.output is None:
+        return
+    if stands_alone(config) and (config.output / "checkpoints").is_dir():
+        raise UserError(
+            f"--output {config.output} is a run, whose own student would be replaced; leave it "
+            f"out, and the export lies in {standalone_folder(run, config.guidance_scale)}"
+        )
+    if (config.output / "model_index.json").exists():
+        raise UserError(
+            f"--output {config.output} is a whole model, whose UNet would be replaced; give "
+            "another folder"
+        )
 
 
 def stands_alone(config: ExportConfig) -> bool:
