@@ -38,9 +38,10 @@ def draw_one(
         **arguments(pipe, job),
     )
     if not np.isfinite(answer.images).all():
-        raise UserError(
-            f"the picture of seed {seed} is not finite in {job.dtype}; give --dtype float32"
-        )
+        remedy = "lower the scales of the LoRAs, or the guidance"
+        if job.dtype != "float32":
+            remedy = "give --dtype float32"
+        raise UserError(f"the picture of seed {seed} is not finite in {job.dtype}; {remedy}")
     picture = pipe.numpy_to_pil(answer.images)[0]
     if job.given.mask is not None:  # the VAE would change what stays, too
         picture = pipe.image_processor.apply_overlay(job.given.mask, job.given.image, picture)

@@ -66,6 +66,8 @@ def content(path: Path, flag: str) -> bytes:
     """A file's bytes. Raises UserError, naming the flag, where it is not there."""
     if not path.exists():
         raise UserError(f"{flag} {path} is not there; check the path")
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; give one picture's file")
     return read_file(path)
 
 

@@ -144,6 +144,7 @@ def test_mistakes_of_files_are_told_in_a_line(cli, repo, lora, tmp_path):
     control = write_controlnet(repo / "data/tiny-xl", tmp_path / "control")
     for words, cause in (
         (("--image", tmp_path / "no.png"), "--image " + str(tmp_path / "no.png") + " is not there"),
+        (("--image", tmp_path), "is a folder; give one picture's file"),
         (("--image", tmp_path / "text.png"), "is no picture that can be used"),
         (("--image", tmp_path / "cut.png"), "is no picture that can be used"),
         (("--image", picture, "--mask", tmp_path / "no.png"), "no.png is not there"),
