@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from data.style_oracle import score_content, score_style
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.manifest import open_manifest
-from shared.models.family import load_config, resolve_model
+from shared.models.family import SCHEDULER_CONFIG, load_config, resolve_model
 from shared.models.vae import decode_latents, load_vae
 from shared.networks.denoiser import Denoiser
 from shared.networks.sampling import Predict, draw_latents, teacher_predictor, teacher_scheduler
@@ -134,7 +134,7 @@ class Easel:
 
     def scheduler(self, config: DistillConfig, line: Line) -> Any:
         """A line's scheduler, with the intervals that its training had."""
-        settings = load_config(self.source, "scheduler/scheduler_config.json")
+        settings = load_config(self.source, SCHEDULER_CONFIG)
         if line.guided:
             return teacher_scheduler("ddim", "trailing", settings)
         return OBJECTIVES["lcd"].sampler.build(settings, config)

@@ -61,8 +61,8 @@ def run_main(
 
     So does what the operating system refuses, and memory that is full, the GPU's or the machine's:
     `less_memory` says which flags need less of it, `interrupted` what is there after an
-    interruption. Exits 0 on success, 1 on an error, 2 on a wrong
-    command line, 130 on Ctrl-C, 143 on SIGTERM.
+    interruption. Exits 0 on success, 1 on an error, 2 on a wrong command line, 130 on Ctrl-C and
+    143 on SIGTERM.
     """
     speak_any_name()
     signals: list[int] = []
@@ -91,9 +91,8 @@ def run_main(
     except Exception:
         if not signals:
             raise
-        _interrupted(
-            signals, interrupted
-        )  # of which a library's C code has made an error of its own
+        # Of which a library's C code has made an error of its own.
+        _interrupted(signals, interrupted)
 
 
 def _interrupted(signals: Sequence[int], said: str) -> NoReturn:

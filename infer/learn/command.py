@@ -7,6 +7,7 @@ import sys
 from infer.config import LearnConfig
 from infer.learn.lesson import Lesson, seconds_of
 from infer.learn.recipe import recipe_of
+from infer.pipelines.adapters import bare_unet
 from shared.errors import UsageError
 from shared.machine.device import set_threads
 from shared.models.family import resolve_model
@@ -32,7 +33,8 @@ def learn(config: LearnConfig) -> int:
     lesson = Lesson(config, model, recipe, picture, config.output or recipe.folder())
     if not lesson.learned():
         print(lesson, file=sys.stderr)
-        print(f"this takes about {duration(seconds_of([lesson]))}", file=sys.stderr)
+        seconds = seconds_of([lesson], bare_unet(config, model))
+        print(f"this takes about {duration(seconds)}", file=sys.stderr)
     status = lesson.learn()
     if status == 0:
         print(lesson.run)

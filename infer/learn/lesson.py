@@ -11,10 +11,11 @@ from infer.learn import redrawn
 from infer.learn.recipe import Recipe, check, claim
 from infer.learn.stages import is_learned, make_cache, train_lora
 from infer.pictures.read import content, framed
-from infer.pipelines.adapters import bare_unet, load_with_adapters
+from infer.pipelines.adapters import load_with_adapters
 from infer.pipelines.timing import seconds_per_pass
 from shared.machine.device import pick_device
 from shared.models.family import Model, model_name, vae_downscale
+from shared.networks.denoiser import Denoiser
 from shared.wording import counted
 
 STOPPED = 143  # the exit status that shells give to SIGTERM
@@ -75,13 +76,12 @@ class Lesson:
         print(f"{found}: {sheet}", file=sys.stderr)
 
 
-def seconds_of(lessons: list[Lesson]) -> float:
-    """About how long these take that have something to learn, by a pass that is measured here."""
+def seconds_of(lessons: list[Lesson], unet: Denoiser) -> float:
+    """About how long these take that have something to learn, by passes of their model's UNet."""
     if not lessons:
         return 0.0
-    flags, model, recipe = lessons[0].flags, lessons[0].model, lessons[0].recipe
-    unet = bare_unet(flags, model)
-    side = recipe.resolution // vae_downscale(model.source)
+    recipe = lessons[0].recipe
+    side = recipe.resolution // vae_downscale(lessons[0].model.source)
     learning = FORWARD_AND_BACK * seconds_per_pass(unet, side, side, recipe.train_batch_size)
     drawing = redrawn.PASSES * seconds_per_pass(unet, side, side)
     return len(lessons) * (recipe.steps * learning + drawing)

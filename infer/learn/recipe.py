@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.config import LearnFlags
-from infer.pictures.read import content, read_picture
+from infer.pictures.read import checked
 from shared.cache.identity import differences
 from shared.cli.defaults import RUNS
 from shared.errors import UserError
@@ -64,14 +64,14 @@ class Recipe:
 
 def recipe_of(flags: LearnFlags, model: Model, picture: Path, prompt: str, steps: int) -> Recipe:
     """Decide what the flags leave open. Raises UserError for what is no picture, and no side."""
-    read_picture(picture, "picture")  # all of it: a file that ends too early has a size as well
+    data = checked(picture, "picture")
     unit = vae_downscale(model.source)
     resolution = flags.resolution or native_resolution(model)
     if resolution % unit:
         raise UserError(f"--resolution {resolution} is not a multiple of {unit}, a latent's side")
     return Recipe(
         picture=picture.name,
-        picture_sha256=hashlib.sha256(content(picture, "picture")).hexdigest(),
+        picture_sha256=hashlib.sha256(data).hexdigest(),
         prompt=prompt,
         model=lasting_name(flags.model),
         vae=lasting_name(flags.vae or flags.model),

@@ -8,17 +8,16 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 
-from infer.pictures.write import check_free
-from prep.encoders.clip import load_clip
-from shared.models.family import Model, force_zeros, load_config
+from infer.pipelines.build import quiet, settings, text_parts
+from infer.pipelines.sampling import schedulers
+from shared.models.family import SCHEDULER_CONFIG, Model, load_config
 from shared.models.rescale import plain_vae
 from shared.models.vae import load_vae
-from shared.models.whole_model import SCHEDULER, beside_unet
+from shared.models.whole_model import beside_unet
 from shared.networks.denoiser import Denoiser, load_unet
 from shared.networks.styled import Lora, wear
-from shared.storage.files import guard, move, publish, workshop
+from shared.storage.files import check_free, guard, move, publish, workshop
 from shared.storage.tensors import tensor_chunks
 from train.export.standalone import whole_model
 from train.export.weights import full_precision, halved
@@ -34,22 +33,22 @@ def merged_unet(model: Model, lora: Lora) -> Denoiser:
 
 
 def write_single_file(
-    model: Model, lora: Lora, path: Path, half: bool, metadata: Mapping[str, str]
+    model: Model, lora: Lora, path: Path, half: bool, metadata: Mapping[str, str], tmp: Path
 ) -> None:
     """Write the whole model as one file. Raises UserError where a part is missing."""
     whole = whole_model(merged_unet(model, lora), beside_unet(model))
     tensors = halved(whole, REMEDY) if half else full_precision(whole)
-    publish(tensor_chunks(tensors, {"format": "pt", **metadata}), path, path.parent)
+    publish(tensor_chunks(tensors, {"format": "pt", **metadata}), path, tmp)
 
 
-def write_folder(model: Model, lora: Lora, folder: Path, half: bool) -> None:
+def write_folder(model: Model, lora: Lora, folder: Path, half: bool, tmp: Path) -> None:
     """Write the whole model as a diffusers folder, which appears when all of it is there."""
     pipe = pipeline(model, merged_unet(model, lora))
     if half:
         halved(pipe.unet.state_dict(), REMEDY)
         pipe.to(torch.float16)
-    with workshop(folder.parent, "-merged") as building:
-        with guard(folder.parent):
+    with workshop(tmp, "-merged") as building:
+        with guard(tmp):
             pipe.save_pretrained(building)
         check_free(folder)
         if folder.exists():
@@ -59,25 +58,13 @@ def write_folder(model: Model, lora: Lora, folder: Path, half: bool) -> None:
 
 def pipeline(model: Model, unet: Denoiser) -> Any:
     """Diffusers' pipeline of a model, wherever it is, with this UNet; fp32, without a checker."""
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    family = model.family
-    parts: dict[str, Any] = {}
-    for name in family.text_encoders:
-        parts[name.replace("text_encoder", "tokenizer")], parts[name] = load_clip(model, name)
-    if family.micro_conditioning:
-        parts["force_zeros_for_empty_prompt"] = force_zeros(model)
-    else:
-        parts |= {
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-    scheduler = load_config(model.source, SCHEDULER)
-    kind = getattr(diffusers, scheduler.get("_class_name", ""), diffusers.DDIMScheduler)
-    return getattr(diffusers, family.pipeline)(
+    quiet()
+    scheduler = load_config(model.source, SCHEDULER_CONFIG)
+    kind = schedulers().get(scheduler.get("_class_name", ""), diffusers.DDIMScheduler)
+    return getattr(diffusers, model.family.pipeline)(
         unet=unet,
         vae=plain_vae(load_vae(model.source)),
         scheduler=kind.from_config(scheduler),
-        **parts,
+        **text_parts(model),
+        **settings(model),
     )

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from infer.config import MorphConfig
-from infer.learn.lesson import seconds_of
+from infer.learn.lesson import Lesson, seconds_of
 from infer.morph.frames import Morph, draw_frames
 from infer.morph.job import Job, plan_job
 from infer.morph.spacing import distances, unevenness
 from infer.pictures.film import EXTRA, gif_of, write_mp4, writes_mp4
-from infer.pictures.write import check_free, write_drawn, write_sheet
+from infer.pictures.write import write_drawn, write_sheet
 from infer.pipelines.adapters import bare_unet, load_with_adapters
 from infer.pipelines.timing import seconds_per_pass
 from shared.cli.progress import Progress
 from shared.machine.device import set_threads
 from shared.models.family import model_name, vae_downscale
-from shared.storage.files import dump_json, move, publish, workshop
+from shared.storage.files import beside, check_free, dump_json, move, publish, workshop
 from shared.wording import duration
 
 STRIP = 8  # frames in the strip, at most
@@ -43,7 +43,7 @@ def morph(config: MorphConfig) -> int:
         print(lesson, file=sys.stderr)
     if not writes_mp4():
         print(f"note: no MP4 is written, which needs {EXTRA}", file=sys.stderr)
-    print(f"this takes about {duration(seconds_of(todo) + seconds(job))}", file=sys.stderr)
+    print(f"this takes about {duration(seconds(job, todo))}", file=sys.stderr)
     for lesson in job.lessons if config.learn else ():
         if status := lesson.learn():
             return status
@@ -57,12 +57,12 @@ def morph(config: MorphConfig) -> int:
     return 0
 
 
-def seconds(job: Job) -> float:
-    """About how long drawing takes."""
+def seconds(job: Job, todo: list[Lesson]) -> float:
+    """About how long learning and drawing take."""
     unet = bare_unet(job.config, job.model)
     side = job.lessons[0].recipe.resolution // vae_downscale(job.model.source)
     one = seconds_per_pass(unet, side, side) * (WITH_LORAS if job.config.learn else 1)
-    return job.drawings * job.way.steps * one
+    return seconds_of(todo, unet) + job.drawings * job.way.steps * one
 
 
 def told(drawn: Morph) -> str:
@@ -77,7 +77,7 @@ def told(drawn: Morph) -> str:
 def write(job: Job, drawn: Morph) -> None:
     """Write everything into a folder, which appears when all of it is there."""
     output, fps = job.output, job.config.fps
-    with workshop(output.parent, "-morph") as building:
+    with beside(output) as tmp, workshop(tmp, "-morph") as building:
         for number, (a, pixels) in enumerate(drawn.frames.items()):
             write_drawn(building / "frames" / f"{number:03d}.png", pixels, metadata(job, a))
         write_strip(building / "strip.png", drawn)

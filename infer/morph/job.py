@@ -8,10 +8,10 @@ from pathlib import Path
 from infer.config import MorphConfig
 from infer.learn.lesson import Lesson
 from infer.learn.recipe import recipe_of
-from infer.pictures.write import check_free
 from infer.pipelines.inversion import Trajectory, trajectory_of
 from shared.errors import UsageError
 from shared.models.family import Model, model_name, resolve_model
+from shared.storage.files import check_free
 from shared.wording import counted
 
 MORPHED = Path("morphed")

@@ -42,6 +42,17 @@ def read_picture(path: Path, flag: str, size: Size | None = None) -> Image.Image
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS) if size else picture
 
 
+def checked(path: Path, flag: str) -> bytes:
+    """A picture's bytes, decoded to their end. Raises UserError for what is none."""
+    data = content(path, flag)
+    try:
+        with opened(data) as image:
+            upright_rgb(image, max(image.size))
+    except BadImage as error:
+        raise unusable(path, flag, error) from None
+    return data
+
+
 def framed(data: bytes, side: int) -> NDArray[np.uint8]:
     """The pixels `[side, side, 3]` that `prep` would encode of a picture, cut out of its middle."""
     return prepare(data, Framing(side))[0].pixels

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shared.errors import UserError
 from shared.storage.files import publish
 from train.sampling.pictures import write_grid
 
@@ -43,9 +42,3 @@ def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     image = Image.fromarray(pixels)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     return np.asarray(image)
-
-
-def check_free(folder: Path) -> None:
-    """Raise UserError for a folder that has something in it already."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; remove it, or choose another --output")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from infer.config import LearnFlags, ModelFlags
 from infer.pipelines.build import load_pipeline, pick_dtype
 from infer.pipelines.choose import choose
-from infer.pipelines.loras import LoraFile, load_lora
+from infer.pipelines.loras import LoraFile, adapter_name, add_adapters
 from shared.machine.device import pick_device
 from shared.models.family import Model
 from shared.networks.denoiser import Denoiser, load_unet
@@ -23,10 +22,7 @@ def load_with_adapters(flags: LearnFlags, runs: Sequence[Path]) -> Any:
     dtype = pick_dtype(flags.dtype, device)
     choice = choose(ModelFlags(model=flags.model, vae=flags.vae))
     pipe = load_pipeline(choice, device, dtype)
-    with warnings.catch_warnings():  # peft warns of a second adapter, which is meant
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        for number, run in enumerate(runs):
-            load_lora(pipe, LoraFile(run / LORA_FILE), name(number), choice.model.source)
+    add_adapters(pipe, [LoraFile(run / LORA_FILE) for run in runs], choice.model.source)
     pipe.to(device, dtype)
     share(pipe, [0.0] * len(runs))
     return pipe
@@ -41,9 +37,4 @@ def bare_unet(flags: LearnFlags, model: Model) -> Denoiser:
 def share(pipe: Any, shares: Sequence[float]) -> None:
     """Let each LoRA count for so much of itself: what they add to a layer is added up."""
     if shares:
-        pipe.set_adapters([name(number) for number in range(len(shares))], list(shares))
-
-
-def name(number: int) -> str:
-    """Of an adapter."""
-    return f"picture{number}"
+        pipe.set_adapters([adapter_name(number) for number in range(len(shares))], list(shares))

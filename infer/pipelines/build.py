@@ -15,7 +15,7 @@ from infer.pipelines.control import load_controlnet
 from infer.pipelines.loras import load_loras
 from prep.encoders.clip import load_clip
 from shared.errors import UserError
-from shared.models.family import force_zeros, unet_config
+from shared.models.family import Model, force_zeros, unet_config
 from shared.models.rescale import Scales, rescale_vae, scales_of
 from shared.models.vae import load_vae
 from shared.networks.denoiser import Denoiser, load_unet
@@ -48,16 +48,14 @@ def load_pipeline(
     precision rounds their sum once. `folded` is a guidance_scale to build into a UNet that would
     have to be told it. Raises UserError for parts that are missing or do not fit.
     """
-    diffusers.utils.logging.set_verbosity_error()  # of what is told here in a line
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    parts = {"vae": half_safe(load_vae(choice.vae), dtype), **text_parts(choice)}
+    quiet()
+    parts = {"vae": half_safe(load_vae(choice.vae), dtype), **text_parts(choice.model)}
     unet = load_denoiser(choice, torch.float32 if choice.loras else dtype)
     parts["unet"] = unet if folded is None else plain_copy(unet, folded - 1)
     if controlnet is not None:
         parts["controlnet"] = load_controlnet(controlnet, parts["unet"].config, dtype)
     pipe = pipeline_class(choice, kind, controlnet is not None)(
-        **parts, scheduler=choice.sampling.scheduler, **settings(choice)
+        **parts, scheduler=choice.sampling.scheduler, **settings(choice.model)
     )
     load_loras(pipe, choice.loras, choice.model.source)
     pipe.to(device, dtype)
@@ -71,19 +69,26 @@ def pipeline_class(choice: Choice, kind: str, controlled: bool) -> Any:
     return getattr(diffusers, f"{name}{'ControlNet' * controlled}{kind}Pipeline")
 
 
-def settings(choice: Choice) -> Mapping[str, Any]:
+def quiet() -> None:
+    """Let the libraries be silent of what is told here in a line."""
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def settings(model: Model) -> Mapping[str, Any]:
     """What else a pipeline of this family wants; nobody's pictures are looked at or marked."""
-    if choice.model.family.micro_conditioning:
-        zeros = force_zeros(choice.model)
+    if model.family.micro_conditioning:
+        zeros = force_zeros(model)
         return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
     return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
-def text_parts(choice: Choice) -> dict[str, Any]:
+def text_parts(model: Model) -> dict[str, Any]:
     """Tokenizers and text encoders under the pipelines' names."""
     parts = dict[str, Any]()
-    for name in choice.model.family.text_encoders:
-        tokenizer, encoder = load_clip(choice.model, name)
+    for name in model.family.text_encoders:
+        tokenizer, encoder = load_clip(model, name)
         parts[name.replace("text_encoder", "tokenizer")] = tokenizer
         parts[name] = encoder.requires_grad_(False)
         if not hasattr(encoder, "text_model"):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from infer.config import ModelFlags
 from infer.pipelines.loras import LoraFile, find_lora
-from infer.pipelines.sampling import SCHEDULER_CONFIG, Guidance, Sampling, rescheduled, sampling_of
+from infer.pipelines.sampling import Guidance, Sampling, rescheduled, sampling_of
 from infer.pipelines.students import Student, identity_of, open_student, prompts_of
 from shared.models.family import (
+    SCHEDULER_CONFIG,
     Model,
     load_config,
     model_name,

@@ -15,10 +15,9 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
-from infer.pipelines.sampling import SCHEDULER_CONFIG
 from shared.diffusion import SCHEDULE
 from shared.errors import UserError
-from shared.models.family import Model, load_config
+from shared.models.family import SCHEDULER_CONFIG, Model, load_config
 from shared.models.vae import decode_latents
 
 Step = Callable[[], object]  # called after each pass of the UNet

@@ -11,7 +11,7 @@ from typing import Any
 from infer.pipelines.students import Student, nearest, student_beside
 from shared.errors import UserError
 from shared.models.lora_files import read_parts
-from shared.networks.styled import misfit
+from shared.networks.styled import check_fits
 from shared.style import split_scale
 from train.trainer.init_student import PICKLES, lora_at, unet_at
 
@@ -65,11 +65,7 @@ def load_loras(pipe: Any, loras: Sequence[LoraFile], model: str) -> None:
     They are fused: beside the layers they would cost as much again as the layers. Raises UserError
     for one that does not fit.
     """
-    names = [f"lora{number}" for number in range(len(loras))]
-    with warnings.catch_warnings():  # peft warns of a second adapter, which is meant
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        for lora, name in zip(loras, names, strict=True):
-            load_lora(pipe, lora, name, model)
+    names = add_adapters(pipe, loras, model)
     if loras:
         pipe.set_adapters(names, [lora.scale for lora in loras])
         parts = [part for part in pipe._lora_loadable_modules if has_adapters(pipe, part)]
@@ -77,14 +73,25 @@ def load_loras(pipe: Any, loras: Sequence[LoraFile], model: str) -> None:
         pipe.unload_lora_weights()
 
 
+def adapter_name(number: int) -> str:
+    """The name that a pipeline knows a LoRA by."""
+    return f"lora{number}"
+
+
+def add_adapters(pipe: Any, loras: Sequence[LoraFile], model: str) -> list[str]:
+    """Give a pipeline an adapter for each LoRA; returns their names. Raises UserError as above."""
+    names = [adapter_name(number) for number in range(len(loras))]
+    with warnings.catch_warnings():  # peft warns of a second adapter, which is meant
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        for lora, name in zip(loras, names, strict=True):
+            load_lora(pipe, lora, name, model)
+    return names
+
+
 def load_lora(pipe: Any, lora: LoraFile, name: str, model: str) -> None:
     """Give a pipeline an adapter of this name. Raises UserError where it does not fit."""
     own, text = read_parts(lora.path, pipe.unet.config)
-    if layer := misfit(own, pipe.unet):
-        raise UserError(
-            f"{FLAG} {lora.path} is of another model than {model}: its layer {layer} does not fit; "
-            "give a LoRA made for this kind of model"
-        )
+    check_fits(own, pipe.unet, f"{FLAG} {lora.path}", model)
     unet = {f"unet.{layer}": tensor for layer, tensor in own.items()}
     pipe.load_lora_weights(unet, adapter_name=name)
     for part in ("text_encoder", "text_encoder_2"):

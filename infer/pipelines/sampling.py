@@ -15,11 +15,10 @@ from diffusers import LCMScheduler, SchedulerMixin, TCDScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from shared.errors import UserError
-from shared.models.family import Family, Model, load_config
+from shared.models.family import SCHEDULER_CONFIG, Family, Model, load_config
 from train.config import RunConfig
 from train.objectives import guidance_learned, objective_of
 
-SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 USUAL_STEPS, FEW_STEPS = 50, 4  # of a model, of a distilled student
 
 
@@ -57,7 +56,7 @@ def sampling_of_run(config: RunConfig, model: Model) -> Sampling:
     elif guidance_learned(config):
         guidance = Guidance.LEARNED
     most = sampler.most_steps(config) if sampler.most_steps else timesteps_of(scheduler)
-    scale = scale_of(guidance, model.family)
+    scale = 1.0 if guidance is Guidance.LEARNED else model.family.guidance_scale
     return Sampling(scheduler, sampler.usual_steps(config), most, guidance, scale)
 
 
@@ -100,14 +99,13 @@ def rescheduled(sampling: Sampling, name: str | None) -> Sampling:
     there = schedulers()  # one whose package is missing is none
     plain = {plain_name(one): one for one in drawing if one in there}
     typed = plain_name(name)
-    begun = [one for one in plain if one.startswith(typed)]
-    if typed not in plain and len(begun) != 1:
+    meant = [typed] if typed in plain else [one for one in plain if one.startswith(typed)]
+    if len(meant) != 1:
         raise UserError(
             f"--scheduler {name} is none that draws Stable Diffusion; there are "
-            f"{', '.join(begun or plain)}"
+            f"{', '.join(meant or plain)}"
         )
-    kind = plain[typed if typed in plain else begun[0]]
-    built = there[kind].from_config(sampling.scheduler.config)
+    built = there[plain[meant[0]]].from_config(sampling.scheduler.config)
     new = with_scheduler(built, sampling.guidance, sampling.guidance_scale)
     return replace(new, steps=min(sampling.steps, new.steps))
 
@@ -128,8 +126,3 @@ def schedulers() -> dict[str, Any]:
 def timesteps_of(scheduler: Any) -> int:
     """T: in how many steps the noise is made."""
     return int(scheduler.config.num_train_timesteps)
-
-
-def scale_of(guidance: Guidance, family: Family) -> float:
-    """The guidance_scale unless given."""
-    return 1.0 if guidance is Guidance.LEARNED else family.guidance_scale

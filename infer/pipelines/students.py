@@ -9,17 +9,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from infer.pipelines.sampling import SCHEDULER_CONFIG, Sampling, sampling_of, sampling_of_run
+from infer.pipelines.sampling import Sampling, sampling_of, sampling_of_run
 from shared.cache.conditioning import load_conditioning
 from shared.cache.identity import Identity, read_identity
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
-from shared.models.family import recorded_model, resolve_model
+from shared.models.family import SCHEDULER_CONFIG, recorded_model, resolve_model
 from shared.storage.files import load_record
 from shared.storage.urls import RemotePlace
 from train.config import RunConfig
 from train.export.kohya import KOHYA_FILE
-from train.export.student import student_file
+from train.export.student import written_student
 from train.export.weights import LORA_FILE, UNET_FOLDER
 from train.state.run_config import run_config
 
@@ -39,7 +39,7 @@ class Student:
         """Is it a LoRA? Otherwise a UNet."""
         return self.weights.name != UNET_FOLDER
 
-    def teacher(self, model: str | None, flag: str = "--run") -> str:
+    def teacher(self, model: str | None) -> str:
         """Where its teacher is: `model` if given, else as its run recorded it.
 
         Raises UserError where that is not known, or not on this machine.
@@ -48,7 +48,7 @@ class Student:
             return model
         if self.config is None:
             raise UserError(
-                f"{flag} {self.folder} is an export without its run's config.json, which names the "
+                f"{self.folder} is an export without its run's config.json, which names the "
                 "model; say --model"
             )
         return recorded_model(self.config.model)
@@ -71,22 +71,16 @@ def unet_config_of(folder: Path) -> dict[str, Any]:
     return load_record(folder / "config.json", dict, "fetch the export anew")
 
 
-def open_student(folder: Path, flag: str = "--run") -> Student:
+def open_student(folder: Path) -> Student:
     """Find the student of a run or of an export.
 
     Raises UserError where there is none; a mistyped name comes with the nearest.
     """
     if not folder.exists():
-        raise UserError(f"{flag} {folder} is not there{nearest(folder)}")
+        raise UserError(f"--run {folder} is not there{nearest(folder)}")
     if (folder / "config.json").is_file() and not (folder / "model_index.json").exists():
         config = run_config(folder)
-        weights = student_file(folder, config)
-        if not weights.exists():
-            raise UserError(
-                f"{folder} has no {weights.name} yet; let `train distill` finish, "
-                f"or run `python -m train export --run {folder}`"
-            )
-        return Student(folder, weights, config)
+        return Student(folder, written_student(folder, config), config)
     if (folder / SCHEDULER_CONFIG).is_file():
         for name in (LORA_FILE, UNET_FOLDER):
             if (folder / name).exists() and not (folder / "model_index.json").exists():
@@ -94,7 +88,7 @@ def open_student(folder: Path, flag: str = "--run") -> Student:
     remedy = "give the folder that `train distill` or `train export` wrote"
     if (folder / "model_index.json").exists():
         remedy = f"it is a whole model: --model {folder}"
-    raise UserError(f"{flag} {folder} holds no student; {remedy}")
+    raise UserError(f"--run {folder} holds no student; {remedy}")
 
 
 def student_beside(file: Path) -> Student | None:

@@ -25,7 +25,7 @@ from shared.cache.conditioning import TextEmbeds
 from shared.cache.identity import Drawn, Shapes, VaeIdentity
 from shared.errors import UserError
 from shared.machine.device import set_threads
-from shared.models.family import Model, load_config
+from shared.models.family import SCHEDULER_CONFIG, Model, load_config
 from shared.networks.denoiser import Denoiser, load_schedule, load_unet
 from shared.networks.precision import autocast, hold_frozen
 from shared.networks.sampling import (
@@ -36,7 +36,6 @@ from shared.networks.sampling import (
     teacher_scheduler,
 )
 
-SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 # What of a scheduler's configuration decides what it draws, beside the spacing.
 DECIDING = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",

@@ -38,7 +38,7 @@ from shared.cli.defaults import MODEL, default_cache
 from shared.cli.progress import Progress
 from shared.diffusion import nearest_divisor, schedule_settings
 from shared.errors import UserError
-from shared.models.family import Model, load_config, recorded_model, resolve_model
+from shared.models.family import SCHEDULER_CONFIG, Model, load_config, recorded_model, resolve_model
 from shared.networks.cache_checks import check_fit
 from shared.networks.precision import device_precision
 from shared.storage.files import free_bytes
@@ -124,7 +124,7 @@ def choose(config: TeachConfig, cache: CachePaths, manifest: Manifest) -> Asked:
         )
     model = resolve_model(config.model or recorded_model(manifest.identity.model))
     check_fit(manifest, model, cache.root)
-    schedule = schedule_settings(load_config(model.source, "scheduler/scheduler_config.json"))
+    schedule = schedule_settings(load_config(model.source, SCHEDULER_CONFIG))
     total = schedule["num_train_timesteps"]
     steps = config.num_ddim_timesteps or (stored.num_ddim_timesteps if stored else SOLVER_STEPS)
     if total % steps:

@@ -19,6 +19,7 @@ from shared.storage.typed_json import record_of
 ANEW = "fetch the model anew"
 DATA = Path(__file__).resolve().parents[2] / "data"  # of a checkout; not installed
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"  # in a diffusers folder
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # what is no repository's name
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 DOWNSCALE = 8  # of a model whose own VAE is not there

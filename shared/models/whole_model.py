@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.models.family import Model, load_config
+from shared.models.family import SCHEDULER_CONFIG, Model, load_config
 from shared.models.hub import hub_file
 from shared.models.original_layout import UNET, VAE, original_encoder, original_vae
 from shared.models.rescale import plain_vae
@@ -18,7 +18,6 @@ from shared.storage.tensors import load_tensors
 
 AVERAGE = "model_ema."  # the UNet's, in the files of old training runs
 ENCODER_FILES = ("model.safetensors", "model.fp16.safetensors")
-SCHEDULER = "scheduler/scheduler_config.json"
 REMEDY = "fetch the model anew"
 
 
@@ -61,7 +60,7 @@ def marks(model: Model) -> dict[str, Tensor]:
     """Return the empty keys by which an SDXL that predicts v is told from its weights' names."""
     if not model.family.micro_conditioning:
         return {}
-    scheduler = load_config(model.source, SCHEDULER)
+    scheduler = load_config(model.source, SCHEDULER_CONFIG)
     said = {
         "v_pred": scheduler.get("prediction_type") == "v_prediction",
         "ztsnr": bool(scheduler.get("rescale_betas_zero_snr")),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import Schedule, schedule_from_config
 from shared.errors import UserError
-from shared.models.family import load_config
+from shared.models.family import SCHEDULER_CONFIG, load_config
 from shared.models.single_file import is_single_file, load_part
 from shared.models.weights import load_whole
 from shared.networks.precision import no_autocast
@@ -34,7 +34,7 @@ def load_unet(source: str, dtype: torch.dtype = torch.float32) -> Denoiser:
 def load_schedule(source: str) -> Schedule:
     """A model's noise schedule. Raises UserError for one that distillation does not know."""
     try:
-        return schedule_from_config(load_config(source, "scheduler/scheduler_config.json"))
+        return schedule_from_config(load_config(source, SCHEDULER_CONFIG))
     except (ValueError, TypeError, RuntimeError) as error:  # numbers that are none, or too many
         raise UserError(f"{source}: {error}") from None
 

@@ -23,23 +23,35 @@ def load_teacher(source: str, styles: Sequence[Style] = ()) -> Denoiser:
     return unet
 
 
-def read_styles(styles: Sequence[Style], unet: Denoiser) -> Lora:
+def read_styles(
+    styles: Sequence[Style], unet: Denoiser, label: str = FLAG, model: str = "the teacher"
+) -> Lora:
     """Read styles as one LoRA for this UNet, their scales multiplied in; nothing without any.
 
-    The UNet may have adapters of its own. Raises UserError for a style of another model.
+    The UNet may have adapters of its own, and needs no weights. Raises UserError, which names the
+    `label` and the `model`, for a style of another model, and for a scale with which it overflows.
     """
     from shared.models.lora_files import read_lora  # with all that diffusers knows of LoRAs
 
     joined: Lora = {}
     for style in styles:
-        tensors = read_lora(Path(style.file), unet.config)
-        if layer := misfit(tensors, unet):
-            raise UserError(
-                f"{FLAG} {style.file} is of another model than the teacher: its layer {layer} does "
-                "not fit; give a LoRA made for this kind of model"
-            )
-        joined = join(joined, scaled(tensors, style.scale))
+        name = f"{label} {style.file}"
+        tensors = check_fits(read_lora(Path(style.file), unet.config), unet, name, model)
+        tensors = scaled(tensors, style.scale)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise UserError(f"{name} overflows at scale {style.scale:g}; give a smaller one")
+        joined = join(joined, tensors)
     return joined
+
+
+def check_fits(lora: Lora, unet: Denoiser, name: str, model: str) -> Lora:
+    """The same LoRA. Raises UserError, which names both, where it is of another than this model."""
+    if layer := misfit(lora, unet):
+        raise UserError(
+            f"{name} is of another model than {model}: its layer {layer} does not fit; give a LoRA "
+            "made for this kind of model"
+        )
+    return lora
 
 
 def scaled(lora: Lora, scale: float) -> dict[str, Tensor]:

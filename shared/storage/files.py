@@ -13,14 +13,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.errors import REMEDIES, UserError, first_line
 from shared.storage import ownership
 from shared.storage.reading import open_regular, read_file, read_if_there
-from shared.storage.temporary import temporary
+from shared.storage.temporary import sweep, temporary
 from shared.storage.typed_json import NewerRecord
 from shared.storage.urls import Place
 
@@ -41,6 +41,7 @@ STUMBLES = (
     KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, RecursionError,
 )  # fmt: skip
 
+UNFINISHED = ".distillery-tmp"
 READERS, READ_AHEAD = 16, 256  # small files read at a time, and held in memory
 COPY_BYTES = 1 << 20
 
@@ -85,6 +86,27 @@ def workshop(tmp: Path, label: str) -> Iterator[Path]:
     with guard(tmp.parent), temporary(tmp, label) as building:
         building.mkdir()
         yield building
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError for a folder that has something in it already."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; remove it, or choose another --output")
+
+
+@contextmanager
+def beside(output: Path) -> Iterator[Path]:
+    """Yield a folder beside an output for what is not finished yet.
+
+    It is on the output's disk. What a killed command left there goes, and in the end the folder.
+    """
+    tmp = output.parent / UNFINISHED
+    sweep(tmp)
+    try:
+        yield tmp
+    finally:
+        with suppress(OSError):  # never made, or another command works there
+            tmp.rmdir()
 
 
 def move(file: Path, path: Place) -> None:

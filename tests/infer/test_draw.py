@@ -18,12 +18,8 @@ from tests.support.drawing import (
     drawn_by,
     stock,
 )
-from tests.support.exports import assert_same_picture, draw_ours, make_run
+from tests.support.exports import PARAMS, assert_same_picture, draw_ours, make_run
 from tests.support.styles import write_style
-
-CASES = [("sd", "lora"), ("xl", "full")]
-OTHERS = [("sd", "full"), ("xl", "lora")]  # each part of which is one of a case above
-PARAMS = [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)]
 
 
 @pytest.fixture(scope="module", params=PARAMS, ids="-".join)

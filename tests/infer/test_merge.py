@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shared.models.lora_files import read_lora
+from tests.support import warm
 from tests.support.exports import make_run
 from tests.support.styles import ALPHA, RANK, write_style
 
@@ -77,9 +79,9 @@ def test_the_merged_file_draws_what_the_mixed_adapters_draw(
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
     assert np.abs(ours - bare).max() > 0.05
     first = said.splitlines()[0]
-    assert first.startswith("merging ink.safetensors at 0.7 (")
+    assert first.startswith("merging ink.safetensors at 0.7, oil.safetensors at -0.4 for ")
     assert f"for {name}, as a LoRA of" in first
-    assert f"rank {2 * RANK} in {form}'s form, about " in first
+    assert f"rank {2 * RANK} in the form of {form}, about " in first
     # What was merged in one form can be merged on in the other.
     again, _ = merge(cli, [output], "--model", name, "--form",
                      {"kohya": "diffusers", "diffusers": "kohya"}[form],
@@ -205,9 +207,9 @@ def test_mistakes_are_told_in_a_line(cli, repo, styles, tmp_path):
     for words, status, cause in (
         ([], 2, "which LoRAs? For example: python -m infer merge"),
         ([ink, *out], 2, "which model are these LoRAs for? Say --model"),
-        ([styles["tiny-xl"][0], "--model", "tiny-sd", *out], 1, "is not for tiny-sd: its layer "),
+        ([styles["tiny-xl"][0], "--model", "tiny-sd", *out], 1, "is of another model than tiny-sd"),
         ([f"{ink}:much", "--model", "tiny-sd", *out], 2, "'much' is no number; give a scale"),
-        ([f"{ink}:1e39", "--model", "tiny-sd", *out], 1, "has numbers that fp32 cannot hold"),
+        ([f"{ink}:1e39", "--model", "tiny-sd", *out], 1, "overflows at scale 1e+39"),
         ([f"{ink}:0", "--model", "tiny-sd", *out], 2, "a scale of 0 cannot be"),
         ([tmp_path / "no.safetensors", "--model", "tiny-sd", *out], 1, "is not there"),
         ([tmp_path / "empty", "--model", "tiny-sd", *out], 1, "empty holds no LoRA"),
@@ -221,6 +223,29 @@ def test_mistakes_are_told_in_a_line(cli, repo, styles, tmp_path):
         assert cause in answer.err
         assert not (tmp_path / "x.safetensors").exists()
     assert (tmp_path / "full/mine.txt").read_text() == "mine"
+
+
+def test_what_a_killed_merge_left_is_gone_after_the_next(styles, tmp_path):
+    """Killed as the model's first file is written; only the user's own are left beside it."""
+    (tmp_path / "mine.txt").write_text("mine")
+    words = ["merge", *map(str, styles["tiny-sd"]), "--model", "tiny-sd", "--form", "folder"]
+    killed = f"""
+import os, signal, sys
+from diffusers import StableDiffusionPipeline
+def die(self, folder, **_):
+    (folder / "half").write_bytes(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+StableDiffusionPipeline.save_pretrained = die
+sys.argv = ["infer", *{words!r}]
+from infer.__main__ import main
+main()
+"""
+    assert warm.run(["-c", killed], tmp_path).returncode == -signal.SIGKILL
+    left = [path.name for path in tmp_path.rglob("*")]
+    assert "half" in left
+    assert not (tmp_path / "merged").exists()
+    assert warm.run(["-m", "infer", *words], tmp_path).returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["merged", "mine.txt"]
 
 
 @pytest.mark.parametrize("form", ["kohya", "single-file", "folder"])

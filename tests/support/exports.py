@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import (
     LCMScheduler,
@@ -23,6 +24,9 @@ from train.trainer.setup import prepare
 
 PIPELINES = {"sd": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
 RANK, ALPHA = 4, 6.0
+CASES = [("sd", "lora"), ("xl", "full")]
+OTHERS = [("sd", "full"), ("xl", "lora")]  # each part of which is one of a case above
+PARAMS = [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)]
 
 
 @dataclass

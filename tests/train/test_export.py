@@ -20,13 +20,17 @@ from shared.cache.conditioning import load_conditioning
 from shared.cache.manifest import open_manifest
 from shared.cache.paths import CachePaths
 from shared.models.vae import decode_latents
-from tests.support.exports import RANK, Run, assert_same_picture, draw_ours, draw_stock, make_run
+from tests.support.exports import (
+    PARAMS,
+    RANK,
+    Run,
+    assert_same_picture,
+    draw_ours,
+    draw_stock,
+    make_run,
+)
 from train.config import SampleConfig
 from train.evaluation.artist import open_artist
-
-CASES = [("sd", "lora"), ("xl", "full")]
-OTHERS = [("sd", "full"), ("xl", "lora")]  # each part of which is one of a case above
-PARAMS = [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)]
 
 
 @pytest.fixture(scope="module", params=PARAMS, ids="-".join)

@@ -185,6 +185,12 @@ def test_what_cannot_be_is_refused_in_a_line(runs, cli, tmp_path):
     (whole / "model_index.json").write_text("{}")
     run = runs("xl", "full").folder
     before = sorted(run.rglob("*"))
+    other = runs("xl", "lora").folder
+    answer = cli(
+        "train", "export", "--run", other, "--output", run
+    )  # an ordinary one, into another
+    assert answer.status == 1
+    assert "is a run, whose own student would be replaced" in answer.err
     for output, cause in (
         (run, "is a run, whose own student would be"),
         (whole, "is a whole model"),

@@ -80,6 +80,12 @@ def test_every_student_begins_as_the_styled_teacher(tiny_sd, tmp_path, kind, obj
     assert student.origin() == {"teacher": signs(worn.parameters())}
 
 
+def test_a_scale_with_which_it_overflows_is_refused(tmp_path, tiny_sd):
+    path = write_style(tiny_sd, tmp_path / "ink.safetensors")
+    with pytest.raises(UserError, match=r"ink\.safetensors overflows at scale 1e\+39"):
+        load_teacher(str(tiny_sd), open_styles([f"{path}:1e39"]))
+
+
 def test_the_scale_is_what_stands_behind_the_last_colon(tmp_path):
     odd = tmp_path / "a:0.5"
     assert split_scale(f"{odd}") == (f"{tmp_path}/a", 0.5)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from shared.cache.manifest import Manifest, open_manifest
 from shared.cli.progress import Progress
 from shared.errors import UserError
-from shared.models.family import load_config
+from shared.models.family import SCHEDULER_CONFIG, load_config
 from shared.storage.urls import Place, place
 from shared.wording import counted
 from train.comparison.summary import Summary
@@ -95,7 +95,7 @@ def draw_columns(
 def student_sampling(config: CompareConfig, summary: Summary) -> Sampling:
     """How a run's student is drawn. Raises UserError for more steps than it knows."""
     steps = config.steps or objective_of(summary.config).sampler.usual_steps(summary.config)
-    scheduler = load_config(summary.model.source, "scheduler/scheduler_config.json")
+    scheduler = load_config(summary.model.source, SCHEDULER_CONFIG)
     most = most_steps(summary.config, scheduler)
     if steps > most:
         raise UserError(

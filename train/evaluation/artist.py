@@ -14,7 +14,14 @@ from torch import Tensor
 from shared.cache.conditioning import TextEmbeds
 from shared.cache.manifest import Manifest
 from shared.machine.device import pick_device, set_threads
-from shared.models.family import Model, downscale_of, load_config, recorded_model, resolve_model
+from shared.models.family import (
+    SCHEDULER_CONFIG,
+    Model,
+    downscale_of,
+    load_config,
+    recorded_model,
+    resolve_model,
+)
 from shared.models.fingerprint import fingerprint
 from shared.models.vae import load_vae
 from shared.networks.cache_checks import check_fit, check_vae
@@ -111,7 +118,7 @@ def open_artist(run: Path, flags: EvaluateConfig | SampleConfig) -> Artist:
     return Artist(
         model=model,
         config=config,
-        scheduler_config=load_config(model.source, "scheduler/scheduler_config.json"),
+        scheduler_config=load_config(model.source, SCHEDULER_CONFIG),
         student=student,
         vae=load_vae(vae).to(device),
         vae_source=vae,

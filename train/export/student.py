@@ -166,6 +166,17 @@ def student_file(run: Path, config: RunConfig) -> Path:
     return run / (LORA_FILE if config.student == "lora" else UNET_FOLDER)
 
 
+def written_student(run: Path, config: RunConfig) -> Path:
+    """The same where it is there. Raises UserError where the run has no export."""
+    wanted = student_file(run, config)
+    if not wanted.exists():
+        raise UserError(
+            f"{run} has no {wanted.name} yet; let `train distill` finish, "
+            f"or run `python -m train export --run {run}`"
+        )
+    return wanted
+
+
 def load_student(
     run: Path, device: torch.device, model: str | None = None
 ) -> tuple[Denoiser, RunConfig]:
@@ -174,12 +185,7 @@ def load_student(
     A LoRA's teacher is `model`, else the run's own. Raises UserError where the run has no export.
     """
     config = run_config(run)
-    wanted = student_file(run, config)
-    if not wanted.exists():
-        raise UserError(
-            f"{run} has no {wanted.name} yet; let `train distill` finish, "
-            f"or run `python -m train export --run {run}`"
-        )
+    wanted = written_student(run, config)
     if config.student == "lora":
         unet = load_unet(model or recorded_model(config.model))
         check_lora(wanted, unet)

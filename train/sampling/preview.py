@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shared.cache.conditioning import Conditioning, TextEmbeds
 from shared.cache.manifest import Manifest
-from shared.models.family import Model, downscale_of, load_config
+from shared.models.family import SCHEDULER_CONFIG, Model, downscale_of, load_config
 from shared.models.vae import decode_latents, load_vae
 from shared.networks.cache_checks import check_vae
 from shared.networks.denoiser import Denoiser
@@ -111,7 +111,7 @@ def open_previews(
         empty=conditioning.unconditional.to(device),
         vae=vae,
         config=config,
-        scheduler_config=load_config(model.source, "scheduler/scheduler_config.json"),
+        scheduler_config=load_config(model.source, SCHEDULER_CONFIG),
         shape=(manifest.identity.vae.channels, *layout.latent_size),
         guidance_scale=model.family.guidance_scale,
         device=device,

@@ -13,7 +13,7 @@ from shared.cache.manifest import Manifest
 from shared.cli.config import to_dict
 from shared.diffusion import schedule_settings
 from shared.errors import UserError
-from shared.models.family import Model, load_config
+from shared.models.family import SCHEDULER_CONFIG, Model, load_config
 from shared.storage.files import dump_json
 from shared.style import marks
 from shared.wording import counted
@@ -90,7 +90,7 @@ def run_invariants(
     ]
     content = dump_json([manifest and manifest.identity.family, named])
     samples = sum(shard.count for shard in shards)
-    scheduler = load_config(model.source, "scheduler/scheduler_config.json")
+    scheduler = load_config(model.source, SCHEDULER_CONFIG)
     flags = to_dict(config)
     return {
         **{name: flags[name] for name in invariant_flags(config)},

@@ -42,10 +42,11 @@ def check_output(config: ExportConfig, run: Path) -> None:
     """Raise UserError where an export would put another student in the place of what is there."""
     if config.output is None:
         return
-    if stands_alone(config) and (config.output / "checkpoints").is_dir():
+    other = stands_alone(config) or config.output.resolve() != run.resolve()
+    if other and (config.output / "checkpoints").is_dir():
         raise UserError(
             f"--output {config.output} is a run, whose own student would be replaced; leave it "
-            f"out, and the export lies in {standalone_folder(run, config.guidance_scale)}"
+            "out, or give another folder"
         )
     if (config.output / "model_index.json").exists():
         raise UserError(

@@ -15,7 +15,7 @@ from shared.cache.manifest import Manifest
 from shared.cache.paths import CachePaths
 from shared.diffusion import schedule_settings
 from shared.errors import UserError
-from shared.models.family import Model, load_config
+from shared.models.family import SCHEDULER_CONFIG, Model, load_config
 from shared.style import FLAG, as_typed, described, marks
 from shared.wording import counted
 from train.config import RunConfig
@@ -72,7 +72,7 @@ def check_answers(
             f"{described(answers.styles)}, and this one wears {described(worn)}; {remedy}, or "
             f"{WITHOUT}"
         )
-    here = schedule_settings(load_config(model.source, "scheduler/scheduler_config.json"))
+    here = schedule_settings(load_config(model.source, SCHEDULER_CONFIG))
     if differing := differences(schedule_settings(answers.schedule), here):
         raise UserError(
             f"{folder_of(config)} holds answers of another schedule than {model.source}'s: "
