@@ -2,8 +2,8 @@
 
 First a full student of the plain world learns 200 studded pictures, by consistency fine-tuning and
 by the ordinary loss. Then a LoRA learns them, and meets a few-step LoRA: mixed with it, or worn by
-the teacher of another. What the trainings say goes to files. Running it again goes on where it
-stopped.
+the teacher of another. What the trainings say goes to files. Running it again goes on where the
+trainings stopped, and draws anew.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SCALES = (0.6, 0.8, 1.0, 1.2)  # of the style beside the few-step LoRA
 
 @dataclass(frozen=True)
 class Training:
-    """A run: what it learns from which cache, for which share of the budget.
+    """A run: what it learns from which cache.
 
     It `begins` with another's student, or its teacher `wears` another's LoRA.
     """
@@ -52,12 +52,11 @@ class Training:
     student: str
     flags: str
     cache: str
-    share: float = 1.0
     begins: str | None = None
     wears: str | None = None
 
 
-# With 50 intervals 400 steps are too few: what pictures teach goes up by an interval at a time.
+# The best of the tries in docs/results.md; with 50 intervals it learned nothing in 200 steps.
 LCF = "--objective lcf --num-ddim-timesteps 4 --ema-decay 0.9"
 PLAIN_COPY = f"guidance-{GUIDANCE_SCALE}"  # where `train export` writes `start` with its guidance
 TRAININGS = (
@@ -98,7 +97,7 @@ def training_flags(studio: Studio, training: Training) -> list[str]:
     words = [
         *("--model", MODEL, "--cache", str(studio.cache(training.cache))),
         *("--run", str(studio.run(training.name)), "--student", training.student),
-        *("--max-train-steps", str(steps_of(studio, training))),
+        *("--max-train-steps", str(studio.budget)),
         *COMMON.split(),
         *training.flags.split(),
     ]
@@ -112,18 +111,12 @@ def training_flags(studio: Studio, training: Training) -> list[str]:
     return words
 
 
-def steps_of(studio: Studio, training: Training) -> int:
-    """The training's share of the budget."""
-    return max(1, round(training.share * studio.budget))
-
-
 def seconds_of(studio: Studio, training: Training) -> float:
     """About how long a training takes, by what `train compare` counts for a step."""
     alone = replace(training, begins=None, wears=None)  # which are not there yet
     flags = parse(DistillConfig, training_flags(studio, alone), "train distill")
-    steps = steps_of(studio, training)
-    cost = relative_cost(resolve_model(MODEL), RunConfig(**vars(flags)), steps)
-    return STEP_SECONDS * steps * cost
+    cost = relative_cost(resolve_model(MODEL), RunConfig(**vars(flags)), studio.budget)
+    return STEP_SECONDS * studio.budget * cost
 
 
 def check(studio: Studio) -> None:
@@ -148,7 +141,7 @@ def announce(studio: Studio) -> None:
         total += seconds
         after = training.begins or training.wears
         say(
-            f"to do: {training.name}, {counted(steps_of(studio, training), 'step')} on "
+            f"to do: {training.name}, {counted(studio.budget, 'step')} on "
             f"{training.cache} pictures{f', after {after}' if after else ''}: "
             f"{duration(seconds)} on a core"
         )
@@ -178,7 +171,7 @@ def prepare(studio: Studio) -> None:
 def train(studio: Studio, training: Training) -> None:
     """Train a student, or go on with it."""
     run = studio.run(training.name)
-    say(f"{training.name}: {counted(steps_of(studio, training), 'step')}")
+    say(f"{training.name}: {counted(studio.budget, 'step')}")
     studio.workers.command(training.name, "train", "distill", *training_flags(studio, training))
     if training.name == "start" and not (run / PLAIN_COPY).exists():
         studio.workers.command(
@@ -267,7 +260,7 @@ def report(studio: Studio, results: dict[str, list[Score]]) -> None:
 
 
 def main() -> None:
-    """Read the flags and run it all; what is done is not done again."""
+    """Read the flags and run it all; what is trained is not trained again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=local_argument, default=Path("demo-style"))
     parser.add_argument("--budget", type=int, default=BUDGET, help="of a distillation, in steps")

@@ -30,7 +30,7 @@ def test_each_training_is_told_what_it_is_for(tmp_path: Path, training: Training
     flags = parse(DistillConfig, style.training_flags(studio, training), "train distill")
     assert flags.run == tmp_path / "runs" / training.name
     assert flags.cache == tmp_path / "caches" / training.cache
-    assert flags.max_train_steps == round(40 * training.share)
+    assert flags.max_train_steps == 40
     begun = {"lcf": tmp_path / "runs/start", "denoise": tmp_path / "runs/start/guidance-3"}
     assert flags.init_student == begun.get(training.name)
     worn = {"styled": (str(tmp_path / "runs/style/pytorch_lora_weights.safetensors"),)}
