@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shared.cli import startup  # isort: skip  # noqa: F401 (before what takes a while)
 
-from infer.config import DrawConfig, LearnConfig, MergeConfig, MorphConfig
+from infer.config import DrawConfig, LearnConfig, MergeConfig, MorphConfig, PageConfig
 from shared.cli.config import command, dispatch
 from shared.errors import run_main
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "learn": (LearnConfig, command("infer.learn.command", "learn")),
     "merge": (MergeConfig, command("infer.merge.command", "merge")),
     "morph": (MorphConfig, command("infer.morph.command", "morph")),
+    "page": (PageConfig, command("infer.page.command", "page")),
 }
 LESS_MEMORY = (
     "draw needs less of it with --dtype float16 or a smaller --size, learn and morph with a "

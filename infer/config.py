@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from shared.cli.defaults import MODEL
-from shared.cli.paths import LocalPath, NameOrPath, StyleFlag, StyleText, Texts
+from shared.cli.defaults import CACHES, MODEL, RUNS
+from shared.cli.paths import REPEATABLE, LocalPath, NameOrPath, StyleFlag, StyleText, Texts
 from shared.cli.ranges import Count, Fraction, Natural, NotNegative, Numbers, Positive, Seed
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -183,3 +183,19 @@ class MorphConfig(LearnFlags):
     typed: tyro.conf.Suppress[frozenset[str]] = field(
         default=frozenset(), repr=False, compare=False
     )  # no flag; which were given
+
+
+@dataclass(frozen=True)
+class PageConfig(MachineFlags):
+    """Open a page to play with: draw, compare runs, look into caches, morph."""
+
+    runs: LocalPath = RUNS
+    """Folder of the runs that the page may show, and of their LoRAs."""
+    caches: LocalPath = CACHES
+    """Folder of the caches that the page may show."""
+    models: Annotated[tuple[NameOrPath, ...], REPEATABLE] = ()
+    """Models besides the teachers of the runs: presets, diffusers folders, hub ids, single files;
+    or a folder with models and LoRAs in it; repeatable."""
+    host: str = "127.0.0.1"
+    """The address that the page listens on. Whoever can reach it can use this machine to draw."""
+    port: Annotated[int, Numbers(int, 1, 65535)] = 7860

@@ -95,19 +95,23 @@ def rescheduled(sampling: Sampling, name: str | None) -> Sampling:
     """
     if name is None:
         return sampling
-    drawing = (*KarrasDiffusionSchedulers.__members__, "LCMScheduler", "TCDScheduler")
-    there = schedulers()  # one whose package is missing is none
-    plain = {plain_name(one): one for one in drawing if one in there}
-    typed = plain_name(name)
+    plain, typed = drawing_schedulers(), plain_name(name)
     meant = [typed] if typed in plain else [one for one in plain if one.startswith(typed)]
     if len(meant) != 1:
         raise UserError(
             f"--scheduler {name} is none that draws Stable Diffusion; there are "
             f"{', '.join(meant or plain)}"
         )
-    built = there[plain[meant[0]]].from_config(sampling.scheduler.config)
+    built = schedulers()[plain[meant[0]]].from_config(sampling.scheduler.config)
     new = with_scheduler(built, sampling.guidance, sampling.guidance_scale)
     return replace(new, steps=min(sampling.steps, new.steps))
+
+
+def drawing_schedulers() -> dict[str, str]:
+    """The classes that draw Stable Diffusion, by their names as people type them."""
+    drawing = (*KarrasDiffusionSchedulers.__members__, "LCMScheduler", "TCDScheduler")
+    there = schedulers()  # one whose package is missing is none
+    return {plain_name(one): one for one in drawing if one in there}
 
 
 def plain_name(name: str) -> str:

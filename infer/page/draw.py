@@ -1,0 +1,345 @@
+"""The tab Draw: a student's picture beside its teacher's of the same noise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from infer.page import given, words
+from infer.page.folders import choices, chosen
+from infer.page.room import MODEL_QUEUE, Room
+from infer.page.studio import Drawing, Drawn, Studio, Wish
+from infer.page.turns import Cancelled, Turn
+from infer.pipelines.choose import Choice
+from infer.pipelines.sampling import Guidance, drawing_schedulers
+from shared.errors import UserError
+
+KIND = "draw"
+LORAS = 3
+FEW, MANY = 8, 50  # steps that the slider offers for students, for models
+STRONGEST = 15.0  # guidance
+SMALL = 128  # pixels; smaller pictures are shown with their pixels
+LARGEST_SEED = 2**32 - 1
+RUN, MODEL = "run", "model"  # of a name in the list: `run/lcd`, `model/sdxl`
+AS_TRAINED = "as trained"
+EMPTY = "There is no student under {} yet, and no --models were given: `make train` makes one."
+Updates = dict[Any, Any]  # new values by component
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is filled in, and what is shown."""
+
+    what: Any
+    prompt: Any
+    negative: Any
+    steps: Any
+    guidance: Any
+    seed: Any
+    scheduler: Any
+    beside: Any
+    teacher_steps: Any
+    picture: Any
+    strength: Any
+    loras: tuple[Any, ...]
+    scales: tuple[Any, ...]
+    draw: Any
+    again: Any
+    cancel: Any
+    note: Any
+    student: Any
+    student_note: Any
+    teacher: Any
+    teacher_note: Any
+
+    @property
+    def inputs(self) -> list[Any]:
+        """All that is sent, in the order that `read` takes."""
+        pairs = [one for pair in zip(self.loras, self.scales, strict=True) for one in pair]
+        return [self.what, self.prompt, self.negative, self.steps, self.guidance, self.seed,
+                self.scheduler, self.beside, self.teacher_steps, self.picture, self.strength,
+                *pairs]  # fmt: skip
+
+    @property
+    def outputs(self) -> list[Any]:
+        """All that a drawing changes."""
+        return [self.student, self.student_note, self.teacher, self.teacher_note, self.note]
+
+
+class DrawTab:
+    """The tab's form, and what happens in it."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.studio = Studio(room.config, room.held, room.temporary)
+        self.form = layout()
+        form, of_model = self.form, {"concurrency_id": MODEL_QUEUE, "preprocess": False}
+        drawing = {"fn": self.draw, "inputs": form.inputs, "outputs": form.outputs, **of_model,
+                   "show_progress_on": [form.note]}  # fmt: skip
+        form.draw.click(**drawing, api_name="draw")
+        form.prompt.submit(**drawing, api_visibility="private")
+        form.steps.release(**drawing, api_visibility="private", trigger_mode="always_last")
+        form.again.click(
+            lambda: random.randrange(LARGEST_SEED), None, form.seed, queue=False,
+            api_visibility="private",
+        ).then(**drawing, api_visibility="private")  # fmt: skip
+        form.cancel.click(self.cancel, None, None, queue=False, api_name="cancel")
+        form.what.input(
+            self.suit, [form.what, form.prompt], self.suited, preprocess=False, queue=False,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+
+    # ---- What draws
+
+    @property
+    def suited(self) -> list[Any]:
+        """What depends on what draws."""
+        form = self.form
+        return [form.steps, form.guidance, form.negative, form.prompt, form.scheduler,
+                form.beside, form.teacher_steps, form.note]  # fmt: skip
+
+    @property
+    def lists(self) -> list[Any]:
+        """Lists of what lies under the folders."""
+        return [self.form.what, *self.form.loras, self.form.draw]
+
+    def load(self) -> Updates:
+        """The lists as the folders are now, for a page that is opened."""
+        folders = self.room.folders
+        runs, models = folders.students(), folders.all_models()
+        listed = [(f"{label} ({'LoRA' if runs[name].lora else 'full'} student)", f"{RUN}/{name}")
+                  for label, name in choices(runs)]  # fmt: skip
+        listed += [(label, f"{MODEL}/{name}") for label, name in choices(models)]
+        newest = max(runs, key=lambda name: runs[name].folder.stat().st_mtime_ns, default=None)
+        first = f"{RUN}/{newest}" if newest else listed[0][1] if listed else None
+        loras = [("none", ""), *choices(folders.loras())]
+        updates: Updates = {
+            self.form.what: gr.update(choices=listed, value=first),
+            self.form.draw: gr.update(interactive=first is not None),
+        }
+        updates |= {one: gr.update(choices=loras, value="") for one in self.form.loras}
+        if first is None:
+            empty = words.note(EMPTY.format(folders.runs))
+            return updates | {one: gr.skip() for one in self.suited} | {self.form.note: empty}
+        return updates | self.suit(first, "")
+
+    def suit(self, what: Any, prompt: Any) -> Updates:
+        """Steps, guidance and words that suit what draws."""
+        form = self.form
+        unchanged: Updates = {one: gr.skip() for one in self.suited}
+        try:
+            wish = self.what_draws(what)
+            choice = self.studio.choice(wish)
+        except Exception as error:
+            return unchanged | {form.note: words.refusal(error)}
+        sampling = choice.sampling
+        few = sampling.distilled
+        own = choice.prompts[0] if choice.prompts and not str(prompt or "").strip() else gr.skip()
+        most = min(FEW if few else MANY, sampling.most_steps)
+        student = choice.run is not None
+        return {
+            form.steps: gr.update(
+                maximum=most, value=min(sampling.steps, most), interactive=most > 1
+            ),
+            form.guidance: gr.update(
+                value=choice.model.family.guidance_scale, info=guidance_info(choice)
+            ),
+            form.negative: gr.update(visible=student or not few),
+            form.prompt: own,
+            form.scheduler: gr.update(value=AS_TRAINED),
+            form.beside: gr.update(visible=student),
+            form.teacher_steps: gr.update(visible=student),
+            form.note: words.note(""),
+        }
+
+    def what_draws(self, what: Any) -> Wish:
+        """The run or the model that a list's value names. Raises UserError for any other."""
+        kind, _, name = what.partition("/") if isinstance(what, str) else ("", "", "")
+        if kind == RUN:
+            student = chosen(name, self.room.folders.students(), "run with a student")
+            return Wish(run=student.folder, model=None, prompt="")
+        model = chosen(name if kind == MODEL else what, self.room.folders.all_models(), "model")
+        return Wish(run=None, model=model, prompt="")
+
+    # ---- Drawing
+
+    def read(self, values: Sequence[Any]) -> Wish:
+        """What the form says. Raises UserError for what the page would not send."""
+        (what, prompt, negative, steps, guidance, seed, scheduler, beside, teacher_steps, picture,
+         strength, *loras) = values  # fmt: skip
+        drawer = self.what_draws(what)
+        named = [AS_TRAINED, *drawing_schedulers()]
+        if scheduler not in named:
+            raise UserError("there is no such scheduler; choose one from the list")
+        image = given.upload(picture, "the picture", self.room.temporary)
+        return Wish(
+            run=drawer.run,
+            model=drawer.model,
+            prompt=given.text(prompt, "the prompt"),
+            negative_prompt=given.text(negative, "the negative prompt"),
+            steps=given.whole(steps, "steps", 1, MANY),
+            guidance_scale=given.number(guidance, "guidance", 1, STRONGEST),
+            seed=given.whole(seed, "the seed", 0, LARGEST_SEED),
+            scheduler=None if scheduler == AS_TRAINED else scheduler,
+            loras=self.read_loras(loras),
+            image=None if image is None else image.file,
+            strength=given.number(strength, "strength", 0.05, 1),
+            teacher_steps=given.whole(teacher_steps, "teacher's steps", 1, MANY) if beside else 0,
+        )
+
+    def read_loras(self, values: Sequence[Any]) -> tuple[tuple[Any, float], ...]:
+        """LoRAs and scales. Raises UserError for one that is in no list."""
+        listed = self.room.folders.loras()
+        return tuple(
+            (chosen(name, listed, "LoRA"), given.number(scale, "a LoRA's scale", -2, 2))
+            for name, scale in zip(values[::2], values[1::2], strict=True)
+            if name
+        )
+
+    def draw(
+        self,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio is asked for one)
+        *values: Any,
+    ) -> Iterator[Updates]:
+        """Draw what the form says: one picture after the other appears."""
+        form, session = self.form, request.session_hash or ""
+        try:
+            own, teacher = self.studio.plan(self.read(values))
+            yield {form.note: words.note("Loading the model…")} | self.empty(teacher)
+            with self.room.turns.begin(session, KIND) as turn:
+                pair = [own] if teacher is None else self.studio.in_order(own, teacher)
+                for one in pair:
+                    yield self.shown(self.draw_one(one, one is teacher, turn, progress), teacher)
+            same = "" if teacher is None else "Both begin with the same noise."
+            yield {form.note: words.note(same)}
+        except Cancelled:
+            yield {form.note: words.note("Cancelled.")}
+        except Exception as error:
+            yield {form.note: words.refusal(error)}
+
+    def draw_one(self, drawing: Drawing, teacher: bool, turn: Turn, progress: gr.Progress) -> Drawn:
+        """Draw one of the two; each step is shown, and may be the last."""
+        who = "teacher" if teacher else drawing.job.choice.name
+
+        def on_step(done: int, total: int) -> None:
+            progress((done, total), desc=who, unit="steps")
+            turn.check()
+
+        progress(0, desc=f"{who}: loading")
+        return (self.studio.draw_teacher if teacher else self.studio.draw)(drawing, on_step)
+
+    def empty(self, teacher: Drawing | None) -> Updates:
+        """Places for pictures: none beside a model that draws alone."""
+        form, beside = self.form, teacher is not None
+        return {
+            form.teacher: gr.update(visible=beside),
+            form.teacher_note: gr.update(visible=beside),
+        }
+
+    def shown(self, drawn: Drawn, teacher: Drawing | None) -> Updates:
+        """A picture and its caption in their place."""
+        form, is_teacher = self.form, drawn.drawing is teacher
+        picture, caption = (
+            (form.teacher, form.teacher_note) if is_teacher else (form.student, form.student_note)
+        )
+        small = ["small"] if max(drawn.pixels.shape[:2]) <= SMALL else []
+        return {
+            picture: gr.update(value=str(drawn.file), elem_classes=small),
+            caption: words.figure(drawn.took, drawn.drawing.how),
+        }
+
+    def cancel(self, request: gr.Request) -> None:
+        """End the session's drawing after the step under way."""
+        self.room.turns.cancel(request.session_hash or "", KIND)
+
+
+def guidance_info(choice: Choice) -> str:
+    """What guidance is to what draws."""
+    return {
+        Guidance.LEARNED: "Built into the student; this is the teacher's.",
+        Guidance.TOLD: "The student is told it, the teacher takes a second pass.",
+        Guidance.CLASSIFIER_FREE: "A second pass in each step; 1 for none.",
+    }[choice.sampling.guidance]
+
+
+def layout() -> Form:
+    """The form at the left, the pictures at the right; on a phone one below the other."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=2, min_width=300):
+            what = gr.Dropdown(label="What draws", choices=[], elem_id="what")
+            prompt = gr.Textbox(label="Prompt", lines=2, max_lines=4, max_length=given.PROMPT,
+                                submit_btn=False, elem_id="prompt")  # fmt: skip
+            steps = gr.Slider(1, FEW, 4, step=1, label="Steps", elem_id="steps")
+            guidance = gr.Slider(1, STRONGEST, 7.5, step=0.1, label="Guidance", info=" ")
+            with gr.Row(elem_classes="level"):
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
+                again = gr.Button("New seed", size="md", min_width=100)
+            rest = more_settings()
+        with gr.Column(scale=3, min_width=300):
+            with gr.Row():
+                draw = gr.Button(
+                    "Draw",
+                    variant="primary",
+                    size="md",
+                    elem_id="draw",
+                    min_width=120,
+                    interactive=False,
+                )
+                cancel = gr.Button("Cancel", size="md", elem_id="cancel", min_width=90)
+            note = gr.HTML(words.note(""), elem_id="draw-note", min_height=28)
+            with gr.Row(elem_classes="pair"):
+                student, student_note = frame("Student", "student")
+                teacher, teacher_note = frame("Teacher", "teacher")
+    return Form(
+        what=what, prompt=prompt, steps=steps, guidance=guidance, seed=seed, draw=draw,
+        again=again, cancel=cancel, note=note, student=student, student_note=student_note,
+        teacher=teacher, teacher_note=teacher_note, **rest,
+    )  # fmt: skip
+
+
+def more_settings() -> dict[str, Any]:
+    """What is not needed at first, folded away."""
+    with gr.Accordion("Teacher, negative prompt, scheduler", open=False):
+        beside = gr.Checkbox(True, label="Draw the teacher beside it")
+        teacher_steps = gr.Slider(1, MANY, MANY, step=1, label="Teacher's steps")
+        negative = gr.Textbox(
+            label="Negative prompt",
+            max_length=given.PROMPT,
+            info="For what is drawn with a second pass, such as the teacher.",
+        )
+        scheduler = gr.Dropdown([AS_TRAINED, *drawing_schedulers()], value=AS_TRAINED,
+                                label="Scheduler of the student")  # fmt: skip
+    loras, scales = [], []
+    with gr.Accordion("LoRAs", open=False, elem_id="loras"):
+        for number in range(1, LORAS + 1):
+            with gr.Group():
+                loras.append(
+                    gr.Dropdown([("none", "")], value="", label=f"LoRA {number}",
+                                elem_id=f"lora{number}")
+                )  # fmt: skip
+                scales.append(gr.Slider(-2, 2, 1, step=0.05, label="Scale", show_label=False))
+    with gr.Accordion("Begin with a picture", open=False, elem_id="begin"):
+        picture = gr.Image(type="filepath", sources=["upload"], show_label=False, height=200,
+                           buttons=[], elem_id="picture")  # fmt: skip
+        strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Strength",
+                             info="How far to go from it: 1 keeps nothing.")  # fmt: skip
+    return {
+        "beside": beside, "teacher_steps": teacher_steps, "negative": negative,
+        "scheduler": scheduler, "loras": tuple(loras), "scales": tuple(scales),
+        "picture": picture, "strength": strength,
+    }  # fmt: skip
+
+
+def frame(label: str, name: str) -> tuple[Any, Any]:
+    """A place for a picture, with a line below it."""
+    with gr.Column(min_width=140):
+        picture = gr.Image(
+            label=label, interactive=False, type="filepath", elem_id=name,
+            buttons=["download", "fullscreen"],
+        )  # fmt: skip
+        return picture, gr.HTML("", elem_id=f"{name}-note")
