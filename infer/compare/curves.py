@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infer.compare.records import Measured, Numbers, Progress, Record
 from shared.wording import counted
@@ -35,6 +38,7 @@ class Chart:
     title: str
     curves: tuple[Curve, ...]
     thinned: int = 0  # lines of the longest curve that are not shown
+    measured: bool = False  # by evaluations, not by the loss
 
 
 def charts_of(records: Sequence[Record]) -> list[Chart]:
@@ -73,7 +77,7 @@ def loss_curve(place: int, record: Record, name: str) -> Curve | None:
     return Curve(place, chosen(record.progress, there), values, smoothed(values))
 
 
-def chosen(progress: Progress, which: np.ndarray) -> Progress:
+def chosen(progress: Progress, which: NDArray[Any]) -> Progress:
     """Those of the places that are wanted."""
     return Progress(progress.step[which], progress.sample[which], progress.hour[which])
 
@@ -96,7 +100,7 @@ def thin(curve: Curve, most: int) -> Curve:
         return curve
     edges = np.linspace(0, count, max(most // 2, 1) + 1).astype(int)
     kept = {0, count - 1}
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges.tolist()):
         part = curve.values[start:end]
         kept |= {int(start + part.argmin()), int(start + part.argmax())}
     which = np.array(sorted(kept)[:most])
@@ -117,7 +121,7 @@ def measured_charts(records: Sequence[Record]) -> list[Chart]:
                 for curve in measured_curves(place, one, (features, count), key)
             ]
             if curves:
-                charts.append(Chart(f"{key}-{number}", title, tuple(curves)))
+                charts.append(Chart(f"{key}-{number}", title, tuple(curves), measured=True))
     return charts
 
 

@@ -15,14 +15,14 @@ from infer.compare.settings import NOTHING
 from shared.errors import UserError
 from shared.storage.files import parse_record
 from shared.storage.reading import read_if_there
-from shared.wording import counted, duration, rate, size_of
+from shared.wording import duration, rate, size_of
 from train.comparison.summary import Summary, check_comparable, read_summary
 from train.comparison.table import WORDS, note, table_lines
 from train.evaluation.record import EVALUATION
 from train.evaluation.table import FORMATS
 
-ALONE = ("run", "sampler", "steps", "FD", "accuracy", "sharpness")
-ALONE_WORDS = 2  # columns of words
+ALONE = ("run", "steps", "FD", "accuracy", "sharpness")
+ALONE_WORDS = 1  # column of words
 SHOWN_ALONE = ("fd", "accuracy", "high_frequency")
 COST = ("run", "objective", "student", "state", "steps", "samples", "trained for", "speed",
         "peak memory", "last loss")  # fmt: skip
@@ -102,7 +102,7 @@ def rows_of(record: Record) -> list[tuple[str, ...]]:
     def build(stored: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows = [row for row in stored["rows"] if row["sampler"] == "student"]
         return [
-            (record.name, "student", str(int(row["steps"])),
+            (record.name, str(int(row["steps"])),
              *(number(row.get(name), FORMATS[name]) for name in SHOWN_ALONE))
             for row in rows
         ]  # fmt: skip
@@ -136,10 +136,3 @@ def spent(record: Record) -> tuple[str, ...]:
         NOTHING if memory is None else f"{size_of(memory[0])} ({memory[1]})",
         f"{losses[-1]:.4g}" if losses else NOTHING,
     )  # fmt: skip
-
-
-def summary_line(records: Sequence[Record]) -> str:
-    """How much training the page is about."""
-    samples = sum(one.samples for one in records)
-    seconds = sum(one.seconds or 0.0 for one in records)
-    return f"{counted(samples, 'sample')} seen in {duration(seconds)} of training"

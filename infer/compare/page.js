@@ -55,9 +55,9 @@
 
   async function embed() {
     for (const [key, item] of Object.entries(items)) {
-      const views = await Bokeh.embed.embed_item(item, `chart-${key}`);
-      for (const view of views.roots ?? views) {
-        const pair = view.model.children;
+      await Bokeh.embed.embed_item(item, `chart-${key}`);
+      for (const root of Bokeh.documents.at(-1).roots()) {
+        const pair = root.children;
         for (const plot of pair) {
           plot.other = pair.length > 1;
           plots.push(plot);

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -20,51 +19,18 @@ import jinja2
 from markupsafe import Markup
 
 from infer.compare import plots
-from infer.compare.curves import Chart, charts_of
-from infer.compare.figures import Figures, Table, cost_of, figures_of, summary_line
-from infer.compare.previews import Gallery, gallery_of
-from infer.compare.records import Record, read_records
-from infer.compare.settings import Settings, settings_of
+from infer.compare.contents import Contents, gather
+from infer.compare.previews import Gallery
 from shared.sanitize import visible
-from shared.wording import counted
 
+LONGEST = 1000  # characters of a note
 TEMPLATE, STYLE, SCRIPT = "page.html.jinja", "page.css", "page.js"
-SEVERAL = 4  # settings that the first sentence names
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What the page and the Markdown show of runs."""
-
-    records: tuple[Record, ...]
-    settings: Settings
-    charts: tuple[Chart, ...]
-    figures: Figures
-    cost: Table
-    gallery: Gallery
-
-    @property
-    def names(self) -> list[str]:
-        """The runs' names, as they may be shown."""
-        return [visible(one.name) for one in self.records]
 
 
 def html_of(runs: Sequence[Path]) -> str:
     """The page of these runs. Raises UserError as `gather`, and where Bokeh is not installed."""
     plots.need_bokeh()
     return html(gather(runs))
-
-
-def gather(runs: Sequence[Path]) -> Contents:
-    """Read all that there is of these runs.
-
-    Raises UserError for a folder that is no run, and for what is there and cannot be read.
-    """
-    records = read_records(runs)
-    return Contents(
-        tuple(records), settings_of(records), tuple(charts_of(records)), figures_of(records),
-        cost_of(records), gallery_of(records),
-    )  # fmt: skip
 
 
 def html(contents: Contents, refresh: int = 0) -> str:
@@ -76,6 +42,7 @@ def html(contents: Contents, refresh: int = 0) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
+    environment.filters["code"] = code
     template = environment.from_string((folder / TEMPLATE).read_text("utf-8"))
     items = {chart.key: plots.item(chart, contents.names) for chart in contents.charts}
     return template.render(
@@ -83,9 +50,6 @@ def html(contents: Contents, refresh: int = 0) -> str:
         hashes=[sha256(script) for script in (bokeh, own)], refresh=refresh,
         items=data(items), shown=data(shown_previews(contents.gallery)),
         first=first_sheets(contents.gallery), colour=plots.colour_of,
-        measured=any(one.measured for one in contents.records),
-        title=f"{counted(len(contents.records), 'run')} side by side",
-        lead=lead(contents), amount=summary_line(contents.records),
         read=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
     )  # fmt: skip
 
@@ -95,23 +59,20 @@ def sha256(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
+def code(text: str) -> Markup:
+    """Escaped text whose `backticks` mark code."""
+    parts = visible(text, LONGEST).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts)
+    )
+
+
 def data(value: Any) -> Markup:
     """JSON that can stand in a page: no character of it is one of HTML's."""
     text = json.dumps(value, separators=(",", ":"))
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return Markup(text)
-
-
-def lead(contents: Contents) -> str:
-    """What the runs differ in, in a sentence."""
-    names = [setting.name for setting in contents.settings.differing]
-    if len(contents.records) < 2:
-        return ""
-    if not names:
-        return "Their settings are the same."
-    more = f" and {len(names) - SEVERAL} more" if len(names) > SEVERAL else ""
-    return f"They differ in {', '.join(names[:SEVERAL])}{more}."
 
 
 def shown_previews(gallery: Gallery) -> dict[str, Any]:

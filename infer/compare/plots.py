@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from shared.errors import UserError
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999999")
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 HEIGHT = 340  # pixels
+Scale = Literal["linear", "log"]
 MEASURES = ("step", "sample", "hour")
 LEGIBLE = 1e-12  # a logarithm's least
 
@@ -61,7 +62,7 @@ def item(chart: Chart, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def scales(chart: Chart) -> list[str]:
+def scales(chart: Chart) -> list[Scale]:
     """The axes that a chart can have: a logarithm wants numbers above 0."""
     positive = all((curve.values > LEGIBLE).all() for curve in chart.curves)
     return ["linear", "log"] if positive else ["linear"]
@@ -78,14 +79,14 @@ def source_of(curve: Curve) -> Any:
     return ColumnDataSource(columns, tags=[curve.run])
 
 
-def plot(chart: Chart, sources: Sequence[Any], names: Sequence[str], scale: str) -> Any:
+def plot(chart: Chart, sources: Sequence[Any], names: Sequence[str], scale: Scale) -> Any:
     """A chart with one kind of axis; of smoothed curves the bare numbers lie thin behind."""
     from bokeh.models import BasicTickFormatter, HoverTool, NumeralTickFormatter
     from bokeh.plotting import figure
 
-    shown = figure(
+    shown: Any = figure(
         height=HEIGHT, sizing_mode="stretch_width", y_axis_type=scale, tags=[scale],
-        visible=scale == "linear", tools="pan,box_zoom,wheel_zoom,reset,save",
+        tools="pan,box_zoom,wheel_zoom,reset,save",
         active_drag="box_zoom", active_scroll=None, toolbar_location="above", x_axis_label="step",
         output_backend="canvas", min_border_right=12,
     )  # fmt: skip

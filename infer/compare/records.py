@@ -163,8 +163,10 @@ def read_measured(path: Path) -> tuple[tuple[Measured, ...], int]:
 
 def column(lines: Sequence[Mapping[str, Any]], name: str) -> Numbers:
     """The numbers of one name, NaN where a line has none."""
-    values = (line.get(name) for line in lines)
-    numbers = [float(v) if type(v) in (int, float) else math.nan for v in values]
+    values = [line.get(name) for line in lines]
+    numbers = [
+        v if isinstance(v, int | float) and type(v) is not bool else math.nan for v in values
+    ]
     return np.array(numbers, np.float64)
 
 
