@@ -186,6 +186,18 @@ class MorphConfig(LearnFlags):
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """Show runs side by side on one page, finished or not: curves, pictures, figures, cost."""
+
+    runs: tyro.conf.Positional[tuple[LocalPath, ...]] = ()
+    """Their folders."""
+    output: LocalPath = Path("compared")
+    """Folder of index.html, which needs nothing beside itself, and compare.md."""
+    watch: bool = False
+    """Write both again whenever a run's files change, until Ctrl-C; the page loads itself again."""
+
+
+@dataclass(frozen=True)
 class PageConfig(MachineFlags):
     """Open a page to play with: draw, compare runs, look into caches, morph."""
 

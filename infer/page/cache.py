@@ -56,7 +56,8 @@ class CacheTab:
         """Let the buttons, Enter and a change of the list show a page."""
         own: dict[str, Any] = {"queue": False, "preprocess": False, "show_progress": "hidden",
                "api_visibility": "private"}  # fmt: skip
-        look: dict[str, Any] = {"fn": self.look, "inputs": [self.caches, self.kind, self.text, self.page],
+        look: dict[str, Any] = {"fn": self.look, 
+                "inputs": [self.caches, self.kind, self.text, self.page],
                 "outputs": [self.shown, self.note], "preprocess": False,
                 "concurrency_id": MODEL_QUEUE, "show_progress_on": [self.note]}  # fmt: skip
         show.click(self.cancel, None, None, **own).then(**look, api_name="browse")

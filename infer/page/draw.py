@@ -214,7 +214,8 @@ class DrawTab:
             with self.room.turns.begin(session, KIND) as turn:
                 pair = [own] if teacher is None else self.studio.in_order(own, teacher)
                 for one in pair:
-                    yield self.shown(self.draw_one(one, one is teacher, turn, progress), teacher)
+                    drawn = self.draw_one(one, one is teacher, turn, progress)
+                    yield self.shown(drawn, one is teacher)
             same = "" if teacher is None else "Both begin with the same noise."
             yield {form.note: words.note(same)}
         except Cancelled:
@@ -241,9 +242,9 @@ class DrawTab:
             form.teacher_note: gr.update(visible=beside),
         }
 
-    def shown(self, drawn: Drawn, teacher: Drawing | None) -> Updates:
+    def shown(self, drawn: Drawn, is_teacher: bool) -> Updates:
         """A picture and its caption in their place."""
-        form, is_teacher = self.form, drawn.drawing is teacher
+        form = self.form
         picture, caption = (
             (form.teacher, form.teacher_note) if is_teacher else (form.student, form.student_note)
         )

@@ -99,6 +99,11 @@ def teacher_title(summary: Summary, summaries: Sequence[Summary]) -> str:
 
 def markdown(summaries: Sequence[Summary], bold: bool = True) -> str:
     """The table: teachers, then runs; the best figure of a number of steps in `bold`."""
+    return aligned(table_lines(summaries, bold), WORDS)
+
+
+def table_lines(summaries: Sequence[Summary], bold: bool) -> list[list[str]]:
+    """The cells of the table, its headings first; the best figures between `**` if `bold`."""
     lines = [list(HEADINGS)]
     for one in with_teachers(summaries):
         title = teacher_title(one, summaries)
@@ -110,7 +115,7 @@ def markdown(summaries: Sequence[Summary], bold: bool = True) -> str:
         for row in student_rows(one):
             marks = best_of(row, rows) if bold else set()
             lines.append([*words(one), *figures(row, marks), *spent(one)])
-    return aligned(lines, WORDS)
+    return lines
 
 
 def words(summary: Summary) -> list[str]:
