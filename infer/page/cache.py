@@ -124,14 +124,16 @@ class CacheTab:
         pictures: list[Picture] = [None] * len(found.items)
         yield self.shown_samples(found, pictures, "…")
         try:
-            vae = self.vae(browser)
+            with self.room.one:
+                vae = self.vae(browser)
         except Exception as error:
             yield self.shown_samples(found, pictures, "not decoded")
             yield {self.note: words.refusal(error)}
             return
         for number, sample in enumerate(found.items):
             turn.check()
-            pictures[number] = browser.picture(sample, vae)
+            with self.room.one:
+                pictures[number] = browser.picture(sample, vae)
             if number % TOGETHER == TOGETHER - 1 or number == len(pictures) - 1:
                 yield self.shown_samples(found, pictures, "…")
 

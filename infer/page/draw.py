@@ -232,7 +232,8 @@ class DrawTab:
             turn.check()
 
         progress(0, desc=f"{who}: loading")
-        return (self.studio.draw_teacher if teacher else self.studio.draw)(drawing, on_step)
+        with self.room.one:
+            return (self.studio.draw_teacher if teacher else self.studio.draw)(drawing, on_step)
 
     def empty(self, teacher: Drawing | None) -> Updates:
         """Places for pictures: none beside a model that draws alone."""
@@ -248,10 +249,11 @@ class DrawTab:
         picture, caption = (
             (form.teacher, form.teacher_note) if is_teacher else (form.student, form.student_note)
         )
+        who = "Teacher" if is_teacher else "Student" if drawn.drawing.job.choice.run else "Model"
         small = ["small"] if max(drawn.pixels.shape[:2]) <= SMALL else []
         return {
             picture: gr.update(value=str(drawn.file), elem_classes=small),
-            caption: words.figure(drawn.took, drawn.drawing.how),
+            caption: words.figure(f"{who}: {drawn.took}", drawn.drawing.how),
         }
 
     def cancel(self, request: gr.Request) -> None:
@@ -287,15 +289,16 @@ def layout() -> Form:
                     "Draw",
                     variant="primary",
                     size="md",
+                    scale=3,
                     elem_id="draw",
                     min_width=120,
                     interactive=False,
                 )
-                cancel = gr.Button("Cancel", size="md", elem_id="cancel", min_width=90)
+                cancel = gr.Button("Cancel", size="md", scale=1, elem_id="cancel", min_width=90)
             note = gr.HTML(words.note(""), elem_id="draw-note", min_height=28)
             with gr.Row(elem_classes="pair"):
-                student, student_note = frame("Student", "student")
-                teacher, teacher_note = frame("Teacher", "teacher")
+                student, student_note = frame("student")
+                teacher, teacher_note = frame("teacher")
     return Form(
         what=what, prompt=prompt, steps=steps, guidance=guidance, seed=seed, draw=draw,
         again=again, cancel=cancel, note=note, student=student, student_note=student_note,
@@ -336,11 +339,11 @@ def more_settings() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def frame(label: str, name: str) -> tuple[Any, Any]:
+def frame(name: str) -> tuple[Any, Any]:
     """A place for a picture, with a line below it."""
-    with gr.Column(min_width=140):
+    with gr.Column(min_width=140, elem_classes="frame"):
         picture = gr.Image(
-            label=label, interactive=False, type="filepath", elem_id=name,
+            interactive=False, type="filepath", show_label=False, label=name, elem_id=name,
             buttons=["download", "fullscreen"],
         )  # fmt: skip
-        return picture, gr.HTML("", elem_id=f"{name}-note")
+        return picture, gr.HTML(words.figure(name.capitalize(), ""), elem_id=f"{name}-note")

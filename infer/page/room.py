@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from infer.config import PageConfig
@@ -22,3 +23,5 @@ class Room:
     held: Held
     turns: Turns
     temporary: Path  # uploads and pictures, gone when the page is closed
+    # Gradio forgets what a tab that was closed still computes. Never held while something is shown.
+    one: threading.Lock = field(default_factory=threading.Lock)

@@ -63,6 +63,8 @@ class RunsTab:
             folders = [chosen(name, listed, "run") for name in several or [None]]
             from infer.compare.page import html_of  # slow to import, so only now
 
-            yield {self.shown: str(FRAME.format(html_of(folders))), self.note: words.note("")}
+            with self.room.one:
+                page = html_of(folders)
+            yield {self.shown: str(FRAME.format(page)), self.note: words.note("")}
         except Exception as error:
             yield {self.note: words.refusal(error)}
