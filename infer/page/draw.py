@@ -164,20 +164,23 @@ class DrawTab:
     ) -> Iterator[Updates]:
         """Draw what the form says: one picture after the other appears."""
         form, session = self.form, request.session_hash or ""
+        shown: Updates = {}  # all of it in each answer: a program reads the last one
         try:
             own, teacher = self.studio.plan(self.read(values))
-            yield {form.note: words.note("Loading the model…")} | self.empty(teacher)
+            shown = self.empty(teacher)
+            yield copied(shown) | {form.note: words.note("Loading the model…")}
             with self.room.turns.begin(session, KIND) as turn:
                 pair = [own] if teacher is None else self.studio.in_order(own, teacher)
                 for one in pair:
                     drawn = self.draw_one(one, one is teacher, turn, progress)
-                    yield self.shown(drawn, one is teacher)
+                    shown |= self.shown(drawn, one is teacher)
+                    yield copied(shown)
             same = "" if teacher is None else "Both begin with the same noise."
-            yield {form.note: words.note(same)}
+            yield copied(shown) | {form.note: words.note(same)}
         except Cancelled:
-            yield {form.note: words.note("Cancelled.")}
+            yield copied(shown) | {form.note: words.note("Cancelled.")}
         except Exception as error:
-            yield {form.note: words.refusal(error)}
+            yield copied(shown) | {form.note: words.refusal(error)}
 
     def draw_one(self, drawing: Drawing, teacher: bool, turn: Turn, progress: gr.Progress) -> Drawn:
         """Draw one of the two; each step is shown, and may be the last."""
@@ -215,6 +218,11 @@ class DrawTab:
     def cancel(self, request: gr.Request) -> None:
         """End the session's drawing after the step under way."""
         self.room.turns.cancel(request.session_hash or "", KIND)
+
+
+def copied(updates: Updates) -> Updates:
+    """The same once more: Gradio empties the updates that it is given."""
+    return {one: dict(new) if isinstance(new, dict) else new for one, new in updates.items()}
 
 
 def guidance_info(choice: Choice) -> str:

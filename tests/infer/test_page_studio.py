@@ -71,8 +71,23 @@ def test_both_pictures_are_those_of_infer_draw(studio, runs, cli, tmp_path, kind
     told = ("--guidance-scale", 2.5) if kind == "full" else ()
     same_as(cli, found["own"], tmp_path / "a.png", "--run", run, "--prompt", PROMPT, "--steps", 2,
             "--seed", 3, *told)  # fmt: skip
-    same_as(cli, found["teacher"], tmp_path / "b.png", "--model", "tiny-sd", "--prompt", PROMPT,
-            "--steps", 4, "--seed", 3, "--guidance-scale", 2.5, "--negative-prompt", "red")
+    same_as(
+        cli,
+        found["teacher"],
+        tmp_path / "b.png",
+        "--model",
+        "tiny-sd",
+        "--prompt",
+        PROMPT,
+        "--steps",
+        4,
+        "--seed",
+        3,
+        "--guidance-scale",
+        2.5,
+        "--negative-prompt",
+        "red",
+    )
     assert "no negative prompt" in found["own"].drawing.how
     assert "negative" not in found["teacher"].drawing.how
 
