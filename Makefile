@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS and RUNS are pasted as typed, so that quotes inside them work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce objectives style prep synthesize teach train evaluate compare draw sample export merge learn morph test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce objectives style prep synthesize teach train evaluate compare draw sample export merge learn morph page test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -81,6 +81,9 @@ learn: $(STAMP) ## a picture -> a LoRA that draws it: PICTURE=cat.jpg PROMPT='a 
 
 morph: $(STAMP) ## one picture into another: PICTURES='a.jpg b.jpg' PROMPTS="'a cat' 'a dog'" [MODEL=sdxl] [ARGS=]
 	$(PY) -m infer morph $(value PICTURES) --prompts $(value PROMPTS) $(call option,--model,MODEL) $(args)
+
+page: $(STAMP) ## a page in the browser: draw, compare runs, look into caches, morph: [MODEL=] [ARGS='--runs runs --caches caches --port 7860']
+	$(PY) -m infer page $(call option,--models,MODEL) $(args)
 
 test: lint ## lint, then the fast tests ([ARGS='-k shards'])
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal $(args)
