@@ -57,7 +57,7 @@ def item(chart: Chart, names: Sequence[str]) -> dict[str, Any]:
 
     sources = [source_of(curve) for curve in chart.curves]
     plots = [plot(chart, sources, names, scale) for scale in scales(chart)]
-    layout = column(plots, sizing_mode="stretch_width", tags=["chart"])
+    layout = column(plots[:1], sizing_mode="stretch_width", tags=plots)
     found: dict[str, Any] = json.loads(serialize_json(json_item(layout)))
     return found
 
@@ -99,10 +99,11 @@ def plot(chart: Chart, sources: Sequence[Any], names: Sequence[str], scale: Scal
         style = {"line_color": colour_of(curve.run), "line_dash": dash_of(curve.run),
                  "source": source, "name": f"{names[curve.run]} {curve.label}".strip(),
                  "tags": [curve.run]}  # fmt: skip
+        if curve.smooth is None or len(curve.values) == 1:
+            dots = {name: value for name, value in style.items() if name != "line_dash"}
+            lines.append(shown.scatter("x", "y", size=7, fill_color=style["line_color"], **dots))
         if curve.smooth is None:
-            lines.append(shown.line("x", "y", line_width=2, **style))
-            dots = style | {"fill_color": style["line_color"]}
-            shown.scatter("x", "y", size=7, **{k: v for k, v in dots.items() if k != "line_dash"})
+            shown.line("x", "y", line_width=2, **style)
         else:
             shown.line("x", "y", line_width=1, line_alpha=0.25, **style)
             lines.append(shown.line("x", "smooth", line_width=2.25, **style))
