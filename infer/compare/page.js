@@ -31,7 +31,9 @@
   function byRun() {
     const gone = hidden();
     for (const plot of plots) {
-      for (const renderer of plot.renderers) renderer.visible = !gone.includes(renderer.tags[0]);
+      for (const renderer of plot.renderers) {
+        renderer.visible = !gone.includes(renderer.data_source.tags[0]);
+      }
     }
     for (const part of all("#previews [data-run]")) part.hidden = gone.includes(+part.dataset.run);
   }
