@@ -68,7 +68,8 @@ PLOT = "Bokeh.documents[%d].roots()[0].children[0]"
 
 
 PLACE = """(run) => {
-  const plot = Bokeh.documents[1].roots()[0].children[0], { frame, el } = Bokeh.index.find_one(plot);
+  const plot = Bokeh.documents[1].roots()[0].children[0];
+  const { frame, el } = Bokeh.index.find_one(plot);
   const { x, y } = plot.renderers.find((one) => one.data_source.tags[0] === run).data_source.data;
   const box = el.getBoundingClientRect();
   return [box.x + frame.x_scale.compute(x[0]), box.y + frame.y_scale.compute(y[0])];
@@ -101,7 +102,7 @@ def test_the_switches_change_what_the_curves_show(show, runs):
     page.locator("#measure label", has_text="hour").click()
     until(page, f"{PLOT % 0}.x_range.end < 1")
     assert shown(page, 0, "left[0].type") == "LinearAxis"
-    page.locator("#log + span").click()
+    page.locator(".toggle").click()
     assert shown(page, 0, "left[0].type") == "LogAxis"
     assert shown(page, 0, "below[0].axis_label") == "hour"
     page.locator(".legend button").nth(1).click()
