@@ -32,7 +32,7 @@ def runs(shared_runs, tmp_path):
 def cells(page):
     """The rows of the tables of evaluations, as text."""
     part = page.source.partition('<section id="evaluations">')[2].partition("</section>")[0]
-    rows = part.split("<tr>")[1:]
+    rows = [row.partition("</tr>")[0] for row in part.split("<tr>")[1:]]
     return [
         Page(row.replace("</th>", "|").replace("</td>", "|")).text.rstrip("| ").split("|")
         for row in rows
