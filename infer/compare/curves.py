@@ -94,16 +94,16 @@ def smoothed(values: Numbers) -> Numbers:
 
 
 def thin(curve: Curve, most: int) -> Curve:
-    """The curve in at most `most` points: of each stretch the lowest and the highest."""
+    """The curve in at most `most` points: both ends, of each stretch the lowest and the highest."""
     count = len(curve.values)
     if count <= most:
         return curve
-    edges = np.linspace(0, count, max(most // 2, 1) + 1).astype(int)
+    edges = np.linspace(0, count, max(most // 2 - 1, 1) + 1).astype(int)
     kept = {0, count - 1}
     for start, end in pairwise(edges.tolist()):
         part = curve.values[start:end]
         kept |= {int(start + part.argmin()), int(start + part.argmax())}
-    which = np.array(sorted(kept)[:most])
+    which = np.array(sorted(kept))
     smooth = None if curve.smooth is None else curve.smooth[which]
     return Curve(curve.run, chosen(curve.at, which), curve.values[which], smooth, curve.label)
 

@@ -5,7 +5,8 @@
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const items = read("items"), shown = read("shown");
   const numbers = new Intl.NumberFormat("en");
-  const plots = []; // of Bokeh, each chart's linear one and its logarithmic one
+  const charts = []; // of Bokeh: a layout, whose tags are its linear plot and its logarithmic one
+  const plots = [];
 
   // ---- Curves
 
@@ -24,13 +25,15 @@
 
   function byScale() {
     const log = one("#log")?.checked ?? false;
-    for (const plot of plots) plot.visible = plot.other ? plot.tags.includes("log") === log : true;
+    for (const chart of charts) chart.children = [chart.tags[log ? chart.tags.length - 1 : 0]];
   }
 
   function byRun() {
     const gone = hidden();
     for (const plot of plots) {
-      for (const renderer of plot.renderers) renderer.visible = !gone.includes(renderer.tags[0]);
+      for (const renderer of plot.renderers) {
+        renderer.visible = !gone.includes(renderer.data_source.tags[0]);
+      }
     }
     for (const part of all("#previews [data-run]")) part.hidden = gone.includes(+part.dataset.run);
   }
@@ -56,14 +59,11 @@
   async function embed() {
     for (const [key, item] of Object.entries(items)) {
       await Bokeh.embed.embed_item(item, `chart-${key}`);
-      for (const root of Bokeh.documents.at(-1).roots()) {
-        const pair = root.children;
-        for (const plot of pair) {
-          plot.other = pair.length > 1;
-          plots.push(plot);
-          if (matchMedia("(pointer: coarse)").matches) plot.toolbar.active_drag = null; // scrolls
-        }
-      }
+      charts.push(...Bokeh.documents.at(-1).roots());
+    }
+    plots.push(...charts.flatMap((chart) => chart.tags));
+    if (matchMedia("(pointer: coarse)").matches) {
+      for (const plot of plots) plot.toolbar.active_drag = null; // a finger scrolls
     }
     paint();
     byRun();

@@ -23,6 +23,7 @@ from infer.compare.contents import Contents, gather
 from infer.compare.previews import Gallery
 from shared.sanitize import visible
 
+USUAL = "4 steps"  # in which previews are shown at first
 LONGEST = 1000  # characters of a note
 TEMPLATE, STYLE, SCRIPT = "page.html.jinja", "page.css", "page.js"
 
@@ -96,8 +97,10 @@ def first_sheets(gallery: Gallery) -> dict[str, Any]:
     sheets = [sheet for one in gallery.runs for sheet in one]
     columns = dict.fromkeys(title for sheet in sheets for title in sheet.columns)
     prompts = dict.fromkeys(prompt for sheet in sheets for prompt in sheet.prompts)
+    titles = sorted(columns, key=steps_in)
     return {
-        "columns": sorted(columns, key=steps_in), "prompts": list(prompts),
+        "columns": titles, "prompts": list(prompts),
+        "chosen": USUAL if USUAL in columns else titles[-1] if titles else "",
         "whole": [any(not sheet.columns for sheet in one) for one in gallery.runs],
         "small": all(sheet.side <= 128 for sheet in sheets),
     }  # fmt: skip

@@ -11,8 +11,8 @@ import numpy as np
 from infer.compare.curves import Chart, Curve
 from shared.errors import UserError
 
-# Okabe and Ito's, which most colour-blind people tell apart, on white and on black; then dashes.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999999")
+# After Okabe and Ito's, which most colour-blind people tell apart; to be seen on white and black.
+COLOURS = ("#2a86c8", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999999")
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 HEIGHT = 340  # pixels
 Scale = Literal["linear", "log"]
@@ -57,7 +57,7 @@ def item(chart: Chart, names: Sequence[str]) -> dict[str, Any]:
 
     sources = [source_of(curve) for curve in chart.curves]
     plots = [plot(chart, sources, names, scale) for scale in scales(chart)]
-    layout = column(plots, sizing_mode="stretch_width", tags=["chart"])
+    layout = column(plots[:1], sizing_mode="stretch_width", tags=plots)
     found: dict[str, Any] = json.loads(serialize_json(json_item(layout)))
     return found
 
@@ -81,14 +81,15 @@ def source_of(curve: Curve) -> Any:
 
 def plot(chart: Chart, sources: Sequence[Any], names: Sequence[str], scale: Scale) -> Any:
     """A chart with one kind of axis; of smoothed curves the bare numbers lie thin behind."""
-    from bokeh.models import BasicTickFormatter, HoverTool, NumeralTickFormatter
+    from bokeh.models import BasicTickFormatter, DataRange1d, HoverTool, NumeralTickFormatter
     from bokeh.plotting import figure
 
     shown: Any = figure(
         height=HEIGHT, sizing_mode="stretch_width", y_axis_type=scale, tags=[scale],
         tools="pan,box_zoom,wheel_zoom,reset,save",
         active_drag="box_zoom", active_scroll=None, toolbar_location="above", x_axis_label="step",
-        output_backend="canvas", min_border_right=12,
+        min_border_right=12, x_range=DataRange1d(only_visible=True),
+        y_range=DataRange1d(only_visible=True),
     )  # fmt: skip
     shown.toolbar.logo = None
     shown.xaxis.formatter = NumeralTickFormatter(format="0,0.[0000]")
@@ -97,14 +98,14 @@ def plot(chart: Chart, sources: Sequence[Any], names: Sequence[str], scale: Scal
     lines = []
     for curve, source in zip(chart.curves, sources, strict=True):
         style = {"line_color": colour_of(curve.run), "line_dash": dash_of(curve.run),
-                 "source": source, "name": f"{names[curve.run]} {curve.label}".strip(),
-                 "tags": [curve.run]}  # fmt: skip
+                 "source": source, "name": f"{names[curve.run]} {curve.label}".strip()}  # fmt: skip
+        if curve.smooth is None or len(curve.values) == 1:
+            dots = {name: value for name, value in style.items() if name != "line_dash"}
+            lines.append(shown.scatter("x", "y", size=7, fill_color=style["line_color"], **dots))
         if curve.smooth is None:
-            lines.append(shown.line("x", "y", line_width=2, **style))
-            dots = style | {"fill_color": style["line_color"]}
-            shown.scatter("x", "y", size=7, **{k: v for k, v in dots.items() if k != "line_dash"})
+            shown.line("x", "y", line_width=2, **style)
         else:
-            shown.line("x", "y", line_width=1, line_alpha=0.25, **style)
+            shown.line("x", "y", line_width=1, line_alpha=0.35, **style)
             lines.append(shown.line("x", "smooth", line_width=2.25, **style))
     tips = [("", "$name"), ("step", "@step{0,0}"), ("sample", "@sample{0,0}"),
             ("hour", "@hour{0,0.[0000]}"), ("value", "@y{0,0.[000000]}")]  # fmt: skip

@@ -110,7 +110,7 @@ def read_record(folder: Path, name: str) -> Record:
     latest = latest_checkpoint(folder)
     batch_size = read_progress(latest).batch_size if latest else batch_size_of(config)
     lines, damaged = read_lines(folder / METRICS)
-    lines = [line for line in lines if type(line.get("step")) is int]
+    lines = [line for line in lines if math.isfinite(number(line.get("step")))]
     measured, unreadable = read_measured(folder / EVALUATIONS)
     return Record(
         folder=folder,
@@ -163,11 +163,17 @@ def read_measured(path: Path) -> tuple[tuple[Measured, ...], int]:
 
 def column(lines: Sequence[Mapping[str, Any]], name: str) -> Numbers:
     """The numbers of one name, NaN where a line has none."""
-    values = [line.get(name) for line in lines]
-    numbers = [
-        v if isinstance(v, int | float) and type(v) is not bool else math.nan for v in values
-    ]
-    return np.array(numbers, np.float64)
+    return np.array([number(line.get(name)) for line in lines], np.float64)
+
+
+def number(value: object) -> float:
+    """A JSON number; NaN for anything else, and for what is too large for a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def progress_of(lines: Sequence[Mapping[str, Any]], batch_size: int) -> Progress:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infer.compare.records import Record
 from shared.cli.config import to_dict
-from train.config import DistillConfig
+from train.config import DistillConfig, RunConfig
+from train.flags import ignored
+from train.trainer.resume import FREE
 
 # Where a run lies and how it was called: what every run has of its own.
 OWN = frozenset({"run", "resume_from_checkpoint", "take_over", "dry_run"})
+# What people ask for first; what a student does not depend on comes last.
+FIRST = (
+    "objective", "student", "model", "cache", "teacher", "learning_rate", "train_batch_size",
+    "max_train_steps", "init_student",
+)  # fmt: skip
 FLAGS = frozenset(field.name for field in dataclasses.fields(DistillConfig))
 NOTHING = "–"
 
@@ -35,15 +42,29 @@ class Settings:
 
 def settings_of(records: Sequence[Record]) -> Settings:
     """Divide the flags of runs into those that differ, and the rest."""
-    flags = [to_dict(one.config) for one in records]
+    flags = [meant(one.config) for one in records]
     differing, same = [], []
-    for name in sorted(set().union(*flags) - OWN):
+    for name in sorted(set().union(*flags) - OWN, key=rank):
         values = [one.get(name) for one in flags]
         if all(value == values[0] for value in values):
             same.append(Setting(flag(name), (told(values[0]),)))
         else:
             differing.append(Setting(flag(name), tuple(map(told, values))))
     return Settings(tuple(differing), tuple(same))
+
+
+def meant(config: RunConfig) -> dict[str, Any]:
+    """The flags of a run; those that mean nothing beside the others are None."""
+    values = to_dict(config)
+    meaningless = ignored(replace(config, typed=frozenset(values)))
+    return {name: None if name in meaningless else value for name, value in values.items()}
+
+
+def rank(name: str) -> tuple[int, str]:
+    """What settings are sorted by: those that people ask for, the others, those that are free."""
+    if name in FIRST:
+        return FIRST.index(name), name
+    return len(FIRST) + (name in FREE), name
 
 
 def flag(name: str) -> str:
