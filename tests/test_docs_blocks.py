@@ -9,6 +9,7 @@ import tomllib
 import huggingface_hub.constants
 import pytest
 
+from infer.config import PageConfig
 from prep.config import EncodeConfig
 from shared.cli.config import parse
 from tests.support.docs import (
@@ -93,7 +94,10 @@ def test_every_block_says_what_it_is(block):
         json.loads(block.text)
 
 
-READ = {"encode": EncodeConfig, "evaluate": EvaluateConfig, "compare": CompareConfig}
+READ = {
+    "encode": EncodeConfig, "evaluate": EvaluateConfig, "compare": CompareConfig,
+    "page": PageConfig,
+}  # fmt: skip
 SLOW = ("evaluate", "compare")  # read in the fast tests, carried out in the slow ones
 DRAWN = ("README.md", "docs/finetuning.md")  # with previews; the others' are the same command's
 
@@ -124,7 +128,8 @@ def run_blocks(page, workspace, cli, read, numbers):
             if command is None:
                 continue
             named = command[0] == "train" and command[1] in read
-            if "--engine" in command or named:  # the former runs in prep/test_ray.py
+            served = command[:2] == ["infer", "page"]  # until Ctrl-C; tests/infer/test_page.py
+            if "--engine" in command or named or served:  # the first runs in prep/test_ray.py
                 parse(READ[command[1]], command[2:], "")
                 continue
             answer = cli(*cut_down(command, numbers))

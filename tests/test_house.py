@@ -248,6 +248,8 @@ def test_quoted_shards_arrive_as_typed(make, shards):
          ["infer", "compare", "runs/a", "my run", "--watch"]),
         ("draw MODEL=sd15", ["infer", "draw", "--model", "sd15"]),
         ("sample PROMPT='a cat'", ["infer", "draw", "--prompt", "a cat"]),
+        ("page MODEL=sdxl ARGS='--port 7861'",
+         ["infer", "page", "--models", "sdxl", "--port", "7861"]),
         ("learn PICTURE='my cat.jpg' PROMPT='a cat' ARGS='--rank 4'",
          ["infer", "learn", "my cat.jpg", "--prompt", "a cat", "--rank", "4"]),
         ("morph PICTURES='\"my cat.jpg\" dog.jpg' PROMPTS='\"a cat\" dog' MODEL=sd15",

@@ -227,8 +227,10 @@ def copied(updates: Updates) -> Updates:
 
 def guidance_info(choice: Choice) -> str:
     """What guidance is to what draws."""
+    ends = choice.sampling.known_guidance
+    known = "" if ends is None else f", and knows {ends[0]:g} to {ends[1]:g}"
     return {
         Guidance.LEARNED: "Built into the student; this is the teacher's.",
-        Guidance.TOLD: "The student is told it, the teacher takes a second pass.",
+        Guidance.TOLD: f"The student is told it{known}; the teacher takes a second pass.",
         Guidance.CLASSIFIER_FREE: "A second pass in each step; 1 for none.",
     }[choice.sampling.guidance]
