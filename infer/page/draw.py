@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -11,6 +11,7 @@ import gradio as gr
 from infer.page import given, words
 from infer.page.draw_form import AS_TRAINED, FEW, MANY, STRONGEST, layout
 from infer.page.folders import choices, chosen
+from infer.page.following import OnStep, following
 from infer.page.room import MODEL_QUEUE, Room
 from infer.page.studio import Drawing, Drawn, Studio, Wish
 from infer.page.turns import Cancelled, Turn
@@ -156,25 +157,19 @@ class DrawTab:
             if name
         )
 
-    def draw(
-        self,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio is asked for one)
-        *values: Any,
-    ) -> Iterator[Updates]:
+    def draw(self, request: gr.Request, *values: Any) -> Iterator[Updates]:
         """Draw what the form says: one picture after the other appears."""
         form, session = self.form, request.session_hash or ""
         shown: Updates = {}  # all of it in each answer: a program reads the last one
         try:
             own, teacher = self.studio.plan(self.read(values))
             shown = self.empty(teacher)
-            yield copied(shown) | {form.note: words.note("Loading the model…")}
             with self.room.turns.begin(session, KIND) as turn:
                 pair = [own] if teacher is None else self.studio.in_order(own, teacher)
                 for one in pair:
-                    drawn = self.draw_one(one, one is teacher, turn, progress)
+                    yield copied(shown) | {form.note: words.note("Loading the model…")}
+                    drawn = yield from self.draw_one(one, one is teacher, turn)
                     shown |= self.shown(drawn, one is teacher)
-                    yield copied(shown)
             same = "" if teacher is None else "Both begin with the same noise."
             yield copied(shown) | {form.note: words.note(same)}
         except Cancelled:
@@ -182,17 +177,26 @@ class DrawTab:
         except Exception as error:
             yield copied(shown) | {form.note: words.refusal(error)}
 
-    def draw_one(self, drawing: Drawing, teacher: bool, turn: Turn, progress: gr.Progress) -> Drawn:
-        """Draw one of the two; each step is shown, and may be the last."""
-        who = "teacher" if teacher else drawing.job.choice.name
+    def draw_one(
+        self, drawing: Drawing, is_teacher: bool, turn: Turn
+    ) -> Generator[Updates, None, Drawn]:
+        """Draw one of the two; each step is told, and may be the last."""
+        who = "The teacher" if is_teacher else drawing.job.choice.name
+        draw = self.studio.draw_teacher if is_teacher else self.studio.draw
 
-        def on_step(done: int, total: int) -> None:
-            progress((done, total), desc=who, unit="steps")
-            turn.check()
+        def alone(on_step: OnStep) -> Drawn:
+            with self.room.one:
+                turn.check()
+                return draw(drawing, on_step)
 
-        progress(0, desc=f"{who}: loading")
-        with self.room.one:
-            return (self.studio.draw_teacher if teacher else self.studio.draw)(drawing, on_step)
+        steps = following(alone, turn)
+        while True:
+            try:
+                done, total = next(steps)
+            except StopIteration as end:
+                drawn: Drawn = end.value
+                return drawn
+            yield {self.form.note: words.note(f"{who} draws: step {done} of {total}")}
 
     def empty(self, teacher: Drawing | None) -> Updates:
         """Places for pictures: none beside a model that draws alone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +18,6 @@ from infer.page.turns import Cancelled
 from shared.errors import UserError
 
 KIND = "morph"
-COUNTED = re.compile(r"(\w+): ([\d,]+) of ([\d,]+)")  # how the command tells of its progress
 Updates = dict[Any, Any]
 
 
@@ -140,12 +138,7 @@ class MorphTab:
             threads=config.threads,
         )
 
-    def morph(
-        self,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio is asked for one)
-        *values: Any,
-    ) -> Iterator[Updates]:
+    def morph(self, request: gr.Request, *values: Any) -> Iterator[Updates]:
         """Morph, telling what `infer morph` tells."""
         try:
             settings = self.read(*values)
@@ -157,7 +150,6 @@ class MorphTab:
                 yield {self.note: words.note("Starting…")}
                 child = Child("morph", settings.to_json(), Path(folder) / "settings.json")
                 for line in child.lines(turn):
-                    count(line, progress)
                     yield {self.note: words.note(line)}
             output = Path(child.output)
             yield {
@@ -169,13 +161,6 @@ class MorphTab:
             yield {self.note: words.note("Cancelled; what has been learned is kept.")}
         except Exception as error:
             yield {self.note: words.refusal(error)}
-
-
-def count(line: str, progress: gr.Progress) -> None:
-    """Move the bar where a line tells of steps."""
-    if told := COUNTED.match(line):
-        done, total = (int(number.replace(",", "")) for number in told.groups()[1:])
-        progress((done, total), desc=told[1], unit="steps")
 
 
 def end(label: str, name: str) -> tuple[Any, Any]:

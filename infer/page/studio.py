@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from infer.draw.artist import draw_one, steps_taken
 from infer.draw.command import file_name
 from infer.draw.flags import check_flags
 from infer.draw.job import Job, plan_job
+from infer.page.following import OnStep
 from infer.page.held import Held
 from infer.pictures.write import write_drawn
 from infer.pipelines.build import load_pipeline, pick_dtype, pipeline_class, settings
@@ -28,14 +29,13 @@ from infer.pipelines.choose import Choice, choose
 from infer.pipelines.loras import find_lora
 from infer.pipelines.sampling import Guidance
 from shared.cli.ranges import check_numbers
-from shared.machine.device import pick_device
+from shared.machine.device import pick_device, use_device
 from shared.style import join_scale
 from shared.wording import counted, duration
 
 REMEMBERED = 16  # pictures of teachers, which many students are compared with
 
 Pixels = NDArray[np.uint8]
-OnStep = Callable[[int, int], object]  # steps done, of how many
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class Studio:
 
     def draw(self, drawing: Drawing, on_step: OnStep) -> Drawn:
         """Draw a picture and write its file; `on_step` may end it by an exception."""
+        use_device(self.device)  # this thread may be new
         pipe = self.pipe(drawing)
         job, (prompt, seed) = drawing.job, next(drawing.job.pictures())
         total, done = steps_taken(pipe, job), 0

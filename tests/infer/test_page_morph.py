@@ -36,7 +36,7 @@ def sent(tmp_path, **more):
 
 
 def morphed(tab, values):
-    return list(tab.morph(REQUEST, gr.Progress(), *values))
+    return list(tab.morph(REQUEST, *values))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_words_are_no_flags_and_refusals_are_one_line(tab, tmp_path):
 @pytest.mark.slow
 def test_cancel_ends_the_process(tab, tmp_path):
     many = sent(tmp_path, frames=48, steps=100)
-    waiting = tab.morph(REQUEST, gr.Progress(), *many)
+    waiting = tab.morph(REQUEST, *many)
     answers = [next(waiting), next(waiting)]  # it is under way
     threading.Timer(0.1, tab.cancel, [REQUEST]).start()
     started = time.monotonic()
