@@ -94,7 +94,7 @@ def layout() -> Form:
 
 def more_settings() -> dict[str, Any]:
     """What is not needed at first, folded away."""
-    with gr.Accordion("Teacher, negative prompt, scheduler", open=False):
+    with gr.Accordion("More settings", open=False):
         beside = gr.Checkbox(True, label="Draw the teacher beside it")
         teacher_steps = gr.Slider(1, MANY, MANY, step=1, label="Teacher's steps")
         negative = gr.Textbox(
