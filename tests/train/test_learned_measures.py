@@ -54,7 +54,7 @@ def clip_folder(tmp_path_factory):
     torch.manual_seed(0)
     ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
     config = CLIPConfig(
-        vision_config={**SMALL, "image_size": 48, "patch_size": 12},
+        vision_config={**SMALL, "image_size": 48, "patch_size": 12, "projection_dim": 20},
         text_config={**SMALL, "vocab_size": len(words), "max_position_embeddings": 24, **ends},
         projection_dim=20,
     )
