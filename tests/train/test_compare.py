@@ -175,7 +175,7 @@ def test_other_weights_are_other_conditions(own, compare):
         spoil(run, features="dinov2", features_weights=weights, fd_title="FD-DINOv2")
     answer = compare(*own.values())
     assert answer.status == 1
-    assert "features weights aaaaaaaaaaaaaaaa" in answer.err
+    assert "features_weights aaaaaaaaaaaaaaaa" in answer.err
     spoil(own["trajectory"], features_weights="a" * 16)
     answer = compare(*own.values(), "--num-captions", 0)
     assert answer.status == 0, answer.err

@@ -67,7 +67,8 @@ def test_every_figure_has_its_interval(evaluated):
     cells = [cell.strip() for cell in lines[1 + len(found["rows"])].strip("|").split("|")]
     assert cells[2] == f"{row['fd']:.1f} ±{(high - low) / 2:.1f}"
     assert (found["features"], found["fd_title"]) == ("shapes", "FD")
-    assert found["features_weights"] is None
+    assert (found["features_weights"], found["num_features"]) == (None, 64)
+    assert "above that of endlessly many pictures" in (run / "evaluation.md").read_text()
 
 
 def test_rows_that_an_older_version_kept_are_taken_over(own, capsys):

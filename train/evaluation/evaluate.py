@@ -98,6 +98,7 @@ def evaluate(config: EvaluateConfig) -> None:
             weights=weights,
             eta=artist.eta,
             fd_note=measures.space.distances.few_pictures(*judge.real.shape),
+            num_features=judge.real.shape[1],
             nearest=nearest,
             rows=tuple(results),
             **noted(measures),
