@@ -18,6 +18,8 @@ from transformers import (
 
 from shared.errors import UserError
 from shared.models.family import DATA
+from tests.support.docs import snapshot
+from train.measures.inception import weights_file
 from train.measures.scorers import open_scorer
 from train.measures.space import open_space
 
@@ -162,6 +164,33 @@ def test_out_of_the_hubs_reach(monkeypatch, tmp_path):
             ask(name)
         assert f"hf download {weights} --local-dir FOLDER; then --" in str(caught.value)
         assert str(caught.value).endswith(f"{name}:FOLDER")
+
+
+def test_what_was_downloaded_before_is_found(dinov2_folder, tmp_path, monkeypatch):
+    place = snapshot(tmp_path, "somebody/dinov2-small")
+    place.symlink_to(dinov2_folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("train.measures.weights.unreachable", lambda: "HF_HUB_OFFLINE is set")
+    space = open_space("dinov2:somebody/dinov2-small")
+    assert space.weights == open_space(f"dinov2:{dinov2_folder}").weights
+    assert space.source == "somebody/dinov2-small"
+
+
+def test_where_to_put_the_weights_of_inception(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(UserError, match=r"no route.*put it at ") as caught:
+        weights_file(None)
+    file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    assert str(file) in str(caught.value)
+    file.touch()
+    assert weights_file(None) == file
+    with pytest.raises(UserError, match="there is no file"):
+        weights_file(str(tmp_path / "elsewhere.pth"))
 
 
 def test_inception_without_its_package_says_what_to_install():
