@@ -3,6 +3,8 @@
 With random weights of small networks: no weights can be had here.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +123,17 @@ def test_scores_are_transformers_own(clip_folder, pictures):
     assert clip.weights == pick.weights is not None
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_features_and_scores(dinov2_folder, clip_folder, pictures):
+    gpu = torch.device("cuda")
+    for name in (f"dinov2:{dinov2_folder}", f"clip:{clip_folder}"):
+        wanted = open_space(name).features(pictures)
+        np.testing.assert_allclose(open_space(name, gpu).features(pictures), wanted, atol=1e-4)
+    scorer = f"clip-score:{clip_folder}"
+    found = open_scorer(scorer, gpu)(pictures, CAPTIONS)
+    np.testing.assert_allclose(found, open_scorer(scorer)(pictures, CAPTIONS), atol=1e-3)
+
+
 def test_a_fingerprint_tells_weights_apart(dinov2_folder, tmp_path):
     first = open_space(f"dinov2:{dinov2_folder}")
     network = Dinov2Model.from_pretrained(dinov2_folder)
@@ -148,6 +161,13 @@ def test_missing_files_are_named(dinov2_folder, clip_folder, tmp_path):
             ask()
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_processor_is_said_to_be(clip_folder, tmp_path):
+    own = shutil.copytree(clip_folder, tmp_path / "own")
+    (own / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"can be read from .*fetch its files anew"):
+        open_scorer(f"clip-score:{own}")
 
 
 def test_out_of_the_hubs_reach(monkeypatch, tmp_path):

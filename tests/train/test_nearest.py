@@ -14,7 +14,13 @@ from shared.models.vae import load_vae
 from train.config import EvaluateConfig
 from train.evaluation import nearest
 from train.evaluation.heldout import load_heldout
-from train.evaluation.nearest import check_copies, nearest_samples, open_training, told
+from train.evaluation.nearest import (
+    Training,
+    check_copies,
+    nearest_samples,
+    open_training,
+    told,
+)
 
 
 @pytest.fixture
@@ -53,6 +59,32 @@ def test_the_nearest_is_found_wherever_it_lies(training, heldout, monkeypatch, b
     np.testing.assert_allclose(gaps, distances.min(1), rtol=1e-5)
     assert not views.any()
     assert gaps[:10].max() < 0.1 < gaps[10:].min()
+
+
+class InMemory(Training):
+    """Samples of several views that are in no cache."""
+
+    def __init__(self, every: torch.Tensor) -> None:
+        object.__setattr__(self, "every", every)
+
+    def __len__(self) -> int:
+        return len(self.every)
+
+    def latents(self, numbers) -> torch.Tensor:
+        return self.every[list(numbers)]
+
+    def blocks(self):
+        return (range(start, min(start + 4, len(self))) for start in range(0, len(self), 4))
+
+
+def test_every_view_of_a_sample_is_looked_at():
+    rng = np.random.default_rng(2)
+    every = torch.from_numpy(rng.standard_normal((10, 3, 4, 2, 2)).astype(np.float32))
+    wanted = [(0, 0), (3, 2), (4, 1), (9, 2)]
+    asked = torch.stack([every[sample, view] for sample, view in wanted]) + 0.01
+    samples, views, gaps = nearest_samples(asked, InMemory(every), torch.device("cpu"))
+    assert list(zip(samples, views, strict=True)) == wanted
+    np.testing.assert_allclose(gaps, 0.01, rtol=1e-4)
 
 
 def test_copies_are_shown_first_and_told(training, heldout, artist, tmp_path):

@@ -22,8 +22,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2Model,
 )
+from transformers.utils import logging
 
-from shared.models.weights import load_whole
+from shared.errors import UserError, first_line
+from shared.models.weights import UNUSABLE, load_whole
 
 Pictures = NDArray[np.uint8]  # [N, H, W, 3], RGB
 Rows = NDArray[np.float64]
@@ -32,6 +34,8 @@ AT_ONCE = 16  # pictures
 DINOV2_SIDE = 224
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BICUBIC = 3  # PIL's number
+
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar at a time
 
 
 class Dinov2:
@@ -94,8 +98,8 @@ class ClipScores:
     ) -> None:
         self.network = loaded(CLIPModel, folder, device)
         self.finish = finish
-        self.prepare = image_processor("CLIPImageProcessor").from_pretrained(processor)
-        self.tokenizer = AutoTokenizer.from_pretrained(processor)
+        self.prepare = opened(image_processor("CLIPImageProcessor"), processor)
+        self.tokenizer = opened(AutoTokenizer, processor)
 
     def __call__(self, images: Pictures, captions: Sequence[str]) -> Rows:
         """Scores `[N]`; a caption that is too long is cut."""
@@ -123,6 +127,17 @@ def loaded(kind: Any, folder: Path, device: torch.device) -> Any:
     """The network in fp32. Raises UserError where a weight is missing."""
     network = load_whole(kind.from_pretrained, str(folder), kind.__name__, local_files_only=True)
     return network.float().to(device).eval().requires_grad_(False)
+
+
+def opened(kind: Any, folder: Path) -> Any:
+    """A tokenizer or image processor. Raises UserError where its files are damaged."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except UNUSABLE as error:  # nothing of ours is called in there
+        raise UserError(
+            f"no {kind.__name__} can be read from {folder} ({first_line(error)}); fetch its files "
+            "anew"
+        ) from None
 
 
 def image_processor(name: str) -> Any:
