@@ -19,8 +19,28 @@ from train import flag_groups as groups
 
 
 @dataclass(frozen=True)
+class EvaluationFlags:
+    """How good the student is while it is trained."""
+
+    evaluation_steps: Natural = 0
+    """Steps between evaluations: held-out captions are drawn, and measured as `train evaluate`
+    does; 0 for none."""
+    num_eval_samples: Annotated[int, Numbers(int, 65)] = 640
+    """Captions of an evaluation."""
+    eval_cache: PlaceFlag | None = None
+    """Cache of held-out pictures for --evaluation-steps; the samples held out of --cache unless
+    given."""
+    scorer: str | None = None
+    """--evaluation-steps: MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a
+    score per image."""
+    features: str = "shapes"
+    """--evaluation-steps: the feature space of the distance (docs/evaluation.md)."""
+
+
+@dataclass(frozen=True)
 class DistillConfig(
-    groups.PublishFlags, groups.MachineFlags, groups.ProgressFlags, groups.SpeedFlags,
+    groups.PublishFlags, groups.MachineFlags, EvaluationFlags, groups.ProgressFlags,
+    groups.SpeedFlags,
     groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags, groups.DistributionFlags,
     groups.FullStudentFlags, groups.StyleFlags, groups.TeacherFlags, groups.TargetFlags,
     groups.PhaseFlags, groups.ConsistencyFlags, groups.SolverFlags, groups.OptimizerFlags,

@@ -8,8 +8,9 @@ import torch
 from benchmarks.common.steps import flops
 from shared.models.family import resolve_model
 from tests.support.students import build, stock_unet
-from train.comparison.cost import relative_cost, step_flops
+from train.comparison.cost import relative_cost
 from train.config import RunConfig
+from train.memory.operations import step_flops
 
 RANK = 6
 
