@@ -92,6 +92,9 @@ class EvaluateConfig(groups.MachineFlags, ArtistFlags):
     eval_cache: PlaceFlag | None = None
     """Cache of held-out pictures: their captions are the prompts, their latents the real ones. The
     samples held out of the run's own cache unless given."""
+    features: str = "shapes"
+    """What distances are measured in: shapes, or MODULE:FUNCTION taking images [N, H, W, 3] uint8
+    and giving features [N, D]."""
     scorer: str | None = None
     """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
     num_samples: Annotated[int, Numbers(int, 65)] = 1000

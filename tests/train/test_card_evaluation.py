@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from train.evaluation.features import ENOUGH, FEATURE_COUNT, features, few_pictures
 
 from train.config import DistillConfig, EvaluateConfig, ExportConfig
 from train.evaluation import evaluate, teacher_results
-from train.evaluation.features import ENOUGH, FEATURE_COUNT, features, few_pictures
 from train.trainer.export_command import export_checkpoint
 from train.trainer.loop import distill
 from train.trainer.setup import prepare

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,13 +12,11 @@ from numpy.typing import NDArray
 
 from shared.cache.paths import CachePaths
 from shared.cli.progress import Progress
-from shared.errors import UserError
 from train.config import EvaluateConfig
 from train.evaluation.artist import Artist, open_artist
-from train.evaluation.features import FEATURES, few_pictures
 from train.evaluation.heldout import HeldOut, load_heldout, open_eval_cache
 from train.evaluation.record import Evaluation
-from train.evaluation.score import Result, Sampling, Scorer, Task, decode_all
+from train.evaluation.score import Result, Sampling, Task, decode_all
 from train.evaluation.table import write_report
 from train.evaluation.teacher_results import (
     REFERENCE,
@@ -32,6 +29,8 @@ from train.evaluation.teacher_results import (
 from train.export.model_card import update_card
 from train.export.newest_run import newest_student
 from train.export.weights import exported_student
+from train.measures.scorers import open_scorer
+from train.measures.space import open_space
 from train.objectives import objective_of
 from train.sampling.samplers import most_steps
 from train.state.owner import owning
@@ -51,8 +50,9 @@ def evaluate(config: EvaluateConfig) -> None:
     run = newest_student(config.run)
     folder = config.output or run
     with owning(folder, "train evaluate", "wait for it, or give --output another folder"):
-        scorer = load_scorer(config.scorer)
         artist = open_artist(run, config)
+        space = open_space(config.features, artist.device)
+        scorer = open_scorer(config.scorer, artist.device)
         weights = exported_student(run, artist.config.student)
         cache, manifest = open_eval_cache(config.eval_cache, run, artist.config.cache)
         artist.check_cache(manifest, cache)
@@ -64,8 +64,8 @@ def evaluate(config: EvaluateConfig) -> None:
         with Progress("evaluate", calls, "step") as progress:
             task = Task(heldout, batch_size, config.seed, progress)
             teacher_mark = artist.teacher_fingerprint()
-            key = reference_key(config, cache, batch_size, artist, teacher_mark)
-            judge, teacher = teacher_reference(CachePaths(cache), key, artist, task, scorer)
+            key = reference_key(config, cache, batch_size, artist, teacher_mark, space, scorer)
+            judge, teacher = teacher_reference(CachePaths(cache), key, artist, task, space, scorer)
             artist = artist.with_spacings(
                 {(result.sampler, result.steps): str(result.timestep_spacing) for result in teacher}
             )
@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> None:
         evaluation = Evaluation(
             heldout=heldout.digest(),
             num_samples=len(heldout),
-            features=FEATURES,
+            features=space.name,
             seed=config.seed,
             guidance_scale=artist.guidance_scale,
             scorer=config.scorer,
@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> None:
             student=artist.config.student,
             weights=weights,
             eta=artist.eta,
-            fd_note=few_pictures(len(heldout)),
+            fd_note=space.distances.few_pictures(*judge.real.shape),
             rows=tuple(results),
         )
         columns = showcase(artist, heldout, config.seed)
@@ -139,15 +139,3 @@ def showcase(artist: Artist, heldout: HeldOut, seed: int) -> dict[str, NDArray[n
         solver = "" if name == "student" else name.upper()
         columns[f"{title}\n{solver}"] = decode_all(artist, artist.draw(name, steps, texts, seeds))
     return columns
-
-
-def load_scorer(name: str | None) -> Scorer | None:
-    """The function that MODULE:FUNCTION names. Raises UserError where there is none."""
-    if name is None:
-        return None
-    module, _, function = name.partition(":")
-    try:
-        scorer: Scorer = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--scorer {name}: {error}; give MODULE:FUNCTION") from None
-    return scorer

@@ -11,6 +11,7 @@ from shared.errors import UserError
 from shared.storage.files import load_record
 from shared.storage.typed_json import record_of
 from train.evaluation.score import Result
+from train.measures.shapes import FORMERLY, SHAPES
 
 EVALUATION = "evaluation.json"
 
@@ -55,6 +56,8 @@ def read_evaluation(run: Path) -> Evaluation:
                 f"the evaluation of {run} is an older version's, which did not note its captions; "
                 f"{again} makes it anew"
             )
+        if stored.get("features") == FORMERLY:
+            stored = {**stored, "features": SHAPES}
         return record_of(Evaluation, stored)
 
     if not (run / EVALUATION).is_file():

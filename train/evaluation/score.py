@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 from shared.cli.progress import Progress
 from shared.models.vae import decode_latents
 from train.evaluation.artist import Artist
-from train.evaluation.features import Gaussian, features, frechet_distance, high_frequency_share
 from train.evaluation.heldout import HeldOut
+from train.measures.figures import Figure, Interval, of_distance, of_mean, of_sharpness
+from train.measures.scorers import Scorer
+from train.measures.sharpness import energies
+from train.measures.space import Rows, Space
 
 Sampling = tuple[str, int]  # a sampler's name and a number of steps
-Scorer = Callable[[NDArray[np.uint8], Sequence[str]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Result:
     high_frequency: float  # relative to the teacher's 50 steps
     ms_per_image: float = 0.0  # sampling alone, without the VAE's decoding
     timestep_spacing: str | None = None
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # 95%, by figure
+    fd_bias: float | None = None  # by which fd is likely above that of endlessly many pictures
 
 
 @dataclass(frozen=True)
@@ -63,25 +67,41 @@ class Task:
 class Judge:
     """Everything a drawn set of latents is measured against."""
 
-    real: Gaussian
+    space: Space
+    real: Rows  # features of the held-out pictures, in their order
     captions: tuple[str, ...]
     scorer: Scorer | None
     solution: Tensor  # the teacher's 50-step latents
-    sharpness: float  # their high-frequency share
+    energies: NDArray[np.float64]  # of their pictures, [N, 2]; see sharpness.py
 
     def measure(self, sampler: str, steps: int, latents: Tensor, artist: Artist) -> Result:
         """Measure latents `[N, C, h, w]`."""
         images = decode_all(artist, latents)
-        scores = self.scorer(images, self.captions) if self.scorer else None
-        return Result(
-            sampler=sampler,
-            steps=steps,
-            fd=frechet_distance(self.real, Gaussian.of(features(images))),
-            accuracy=None if scores is None else float(np.mean(scores)),
-            latent_mse=float(((latents - self.solution) ** 2).mean()) if steps == 1 else None,
-            high_frequency=high_frequency_share(images) / self.sharpness,
-            timestep_spacing=None if sampler == "student" else artist.spacing(sampler, steps),
-        )
+        distance = of_distance(self.space, self.real, self.space.features(images))
+        sharpness = of_sharpness(energies(images), self.energies)
+        figures = {"fd": distance, "high_frequency": sharpness}
+        if self.scorer is not None:
+            figures["accuracy"] = of_mean(self.scorer(images, self.captions))
+        if steps == 1:
+            errors = ((latents - self.solution) ** 2).mean((1, 2, 3))
+            figures["latent_mse"] = of_mean(errors.numpy().astype(np.float64))
+        return result(sampler, steps, figures, artist)
+
+
+def result(sampler: str, steps: int, figures: Mapping[str, Figure], artist: Artist) -> Result:
+    """The line of a sampler with these figures, by their names."""
+    values = {name: one.value for name, one in figures.items()}
+    return Result(
+        sampler=sampler,
+        steps=steps,
+        fd=values["fd"],
+        accuracy=values.get("accuracy"),
+        latent_mse=values.get("latent_mse"),
+        high_frequency=values["high_frequency"],
+        timestep_spacing=None if sampler == "student" else artist.spacing(sampler, steps),
+        intervals={name: one.interval for name, one in figures.items()},
+        fd_bias=figures["fd"].bias,
+    )
 
 
 def decode_all(artist: Artist, latents: Tensor) -> NDArray[np.uint8]:
