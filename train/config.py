@@ -25,10 +25,10 @@ class EvaluationFlags:
     evaluation_steps: Natural = 0
     """Steps between evaluations: held-out captions are drawn, and measured as `train evaluate`
     does; 0 for none."""
-    num_eval_samples: Annotated[int, Numbers(int, 65)] = 640
-    """Captions of an evaluation."""
+    num_eval_samples: Count = 640
+    """--evaluation-steps: captions that are drawn."""
     eval_cache: PlaceFlag | None = None
-    """Cache of held-out pictures for --evaluation-steps; the samples held out of --cache unless
+    """--evaluation-steps: cache of held-out pictures; the samples held out of --cache unless
     given."""
     scorer: str | None = None
     """--evaluation-steps: MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a

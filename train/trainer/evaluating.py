@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +40,6 @@ from train.trainer.log_lines import EVALUATIONS, steps_in
 
 Asked = Callable[[], bool]  # shall the run end? Entered by all processes
 SEED = 0  # of the noise, as `train evaluate` has it unless told: the same for every run
-LEAST = 65  # pictures of an evaluation, as the flag has it
 TRIED = 2  # pictures that are measured before the first step
 
 
@@ -71,7 +71,8 @@ class Evaluations:
     num_samples: int  # of all processes together
     space: Space
     scorer: Scorer | None
-    noted: set[int]  # the steps whose figures are in evaluations.jsonl
+    width: int  # of the features
+    noted: set[int]  # steps, of those from here on, whose figures are in evaluations.jsonl
     real: Rows | None = field(default=None, repr=False)  # features of all real pictures
 
     @property
@@ -93,15 +94,14 @@ class Evaluations:
         rows = self._rows_of(lambda part: self._draw(artist, part), self.scorer, asked)
         if rows is None:
             return None
-        width = self.real.shape[1]
         return Figures(
             step=step,
             samples=samples,
             drawing_steps=self.drawing_steps,
             num_samples=self.num_samples,
             features=self.space.name,
-            fd=self.space.distance(self.real, rows[:, :width]),
-            accuracy=None if self.scorer is None else float(rows[:, width].mean()),
+            fd=self.space.distance(self.real, rows[:, : self.width]),
+            accuracy=None if self.scorer is None else float(rows[:, self.width].mean()),
             seconds=time.perf_counter() - began,
         )
 
@@ -184,11 +184,10 @@ def open_evaluations(
     source = config.vae or model.source
     vae = vae or load_vae(source).to(distributed.device)
     check_vae(manifest, vae, cache, source)
-    heldout = read_share(cache, manifest, config.num_eval_samples, distributed)
-    steps = steps_in(config.run / EVALUATIONS)
+    heldout = read_share(cache, manifest, config.num_eval_samples, space, distributed)
     few = slice(0, TRIED)
     images = decode_latents(vae, heldout.latents[few] / vae.config.scaling_factor)
-    measured(images, heldout.captions[few], space, scorer)
+    tried = measured(images, heldout.captions[few], space, scorer)
     return Evaluations(
         artist=Artist(
             model=model,
@@ -207,7 +206,8 @@ def open_evaluations(
         num_samples=config.num_eval_samples,
         space=space,
         scorer=scorer,
-        noted={step for step in steps if step <= done},
+        width=tried.shape[1] - (scorer is not None),
+        noted=noted_by_main(config.run, done, distributed),
     )
 
 
@@ -224,18 +224,30 @@ def open_eval_cache(config: RunConfig) -> tuple[Place, Manifest]:
     return cache, manifest
 
 
-def read_share(cache: Place, manifest: Manifest, count: int, distributed: Distributed) -> HeldOut:
+def read_share(
+    cache: Place, manifest: Manifest, count: int, space: Space, distributed: Distributed
+) -> HeldOut:
     """This process's share of the first `count` samples of the cache's largest bucket.
 
-    As `train evaluate` has them. Raises UserError where there are fewer.
+    As `train evaluate` has them. Raises UserError where there are fewer, or too few for a distance.
     """
+    if count < space.least:
+        raise UserError(
+            f"--num-eval-samples {count}: a distance in {space.name} features needs {space.least}"
+        )
     bucket = open_heldout(cache, manifest)
     there = len(bucket)
     if there < count:
-        fewer = "" if there < LEAST else f"{there} of them, or "
+        fewer = "" if there < space.least else f"{there}, or "
         raise UserError(
             f"--num-eval-samples {count}: {cache} has {counted(there, 'sample')} of its most "
             f"frequent size to evaluate on; give {fewer}an --eval-cache with more"
         )
     share = share_of(count, distributed.rank, distributed.world)
     return read_heldout(cache, manifest, bucket, share)
+
+
+def noted_by_main(run: Path, done: int, distributed: Distributed) -> set[int]:
+    """Step `done`, if its figures are noted already by what the main process reads, for all."""
+    here = torch.tensor([done in steps_in(run / EVALUATIONS)], dtype=torch.int64)
+    return {done} if distributed.collect(here)[0] else set()

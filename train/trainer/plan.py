@@ -100,10 +100,16 @@ def evaluation_plan(run: Distillation, model: Model) -> list[str]:
     trained = samples * step_flops(model, config, config.max_train_steps)
     part = drawn * drawing_flops(model, config, steps) / trained
     work = f"about {part:.0%}" if part >= 0.01 else "less than 1%"
-    return [
+    lines = [
         f"every {counted(config.evaluation_steps, 'step')} an evaluation draws {drawn:,} held-out "
         f"captions in {counted(steps, 'step')}: {work} of the UNet work between two"
     ]
+    if evaluations.space.distances.few_pictures(drawn, evaluations.width):
+        lines.append(
+            f"note: {drawn} pictures are few for {evaluations.width} features; compare distances "
+            "only with those of the same captions"
+        )
+    return lines
 
 
 def print_memory(
