@@ -22,7 +22,7 @@ from train.config import DistillConfig, EvaluateConfig, SampleConfig
 from train.evaluation import evaluate, teacher_results
 from train.evaluation.artist import Artist, open_artist
 from train.evaluation.heldout import load_heldout
-from train.evaluation.score import Result, decode_all
+from train.evaluation.score import Measures, Result, decode_all
 from train.measures.frechet import Gaussian, frechet_distance
 from train.measures.scorers import Scorer
 from train.measures.shapes import features
@@ -214,19 +214,20 @@ def test_the_second_evaluation_takes_over_the_teachers_rows(
 
 def test_the_teachers_rows_are_of_one_seed_guidance_and_scorer(tmp_path, held):
     def key(
-        guidance_scale: float = 3.0, teacher: str = "a", space=None, scorer=None, **more
+        guidance_scale=3.0, teacher="a", space=None, scorer=None, precision_recall=False, **more
     ) -> str:
         config = EvaluateConfig(run=tmp_path, **more)
         artist = SimpleNamespace(guidance_scale=guidance_scale)
-        space = space or open_space()
-        return teacher_results.reference_key(config, held, 8, artist, teacher, space, scorer)
+        measures = Measures(space or open_space(), scorer, precision_recall)
+        return teacher_results.reference_key(config, held, 8, artist, teacher, measures)
 
     scorers = [Scorer("a:b", "accuracy", len), Scorer("a:b", "accuracy", len, weights="c")]
     spaces = [replace(open_space(), name="d"), replace(open_space(), name="d", weights="e")]
-    others = [key(seed=1), key(4.0), key(num_samples=70), key(teacher="b"),
-              *[key(scorer=one) for one in scorers], *[key(space=one) for one in spaces]]  # fmt: skip
+    others = [key(seed=1), key(4.0), key(num_samples=70), key(teacher="b")]
+    others += [key(scorer=one) for one in scorers] + [key(space=one) for one in spaces]
+    others.append(key(precision_recall=True))
     assert key() == key()
-    assert len({key(), *others}) == 9
+    assert len({key(), *others}) == 10
 
 
 def test_heldout_is_read_in_order_and_scaled(tiny_cache):

@@ -9,14 +9,23 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shared.cache.paths import CachePaths
 from shared.cli.progress import Progress
 from train.config import EvaluateConfig
 from train.evaluation.artist import Artist, open_artist
 from train.evaluation.heldout import HeldOut, load_heldout, open_eval_cache
-from train.evaluation.record import Evaluation
-from train.evaluation.score import Result, Sampling, Task, decode_all
+from train.evaluation.nearest import check_copies, open_training
+from train.evaluation.record import Evaluation, noted
+from train.evaluation.score import (
+    Judge,
+    Result,
+    Sampling,
+    Task,
+    decode_all,
+    open_measures,
+)
 from train.evaluation.table import write_report
 from train.evaluation.teacher_results import (
     REFERENCE,
@@ -29,8 +38,6 @@ from train.evaluation.teacher_results import (
 from train.export.model_card import update_card
 from train.export.newest_run import newest_student
 from train.export.weights import exported_student
-from train.measures.scorers import open_scorer
-from train.measures.space import open_space
 from train.objectives import objective_of
 from train.sampling.samplers import most_steps
 from train.state.owner import owning
@@ -51,12 +58,12 @@ def evaluate(config: EvaluateConfig) -> None:
     folder = config.output or run
     with owning(folder, "train evaluate", "wait for it, or give --output another folder"):
         artist = open_artist(run, config)
-        space = open_space(config.features, artist.device)
-        scorer = open_scorer(config.scorer, artist.device)
         weights = exported_student(run, artist.config.student)
         cache, manifest = open_eval_cache(config.eval_cache, run, artist.config.cache)
         artist.check_cache(manifest, cache)
-        heldout = load_heldout(cache, manifest, config.num_samples)
+        measures = open_measures(config, artist.device)
+        heldout = load_heldout(cache, manifest, config.num_samples, measures.space.least)
+        training = open_training(config, artist, heldout) if config.nearest_samples else None
         artist = artist.with_teacher(heldout.empty).for_shape(heldout.shape)
         batch_size = pictures_at_once(config, heldout.shape)
         samplings = student_samplings(artist)
@@ -64,27 +71,31 @@ def evaluate(config: EvaluateConfig) -> None:
         with Progress("evaluate", calls, "step") as progress:
             task = Task(heldout, batch_size, config.seed, progress)
             teacher_mark = artist.teacher_fingerprint()
-            key = reference_key(config, cache, batch_size, artist, teacher_mark, space, scorer)
-            judge, teacher = teacher_reference(CachePaths(cache), key, artist, task, space, scorer)
+            key = reference_key(config, cache, batch_size, artist, teacher_mark, measures)
+            judge, teacher = teacher_reference(CachePaths(cache), key, artist, task, measures)
             artist = artist.with_spacings(
                 {(result.sampler, result.steps): str(result.timestep_spacing) for result in teacher}
             )
-            student = [judge.measure(*one, task.draw(artist, one), artist) for one in samplings]
+            student, usual, drawn = draw_student(samplings, artist, task, judge)
+        nearest = None
+        if training is not None:
+            count = config.nearest_samples
+            nearest = check_copies(folder, count, drawn, usual, heldout, training, artist)
         results = timed([*teacher, *student], artist, heldout.first(batch_size))
         evaluation = Evaluation(
             heldout=heldout.digest(),
             num_samples=len(heldout),
-            features=space.name,
             seed=config.seed,
             guidance_scale=artist.guidance_scale,
-            scorer=config.scorer,
             eval_cache=str(cache),
             teacher=teacher_mark,
             student=artist.config.student,
             weights=weights,
             eta=artist.eta,
-            fd_note=space.distances.few_pictures(*judge.real.shape),
+            fd_note=measures.space.distances.few_pictures(*judge.real.shape),
+            nearest=nearest,
             rows=tuple(results),
+            **noted(measures),
         )
         columns = showcase(artist, heldout, config.seed)
         write_report(folder, evaluation, columns, heldout.captions)
@@ -111,6 +122,23 @@ def student_samplings(artist: Artist) -> Sequence[Sampling]:
     known = [sampling for sampling in STUDENT_SAMPLINGS if sampling[1] <= most]
     few = objective_of(artist.config).sampler.few_steps(artist.config)
     return tuple(dict.fromkeys([*known, *(("student", steps) for steps in few)]))
+
+
+def draw_student(
+    samplings: Sequence[Sampling], artist: Artist, task: Task, judge: Judge
+) -> tuple[list[Result], int, Tensor]:
+    """The student's results, its usual number of steps, and what it drew in these.
+
+    Where the table has no line of those, it is the last line's number.
+    """
+    usual = objective_of(artist.config).sampler.usual_steps(artist.config)
+    usual = usual if ("student", usual) in samplings else samplings[-1][1]
+    results, kept = [], torch.empty(0)
+    for sampling in samplings:
+        drawn = task.draw(artist, sampling)
+        results.append(judge.measure(*sampling, drawn, artist))
+        kept = drawn if sampling[1] == usual else kept
+    return results, usual, kept
 
 
 def timed(results: Sequence[Result], artist: Artist, heldout: HeldOut) -> list[Result]:

@@ -21,6 +21,7 @@ from shared.wording import counted
 from train.data.bucket import Bucket, largest_bucket
 from train.data.shard_check import check_heads
 from train.data.soundness import fault
+from train.measures.space import LEAST
 from train.state.checkpoint import latest_checkpoint, read_progress
 from train.state.run_paths import recorded_cache
 
@@ -86,17 +87,18 @@ class HeldOut:
         return channels, height, width
 
 
-def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
+def load_heldout(root: Place, manifest: Manifest, count: int, least: int = LEAST) -> HeldOut:
     """The first `count` samples of the cache's largest bucket, in the order of the shards.
 
-    Of a cache that has samples set aside only these. Raises UserError where there are too few to
-    fit a Gaussian of 64 features.
+    Of a cache that has samples set aside only these. Raises UserError where they are fewer than
+    `least`, what the distance needs.
     """
     bucket = open_heldout(root, manifest)
     count = min(count, len(bucket))
-    if count < 65:
+    if count < least:
+        kind = "Fréchet distance" if least == LEAST else "distance"
         raise UserError(
-            f"{root}: {counted(count, 'sample')}; a Fréchet distance needs at least 65, better 1000"
+            f"{root}: {counted(count, 'sample')}; a {kind} needs at least {least}, better 1000"
         )
     return read_heldout(root, manifest, bucket, range(count))
 

@@ -22,10 +22,8 @@ from shared.storage.typed_json import typed
 from shared.storage.urls import Place
 from train.evaluation.artist import Artist
 from train.evaluation.heldout import HeldOut
-from train.evaluation.score import Judge, Result, decode_all
-from train.measures.scorers import Scorer
+from train.evaluation.score import Judge, Measures, Result, decode_all
 from train.measures.sharpness import energies
-from train.measures.space import Space
 
 Samplings = Sequence[tuple[str, int]]
 
@@ -35,8 +33,7 @@ def kept_reference(
     samplings: Samplings,
     artist: Artist,
     heldout: HeldOut,
-    space: Space,
-    scorer: Scorer | None,
+    measures: Measures,
 ) -> tuple[Judge, list[Result]] | None:
     """A reference from an earlier evaluation, or None where there is none.
 
@@ -62,9 +59,9 @@ def kept_reference(
             "and they are drawn anew",
             file=sys.stderr,
         )
-        real = space.features(decode_all(artist, heldout.latents))
+        real = measures.space.features(decode_all(artist, heldout.latents))
         sharpness = energies(decode_all(artist, solution))
-    return Judge(space, real, heldout.captions, scorer, solution, sharpness), results
+    return Judge(measures, real, heldout.captions, solution, sharpness), results
 
 
 def kept_results(samplings: Samplings) -> Callable[[Mapping[str, Any]], list[Result]]:

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from shared.cli.progress import Progress
 from shared.models.vae import decode_latents
+from train.config import EvaluateConfig
 from train.evaluation.artist import Artist
 from train.evaluation.heldout import HeldOut
 from train.measures.figures import Figure, Interval, of_distance, of_mean, of_sharpness
-from train.measures.scorers import Scorer
+from train.measures.precision_recall import precision_recall
+from train.measures.scorers import Scorer, open_scorer
 from train.measures.sharpness import energies
-from train.measures.space import Rows, Space
+from train.measures.space import Rows, Space, open_space
 
 Sampling = tuple[str, int]  # a sampler's name and a number of steps
 
@@ -35,6 +37,8 @@ class Result:
     ms_per_image: float = 0.0  # sampling alone, without the VAE's decoding
     timestep_spacing: str | None = None
     intervals: Mapping[str, Interval] = field(default_factory=dict)  # 95%, by figure
+    precision: float | None = None
+    recall: float | None = None
     fd_bias: float | None = None  # by which fd is likely above that of endlessly many pictures
 
 
@@ -64,24 +68,48 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What pictures are measured by."""
+
+    space: Space
+    scorer: Scorer | None = None
+    precision_recall: bool = False
+
+
+def open_measures(config: EvaluateConfig, device: torch.device) -> Measures:
+    """Those that the flags name. Raises UserError where a function or weights are not here."""
+    return Measures(
+        open_space(config.features, device),
+        open_scorer(config.scorer, device),
+        config.precision_recall,
+    )
+
+
+@dataclass(frozen=True)
 class Judge:
     """Everything a drawn set of latents is measured against."""
 
-    space: Space
+    measures: Measures
     real: Rows  # features of the held-out pictures, in their order
     captions: tuple[str, ...]
-    scorer: Scorer | None
     solution: Tensor  # the teacher's 50-step latents
     energies: NDArray[np.float64]  # of their pictures, [N, 2]; see sharpness.py
 
     def measure(self, sampler: str, steps: int, latents: Tensor, artist: Artist) -> Result:
         """Measure latents `[N, C, h, w]`."""
         images = decode_all(artist, latents)
-        distance = of_distance(self.space, self.real, self.space.features(images))
-        sharpness = of_sharpness(energies(images), self.energies)
-        figures = {"fd": distance, "high_frequency": sharpness}
-        if self.scorer is not None:
-            figures["accuracy"] = of_mean(self.scorer(images, self.captions))
+        space, scorer = self.measures.space, self.measures.scorer
+        features = space.features(images)
+        figures = {
+            "fd": of_distance(space, self.real, features),
+            "high_frequency": of_sharpness(energies(images), self.energies),
+        }
+        if self.measures.precision_recall:
+            within = precision_recall(self.real, features)
+            for name, which in zip(("precision", "recall"), within, strict=True):
+                figures[name] = of_mean(which.astype(np.float64))
+        if scorer is not None:
+            figures["accuracy"] = of_mean(scorer(images, self.captions))
         if steps == 1:
             errors = ((latents - self.solution) ** 2).mean((1, 2, 3))
             figures["latent_mse"] = of_mean(errors.numpy().astype(np.float64))
@@ -98,6 +126,8 @@ def result(sampler: str, steps: int, figures: Mapping[str, Figure], artist: Arti
         accuracy=values.get("accuracy"),
         latent_mse=values.get("latent_mse"),
         high_frequency=values["high_frequency"],
+        precision=values.get("precision"),
+        recall=values.get("recall"),
         timestep_spacing=None if sampler == "student" else artist.spacing(sampler, steps),
         intervals={name: one.interval for name, one in figures.items()},
         fd_bias=figures["fd"].bias,

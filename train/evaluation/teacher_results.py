@@ -16,8 +16,7 @@ from shared.storage.urls import Place
 from train.config import EvaluateConfig
 from train.evaluation.artist import Artist
 from train.evaluation.kept_rows import keep_reference, kept_reference
-from train.evaluation.score import Judge, Result, Sampling, Task, decode_all
-from train.measures.scorers import Scorer
+from train.evaluation.score import Judge, Measures, Result, Sampling, Task, decode_all
 from train.measures.shapes import FORMERLY, SHAPES
 from train.measures.sharpness import energies
 from train.measures.space import Rows, Space
@@ -43,24 +42,23 @@ def teacher_calls(count: int) -> int:
 
 
 def teacher_reference(
-    cache: CachePaths, key: str, artist: Artist, task: Task, space: Space, scorer: Scorer | None
+    cache: CachePaths, key: str, artist: Artist, task: Task, measures: Measures
 ) -> tuple[Judge, list[Result]]:
     """The teacher's results and what students are judged by.
 
     They depend on the teacher and the evaluation cache alone, so they are kept in the cache's
     `evaluations/` folder, as `key`, and the next student's evaluation finds them.
     """
-    heldout = task.heldout
+    heldout, space = task.heldout, measures.space
     kept = cache.root / "evaluations" / f"{key}.safetensors"
-    if (
-        found := kept_reference(kept, TEACHER_SAMPLINGS, artist, heldout, space, scorer)
-    ) is not None:
+    found = kept_reference(kept, TEACHER_SAMPLINGS, artist, heldout, measures)
+    if found is not None:
         task.progress.update(teacher_calls(len(heldout)), KEPT)
         return found
     real = space.features(decode_all(artist, heldout.latents))
     solution = task.draw(artist, REFERENCE)
     sharpness = energies(decode_all(artist, solution))
-    judge = Judge(space, real, heldout.captions, scorer, solution, sharpness)
+    judge = Judge(measures, real, heldout.captions, solution, sharpness)
     results = [judge.measure(*REFERENCE, solution, artist)]
     few = task.first(TRIED)
     shown = space.features(decode_all(artist, few.heldout.latents))
@@ -96,10 +94,10 @@ def reference_key(
     batch_size: int,
     artist: Artist,
     teacher: str,
-    space: Space,
-    scorer: Scorer | None,
+    measures: Measures,
 ) -> str:
     """A hash over all that the results of a teacher with this fingerprint depend on."""
+    space, scorer = measures.space, measures.scorer
     parts = {
         "teacher": teacher,
         "cache": hashlib.sha256(read_file(cache / "manifest.json")).hexdigest(),
@@ -113,6 +111,8 @@ def reference_key(
         "spacings": (SPACINGS, TRIED),
         "batch_size": batch_size,
     }
+    if measures.precision_recall:  # otherwise the key is that of older versions
+        parts["precision_recall"] = True
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

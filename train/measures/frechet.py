@@ -11,7 +11,7 @@ Rows = NDArray[np.float64]  # [N, D], features of a picture each
 Counts = NDArray[np.int64]  # [N], how often each row is meant
 
 SMALL = 128  # features; the distance is computed in milliseconds
-RESAMPLES, FEW_RESAMPLES, FEWEST_RESAMPLES = 200, 50, 20
+RESAMPLES, FEW_RESAMPLES, FEWEST_RESAMPLES = 100, 50, 20
 MIDDLE = 1200  # pictures or features, whichever are fewer; up to here it takes a tenth of a second
 PER_FEATURE = 10  # pictures, for a covariance that is more than an impression
 

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shared.errors import UserError
+from shared.models.fingerprint import fingerprint
 from train.measures.named import load_function
 from train.measures.space import CPU, Pictures
+from train.measures.weights import processor_folder, weights_folder
 
-READY: tuple[str, ...] = ()
+
+@dataclass(frozen=True)
+class Learned:
+    """A scorer that a network of CLIP's kind gives, as it was published."""
+
+    title: str
+    weights: str  # a hub id
+    processor: str  # of the tokenizer and the settings for pictures
+    finish: Callable[[Tensor, Tensor], Tensor]  # of cosines and the network's temperature
+
+
+CLIP, PICKSCORE = "clip-score", "pickscore"
+LEARNED: Mapping[str, Learned] = {
+    CLIP: Learned(
+        title="CLIP score",
+        weights="openai/clip-vit-large-patch14",
+        processor="openai/clip-vit-large-patch14",
+        finish=lambda cosines, _: 100 * cosines.clamp(min=0),
+    ),
+    PICKSCORE: Learned(
+        title="PickScore",
+        weights="yuvalkirstain/PickScore_v1",
+        processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        finish=lambda cosines, temperature: temperature * cosines,
+    ),
+}
+READY = tuple(LEARNED)
+ACCURACY = "accuracy"  # the title of others
 
 
 @dataclass(frozen=True)
@@ -40,10 +70,29 @@ class Scorer:
 
 
 def open_scorer(name: str | None, device: torch.device = CPU) -> Scorer | None:
-    """Open a scorer: MODULE:FUNCTION from pictures and captions to `[N]`; None for None.
+    """Open a scorer: a name of READY, NAME:WEIGHTS, or MODULE:FUNCTION; None for None.
 
-    Networks run on `device`. Raises UserError, with what is known, where there is none.
+    WEIGHTS is a folder or a hub id; FUNCTION makes scores `[N]` of pictures and captions. Networks
+    run on `device`. Raises UserError, with what is known, where there is none.
     """
     if name is None:
         return None
-    return Scorer(name, "accuracy", load_function("--scorer", name, READY))
+    ready, _, source = name.partition(":")
+    if ready in READY:
+        return learned_scorer(ready, source or None, device)
+    return Scorer(name, ACCURACY, load_function("--scorer", name, READY))
+
+
+def learned_scorer(name: str, source: str | None, device: torch.device) -> Scorer:
+    """A scorer of CLIP's kind. Raises UserError where its files are not here.
+
+    A `source` of one's own has the processor's files, too.
+    """
+    published, asked = LEARNED[name], f"--scorer {name}"
+    folder = weights_folder(asked, source or published.weights, published.weights)
+    processor = processor_folder(asked, source or published.processor, published.processor)
+    from train.measures.networks import ClipScores  # slow to import, so only now
+
+    scores = ClipScores(folder, processor, device, published.finish)
+    used = source or published.weights
+    return Scorer(name, published.title, scores, used, fingerprint(scores.network))

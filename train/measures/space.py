@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from shared.errors import UserError
+from shared.models.fingerprint import fingerprint
 from train.measures import shapes
 from train.measures.frechet import Frechet
+from train.measures.mmd import MMD
 from train.measures.named import load_function, source_hash
+from train.measures.weights import weights_folder
 
 Pictures = NDArray[np.uint8]  # [N, H, W, 3], RGB
 Rows = NDArray[np.float64]  # [N, D], features of a picture each
 
 CPU = torch.device("cpu")
-LEAST = 65  # pictures; fewer tell nothing of a covariance
-READY = (shapes.SHAPES,)
+LEAST = 65  # pictures; a covariance of fewer tells nothing
+FRECHET = "Fréchet distance"
 
 
 class Distance(Protocol):
@@ -45,10 +48,9 @@ class Space:
 
     name: str  # a ready name, or MODULE:FUNCTION
     title: str  # of the distance, over its column
-    words: str  # the same for a note below a table
     embed: Callable[[Pictures], Rows]
     distances: Distance
-    source: str | None = None  # where the weights are from, as it was typed
+    source: str | None = None  # where the weights are from: a hub id, a folder, a file
     weights: str | None = None  # a fingerprint of them; of a function its file's
     least: int = LEAST  # pictures without which there is no distance
 
@@ -69,14 +71,79 @@ class Space:
         return self.distances(a, b)
 
 
-def open_space(name: str = shapes.SHAPES, device: torch.device = CPU) -> Space:
-    """Open a feature space: `shapes`, or MODULE:FUNCTION from pictures to `[N, D]`.
+@dataclass(frozen=True)
+class Learned:
+    """A space that a network gives, as it was published."""
 
-    Networks run on `device`. Raises UserError, with what is known, where there is none.
+    title: str
+    weights: str  # a hub id
+    width: int  # features
+    distances: Distance
+    plain: str  # the title with a network of another width, which nobody has published
+    least: int = LEAST
+
+
+INCEPTION, DINOV2, CLIP = "inception", "dinov2", "clip"
+LEARNED: Mapping[str, Learned] = {
+    INCEPTION: Learned("FID", "torch-fidelity", 2048, Frechet(), "FD"),
+    DINOV2: Learned("FD-DINOv2", "facebook/dinov2-large", 1024, Frechet(), "FD"),
+    CLIP: Learned("CMMD", "openai/clip-vit-large-patch14-336", 768, MMD(), "MMD", least=2),
+}
+READY = (shapes.SHAPES, *LEARNED)
+
+
+def open_space(name: str = shapes.SHAPES, device: torch.device = CPU) -> Space:
+    """Open a feature space: a name of READY, NAME:WEIGHTS, or MODULE:FUNCTION.
+
+    WEIGHTS is a folder or a hub id (of inception a file); FUNCTION makes features `[N, D]` of
+    pictures. Networks run on `device`. Raises UserError, with what is known, where there is none.
     """
-    if name == shapes.SHAPES:
-        words = "Fréchet distance in shapes features"
-        return Space(name, "FD", words, shapes.features, Frechet())
+    ready, _, source = name.partition(":")
+    if ready == shapes.SHAPES:
+        if source:
+            raise UserError(f"--features {name}: {ready} has no weights; leave {source} out")
+        return Space(ready, "FD", shapes.features, Frechet())
+    if ready in READY:
+        return learned_space(ready, source or LEARNED[ready].weights, device)
     function = load_function("--features", name, READY)
-    words = f"Fréchet distance in {name} features"
-    return Space(name, "FD", words, function, Frechet(), weights=source_hash(function))
+    return Space(name, "FD", function, Frechet(), weights=source_hash(function))
+
+
+def learned_space(name: str, source: str, device: torch.device) -> Space:
+    """A space whose features a network gives. Raises UserError where its weights are not here."""
+    published = LEARNED[name]
+    encoder = open_encoder(name, source, device)
+    return Space(
+        name=name,
+        title=published.title if encoder.width == published.width else published.plain,
+        embed=encoder,
+        distances=published.distances,
+        source=source,
+        weights=fingerprint(encoder.network),
+        least=published.least,
+    )
+
+
+def open_encoder(name: str, source: str, device: torch.device) -> Any:
+    """The network of a ready space, called with pictures. Raises UserError where it is not here."""
+    published = LEARNED[name].weights
+    if name == INCEPTION:
+        from train.measures.inception import Inception
+
+        return Inception(None if source == published else source, device)
+    folder = weights_folder(f"--features {name}", source, published)
+    from train.measures import networks  # slow to import, so only now
+
+    kind = networks.Dinov2 if name == DINOV2 else networks.ClipImages
+    return kind(folder, device)
+
+
+def meaning(title: str) -> str:
+    """What a distance of this title is."""
+    squared = "1000 times the squared maximum mean discrepancy"
+    return squared if title.endswith("MMD") else FRECHET
+
+
+def digits(title: str) -> str:
+    """How a distance of this title is written."""
+    return ".3f" if title.endswith("MMD") else ".1f"
