@@ -30,11 +30,10 @@ class EvaluationFlags:
     eval_cache: PlaceFlag | None = None
     """--evaluation-steps: cache of held-out pictures; the samples held out of --cache unless
     given."""
-    scorer: str | None = None
-    """--evaluation-steps: MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a
-    score per image."""
     features: str = "shapes"
-    """--evaluation-steps: the feature space of the distance (docs/evaluation.md)."""
+    """--evaluation-steps: the feature space of the distance, as `train evaluate` has it."""
+    scorer: str | None = None
+    """--evaluation-steps: what scores each picture, as `train evaluate` has it."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from train.evaluation.evaluate import most_at_once
 from train.evaluation.heldout import HeldOut, open_heldout, read_heldout
 from train.evaluation.score import decode_all
 from train.measures.scorers import Scorer, open_scorer
-from train.measures.space import Pictures, Rows, Space, open_space
+from train.measures.space import Pictures, Rows, Space, digits, open_space
 from train.networks.student import Student
 from train.objectives import objective_of
 from train.sampling.preview import ready_to_draw
@@ -99,7 +99,7 @@ class Evaluations:
             samples=samples,
             drawing_steps=self.drawing_steps,
             num_samples=self.num_samples,
-            features=self.space.name,
+            features=self.artist.config.features,
             fd=self.space.distance(self.real, rows[:, : self.width]),
             accuracy=None if self.scorer is None else float(rows[:, self.width].mean()),
             seconds=time.perf_counter() - began,
@@ -107,9 +107,10 @@ class Evaluations:
 
     def told(self, found: Figures) -> str:
         """What is said of an evaluation, in a line."""
+        title = self.space.title
         score = "" if self.scorer is None else f", {self.scorer.title} {found.accuracy:.3f}"
         return (
-            f"step {found.step}: {self.space.title} {found.fd:.1f}{score} "
+            f"step {found.step}: {title} {found.fd:{digits(title)}}{score} "
             f"({found.num_samples:,} held-out captions in {counted(found.drawing_steps, 'step')}, "
             f"{duration(found.seconds)})"
         )
