@@ -88,6 +88,7 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path, tiny_cache):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_killed_while_it_notes_an_evaluation_ends_with_the_same_lines(tmp_path, tiny_cache):
     named = ["--named", "evaluations.jsonl"]
     answer = drive(tmp_path, ["evaluated"], "--cache", tiny_cache, *named)["evaluated"]
