@@ -110,6 +110,9 @@ class DrawConfig(ModelFlags):
     output: LocalPath = Path("drawn")
     """Folder of the pictures and a contact sheet; a name with .png for one file: the picture, or
     the sheet of several."""
+    typed: tyro.conf.Suppress[frozenset[str]] = field(
+        default=frozenset(), repr=False, compare=False
+    )  # no flag; which were given
 
 
 @dataclass(frozen=True)

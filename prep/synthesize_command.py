@@ -26,7 +26,7 @@ from prep.rows.unit import Unit
 from prep.synthesize.caption_files import read_captions
 from prep.synthesize.config import SynthesizeConfig
 from prep.synthesize.draw import Job, Stock, Work, known_answers, numbered
-from prep.synthesize.keeping import Keeping, choose_keeping
+from prep.synthesize.keeping import Keeping, choose_keeping, refuse_answers
 from prep.synthesize.teacher import (
     Canvas,
     Networks,
@@ -155,13 +155,16 @@ def choose(config: SynthesizeConfig, stored: Identity | None, model: Model) -> C
     settings = Settings(Framing(resolution), False, 1, clip_skip=config.clip_skip)
     schedule = scheduler_config(model.source)
     refuse_steps(config.steps, schedule)
+    scale = config.guidance_scale
+    scale = float(model.family.guidance_scale if scale is None else scale)
+    if config.answers:
+        refuse_answers(config.answers, config.steps, config.sampler, scale, schedule)
     text = load_text(model, shapes, config.clip_skip, device)
     unet = load_unet(model.source)
-    scale = config.guidance_scale
     drawn = Drawn(
         fingerprint(unet), schedule_hash(config.sampler, schedule), config.sampler, config.steps,
-        float(model.family.guidance_scale if scale is None else scale), config.per_caption,
-        config.seed, *choose_batch(config, stored, device, canvas), config.answers,
+        scale, config.per_caption, config.seed,
+        *choose_batch(config, stored, device, canvas), config.answers,
     )  # fmt: skip
     weights, empty = signs(unet.parameters()) if config.answers else "", text.unconditional()
     keeping = choose_keeping(drawn, weights, model.source, schedule, empty, shapes, canvas.shape)

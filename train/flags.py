@@ -11,7 +11,7 @@ from shared.errors import UsageError
 from train.config import DistillConfig, EvaluationFlags, RunConfig
 from train.export.hub import check_push
 from train.flag_groups import FullStudentFlags, LoraFlags, StyleFlags, names_of
-from train.objectives import OBJECTIVES
+from train.objectives import OBJECTIVES, uses_guidance
 from train.objectives.objective import Objective
 from train.state.optim import check_schedule
 
@@ -64,6 +64,11 @@ def ignored(config: DistillConfig) -> dict[str, str]:
             found[name] = (
                 f"{dashed(name)} means nothing beside {dashed(flag)} {shown}; leave it out"
             )
+    for name in () if uses_guidance(config) else ("w_min", "w_max"):
+        told = f"{dashed(name)} is told to a --student full; beside --objective {config.objective}"
+        found.setdefault(
+            name, f"{told} a LoRA keeps the guidance that it has learned: leave it out"
+        )
     return {name: why for name, why in found.items() if name in config.typed}
 
 

@@ -24,6 +24,7 @@ from shared.errors import UserError
 from shared.machine.device import pick_device, set_threads
 from shared.wording import duration
 
+OTHER_KINDS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl"}
 SLUG = 48  # characters of the prompt in a file's name
 
 
@@ -39,6 +40,7 @@ def draw(config: DrawConfig) -> None:
     parts = (job.given.kind, config.controlnet, job.folded)
     pipe = load_pipeline(job.choice, device, dtype, *parts)
     note_truncated(pipe, job)
+    note_guidance(job)
     steps = steps_taken(pipe, job)
     print(f"this takes about {duration(seconds_expected(pipe, job, steps))}", file=sys.stderr)
     rows = draw_all(pipe, job, steps, config.output)
@@ -71,6 +73,11 @@ def is_file(output: Path) -> bool:
 
 def check_output(output: Path) -> None:
     """Raise UserError where the pictures could not be written."""
+    if output.suffix.lower() in OTHER_KINDS and not output.is_dir():
+        raise UserError(
+            f"--output {output}: pictures are PNG files, which say how they were drawn; give a "
+            f"name such as {output.with_suffix('.png')}, or a folder"
+        )
     if is_file(output) and output.is_dir():
         raise UserError(f"--output {output} is a folder; give a file's name, or another folder")
     if not is_file(output) and output.exists() and not output.is_dir():
@@ -107,3 +114,14 @@ def note_truncated(pipe: Any, job: Job) -> None:
     for prompt in job.prompts:
         if len(pipe.tokenizer(prompt, verbose=False).input_ids) > most:
             print(f"note: only the first {most} tokens are read of: {prompt}", file=sys.stderr)
+
+
+def note_guidance(job: Job) -> None:
+    """Say where a student is told a guidance that it was not trained with."""
+    known = job.choice.sampling.known_guidance
+    if known is not None and not known[0] <= job.guidance_scale <= known[1]:
+        print(
+            f"note: {job.choice.name} was trained with guidance_scale {known[0]:g} to "
+            f"{known[1]:g}; what {job.guidance_scale:g} draws is a guess",
+            file=sys.stderr,
+        )

@@ -8,12 +8,13 @@ from infer.config import DrawConfig
 from infer.pictures.read import Size, picture_size
 from infer.pipelines.choose import Choice
 from infer.pipelines.sampling import Guidance
-from shared.errors import UserError
+from shared.errors import UsageError, UserError
 from shared.models.family import load_config, vae_downscale
 from shared.networks.sampling import takes_eta
 from shared.storage.reading import read_file
 
 USUAL_STRENGTH = 0.6
+LARGEST = 4  # times the side that a model was trained at: beyond, it repeats its subject
 SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
 
 
@@ -37,6 +38,8 @@ def prompts_of(config: DrawConfig, choice: Choice) -> tuple[str, ...]:
 
     Raises UserError without any.
     """
+    if "prompt" in config.typed and not config.prompt:
+        raise UsageError("--prompt has no text behind it; say what to draw, or leave it out")
     given = config.prompt
     if config.prompts is not None:
         try:
@@ -126,7 +129,9 @@ def size_of(config: DrawConfig, choice: Choice) -> Size:
     trained for.
     """
     if config.size is not None:
-        return typed_size(config.size, vae_downscale(choice.model.source))
+        size = typed_size(config.size, vae_downscale(choice.model.source))
+        check_area(size, choice)
+        return size
     if config.image is None:
         return choice.side, choice.side
     width, height = picture_size(config.image, "--image")
@@ -155,6 +160,16 @@ def typed_size(text: str, unit: int) -> Size:
                 f"{nearest(side, unit)}"
             )
     return width, height
+
+
+def check_area(size: Size, choice: Choice) -> None:
+    """Raise UserError for a picture much larger than the model knows, which few machines hold."""
+    most = LARGEST * choice.side
+    if size[0] * size[1] > most**2:
+        raise UserError(
+            f"--size {size[0]}x{size[1]}: {choice.name} was trained at {choice.side} px and draws "
+            f"no picture of more than {most}x{most}; draw a smaller one, and enlarge that"
+        )
 
 
 def nearest(side: float, unit: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image
 
 from infer.config import DrawConfig
 from infer.draw import flags
-from infer.pictures.read import Size, edges, read_mask, read_picture
+from infer.pictures.read import Size, edges, picture_size, read_mask, read_picture
 from infer.pipelines.choose import Choice
 from infer.pipelines.sampling import Guidance
 from shared.cli.config import installed_version
@@ -18,6 +19,7 @@ from shared.errors import UserError
 from shared.wording import counted
 
 LARGEST_SEED = 2**63 - 1
+SAME_SHAPE = 0.02  # of a ratio of sides, for pictures of a few hundred pixels
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,24 @@ def read_given(config: DrawConfig, size: Size) -> Given:
         image = read_picture(config.image, "--image", size)
     if config.mask is not None:
         mask = read_mask(config.mask, size)
+        note_other_shape(config)
     if config.control_image is not None:
         control = read_picture(config.control_image, "--control-image", size)
         control = edges(control) if config.canny else control
     return Given(image, mask, control)
+
+
+def note_other_shape(config: DrawConfig) -> None:
+    """Say that a mask of another shape than its picture's lies over another part of it."""
+    assert config.image is not None
+    assert config.mask is not None
+    picture, mask = picture_size(config.image, "--image"), picture_size(config.mask, "--mask")
+    if abs(picture[0] * mask[1] / (picture[1] * mask[0]) - 1) > SAME_SHAPE:
+        print(
+            f"note: --mask is {mask[0]}x{mask[1]}, --image {picture[0]}x{picture[1]}: each is "
+            "scaled and cut to the size drawn, so that the mask does not lie where it did",
+            file=sys.stderr,
+        )
 
 
 def told_files(config: DrawConfig) -> dict[str, str]:

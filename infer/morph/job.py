@@ -11,7 +11,7 @@ from infer.learn.recipe import recipe_of
 from infer.pipelines.inversion import Trajectory, trajectory_of
 from shared.errors import UsageError
 from shared.models.family import Model, model_name, resolve_model
-from shared.storage.files import check_free
+from shared.storage.files import beside, check_free, guard
 from shared.wording import counted
 
 MORPHED = Path("morphed")
@@ -103,6 +103,8 @@ def output_of(config: MorphConfig) -> Path:
     """The folder that will appear. Raises UserError for one that has something in it."""
     if config.output is not None:
         check_free(config.output)
+        with guard(config.output), beside(config.output) as tmp:  # before hours of drawing
+            tmp.mkdir(parents=True, exist_ok=True)
         return config.output
     name = "-to-".join(one.stem for one in config.pictures)
     names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]

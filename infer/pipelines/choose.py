@@ -8,7 +8,7 @@ from pathlib import Path
 from infer.config import ModelFlags
 from infer.pipelines.loras import LoraFile, find_lora
 from infer.pipelines.sampling import Guidance, Sampling, rescheduled, sampling_of
-from infer.pipelines.students import Student, identity_of, open_student, prompts_of
+from infer.pipelines.students import Student, identity_of, open_student, prompts_of, refuse_run
 from shared.models.family import (
     SCHEDULER_CONFIG,
     Model,
@@ -48,6 +48,8 @@ class Choice:
 def choose(flags: ModelFlags) -> Choice:
     """Look up what the flags name. Raises UserError for what is not there."""
     student = None
+    if flags.model is not None:
+        refuse_run(flags.model)
     if flags.run is not None or flags.model is None:
         student = open_student(newest_student(flags.run))
     mixed_in = tuple(map(find_lora, flags.lora))

@@ -17,7 +17,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from shared.errors import UserError
 from shared.models.family import SCHEDULER_CONFIG, Family, Model, load_config
 from train.config import RunConfig
-from train.objectives import guidance_learned, objective_of
+from train.objectives import guidance_learned, guidance_range, objective_of
 
 USUAL_STEPS, FEW_STEPS = 50, 4  # of a model, of a distilled student
 
@@ -39,6 +39,7 @@ class Sampling:
     most_steps: int
     guidance: Guidance
     guidance_scale: float  # diffusers' meaning, w + 1
+    known_guidance: tuple[float, float] | None = None  # of a student that is told it: the ends
 
     @property
     def distilled(self) -> bool:
@@ -50,14 +51,17 @@ def sampling_of_run(config: RunConfig, model: Model) -> Sampling:
     """How the student of a run is drawn whose teacher is `model`: as `train sample` does."""
     sampler = objective_of(config).sampler
     scheduler = sampler.build(load_config(model.source, SCHEDULER_CONFIG), config)
-    guidance = Guidance.TOLD
+    guidance, known = Guidance.TOLD, None
     if sampler.classifier_free:
         guidance = Guidance.CLASSIFIER_FREE
     elif guidance_learned(config):
         guidance = Guidance.LEARNED
     most = sampler.most_steps(config) if sampler.most_steps else timesteps_of(scheduler)
     scale = 1.0 if guidance is Guidance.LEARNED else model.family.guidance_scale
-    return Sampling(scheduler, sampler.usual_steps(config), most, guidance, scale)
+    if guidance is Guidance.TOLD:
+        low, high = guidance_range(config, model.family)
+        known = low + 1, high + 1
+    return Sampling(scheduler, sampler.usual_steps(config), most, guidance, scale, known)
 
 
 def sampling_of(source: str, scheduler: Mapping[str, Any], told: bool, family: Family) -> Sampling:
@@ -107,7 +111,8 @@ def rescheduled(sampling: Sampling, name: str | None) -> Sampling:
         )
     built = there[plain[meant[0]]].from_config(sampling.scheduler.config)
     new = with_scheduler(built, sampling.guidance, sampling.guidance_scale)
-    return replace(new, steps=min(sampling.steps, new.steps))
+    known = sampling.known_guidance
+    return replace(new, steps=min(sampling.steps, new.steps), known_guidance=known)
 
 
 def plain_name(name: str) -> str:

@@ -78,6 +78,8 @@ def open_student(folder: Path) -> Student:
     """
     if not folder.exists():
         raise UserError(f"--run {folder} is not there{nearest(folder)}")
+    if folder.name == UNET_FOLDER and (folder.parent / SCHEDULER_CONFIG).is_file():
+        raise UserError(f"--run {folder} is the UNet of a student; give --run {folder.parent}")
     if (folder / "config.json").is_file() and not (folder / "model_index.json").exists():
         config = run_config(folder)
         return Student(folder, written_student(folder, config), config)
@@ -99,6 +101,16 @@ def student_beside(file: Path) -> Student | None:
     if (file.parent / "config.json").is_file():
         config = run_config(file.parent)
     return Student(file.parent, file, config)
+
+
+def refuse_run(model: str) -> None:
+    """Raise UserError for a run in a model's place."""
+    folder = Path(model)
+    try:
+        run_config(folder)
+    except UserError:  # something else's configuration, or none
+        return
+    raise UserError(f"--model {model} is a run; give --run {model}")
 
 
 def nearest(folder: Path) -> str:

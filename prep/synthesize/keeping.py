@@ -55,13 +55,11 @@ def choose_keeping(
 ) -> Keeping | None:  # fmt: skip
     """Say how answers of a model's UNet with these `signs` are kept; None where none are.
 
-    `config` is that of its scheduler, `canvas` the latents' (C, h, w). Raises UserError for steps
-    that no answers can be kept of.
+    `config` is that of its scheduler, `canvas` the latents' (C, h, w).
     """
     if not drawn.answers:
         return None
     schedule = schedule_settings(config)
-    refuse_answers(drawn, schedule["num_train_timesteps"], config)
     identity = AnswersIdentity(
         FORMAT, source, signs, schedule, drawn.steps, drawn.seed, drawn.mixed_precision, "<f2",
         embedding_hash(empty), drawn.batch_size, shapes.device, shapes.threads, trajectory=True,
@@ -71,18 +69,21 @@ def choose_keeping(
     return Keeping(identity, layout)
 
 
-def refuse_answers(drawn: Drawn, total: int, config: Mapping[str, Any]) -> None:
-    """Raise UserError where the solver's steps give no answers, or not so many.
+def refuse_answers(
+    answers: int, steps: int, sampler: str, guidance_scale: float, config: Mapping[str, Any]
+) -> None:
+    """Raise UserError where a solver's steps give no answers, or not so many.
 
-    Training draws timesteps from a grid, (i + 1) T / N - 1: the solver's must be these.
+    `config` is that of the model's scheduler. Training draws timesteps from a grid,
+    (i + 1) T / N - 1: the solver's must be these.
     """
-    steps = drawn.steps
-    if drawn.answers > steps:
+    total = schedule_settings(config)["num_train_timesteps"]
+    if answers > steps:
         raise UserError(
-            f"--answers {drawn.answers}: each step of the solver gives one, and there are {steps}; "
+            f"--answers {answers}: each step of the solver gives one, and there are {steps}; "
             "give fewer answers or more --steps"
         )
-    if drawn.guidance_scale == 1.0:
+    if guidance_scale == 1.0:
         raise UserError(
             "--answers needs the output without a caption, which --guidance-scale 1 does not "
             "compute; give another, or leave out --answers"
@@ -92,11 +93,11 @@ def refuse_answers(drawn: Drawn, total: int, config: Mapping[str, Any]) -> None:
             f"--steps {steps} must divide {total}, the timesteps of the teacher, for --answers; "
             f"the nearest that does is {nearest_divisor(steps, total)}"
         )
-    scheduler = teacher_scheduler(drawn.sampler, SPACING, config)
+    scheduler = teacher_scheduler(sampler, SPACING, config)
     scheduler.set_timesteps(steps)
     if scheduler.timesteps.tolist() != list(range(total - 1, -1, -(total // steps))):
         raise UserError(
-            f"--answers: {drawn.sampler} with this model's scheduler_config.json takes its steps "
+            f"--answers: {sampler} with this model's scheduler_config.json takes its steps "
             "at other timesteps than training does; leave out --answers"
         )
 

@@ -21,6 +21,12 @@ def lora(tiny_cache, tiny_sd, tmp_path_factory):
     return make_run(folder, tiny_cache, tiny_sd, "sd", "lora", report_to=())
 
 
+@pytest.fixture(scope="module")
+def full(tiny_cache, tiny_sd, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return make_run(folder, tiny_cache, tiny_sd, "sd", "full", report_to=())
+
+
 def test_pictures_say_how_they_were_drawn(cli, lora, tmp_path):
     """Typed again with what a file says, the command draws the same picture."""
     style = write_style(lora.model, tmp_path / "ink.safetensors")
@@ -122,6 +128,9 @@ def test_mistakes_of_flags_are_told_in_a_line(cli, lora, tmp_path):
         ((*MODEL, *asked, "--clip-skip", 2), "leaves nothing of the 2 layers of"),
         ((*MODEL, *asked, "--size", "60"), "sides are multiples of 8; the nearest to 60 is 64"),
         ((*MODEL, *asked, "--size", "big"), "is not SIDE or WIDTHxHEIGHT"),
+        ((*MODEL, *asked, "--size", "4096x64"), "draws no picture of more than 256x"),
+        ((*MODEL, *asked, "--output", tmp_path / "a.jpg"), f"name such as {tmp_path}/a.png"),
+        ((*asked, "--model", lora.folder), f"is a run; give --run {lora.folder}"),
         ((*MODEL, *asked, "--scheduler", "dpm"), "there are dpmsolvermultistep, dpmsolversingle"),
         ((*MODEL, *asked, "--scheduler", "eulr"), "none that draws Stable Diffusion; there are dd"),
         ((*MODEL, *asked, "--output", tmp_path / "folder.png"), "is a folder; give a file's name"),
@@ -130,6 +139,36 @@ def test_mistakes_of_flags_are_told_in_a_line(cli, lora, tmp_path):
         status, said = refusal(cli, *words)
         assert status == 1, said
         assert cause in said, (words, said)
+
+
+def test_a_prompt_without_text_is_refused(cli, lora):
+    assert refusal(cli, "--run", lora.folder, "--prompt") == (
+        2, "error: --prompt has no text behind it; say what to draw, or leave it out\n"
+    )  # fmt: skip
+
+
+def test_the_unet_of_a_student_is_no_run(cli, full):
+    status, said = refusal(cli, "--run", full.folder / "unet", "--prompt", PROMPT)
+    assert (status, f"is the UNet of a student; give --run {full.folder}\n" in said) == (1, True)
+
+
+def test_guidance_that_a_student_does_not_know_is_noted(cli, full, tmp_path):
+    """tiny-sd's students are told w from 1 to 2.5: a guidance_scale of 2 to 3.5."""
+    words = ("--run", full.folder, "--prompt", PROMPT, "--steps", 1, "--output", tmp_path / "a.png")
+    said = cli("infer", "draw", *words, "--guidance-scale", 9).err
+    assert "note: whole was trained with guidance_scale 2 to 3.5; what 9 draws is a guess" in said
+    assert "is a guess" not in cli("infer", "draw", *words, "--guidance-scale", 3.5).err
+
+
+def test_a_mask_of_another_shape_is_noted(cli, tmp_path):
+    picture = write_picture(tmp_path / "in.png")
+    Image.new("L", (60, 30), 255).save(tmp_path / "mask.png")
+    said = cli("infer", "draw", *MODEL, "--prompt", PROMPT, "--steps", 1, "--image", picture,
+               "--mask", tmp_path / "mask.png", "--output", tmp_path / "a.png").err  # fmt: skip
+    assert "note: --mask is 60x30, --image" in said
+    same = cli("infer", "draw", *MODEL, "--prompt", PROMPT, "--steps", 1, "--image", picture,
+               "--mask", picture, "--output", tmp_path / "b.png").err  # fmt: skip
+    assert "--mask is" not in same
 
 
 def test_mistakes_of_files_are_told_in_a_line(cli, repo, lora, tmp_path):

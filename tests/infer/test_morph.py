@@ -259,6 +259,7 @@ MISTAKES = [
     (["A", "A", "--prompts", "a", "b", "--attention", "1.5"], 2, "--attention 1.5 must be"),
     (["A", "A", "--prompts", "a", "b", "--no-learn", "--rank", "4"], 2,
      "--rank is of learning and means nothing beside --no-learn; leave it out"),
+    (["A", "A", "--prompts", "a", "b", "--output", "text.txt/film"], 1, "path is a file"),
     (["A", "A", "--prompts", "a", "b", "--output", "."], 1, "is there already; remove it, or"),
 ]  # fmt: skip
 

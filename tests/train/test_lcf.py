@@ -23,7 +23,8 @@ from tests.support.lcd_reference import (
 )
 from tests.support.students import build
 from tests.support.trajectory_reference import Setting, lcf_reference
-from train.config import DistillConfig
+from train.config import DistillConfig, RunConfig
+from train.flags import check_flags
 from train.memory.estimate import estimate
 from train.objectives import OBJECTIVES, asks_teacher
 from train.objectives.lcf import LCF
@@ -119,11 +120,16 @@ def test_there_is_no_teacher_in_memory(tiny_sd, kind):
 def test_what_means_nothing_to_it_is_refused(words, says):
     flags = ["--model", "m", "--cache", "c", "--run", "r", "--objective", "lcf", *words]
     schedule = schedule_from_config({"beta_schedule": "scaled_linear"})
-    config = parse(DistillConfig, flags, "prog")
-    with pytest.raises(UserError, match=says):
+    config = parse(RunConfig, flags, "prog")
+
+    def check(config):
+        check_flags(config)
         OBJECTIVES["lcf"].build(config, schedule, None)
+
+    with pytest.raises(UserError, match=says):
+        check(config)
     if "--w-m" in words[0]:
-        OBJECTIVES["lcf"].build(replace(config, student="full"), schedule, None)
+        check(replace(config, student="full"))
 
 
 def test_its_students_are_drawn_as_lcds(tiny_sd):

@@ -116,7 +116,6 @@ def check_comparable(one: Summary, other: Summary) -> None:
     for name, value in here.items():
         if value != there[name]:
             raise UserError(
-                f"{one.run} was evaluated with {name.replace('_', ' ')} {value}, {other.run} with "
-                f"{there[name]}; "
+                f"{one.run} was evaluated with {name} {value}, {other.run} with {there[name]}; "
                 "evaluate both alike"
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.cache.paths import CachePaths
 from shared.cli.progress import Progress
+from shared.errors import UserError
 from train.config import EvaluateConfig
 from train.evaluation.artist import Artist, open_artist
 from train.evaluation.heldout import HeldOut, load_heldout, open_eval_cache
@@ -54,6 +55,10 @@ def evaluate(config: EvaluateConfig) -> None:
 
     The model card of the run's export tells it too, unless `--output` is elsewhere.
     """
+    if config.cache is not None and not config.nearest_samples:
+        raise UserError(
+            "--cache is where --nearest-samples searches; the cache to evaluate on is --eval-cache"
+        )
     run = newest_student(config.run)
     folder = config.output or run
     with owning(folder, "train evaluate", "wait for it, or give --output another folder"):
@@ -93,6 +98,7 @@ def evaluate(config: EvaluateConfig) -> None:
             weights=weights,
             eta=artist.eta,
             fd_note=measures.space.distances.few_pictures(*judge.real.shape),
+            num_features=judge.real.shape[1],
             nearest=nearest,
             rows=tuple(results),
             **noted(measures),

@@ -43,6 +43,7 @@ class Evaluation(Conditions):
     weights: str | None  # the student's fingerprint; None where an older version exported it
     eta: float
     fd_note: str | None
+    num_features: int | None = None
     fd_title: str = "FD"  # what the distance of these features is called
     scorer_title: str = ACCURACY
     features_source: str | None = None  # where the weights were from

@@ -87,7 +87,8 @@ def features_note(evaluation: Evaluation, rows: Sequence[Result]) -> str:
         return f"{text}."
     least, most = (format(max(0.0, one), digits(title)) for one in (min(biases), max(biases)))
     span = least if least == most else f"{least} to {most}"
-    return f"{text}, some {span} above that of endlessly many pictures."
+    few = evaluation.num_samples <= (evaluation.num_features or 0)  # see docs/evaluation.md
+    return f"{text}, {'at least' if few else 'some'} {span} above that of endlessly many pictures."
 
 
 def scorer_note(evaluation: Evaluation) -> str:

@@ -73,7 +73,7 @@ class Frechet:
             f"Few pictures: {count} for {width} features, whose covariance has "
             f"{entries:,} entries. A Fréchet distance from so few is biased "
             f"upwards and moves with the choice of captions: compare it only between rows of this "
-            f"table, and take {enough} captions or more{better(enough)} to compare students."
+            f"table, and take {enough:,} captions or more{better(enough)} to compare students."
         )
 
 

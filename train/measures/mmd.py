@@ -10,7 +10,7 @@ Rows = NDArray[np.float64]  # [N, D], features of a picture each
 SIGMA = 10.0
 SCALE = 1000.0  # so that it can be read
 PORTION = 1024  # rows whose kernels are computed at once
-RESAMPLES = 200
+RESAMPLES = 100
 
 
 class MMD:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shared.cache.conditioning import TextEmbeds
 from shared.networks.denoiser import Denoiser, call_unet
 from shared.networks.precision import hold_frozen
 from train.config import DistillConfig
+from train.memory.batch import META, meta_conditioning
 from train.memory.matched import matched_losses, meta_matched
 from train.memory.meta import LiveBytes, MetaAutocast, fused_attention
 from train.networks.dtensor import FSDP_BLOCKS
@@ -32,9 +32,6 @@ from train.networks.full import guided_copy
 from train.networks.lora import add_adapters
 from train.networks.matched import MatchedStudent
 from train.objectives import asks_teacher, objective_of
-
-TOKENS = 77
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -278,17 +275,10 @@ def forward_of(
     unet: Denoiser, unet_config: Mapping[str, Any], latent_size: tuple[int, int], count: int
 ) -> Tensor:
     """The output of a UNet for a batch of so many samples; `unet_config` is the teacher's."""
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(count, *shape, device=META)
-
-    pooled = ids = guidance = None
-    if unet_config.get("addition_embed_type") == "text_time":
-        sinusoids = 6 * unet_config["addition_time_embed_dim"]
-        pooled = empty(unet_config["projection_class_embeddings_input_dim"] - sinusoids)
-        ids = empty(6)
-    if unet.config.time_cond_proj_dim is not None:
-        guidance = empty(unet.config.time_cond_proj_dim)
-    text = TextEmbeds(empty(TOKENS, unet_config["cross_attention_dim"]), pooled)
-    z = empty(unet_config["in_channels"], *latent_size)
-    return call_unet(unet, z, empty().long(), text, ids, guidance)
+    text, ids = meta_conditioning(unet_config, count, torch.float32)
+    z = torch.empty(count, unet_config["in_channels"], *latent_size, device=META)
+    width = unet.config.time_cond_proj_dim
+    guidance = None if width is None else torch.empty(count, width, device=META)
+    return call_unet(
+        unet, z, torch.empty(count, dtype=torch.int64, device=META), text, ids, guidance
+    )

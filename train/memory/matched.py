@@ -14,11 +14,11 @@ from shared.diffusion import Schedule
 from shared.networks.denoiser import Denoiser, call_unet
 from train.config import DistillConfig
 from train.data.batch import Batch
+from train.memory.batch import META, meta_batch
 from train.networks.matched import MatchedStudent
-from train.objectives.dmd import DMD
+from train.objectives import objective_of
 
-TOKENS = 77
-META = torch.device("meta")
+STEPS = 1000  # of the noise; how many changes nothing
 
 
 class MetaMatched(MatchedStudent):
@@ -49,35 +49,11 @@ def matched_losses(
     unet_config: Mapping[str, Any],
     latent_size: tuple[int, int],
 ) -> list[Callable[[], Tensor]]:
-    """The fake score's loss and the student's, of a batch of the run's size."""
-    schedule = Schedule(torch.empty(1000, device=META), "epsilon")
-    dmd = DMD(schedule, config.num_student_steps, 10.0, config.gan_weight)
-    batch = meta_batch(unet_config, latent_size, config.train_batch_size, dmd)
-    return [partial(loss, batch, batch.text, networks) for loss in (dmd.fake_loss, dmd)]
-
-
-def meta_batch(
-    unet_config: Mapping[str, Any], latent_size: tuple[int, int], count: int, dmd: DMD
-) -> Batch:
-    """A batch of so many samples for a UNet with this configuration."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(count, *shape, dtype=dtype, device=META)
-
-    latents = (unet_config["in_channels"], *latent_size)
-    pooled = ids = None
-    if unet_config.get("addition_embed_type") == "text_time":
-        sinusoids = 6 * unet_config["addition_time_embed_dim"]
-        width = unet_config["projection_class_embeddings_input_dim"] - sinusoids
-        pooled, ids = empty(width, dtype=torch.float16), empty(6, dtype=torch.int32)
-    return Batch(
-        latents=empty(*latents),
-        prompt_embeds=empty(TOKENS, unet_config["cross_attention_dim"], dtype=torch.float16),
-        pooled_prompt_embeds=pooled,
-        time_ids=ids,
-        noise=empty(*latents),
-        index=empty(dtype=torch.int64),
-        w=empty(),
-        uniforms=empty(dmd.uniforms),
-        noises=empty(dmd.noises, *latents),
-    )
+    """The partner's loss and the student's, of a batch of the run's size."""
+    objective = objective_of(config)
+    assert objective.partner is not None
+    loss = objective.build(config, Schedule(torch.empty(STEPS, device=META), "epsilon"), None)
+    batch = meta_batch(unet_config, latent_size, config.train_batch_size, loss)
+    return [
+        partial(one, batch, batch.text, networks) for one in (objective.partner.loss(loss), loss)
+    ]

@@ -8,7 +8,7 @@ adapters or through all weights: each counts as the run has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -24,7 +24,8 @@ from shared.networks.denoiser import Denoiser, load_schedule
 from train.config import RunConfig
 from train.data.batch import Batch
 from train.flag_groups import CACHED
-from train.memory.estimate import META, TOKENS, forward_of
+from train.memory.batch import META, meta_batch
+from train.memory.estimate import forward_of
 from train.memory.meta import fused_attention
 from train.networks.build import student_of
 from train.objectives import objective_of
@@ -61,9 +62,9 @@ def term_flops(model: Model, config: RunConfig, loss: Loss, term: Term) -> int:
     with torch.random.fork_rng([]), META, attention:
         teacher = Denoiser.from_config(unet).eval().requires_grad_(False)
         student = student_of(teacher, config)
-        batch, empty = one_sample(unet, side, config, loss)
+        batch = meta_batch(unet, (side, side), 1, loss, answered=config.teacher == CACHED)
         with counter:
-            term(batch, empty, student).backward()
+            term(batch, batch.text, student).backward()
     return int(counter.get_total_flops())
 
 
@@ -81,30 +82,3 @@ def drawing_flops(model: Model, config: RunConfig, steps: int) -> int:
         with counter:
             forward_of(student, unet, (side, side), passes)
     return steps * int(counter.get_total_flops())
-
-
-def one_sample(
-    unet_config: Mapping[str, Any], side: int, config: RunConfig, loss: Loss
-) -> tuple[Batch, TextEmbeds]:
-    """A batch of one sample for a loss, and the unconditional embedding."""
-    latents = torch.empty(1, unet_config["in_channels"], side, side)
-    text = torch.empty(1, TOKENS, unet_config["cross_attention_dim"])
-    pooled = ids = None
-    if unet_config.get("addition_embed_type") == "text_time":
-        sinusoids = 6 * unet_config["addition_time_embed_dim"]
-        pooled = torch.empty(1, unet_config["projection_class_embeddings_input_dim"] - sinusoids)
-        ids = torch.empty(1, 6)
-    shape = latents.shape[1:]
-    batch = Batch(
-        latents=latents,
-        prompt_embeds=text,
-        pooled_prompt_embeds=pooled,
-        time_ids=ids,
-        noise=torch.empty_like(latents),
-        index=torch.zeros(1, dtype=torch.int64),
-        w=torch.empty(1),
-        answers=torch.empty(1, 2, *shape) if config.teacher == CACHED else None,
-        uniforms=torch.empty(1, loss.uniforms) if loss.uniforms else None,
-        noises=torch.empty(1, loss.noises, *shape) if loss.noises else None,
-    )
-    return batch, TextEmbeds(text, pooled)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from shared.cache.conditioning import TextEmbeds
-from shared.cli.other_tools.flags import dashed
 from shared.diffusion import Schedule, add_noise, solver_timesteps
-from shared.errors import UsageError
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.flag_groups import ConsistencyFlags, FullStudentFlags, SolverFlags, names_of
@@ -68,16 +66,10 @@ class LCF(Loss):
 def build(config: DistillConfig, schedule: Schedule, grid: int | None = None) -> LCF:
     """The loss that the flags ask for; it has no teacher, and so no `grid` of its answers.
 
-    Raises UserError for intervals that do not divide T, and for a guidance that nobody is told.
+    Raises UserError for intervals that do not divide T.
     """
     assert grid is None
     check_solver(config, schedule)
-    for name in ("w_min", "w_max"):
-        if config.student == "lora" and name in config.typed:
-            raise UsageError(
-                f"{dashed(name)} is told to a --student full; beside --objective lcf a LoRA keeps "
-                "the guidance that it has learned: leave it out"
-            )
     return LCF(
         schedule=schedule,
         num_ddim_timesteps=config.num_ddim_timesteps,
