@@ -67,6 +67,7 @@ def test_an_evaluation_is_noted_told_and_tracked(settings, capsys):
     for line in lines:
         figures = f"FD {line['fd']:.1f}, accuracy {line['accuracy']:.3f}"
         assert f"step {line['step']}: {figures} (66 held-out captions in 1 step, " in said
+    assert "note: 66 pictures are few for 64 features" in said
     # A LoRA's step is five forwards, of two samples here; a picture is one.
     cost = r"every 2 steps an evaluation draws 66 held-out captions in 1 step: about (\d+)% of"
     assert int(re.search(cost, said)[1]) == pytest.approx(100 * 66 / (2 * 2 * 5), rel=0.1)
@@ -80,7 +81,8 @@ def test_without_evaluation_nothing_is_noted(settings):
 
 def test_the_last_figures_are_those_of_the_exported_student(settings):
     """Drawn all at once; the distance by NumPy and SciPy alone."""
-    config = settings(student="full", evaluation_steps=5, max_train_steps=2)
+    space = "train.measures.shapes:features"
+    config = settings(student="full", evaluation_steps=5, max_train_steps=2, features=space)
     train(config)
     heldout = load_heldout(config.cache, open_manifest(config.cache), 66)
     artist = open_artist(config.run, SampleConfig(threads=1, device="cpu"))
@@ -91,6 +93,7 @@ def test_the_last_figures_are_those_of_the_exported_student(settings):
     wanted += np.trace(sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real)
     [line] = evaluations(config.run)
     assert line["fd"] == pytest.approx(wanted, rel=1e-6)
+    assert line["features"] == space
 
 
 @pytest.mark.slow
