@@ -18,6 +18,8 @@ from transformers import (
 
 from shared.errors import UserError
 from shared.models.family import DATA
+from tests.support.docs import snapshot
+from train.measures.inception import weights_file
 from train.measures.scorers import open_scorer
 from train.measures.space import open_space
 
@@ -164,6 +166,33 @@ def test_out_of_the_hubs_reach(monkeypatch, tmp_path):
         assert str(caught.value).endswith(f"{name}:FOLDER")
 
 
+def test_what_was_downloaded_before_is_found(dinov2_folder, tmp_path, monkeypatch):
+    place = snapshot(tmp_path, "somebody/dinov2-small")
+    place.symlink_to(dinov2_folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("train.measures.weights.unreachable", lambda: "HF_HUB_OFFLINE is set")
+    space = open_space("dinov2:somebody/dinov2-small")
+    assert space.weights == open_space(f"dinov2:{dinov2_folder}").weights
+    assert space.source == "somebody/dinov2-small"
+
+
+def test_where_to_put_the_weights_of_inception(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(UserError, match=r"no route.*put it at ") as caught:
+        weights_file(None)
+    file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    assert str(file) in str(caught.value)
+    file.touch()
+    assert weights_file(None) == file
+    with pytest.raises(UserError, match="there is no file"):
+        weights_file(str(tmp_path / "elsewhere.pth"))
+
+
 def test_inception_without_its_package_says_what_to_install():
     try:
         import torch_fidelity  # noqa: F401
@@ -187,6 +216,9 @@ def inception_file(tmp_path, monkeypatch):
         patch.setattr(package.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         patch.setattr(package, "load_state_dict_from_url", lambda *_, **__: {})
         network = package.FeatureExtractorInceptionV3("random", ["2048"])
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):  # else every layer would more than halve all
+            layer.weight.fill_(6**0.5)
     torch.save(network.state_dict(), tmp_path / "inception.pth")
     return tmp_path / "inception.pth"
 
@@ -204,7 +236,10 @@ def test_inception_is_torch_fidelitys_own(inception_file, pictures):
     found = space.features(pictures)
     np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-5)
     assert (space.name, space.title, found.shape) == ("inception", "FID", (4, 2048))
-    other = space.features(255 - pictures)
+    assert found.std(0).max() > 1e-3
+    # Their root is of a singular matrix where features are more than pictures: so of three.
+    most = np.argsort(-found.std(0))[:3]
+    found, other = found[:, most], space.features(255 - pictures)[:, most]
     statistics = [fid_features_to_statistics(torch.from_numpy(one)) for one in (found, other)]
     answer = fid_statistics_to_metric(*statistics, verbose=False)
     assert space.distance(found, other) == pytest.approx(

@@ -144,8 +144,8 @@ def cell(row: Result, name: str, formats: Mapping[str, str] = FORMATS) -> str:
 
 
 def margin(row: Result, name: str, form: str) -> str:
-    """Half a figure's interval, ` ±3.1`, ` ±.031`; nothing where it has none."""
-    if name not in row.intervals:
+    """Half a figure's interval, ` ±3.1`, ` ±.031`; nothing where it has none, or an empty one."""
+    low, high = row.intervals.get(name, (0.0, 0.0))
+    if low == high:
         return ""
-    low, high = row.intervals[name]
     return f" ±{(high - low) / 2:{form}}".replace("±0.", "±.")
