@@ -19,8 +19,27 @@ from train import flag_groups as groups
 
 
 @dataclass(frozen=True)
+class EvaluationFlags:
+    """How good the student is while it is trained."""
+
+    evaluation_steps: Natural = 0
+    """Steps between evaluations: held-out captions are drawn, and measured as `train evaluate`
+    does; 0 for none."""
+    num_eval_samples: Count = 640
+    """--evaluation-steps: captions that are drawn."""
+    eval_cache: PlaceFlag | None = None
+    """--evaluation-steps: cache of held-out pictures; the samples held out of --cache unless
+    given."""
+    features: str = "shapes"
+    """--evaluation-steps: the feature space of the distance, as `train evaluate` has it."""
+    scorer: str | None = None
+    """--evaluation-steps: what scores each picture, as `train evaluate` has it."""
+
+
+@dataclass(frozen=True)
 class DistillConfig(
-    groups.PublishFlags, groups.MachineFlags, groups.ProgressFlags, groups.SpeedFlags,
+    groups.PublishFlags, groups.MachineFlags, EvaluationFlags, groups.ProgressFlags,
+    groups.SpeedFlags,
     groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags, groups.DistributionFlags,
     groups.FullStudentFlags, groups.StyleFlags, groups.TeacherFlags, groups.TargetFlags,
     groups.PhaseFlags, groups.ConsistencyFlags, groups.SolverFlags, groups.OptimizerFlags,

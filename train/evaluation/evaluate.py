@@ -112,7 +112,12 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def pictures_at_once(config: EvaluateConfig, shape: tuple[int, int, int]) -> int:
     """The flag, else as many latents `(C, h, w)` as a GPU has room for."""
-    return config.batch_size or min(MOST_DRAWN, max(1, DRAWN_VALUES // (shape[1] * shape[2])))
+    return config.batch_size or most_at_once(shape)
+
+
+def most_at_once(shape: tuple[int, int, int]) -> int:
+    """How many latents `(C, h, w)` a GPU has room for while they are drawn."""
+    return min(MOST_DRAWN, max(1, DRAWN_VALUES // (shape[1] * shape[2])))
 
 
 def student_samplings(artist: Artist) -> Sequence[Sampling]:
