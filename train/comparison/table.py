@@ -100,6 +100,11 @@ def teacher_title(summary: Summary, summaries: Sequence[Summary]) -> str:
 
 def markdown(summaries: Sequence[Summary], bold: bool = True) -> str:
     """The table: teachers, then runs; the best figure of a number of steps in `bold`."""
+    return aligned(table_lines(summaries, bold), WORDS)
+
+
+def table_lines(summaries: Sequence[Summary], bold: bool) -> list[list[str]]:
+    """The cells of the table, its headings first; the best figures between `**` if `bold`."""
     columns = figures_shown(summaries)
     lines = [["run", "objective", "student", "steps", *columns.values(), "step cost", "samples",
               "trained for"]]  # fmt: skip
@@ -114,7 +119,7 @@ def markdown(summaries: Sequence[Summary], bold: bool = True) -> str:
         for row in student_rows(one):
             marks = best_of(row, rows) if bold else set()
             lines.append([*words(one), *figures(row, columns, marks), *spent(one)])
-    return aligned(lines, WORDS)
+    return lines
 
 
 def words(summary: Summary) -> list[str]:
