@@ -121,6 +121,8 @@ def test_evaluations_while_a_run_trained_are_curves(runs, compare):
     assert page.curves("accuracy-0")[0]["y"].tolist() == [0.5, 0.75]
     assert page.curves("fd-1")[0]["y"].tolist() == [60.0]  # of other captions: a chart of its own
     assert f"FD: {FEATURES} features, 64 captions" in page.text
+    assert "Accuracy: 64 captions" in page.text
+    assert "losses of different objectives measure different things" in page.text
     assert "No run was evaluated while it trained" not in page.text
     assert any(line.split("|")[1:4:2] and "70.25" in line and "lcd in 4 steps" in line
                for line in tables.splitlines())  # fmt: skip
