@@ -14,7 +14,7 @@ option = $(if $(value $(2)),$(1) $(call quote,$(2)))
 # ARGS and RUNS are pasted as typed, so that quotes inside them work.
 args = $(value ARGS)
 
-.PHONY: help setup demo reproduce objectives style prep synthesize teach train evaluate compare draw sample export merge learn morph test test-slow test-gpu lint bench bench-gpu clean-demo
+.PHONY: help setup demo reproduce objectives style prep synthesize teach train evaluate compare report draw sample export merge learn morph test test-slow test-gpu lint bench bench-gpu clean-demo
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,6 +64,9 @@ evaluate: $(STAMP) ## student against teacher: [RUN=the newest] [EVAL_CACHE=] [S
 
 compare: $(STAMP) ## evaluated students of several runs side by side: RUNS='runs/a runs/b' [ARGS=]
 	$(PY) -m train compare $(value RUNS) $(args)
+
+report: $(STAMP) ## a page of runs, finished or not: RUNS='runs/a runs/b' [ARGS=--watch]
+	$(PY) -m infer compare $(value RUNS) $(args)
 
 draw: $(STAMP) ## any prompt: [PROMPT='a red circle'] [RUN=the newest] [MODEL=instead of a run] [ARGS=]
 	$(PY) -m infer draw $(call option,--run,RUN) $(call option,--model,MODEL) $(call option,--prompt,PROMPT) $(args)
@@ -127,6 +130,10 @@ endif
 
 ifneq ($(call wanted,compare),)
   $(if $(value RUNS)$(value ARGS),,$(error RUNS is missing. For example: make compare RUNS='runs/a runs/b'))
+endif
+
+ifneq ($(call wanted,report),)
+  $(if $(value RUNS)$(value ARGS),,$(error RUNS is missing. For example: make report RUNS='runs/a runs/b'))
 endif
 
 ifneq ($(call wanted,merge),)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from shared.cli import startup  # isort: skip  # noqa: F401 (before what takes a while)
 
-from infer.config import DrawConfig, LearnConfig, MergeConfig, MorphConfig
+from infer.config import CompareConfig, DrawConfig, LearnConfig, MergeConfig, MorphConfig
 from shared.cli.config import command, dispatch
 from shared.errors import run_main
 
 COMMANDS = {
+    "compare": (CompareConfig, command("infer.compare.command", "compare")),
     "draw": (DrawConfig, command("infer.draw.command", "draw")),
     "learn": (LearnConfig, command("infer.learn.command", "learn")),
     "merge": (MergeConfig, command("infer.merge.command", "merge")),

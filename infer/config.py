@@ -186,3 +186,15 @@ class MorphConfig(LearnFlags):
     typed: tyro.conf.Suppress[frozenset[str]] = field(
         default=frozenset(), repr=False, compare=False
     )  # no flag; which were given
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Show runs side by side on one page, finished or not: curves, pictures, figures, cost."""
+
+    runs: tyro.conf.Positional[tuple[LocalPath, ...]] = ()
+    """Their folders."""
+    output: LocalPath = Path("compared")
+    """Folder of index.html, which needs nothing beside itself, and compare.md."""
+    watch: bool = False
+    """Write both again whenever a run's files change, until Ctrl-C; the page loads itself again."""

@@ -46,6 +46,10 @@ GIVEN = {
     "docs/learning-pictures.md": (
         "cp my-pictures/000000.jpg cat.jpg\ncp my-pictures/000004.jpg dog.jpg\n"
     ),
+    "docs/comparing.md": (
+        "make prep SHARDS=my-pictures\nmake train RUN=runs/lcd\n"
+        "make train RUN=runs/pcm ARGS='--objective pcm'\n"
+    ),
     "docs/merging.md": (
         "make prep SHARDS=my-pictures\nmake train RUN=runs/lora\n"
         "make train RUN=runs/style ARGS='--objective denoise'\n"
@@ -119,7 +123,8 @@ def run_blocks(page, workspace, cli, read, numbers):
             command = module_command(words)
             if command is None:
                 continue
-            if "--engine" in command or command[1] in read:  # the former runs in prep/test_ray.py
+            named = command[0] == "train" and command[1] in read
+            if "--engine" in command or named:  # the former runs in prep/test_ray.py
                 parse(READ[command[1]], command[2:], "")
                 continue
             answer = cli(*cut_down(command, numbers))

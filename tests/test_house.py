@@ -244,6 +244,8 @@ def test_quoted_shards_arrive_as_typed(make, shards):
          ["train", "evaluate", "--eval-cache", "c", "--scorer", "m:f", "--seed", "1"]),
         ("compare RUNS='runs/a \"my run\"' ARGS='--steps 2'",
          ["train", "compare", "runs/a", "my run", "--steps", "2"]),
+        ("report RUNS='runs/a \"my run\"' ARGS=--watch",
+         ["infer", "compare", "runs/a", "my run", "--watch"]),
         ("draw MODEL=sd15", ["infer", "draw", "--model", "sd15"]),
         ("sample PROMPT='a cat'", ["infer", "draw", "--prompt", "a cat"]),
         ("learn PICTURE='my cat.jpg' PROMPT='a cat' ARGS='--rank 4'",

@@ -35,7 +35,7 @@ def names(run: Path) -> list[str]:
 
 def untimed(run: Path) -> list[dict]:
     """The same without what depends on the machine."""
-    times = ("samples_per_second", "loader_wait")
+    times = ("samples_per_second", "loader_wait", "peak_process_memory_bytes")
     return [{k: v for k, v in line.items() if k not in times} for line in metrics(run)]
 
 

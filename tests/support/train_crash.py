@@ -43,7 +43,7 @@ from tests.support.train_crash_scenarios import (  # noqa: E402
 )
 from train.state import checkpoint  # noqa: E402
 
-TIMES = ("samples_per_second", "loader_wait", "seconds")
+TIMES = ("samples_per_second", "loader_wait", "peak_process_memory_bytes", "seconds")
 
 
 def whole_files(folder: Path) -> dict[str, str]:

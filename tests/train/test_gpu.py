@@ -91,6 +91,9 @@ def test_a_run_from_end_to_end_and_resumed(config, kind):
     lines = [json.loads(line) for line in (straight.run / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    peaks = [line["peak_gpu_memory_bytes"] for line in lines]
+    assert 0 < peaks[0] <= peaks[-1] <= torch.cuda.max_memory_allocated()
+    assert "peak_process_memory_bytes" not in lines[0]
     assert len(list((straight.run / "previews").iterdir())) == 2
     halfway = checkpoint_folder(straight.run, 2)
     distill(prepare(config(kind, "again", max_train_steps=4, resume_from_checkpoint=str(halfway),

@@ -1,5 +1,7 @@
 """Every tracker gets the numbers and pictures of a run in the order of its steps."""
 
+import resource
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -122,6 +124,20 @@ def test_every_tracker_gets_numbers_and_pictures_in_the_order_of_steps(reported)
         drawn = Image.open(run.config.run / "previews" / f"step-{event.step:08d}.png")
         assert np.array_equal(shown, np.asarray(drawn))
     assert [event.step for event in events.Images("previews")] == [2, 4, 5]
+
+
+def test_lines_tell_samples_seen_and_the_peak_of_memory(settings):
+    """Resumed too: samples go on counting. The peak is the process's, as the kernel counts it."""
+    train(settings(max_train_steps=4, logging_steps=2, checkpointing_steps=2))
+    shutil.rmtree(settings().run / "checkpoints" / "step-00000004")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    run = train(settings(max_train_steps=4, logging_steps=1, resume_from_checkpoint="latest"))
+    lines = metrics(run.config.run)
+    assert [(line["step"], line["samples"]) for line in lines] == [(2, 4), (3, 6), (4, 8)]
+    peaks = [line["peak_process_memory_bytes"] for line in lines]
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert before <= peaks[1] <= peaks[2] <= now
+    assert not [name for line in lines for name in line if "gpu" in name]
 
 
 def test_samples_per_second_are_those_of_the_steps(settings, monkeypatch):

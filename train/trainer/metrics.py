@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -171,16 +173,18 @@ class Recorder:
                 raise UserError(self.diverged(what, one.step, one.batch))
         if not self.distributed.main:
             return ""
-        step = window.noted[-1].step
+        step, batch_size = window.noted[-1].step, self.loader.order.batch_size
+        samples = (window.noted[-1].batch + 1) * batch_size  # skipped steps consumed theirs, too
         seconds = max(window.seconds, 1e-9)
         steps = len({one.step for one in window.noted})
-        rate = steps * self.loader.order.batch_size / seconds
+        rate = steps * batch_size / seconds
         values = means(window, losses, norms)
         note = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if k.endswith("loss"))
         values |= {"samples_per_second": rate, "loader_wait": window.waited / seconds}
+        values |= peak_memory(self.distributed.device)
         ownership.check(self.path)
         with guard(self.path):
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.write(json.dumps({"step": step, "samples": samples, **values}) + "\n")
             self.file.flush()
         self.trackers.log(values, step)
         return f"{note}, {rate_of(rate, 'sample')}"
@@ -223,3 +227,15 @@ def means(window: Window, losses: Sequence[float], norms: Sequence[float]) -> di
         found[f"{name}grad_norm"] = sum(norms[number] for number in own) / len(own)
         found[f"{name}learning_rate"] = rate
     return found
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes this process has had so far, previews and all, under a name that says where.
+
+    On a GPU what torch has allocated there; elsewhere the resident set of the whole process.
+    """
+    if device.type == "cuda":
+        return {"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device)}
+    unit = 1 if sys.platform == "darwin" else 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {"peak_process_memory_bytes": usage.ru_maxrss * unit}
