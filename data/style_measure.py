@@ -26,10 +26,11 @@ from shared.networks.sampling import Predict, draw_latents, teacher_predictor, t
 from shared.networks.styled import load_teacher
 from shared.style import open_styles
 from train.config import DistillConfig
-from train.evaluation.features import Gaussian, features, frechet_distance
 from train.evaluation.heldout import HeldOut, load_heldout
 from train.evaluation.table import aligned
 from train.export.student import load_student
+from train.measures.frechet import Gaussian, frechet_distance
+from train.measures.shapes import features
 from train.objectives import OBJECTIVES
 from train.sampling.pictures import write_grid
 from train.sampling.samplers import student_predictor

@@ -13,7 +13,7 @@ from data.shapes import COLOURS, STUDS, STYLES, Scene, caption, render
 from data.style_oracle import is_studded, read_content, score, score_content, score_style
 from shared.models.vae import decode_latents, load_vae
 from tests.support.sources import ROOT
-from train.evaluation.evaluate import load_scorer
+from train.measures.scorers import open_scorer
 
 SCENE = Scene("triangle", "yellow", "purple", "large", "left")
 
@@ -58,7 +58,7 @@ def test_an_unknown_style_is_refused():
 def test_style_and_content_are_read_apart():
     said, other = caption(SCENE), "a yellow circle on the left of a purple field"
     images = np.stack([render(SCENE, np.random.default_rng(2), 64, 64, style) for style in STYLES])
-    scorer = load_scorer("data.style_oracle:score")  # as `train evaluate --scorer` does
+    scorer = open_scorer("data.style_oracle:score")  # as `train evaluate --scorer` does
     assert scorer is not None
     assert scorer(images, [said, said]).tolist() == [0.0, 1.0]
     assert score_style(images, [other, other]).tolist() == [0.0, 1.0]

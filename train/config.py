@@ -19,8 +19,27 @@ from train import flag_groups as groups
 
 
 @dataclass(frozen=True)
+class EvaluationFlags:
+    """How good the student is while it is trained."""
+
+    evaluation_steps: Natural = 0
+    """Steps between evaluations: held-out captions are drawn, and measured as `train evaluate`
+    does; 0 for none."""
+    num_eval_samples: Count = 640
+    """--evaluation-steps: captions that are drawn."""
+    eval_cache: PlaceFlag | None = None
+    """--evaluation-steps: cache of held-out pictures; the samples held out of --cache unless
+    given."""
+    features: str = "shapes"
+    """--evaluation-steps: the feature space of the distance, as `train evaluate` has it."""
+    scorer: str | None = None
+    """--evaluation-steps: what scores each picture, as `train evaluate` has it."""
+
+
+@dataclass(frozen=True)
 class DistillConfig(
-    groups.PublishFlags, groups.MachineFlags, groups.ProgressFlags, groups.SpeedFlags,
+    groups.PublishFlags, groups.MachineFlags, EvaluationFlags, groups.ProgressFlags,
+    groups.SpeedFlags,
     groups.DataFlags, groups.LoraFlags, groups.DiffusionLossFlags, groups.DistributionFlags,
     groups.FullStudentFlags, groups.StyleFlags, groups.TeacherFlags, groups.TargetFlags,
     groups.PhaseFlags, groups.ConsistencyFlags, groups.SolverFlags, groups.OptimizerFlags,
@@ -72,9 +91,22 @@ class EvaluateConfig(groups.MachineFlags, ArtistFlags):
     eval_cache: PlaceFlag | None = None
     """Cache of held-out pictures: their captions are the prompts, their latents the real ones. The
     samples held out of the run's own cache unless given."""
+    features: str = "shapes"
+    """What distances are measured in: shapes, inception (FID), dinov2 (FD-DINOv2), clip (CMMD), one
+    of these with weights of your own (dinov2:FOLDER), or MODULE:FUNCTION taking images
+    [N, H, W, 3] uint8 and giving features [N, D]."""
     scorer: str | None = None
-    """MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
-    num_samples: Annotated[int, Numbers(int, 65)] = 1000
+    """clip-score, pickscore, one of these with weights of your own (clip-score:FOLDER), or
+    MODULE:FUNCTION taking (images [N, H, W, 3] uint8, captions) and giving a score per image."""
+    precision_recall: bool = False
+    """Two columns more: which share of what is drawn looks real, and of what is real is drawn."""
+    nearest_samples: Natural = 0
+    """Look for copies: search the training samples, and show so many drawn pictures, those most
+    like one, beside it."""
+    cache: PlaceFlag | None = None
+    """Where the training samples are; the run's own cache unless given. For --nearest-samples."""
+    num_samples: Annotated[int, Numbers(int, 2)] = 1000
+    """Captions; 65 at least for a Fréchet distance."""
     batch_size: Count | None = None
     """Pictures drawn at once; unless given 16 of 512 px, 4 of 1024, up to 100 small ones."""
     output: LocalPath | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shared.cli.other_tools.flags import dashed
 from shared.errors import UsageError
-from train.config import DistillConfig, RunConfig
+from train.config import DistillConfig, EvaluationFlags, RunConfig
 from train.export.hub import check_push
 from train.flag_groups import FullStudentFlags, LoraFlags, StyleFlags, names_of
 from train.objectives import OBJECTIVES, uses_guidance
@@ -27,6 +27,9 @@ ONLY_WITH: dict[tuple[str, str], tuple[str, ...]] = {
 # (flag, value) -> the flags that mean nothing beside it.
 NOT_WITH: dict[tuple[str, object], tuple[str, ...]] = {
     ("validation_steps", 0): ("validation_prompts",),
+    ("evaluation_steps", 0): tuple(
+        name for name in names_of(EvaluationFlags) if name != "evaluation_steps"
+    ),
     ("report_to", ("none",)): ("logging_dir", "tracker_project_name"),
 }
 

@@ -49,8 +49,8 @@ def write(config: CompareConfig, contents: Contents, refresh: bool = False) -> s
     tables = markdown(contents).encode("utf-8", "backslashreplace")
     publish([tables], config.output / TABLES, config.output)
     publish([page], config.output / PAGE, config.output)
-    running = sum(one.running for one in contents.records)
-    going = f", {running} running" if running else ""
+    running = [one.steps for one in contents.records if one.running]
+    going = f", {len(running)} running at step {max(running):,}" if running else ""
     last = max(one.steps for one in contents.records)
     return (
         f"{config.output / PAGE}: {counted(len(contents.records), 'run')}{going}, up to step "

@@ -50,6 +50,11 @@ class Contents:
         return f"They differ in {', '.join(names[:SEVERAL])}{more}."
 
     @property
+    def mixed(self) -> bool:
+        """Are the losses those of several objectives, and so not to be compared?"""
+        return len({(one.config.objective, one.config.loss_type) for one in self.records}) > 1
+
+    @property
     def amount(self) -> str:
         """How much training this is about."""
         samples = sum(one.samples for one in self.records)

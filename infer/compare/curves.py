@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -109,34 +110,40 @@ def thin(curve: Curve, most: int) -> Curve:
 
 
 def measured_charts(records: Sequence[Record]) -> list[Chart]:
-    """FD and accuracy of evaluations during training: those alike in features and captions."""
-    kinds = dict.fromkeys((m.features, m.num_samples) for one in records for m in one.measured)
+    """FD and accuracy of evaluations during training: those alike in captions, FD in features."""
+    lines = [one for record in records for one in record.measured]
     charts = []
-    for number, (features, count) in enumerate(kinds):
-        where = f"{features} features, {counted(count, 'caption')}"
-        for key, title in (("fd", f"FD: {where}"), ("accuracy", f"Accuracy: {where}")):
-            curves = [
-                curve
-                for place, one in enumerate(records)
-                for curve in measured_curves(place, one, (features, count), key)
-            ]
-            if curves:
-                charts.append(Chart(f"{key}-{number}", title, tuple(curves), measured=True))
-    return charts
+    for number, kind in enumerate(dict.fromkeys(map(kind_of, lines))):
+        title = f"FD: {kind[0]} features, {counted(kind[1], 'caption')}"
+        curves = measured_curves(records, "fd", kind_of, kind)
+        charts.append(Chart(f"fd-{number}", title, curves, measured=True))
+    captions = attrgetter("num_samples")
+    for number, count in enumerate(dict.fromkeys(map(captions, lines))):
+        curves = measured_curves(records, "accuracy", captions, count)
+        title = f"Accuracy: {counted(count, 'caption')}"
+        charts.append(Chart(f"accuracy-{number}", title, curves, measured=True))
+    return [chart for chart in charts if chart.curves]
 
 
-def measured_curves(place: int, record: Record, kind: tuple[str, int], key: str) -> list[Curve]:
-    """A run's curves of one figure, one for each number of steps in which it drew."""
-    alike = [one for one in record.measured if (one.features, one.num_samples) == kind]
+def kind_of(line: Measured) -> tuple[str, int]:
+    """What a distance depends on besides the student: only under the same they can be compared."""
+    return line.features, line.num_samples
+
+
+def measured_curves(
+    records: Sequence[Record], name: str, key: Callable[[Measured], object], wanted: object
+) -> tuple[Curve, ...]:
+    """Each run's curves of one figure where `key` is as wanted, one for each number of steps."""
     curves = []
-    for steps in sorted({one.drawing_steps for one in alike}):
-        told = [(one, getattr(one, key)) for one in alike if one.drawing_steps == steps]
-        lines = [one for one, value in told if value is not None]
-        values = np.array([value for _, value in told if value is not None], np.float64)
-        if lines:
-            label = f"in {counted(steps, 'step')}"
-            curves.append(Curve(place, places_of(lines, record), values, label=label))
-    return curves
+    for place, record in enumerate(records):
+        alike = [one for one in record.measured if key(one) == wanted]
+        told = [one for one in alike if getattr(one, name) is not None]
+        for steps in sorted({one.drawing_steps for one in told}):
+            lines = [one for one in told if one.drawing_steps == steps]
+            values = np.array([getattr(one, name) for one in lines], np.float64)
+            at, label = places_of(lines, record), f"in {counted(steps, 'step')}"
+            curves.append(Curve(place, at, values, label=label))
+    return tuple(curves)
 
 
 def places_of(lines: Sequence[Measured], record: Record) -> Progress:

@@ -42,9 +42,7 @@
     const style = getComputedStyle(document.documentElement);
     const [ink, soft, rule] = ["--ink", "--soft", "--rule"].map((n) => style.getPropertyValue(n).trim());
     for (const plot of plots) {
-      Object.assign(plot, {
-        background_fill_color: null, border_fill_color: null, outline_line_color: rule,
-      });
+      plot.outline_line_color = rule;
       for (const axis of [...plot.below, ...plot.left]) {
         Object.assign(axis, {
           axis_label_text_color: soft, axis_label_text_font_style: "normal",

@@ -50,7 +50,7 @@ def html(contents: Contents, refresh: int = 0) -> str:
         c=contents, style=Markup(style), scripts=[Markup(bokeh), Markup(own)],
         hashes=[sha256(script) for script in (bokeh, own)], refresh=refresh,
         items=data(items), shown=data(shown_previews(contents.gallery)),
-        first=first_sheets(contents.gallery), colour=plots.colour_of,
+        first=first_sheets(contents.gallery), colour=plots.colour_of, dash=plots.dash_of,
         read=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S"),
     )  # fmt: skip
 

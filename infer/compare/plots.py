@@ -89,7 +89,7 @@ def plot(chart: Chart, sources: Sequence[Any], names: Sequence[str], scale: Scal
         tools="pan,box_zoom,wheel_zoom,reset,save",
         active_drag="box_zoom", active_scroll=None, toolbar_location="above", x_axis_label="step",
         min_border_right=12, x_range=DataRange1d(only_visible=True),
-        y_range=DataRange1d(only_visible=True),
+        y_range=DataRange1d(only_visible=True), background_fill_color=None, border_fill_color=None,
     )  # fmt: skip
     shown.toolbar.logo = None
     shown.xaxis.formatter = NumeralTickFormatter(format="0,0.[0000]")

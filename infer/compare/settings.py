@@ -50,6 +50,7 @@ def settings_of(records: Sequence[Record]) -> Settings:
             same.append(Setting(flag(name), (told(values[0]),)))
         else:
             differing.append(Setting(flag(name), tuple(map(told, values))))
+    differing.sort(key=lambda one: NOTHING in one.values)  # what some runs do not have comes last
     return Settings(tuple(differing), tuple(same))
 
 

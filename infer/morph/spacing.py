@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from train.evaluation.features import features
+from train.measures.shapes import features
 
 NEAR = 1e-6  # a jump that is left between so near places is one
 

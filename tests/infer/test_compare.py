@@ -77,7 +77,7 @@ def test_what_differs_stands_side_by_side_and_the_rest_is_folded(runs, compare):
     assert "<code>--lora-rank</code></dt><dd>2</dd>" in folded
     assert "--lora-rank" not in differing
     assert "<code>--run</code>" not in page.source  # where a run lies is its own
-    assert "They differ in --learning-rate, --objective" in page.text
+    assert "They differ in --objective, --learning-rate" in page.text
 
 
 def test_the_points_of_curves_are_those_of_the_metrics(runs, compare):
@@ -121,6 +121,8 @@ def test_evaluations_while_a_run_trained_are_curves(runs, compare):
     assert page.curves("accuracy-0")[0]["y"].tolist() == [0.5, 0.75]
     assert page.curves("fd-1")[0]["y"].tolist() == [60.0]  # of other captions: a chart of its own
     assert f"FD: {FEATURES} features, 64 captions" in page.text
+    assert "Accuracy: 64 captions" in page.text
+    assert "losses of different objectives measure different things" in page.text
     assert "No run was evaluated while it trained" not in page.text
     assert any(line.split("|")[1:4:2] and "70.25" in line and "lcd in 4 steps" in line
                for line in tables.splitlines())  # fmt: skip
@@ -161,7 +163,7 @@ def test_an_unfinished_run_and_one_without_metrics_are_shown(runs, compare):
 def test_names_and_prompts_of_others_are_text(runs, compare, tmp_path):
     hostile = copied(runs["lcd"], tmp_path / "runs" / HOSTILE.replace("/", "|"))
     config = json.loads((hostile / "config.json").read_text())
-    config["tracker_project_name"] = "</script><script>alert(1)</script>"
+    config["vae"] = "</script><script>alert(1)</script>"
     (hostile / "config.json").write_text(json.dumps(config))
     _, page, tables = compare(*runs.values(), hostile)
     assert "<img src=x onerror=\"document.title='owned'\">&amp;{{7*7}} [U+202E]x" in page.text

@@ -161,7 +161,7 @@ def test_a_watched_page_loads_itself_again_and_stays_where_the_reader_was(show, 
     page.locator(".legend button").nth(1).click()
     page.locator("summary").last.click()
     page.evaluate("scrollTo(0, 500)")
-    until(page, "!('old' in document.body.dataset)")
+    page.wait_for_selector("body:not([data-old])", state="attached", timeout=60_000)
     page.wait_for_selector("html[data-drawn]", state="attached", timeout=60_000)
     assert page.evaluate("scrollY") == 500
     assert page.locator("#step-shown").inner_text() == "2"

@@ -49,7 +49,7 @@ def test_runs_that_can_be_compared_share_the_table_of_train_compare(runs):
     assert stripped(cells(page)) == stripped(wanted)
     best = [text for line in wanted for text in line if text.startswith("**")]
     assert page.source.count("<strong>") == len(best) > 0
-    assert "Why not all" not in page.text
+    assert "What is not in one table" not in page.text
 
 
 def test_a_run_that_cannot_be_compared_has_its_figures_and_a_reason(runs, tmp_path):

@@ -4,6 +4,8 @@ A process killed by a signal leaves exactly what the calls before it did, so dyi
 around os.write and its like, at the n-th of them for every n, covers every moment.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import traceback
@@ -102,6 +104,12 @@ class Appended:
 
     def write(self, text: str) -> int:
         return os.write(self.file.fileno(), text.encode())
+
+    def __enter__(self) -> Appended:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)

@@ -4,10 +4,10 @@
     python tests/support/train_crash.py lora full --work FOLDER --cache CACHE --signal KILL|TERM
 
 `save`, `save again` and `branch` write checkpoints of small tensors; `lora`, `full` and `dmd` are
-whole runs. Everything is imported once and a child is forked per crash. After each crash every
-checkpoint in sight must be whole; the same command, undisturbed, must then end with the same files.
-Prints JSON for each scenario: the calls of an undisturbed run or the statuses of those signalled,
-and what went wrong.
+whole runs, `evaluated` one that is evaluated. Everything is imported once and a child is forked per
+crash. After each crash every checkpoint in sight must be whole; the same command, undisturbed, must
+then end with the same files. Prints JSON for each scenario: the calls of an undisturbed run or the
+statuses of those signalled, and what went wrong.
 """
 
 import argparse
@@ -43,11 +43,11 @@ from tests.support.train_crash_scenarios import (  # noqa: E402
 )
 from train.state import checkpoint  # noqa: E402
 
-TIMES = ("samples_per_second", "loader_wait", "peak_process_memory_bytes")
+TIMES = ("samples_per_second", "loader_wait", "peak_process_memory_bytes", "seconds")
 
 
 def whole_files(folder: Path) -> dict[str, str]:
-    """What a run has to show, by content; of metrics.jsonl what time does not change.
+    """What a run has to show, by content; of its logs what time does not change.
 
     Checkpoints beyond the limit may be left where the last one was saved and nothing pruned.
     """
@@ -61,7 +61,7 @@ def whole_files(folder: Path) -> dict[str, str]:
         if path.is_dir() or older or name.startswith(("logs/", "tmp/")):
             continue
         content = path.read_bytes()
-        if path.name == "metrics.jsonl":
+        if path.suffix == ".jsonl":
             lines = [json.loads(line) for line in content.decode().splitlines()]
             kept = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
             content = json.dumps(kept).encode()
@@ -260,6 +260,9 @@ def main() -> None:
         matching = {"objective": "dmd", "fake_updates": 2, "fake_warmup_steps": 1}
         matching |= {"gan_weight": 0.01, "num_student_steps": 2}
         scenarios["dmd"] = Scenario(distilling("lora", args.cache.resolve(), **flags, **matching))
+        watching = {"evaluation_steps": 2, "num_eval_samples": 65, "num_ddim_timesteps": 1}
+        watching |= {"eval_cache": args.cache.resolve(), "validation_steps": 0}
+        scenarios["evaluated"] = Scenario(distilling("lora", args.cache.resolve(), **watching))
         for objective, kind in {"pcm": "lora", "tcd": "full", "lcf": "full"}.items():
             run = distilling(kind, args.cache.resolve(), objective=objective, **flags)
             scenarios[objective] = Scenario(run)

@@ -5,12 +5,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from train.config import DistillConfig, EvaluateConfig, ExportConfig
 from train.evaluation import evaluate, teacher_results
-from train.evaluation.features import ENOUGH, FEATURE_COUNT, features, few_pictures
 from train.trainer.export_command import export_checkpoint
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
@@ -94,13 +92,6 @@ def test_few_pictures_are_said_to_be_few(config, held, few_rows, capsys):
     assert told in capsys.readouterr().out
     assert told in (config.run / "evaluation.md").read_text()
     assert told in (config.run / "README.md").read_text()
-
-
-def test_enough_pictures_need_no_word():
-
-    assert features(np.zeros((1, 64, 64, 3), np.uint8)).shape == (1, FEATURE_COUNT)
-    assert few_pictures(ENOUGH) is None
-    assert "biased upwards" in few_pictures(ENOUGH - 1)
 
 
 def test_a_damaged_evaluation_costs_no_export(config, capsys):

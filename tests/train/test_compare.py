@@ -95,7 +95,7 @@ def test_the_best_figure_of_each_number_of_steps_is_bold(runs, compare, tmp_path
     table = {(line[0], line[3]): line for line in lines}
     assert {line[0] for line in lines} == {"teacher", *runs}
     for steps in ("1", "2"):
-        cells = [table[name, steps][4] for name in runs]
+        cells = [table[name, steps][4].split()[0] for name in runs]  # then ±, half the interval
         values = [float(cell.strip("*")) for cell in cells]
         marked = [cell.startswith("**") and cell.endswith("**") for cell in cells]
         assert marked == [value == min(values) for value in values]
@@ -148,6 +148,39 @@ def test_other_conditions_are_named_with_both_sides(own, compare):
         assert str(own["trajectory"]) in answer.err
         assert all(str(value) in answer.err for name, value in changes.items() if name != "heldout")
         (own["trajectory"] / "evaluation.json").write_text(before)
+
+
+def test_an_older_evaluation_still_goes_with_a_new_one(own, compare, tmp_path):
+    """It calls the features otherwise, and has neither weights nor intervals."""
+    path = own["trajectory"] / "evaluation.json"
+    kept = json.loads(path.read_text())
+    for name in ("features_weights", "scorer_weights", "features_source", "scorer_source",
+                 "fd_title", "scorer_title", "nearest"):  # fmt: skip
+        del kept[name]
+    for row in kept["rows"]:
+        for name in ("intervals", "fd_bias", "precision", "recall"):
+            del row[name]
+    path.write_text(json.dumps(kept | {"features": "thumb48-edges16-percent"}))
+    answer = compare(*own.values(), "--num-captions", 0)
+    assert answer.status == 0, answer.err
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert found["conditions"]["features"] == "shapes"
+    cells = {line.split("|")[1].strip(): line for line in answer.out.splitlines() if "|" in line}
+    assert "±" in cells["consistency"]
+    assert "±" not in cells["trajectory"]
+
+
+def test_other_weights_are_other_conditions(own, compare):
+    for run, weights in zip(own.values(), ("a" * 16, "b" * 16), strict=True):
+        spoil(run, features="dinov2", features_weights=weights, fd_title="FD-DINOv2")
+    answer = compare(*own.values())
+    assert answer.status == 1
+    assert "features_weights aaaaaaaaaaaaaaaa" in answer.err
+    spoil(own["trajectory"], features_weights="a" * 16)
+    answer = compare(*own.values(), "--num-captions", 0)
+    assert answer.status == 0, answer.err
+    assert "FD-DINOv2" in answer.out.splitlines()[0]
+    assert "FD-DINOv2: Fréchet distance in dinov2 features" in answer.out
 
 
 def without(name):

@@ -8,8 +8,9 @@ import torch
 from benchmarks.common.steps import flops
 from shared.models.family import resolve_model
 from tests.support.students import build, stock_unet
-from train.comparison.cost import relative_cost, step_flops
+from train.comparison.cost import relative_cost
 from train.config import RunConfig
+from train.memory.operations import drawing_flops, step_flops
 
 RANK = 6
 
@@ -57,6 +58,15 @@ def test_lcd_is_the_unit_exactly(tiny_sd, counted):
     others = {"num_ddim_timesteps": 25, "loss_type": "l2", "seed": 3}
     saving = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
     assert cost(tiny_sd, teacher="online", **others, **saving) == 1
+
+
+def test_drawing_takes_a_forward_a_step_and_with_guidance_two(tiny_sd, counted):
+    model = resolve_model(str(tiny_sd))
+    for kind in ("lora", "full"):
+        wanted = pytest.approx(4 * counted[kind], rel=1e-3)
+        assert drawing_flops(model, config(tiny_sd, kind), 4) == wanted
+    found = drawing_flops(model, config(tiny_sd, "full", objective="denoise"), 50)
+    assert found == pytest.approx(100 * counted["teacher"], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "full"])

@@ -88,6 +88,15 @@ def test_a_killed_run_ends_with_the_same_files(tmp_path, tiny_cache):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_killed_while_it_notes_an_evaluation_ends_with_the_same_lines(tmp_path, tiny_cache):
+    named = ["--named", "evaluations.jsonl"]
+    answer = drive(tmp_path, ["evaluated"], "--cache", tiny_cache, *named)["evaluated"]
+    assert answer["problems"] == []
+    assert answer["crashes"] >= 10  # two lines, each written and fsynced
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_at_every_call_ends_with_the_same_files(tmp_path, tiny_cache, kind):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,9 +21,12 @@ from shared.models.vae import decode_latents, to_pixels
 from train.config import DistillConfig, EvaluateConfig, SampleConfig
 from train.evaluation import evaluate, teacher_results
 from train.evaluation.artist import Artist, open_artist
-from train.evaluation.features import Gaussian, features, frechet_distance
 from train.evaluation.heldout import load_heldout
-from train.evaluation.score import Result, decode_all
+from train.evaluation.score import Measures, Result, decode_all
+from train.measures.frechet import Gaussian, frechet_distance
+from train.measures.scorers import Scorer
+from train.measures.shapes import features
+from train.measures.space import open_space
 from train.trainer.loop import distill
 from train.trainer.setup import prepare
 
@@ -209,14 +213,21 @@ def test_the_second_evaluation_takes_over_the_teachers_rows(
 
 
 def test_the_teachers_rows_are_of_one_seed_guidance_and_scorer(tmp_path, held):
-    def key(guidance_scale: float = 3.0, teacher: str = "a", **more) -> str:
+    def key(
+        guidance_scale=3.0, teacher="a", space=None, scorer=None, precision_recall=False, **more
+    ) -> str:
         config = EvaluateConfig(run=tmp_path, **more)
         artist = SimpleNamespace(guidance_scale=guidance_scale)
-        return teacher_results.reference_key(config, held, 8, artist, teacher)
+        measures = Measures(space or open_space(), scorer, precision_recall)
+        return teacher_results.reference_key(config, held, 8, artist, teacher, measures)
 
-    others = [key(seed=1), key(4.0), key(scorer="a:b"), key(num_samples=70), key(teacher="b")]
+    scorers = [Scorer("a:b", "accuracy", len), Scorer("a:b", "accuracy", len, weights="c")]
+    spaces = [replace(open_space(), name="d"), replace(open_space(), name="d", weights="e")]
+    others = [key(seed=1), key(4.0), key(num_samples=70), key(teacher="b")]
+    others += [key(scorer=one) for one in scorers] + [key(space=one) for one in spaces]
+    others.append(key(precision_recall=True))
     assert key() == key()
-    assert len({key(), *others}) == 6
+    assert len({key(), *others}) == 10
 
 
 def test_heldout_is_read_in_order_and_scaled(tiny_cache):

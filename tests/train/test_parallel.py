@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,53 +16,15 @@ import torch.distributed.fsdp  # or each forked process would, for seconds
 from safetensors.torch import load_file
 
 from shared.errors import UserError
-from tests.support import warm
+from tests.support.launched import FSDP, TWO, launcher
 from train.config import DistillConfig
 from train.state import checkpoint
 from train.trainer.distributed import Distributed, as_launched
 
-LCM = {
-    "train_batch_size": 4, "max_train_steps": 2, "checkpointing_steps": 2, "lora_rank": 4,
-    "unet_time_cond_proj_dim": 16, "logging_steps": 1, "validation_steps": 0,
-    "learning_rate": 1e-3, "max_grad_norm": 1e6, "threads": 1, "report_to": ["none"],
-}  # fmt: skip
-TWO = {"train_batch_size": 2}
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
 
 @pytest.fixture
 def launch(repo, tiny_cache, tiny_sd, tmp_path):
-    """Run `tests.support.ranks` on so many processes; returns the run's folder."""
-
-    def start(name: str, world: int, environment=None, double=False, **flags) -> Path:
-        run = tmp_path / name
-        (tmp_path / f"{name}-spied").mkdir(exist_ok=True)
-        base = {"model": str(tiny_sd), "cache": str(tiny_cache), "run": str(run)}
-        given = {k: v for k, v in (base | LCM | flags).items() if v is not None}
-        wanted = {"flags": given, "spied": f"{run}-spied", "double": double}
-        (tmp_path / "flags.json").write_text(json.dumps(wanted))
-        words = ["-m", "tests.support.ranks", tmp_path / "flags.json"]
-        told = {"OMP_NUM_THREADS": "1", **(environment or {})}
-        ranks = [warm.start(words, repo, **told, **place) for place in as_torchrun_does(world)]
-        ended = [(*process.communicate(), process.returncode) for process in ranks]
-        assert [status for *_, status in ended] == [0] * world, ended
-        assert world == 1 or f"over {world} processes" in ended[0][1]
-        return run
-
-    return start
-
-
-def as_torchrun_does(world: int) -> list[dict[str, str]]:
-    """The variables of each process. `torchrun` itself starts those of the tests below."""
-    if world == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world,
-              "LOCAL_WORLD_SIZE": world}  # fmt: skip
-    ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
-    return [{name: str(value) for name, value in rank.items()} for rank in ranks]
+    return launcher(repo, tmp_path, tiny_sd, tiny_cache)
 
 
 def torchrun_in_background(repo: Path, words, environment=None, world: int = 2):

@@ -47,7 +47,7 @@ def open_canvas(config: CompareConfig, summaries: Sequence[Summary]) -> Canvas:
     first = summaries[0]
     cache = config.eval_cache or evaluated_on(first)
     manifest = open_manifest(cache)
-    heldout = load_heldout(cache, manifest, first.evaluation.num_samples)
+    heldout = load_heldout(cache, manifest, first.evaluation.num_samples, least=1)
     if heldout.digest() != first.evaluation.heldout:
         raise UserError(
             f"{cache} holds other samples than {first.run} was evaluated on; name the right one "

@@ -9,20 +9,21 @@ from typing import Any
 from shared.wording import duration
 from train.comparison.summary import Summary
 from train.evaluation.score import Result
-from train.evaluation.table import FORMATS, aligned
+from train.evaluation.table import FORMATS, aligned, cell, features_note, headings
+from train.measures.space import digits
 
-HEADINGS = ("run", "objective", "student", "steps", "FD", "accuracy", "sharpness", "step cost",
-            "samples", "trained for")  # fmt: skip
 WORDS = 3  # columns of words, before those of numbers
 # What is better of two figures is smaller of these.
 BEST: Mapping[str, Callable[[float], float]] = {
     "fd": lambda value: value,
+    "precision": lambda value: -value,
+    "recall": lambda value: -value,
     "accuracy": lambda value: -value,
     "high_frequency": lambda value: abs(value - 1),
 }
 NOTE = (
-    "{samples} held-out captions, guidance_scale {guidance:g}. Steps: of drawing. FD: Fréchet "
-    "distance in {features} features. Sharpness: high-frequency energy relative to the teacher's "
+    "{samples} held-out captions, guidance_scale {guidance:g}. Steps: of drawing. {features} "
+    "Sharpness: high-frequency energy relative to the teacher's "
     "most steps. Step cost: arithmetic of a training step per sample, in those of LCD with the "
     "same kind of student. Samples: seen in training. Trained for: the steps alone, without "
     "previews and checkpoints."
@@ -104,17 +105,20 @@ def markdown(summaries: Sequence[Summary], bold: bool = True) -> str:
 
 def table_lines(summaries: Sequence[Summary], bold: bool) -> list[list[str]]:
     """The cells of the table, its headings first; the best figures between `**` if `bold`."""
-    lines = [list(HEADINGS)]
+    columns = figures_shown(summaries)
+    lines = [["run", "objective", "student", "steps", *columns.values(), "step cost", "samples",
+              "trained for"]]  # fmt: skip
     for one in with_teachers(summaries):
         title = teacher_title(one, summaries)
         for row in teacher_rows(one):
             spacing = f" ({row.timestep_spacing})" if row.timestep_spacing else ""
-            lines.append([title, f"{row.sampler}{spacing}", "-", *figures(row), "-", "-", "-"])
+            cells = figures(row, columns)
+            lines.append([title, f"{row.sampler}{spacing}", "-", *cells, "-", "-", "-"])
     rows = [row for one in summaries for row in student_rows(one)]
     for one in summaries:
         for row in student_rows(one):
             marks = best_of(row, rows) if bold else set()
-            lines.append([*words(one), *figures(row, marks), *spent(one)])
+            lines.append([*words(one), *figures(row, columns, marks), *spent(one)])
     return lines
 
 
@@ -125,13 +129,23 @@ def words(summary: Summary) -> list[str]:
     return [summary.name, objective, summary.config.student]
 
 
-def figures(row: Result, marks: Set[str] = frozenset()) -> list[str]:
+def figures_shown(summaries: Sequence[Summary]) -> dict[str, str]:
+    """The columns of figures and their titles: those that an evaluation has."""
+    found: dict[str, str] = {}
+    for one in summaries:
+        titles = headings(one.evaluation)
+        found |= {name: titles[name] for name in BEST if name in titles}
+    return {name: found[name] for name in BEST if name in found}
+
+
+def figures(row: Result, columns: Mapping[str, str], marks: Set[str] = frozenset()) -> list[str]:
     """Steps and figures of a line; those in `marks` are bold, and a dash stands for none."""
+    formats = FORMATS | {"fd": digits(columns["fd"])}
     cells = [str(row.steps)]
-    for name in BEST:
-        value = getattr(row, name)
-        text = "-" if value is None else format(value, FORMATS[name])
-        cells.append(f"**{text}**" if name in marks else text)
+    for name in columns:
+        text = cell(row, name, formats)
+        value, space, interval = text.partition(" ")
+        cells.append(f"**{value}**{space}{interval}" if name in marks else text)
     return cells
 
 
@@ -162,7 +176,10 @@ def best_of(row: Result, rows: Sequence[Result]) -> set[str]:
 def note(summaries: Sequence[Summary]) -> str:
     """What the columns mean, and what to know of the distances."""
     first = summaries[0].evaluation
+    rows = [row for one in summaries for row in one.evaluation.rows]
     text = NOTE.format(
-        samples=f"{first.num_samples:,}", guidance=first.guidance_scale, features=first.features
+        samples=f"{first.num_samples:,}",
+        guidance=first.guidance_scale,
+        features=features_note(first, rows),
     )
     return f"{text}\n\n{first.fd_note}" if first.fd_note else text

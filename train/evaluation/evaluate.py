@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,16 +9,24 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shared.cache.paths import CachePaths
 from shared.cli.progress import Progress
 from shared.errors import UserError
 from train.config import EvaluateConfig
 from train.evaluation.artist import Artist, open_artist
-from train.evaluation.features import FEATURES, few_pictures
 from train.evaluation.heldout import HeldOut, load_heldout, open_eval_cache
-from train.evaluation.record import Evaluation
-from train.evaluation.score import Result, Sampling, Scorer, Task, decode_all
+from train.evaluation.nearest import check_copies, open_training
+from train.evaluation.record import Evaluation, noted
+from train.evaluation.score import (
+    Judge,
+    Result,
+    Sampling,
+    Task,
+    decode_all,
+    open_measures,
+)
 from train.evaluation.table import write_report
 from train.evaluation.teacher_results import (
     REFERENCE,
@@ -48,15 +55,20 @@ def evaluate(config: EvaluateConfig) -> None:
 
     The model card of the run's export tells it too, unless `--output` is elsewhere.
     """
+    if config.cache is not None and not config.nearest_samples:
+        raise UserError(
+            "--cache is where --nearest-samples searches; the cache to evaluate on is --eval-cache"
+        )
     run = newest_student(config.run)
     folder = config.output or run
     with owning(folder, "train evaluate", "wait for it, or give --output another folder"):
-        scorer = load_scorer(config.scorer)
         artist = open_artist(run, config)
         weights = exported_student(run, artist.config.student)
         cache, manifest = open_eval_cache(config.eval_cache, run, artist.config.cache)
         artist.check_cache(manifest, cache)
-        heldout = load_heldout(cache, manifest, config.num_samples)
+        measures = open_measures(config, artist.device)
+        heldout = load_heldout(cache, manifest, config.num_samples, measures.space.least)
+        training = open_training(config, artist, heldout) if config.nearest_samples else None
         artist = artist.with_teacher(heldout.empty).for_shape(heldout.shape)
         batch_size = pictures_at_once(config, heldout.shape)
         samplings = student_samplings(artist)
@@ -64,27 +76,32 @@ def evaluate(config: EvaluateConfig) -> None:
         with Progress("evaluate", calls, "step") as progress:
             task = Task(heldout, batch_size, config.seed, progress)
             teacher_mark = artist.teacher_fingerprint()
-            key = reference_key(config, cache, batch_size, artist, teacher_mark)
-            judge, teacher = teacher_reference(CachePaths(cache), key, artist, task, scorer)
+            key = reference_key(config, cache, batch_size, artist, teacher_mark, measures)
+            judge, teacher = teacher_reference(CachePaths(cache), key, artist, task, measures)
             artist = artist.with_spacings(
                 {(result.sampler, result.steps): str(result.timestep_spacing) for result in teacher}
             )
-            student = [judge.measure(*one, task.draw(artist, one), artist) for one in samplings]
+            student, usual, drawn = draw_student(samplings, artist, task, judge)
+        nearest = None
+        if training is not None:
+            count = config.nearest_samples
+            nearest = check_copies(folder, count, drawn, usual, heldout, training, artist)
         results = timed([*teacher, *student], artist, heldout.first(batch_size))
         evaluation = Evaluation(
             heldout=heldout.digest(),
             num_samples=len(heldout),
-            features=FEATURES,
             seed=config.seed,
             guidance_scale=artist.guidance_scale,
-            scorer=config.scorer,
             eval_cache=str(cache),
             teacher=teacher_mark,
             student=artist.config.student,
             weights=weights,
             eta=artist.eta,
-            fd_note=few_pictures(len(heldout)),
+            fd_note=measures.space.distances.few_pictures(*judge.real.shape),
+            num_features=judge.real.shape[1],
+            nearest=nearest,
             rows=tuple(results),
+            **noted(measures),
         )
         columns = showcase(artist, heldout, config.seed)
         write_report(folder, evaluation, columns, heldout.captions)
@@ -95,7 +112,12 @@ def evaluate(config: EvaluateConfig) -> None:
 
 def pictures_at_once(config: EvaluateConfig, shape: tuple[int, int, int]) -> int:
     """The flag, else as many latents `(C, h, w)` as a GPU has room for."""
-    return config.batch_size or min(MOST_DRAWN, max(1, DRAWN_VALUES // (shape[1] * shape[2])))
+    return config.batch_size or most_at_once(shape)
+
+
+def most_at_once(shape: tuple[int, int, int]) -> int:
+    """How many latents `(C, h, w)` a GPU has room for while they are drawn."""
+    return min(MOST_DRAWN, max(1, DRAWN_VALUES // (shape[1] * shape[2])))
 
 
 def student_samplings(artist: Artist) -> Sequence[Sampling]:
@@ -106,6 +128,23 @@ def student_samplings(artist: Artist) -> Sequence[Sampling]:
     known = [sampling for sampling in STUDENT_SAMPLINGS if sampling[1] <= most]
     few = objective_of(artist.config).sampler.few_steps(artist.config)
     return tuple(dict.fromkeys([*known, *(("student", steps) for steps in few)]))
+
+
+def draw_student(
+    samplings: Sequence[Sampling], artist: Artist, task: Task, judge: Judge
+) -> tuple[list[Result], int, Tensor]:
+    """The student's results, its usual number of steps, and what it drew in these.
+
+    Where the table has no line of those, it is the last line's number.
+    """
+    usual = objective_of(artist.config).sampler.usual_steps(artist.config)
+    usual = usual if ("student", usual) in samplings else samplings[-1][1]
+    results, kept = [], torch.empty(0)
+    for sampling in samplings:
+        drawn = task.draw(artist, sampling)
+        results.append(judge.measure(*sampling, drawn, artist))
+        kept = drawn if sampling[1] == usual else kept
+    return results, usual, kept
 
 
 def timed(results: Sequence[Result], artist: Artist, heldout: HeldOut) -> list[Result]:
@@ -134,15 +173,3 @@ def showcase(artist: Artist, heldout: HeldOut, seed: int) -> dict[str, NDArray[n
         solver = "" if name == "student" else name.upper()
         columns[f"{title}\n{solver}"] = decode_all(artist, artist.draw(name, steps, texts, seeds))
     return columns
-
-
-def load_scorer(name: str | None) -> Scorer | None:
-    """The function that MODULE:FUNCTION names. Raises UserError where there is none."""
-    if name is None:
-        return None
-    module, _, function = name.partition(":")
-    try:
-        scorer: Scorer = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--scorer {name}: {error}; give MODULE:FUNCTION") from None
-    return scorer

@@ -21,6 +21,7 @@ from shared.wording import counted
 from train.data.bucket import Bucket, largest_bucket
 from train.data.shard_check import check_heads
 from train.data.soundness import fault
+from train.measures.space import LEAST
 from train.state.checkpoint import latest_checkpoint, read_progress
 from train.state.run_paths import recorded_cache
 
@@ -86,31 +87,46 @@ class HeldOut:
         return channels, height, width
 
 
-def load_heldout(root: Place, manifest: Manifest, count: int) -> HeldOut:
+def load_heldout(root: Place, manifest: Manifest, count: int, least: int = LEAST) -> HeldOut:
     """The first `count` samples of the cache's largest bucket, in the order of the shards.
 
-    Of a cache that has samples set aside only these. Raises UserError where there are too few to
-    fit a Gaussian of 64 features.
+    Of a cache that has samples set aside only these. Raises UserError where they are fewer than
+    `least`, what the distance needs.
     """
+    bucket = open_heldout(root, manifest)
+    count = min(count, len(bucket))
+    if count < least:
+        kind = "Fréchet distance" if least == LEAST else "distance"
+        raise UserError(
+            f"{root}: {counted(count, 'sample')}; a {kind} needs at least {least}, better 1000"
+        )
+    return read_heldout(root, manifest, bucket, range(count))
+
+
+def open_heldout(root: Place, manifest: Manifest) -> Bucket:
+    """Open the cache's largest bucket, or what of it is set aside where anything is."""
     bucket = largest_bucket(root, manifest, heldout=manifest.heldout > 0)
     check_heads([bucket])
-    count = min(count, len(bucket))
-    if count < 65:
-        raise UserError(
-            f"{root}: {counted(count, 'sample')}; a Fréchet distance needs at least 65, better 1000"
-        )
+    return bucket
+
+
+def read_heldout(root: Place, manifest: Manifest, bucket: Bucket, numbers: range) -> HeldOut:
+    """Read the samples with these numbers and close the bucket.
+
+    Raises UserError for a damaged one.
+    """
     channels = manifest.identity.vae.channels
     arrays = {
-        field.name: np.empty((count, *field.shape[1:]), dtype=np.float16)
+        field.name: np.empty((len(numbers), *field.shape[1:]), dtype=np.float16)
         for field in bucket.layout.fields  # the latents first
         if field.name in ("latents", "prompt_embeds", "pooled_prompt_embeds")
     }
-    for number in range(count):
+    for row, number in enumerate(numbers):
         for name, array in arrays.items():
-            bucket.read(number, name, 0, array[number])
-        if wrong := fault([array[number] for array in arrays.values()], channels):
+            bucket.read(number, name, 0, array[row])
+        if wrong := fault([array[row] for array in arrays.values()], channels):
             raise UserError(f"{bucket.name(number)} holds {wrong}; see `prep verify`")
-    captions = tuple(caption_of(bucket, number) for number in range(count))
+    captions = tuple(caption_of(bucket, number) for number in numbers)
     bucket.close()
     means = arrays.pop("latents")[:, :channels].astype(np.float32)
     return HeldOut(

@@ -10,12 +10,15 @@ from typing import Any
 from shared.errors import UserError
 from shared.storage.files import load_record
 from shared.storage.typed_json import record_of
-from train.evaluation.score import Result
+from train.evaluation.nearest import Nearest
+from train.evaluation.score import Measures, Result
+from train.measures.scorers import ACCURACY
+from train.measures.shapes import FORMERLY, SHAPES
 
 EVALUATION = "evaluation.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conditions:
     """What figures depend on besides the student: only under the same they can be compared."""
 
@@ -25,9 +28,12 @@ class Conditions:
     seed: int
     guidance_scale: float
     scorer: str | None
+    # Fingerprints; older versions had nothing that has weights.
+    features_weights: str | None = None
+    scorer_weights: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(Conditions):
     """The content of evaluation.json."""
 
@@ -37,12 +43,37 @@ class Evaluation(Conditions):
     weights: str | None  # the student's fingerprint; None where an older version exported it
     eta: float
     fd_note: str | None
+    num_features: int | None = None
+    fd_title: str = "FD"  # what the distance of these features is called
+    scorer_title: str = ACCURACY
+    features_source: str | None = None  # where the weights were from
+    scorer_source: str | None = None
+    nearest: Nearest | None = None
     rows: tuple[Result, ...]
 
     @property
     def conditions(self) -> Conditions:
         """Under which they were found."""
         return Conditions(**{one.name: getattr(self, one.name) for one in fields(Conditions)})
+
+
+def noted(measures: Measures) -> dict[str, Any]:
+    """What an evaluation says of its measures, by the fields of Evaluation."""
+    space, scorer = measures.space, measures.scorer
+    terms = {
+        "features": space.name,
+        "features_weights": space.weights,
+        "features_source": space.source,
+        "fd_title": space.title,
+    }
+    if scorer is None:
+        return terms | {"scorer": None}
+    return terms | {
+        "scorer": scorer.name,
+        "scorer_weights": scorer.weights,
+        "scorer_source": scorer.source,
+        "scorer_title": scorer.title,
+    }
 
 
 def read_evaluation(run: Path) -> Evaluation:
@@ -55,6 +86,8 @@ def read_evaluation(run: Path) -> Evaluation:
                 f"the evaluation of {run} is an older version's, which did not note its captions; "
                 f"{again} makes it anew"
             )
+        if stored.get("features") == FORMERLY:
+            stored = {**stored, "features": SHAPES}
         return record_of(Evaluation, stored)
 
     if not (run / EVALUATION).is_file():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,12 +12,16 @@ from torch import Tensor
 
 from shared.cli.progress import Progress
 from shared.models.vae import decode_latents
+from train.config import EvaluateConfig
 from train.evaluation.artist import Artist
-from train.evaluation.features import Gaussian, features, frechet_distance, high_frequency_share
 from train.evaluation.heldout import HeldOut
+from train.measures.figures import Figure, Interval, of_distance, of_mean, of_sharpness
+from train.measures.precision_recall import precision_recall
+from train.measures.scorers import Scorer, open_scorer
+from train.measures.sharpness import energies
+from train.measures.space import Rows, Space, open_space
 
 Sampling = tuple[str, int]  # a sampler's name and a number of steps
-Scorer = Callable[[NDArray[np.uint8], Sequence[str]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Result:
     high_frequency: float  # relative to the teacher's 50 steps
     ms_per_image: float = 0.0  # sampling alone, without the VAE's decoding
     timestep_spacing: str | None = None
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # 95%, by figure
+    precision: float | None = None
+    recall: float | None = None
+    fd_bias: float | None = None  # by which fd is likely above that of endlessly many pictures
 
 
 @dataclass(frozen=True)
@@ -60,28 +68,70 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What pictures are measured by."""
+
+    space: Space
+    scorer: Scorer | None = None
+    precision_recall: bool = False
+
+
+def open_measures(config: EvaluateConfig, device: torch.device) -> Measures:
+    """Those that the flags name. Raises UserError where a function or weights are not here."""
+    return Measures(
+        open_space(config.features, device),
+        open_scorer(config.scorer, device),
+        config.precision_recall,
+    )
+
+
+@dataclass(frozen=True)
 class Judge:
     """Everything a drawn set of latents is measured against."""
 
-    real: Gaussian
+    measures: Measures
+    real: Rows  # features of the held-out pictures, in their order
     captions: tuple[str, ...]
-    scorer: Scorer | None
     solution: Tensor  # the teacher's 50-step latents
-    sharpness: float  # their high-frequency share
+    energies: NDArray[np.float64]  # of their pictures, [N, 2]; see sharpness.py
 
     def measure(self, sampler: str, steps: int, latents: Tensor, artist: Artist) -> Result:
         """Measure latents `[N, C, h, w]`."""
         images = decode_all(artist, latents)
-        scores = self.scorer(images, self.captions) if self.scorer else None
-        return Result(
-            sampler=sampler,
-            steps=steps,
-            fd=frechet_distance(self.real, Gaussian.of(features(images))),
-            accuracy=None if scores is None else float(np.mean(scores)),
-            latent_mse=float(((latents - self.solution) ** 2).mean()) if steps == 1 else None,
-            high_frequency=high_frequency_share(images) / self.sharpness,
-            timestep_spacing=None if sampler == "student" else artist.spacing(sampler, steps),
-        )
+        space, scorer = self.measures.space, self.measures.scorer
+        features = space.features(images)
+        figures = {
+            "fd": of_distance(space, self.real, features),
+            "high_frequency": of_sharpness(energies(images), self.energies),
+        }
+        if self.measures.precision_recall:
+            within = precision_recall(self.real, features)
+            for name, which in zip(("precision", "recall"), within, strict=True):
+                figures[name] = of_mean(which.astype(np.float64))
+        if scorer is not None:
+            figures["accuracy"] = of_mean(scorer(images, self.captions))
+        if steps == 1:
+            errors = ((latents - self.solution) ** 2).mean((1, 2, 3))
+            figures["latent_mse"] = of_mean(errors.numpy().astype(np.float64))
+        return result(sampler, steps, figures, artist)
+
+
+def result(sampler: str, steps: int, figures: Mapping[str, Figure], artist: Artist) -> Result:
+    """The line of a sampler with these figures, by their names."""
+    values = {name: one.value for name, one in figures.items()}
+    return Result(
+        sampler=sampler,
+        steps=steps,
+        fd=values["fd"],
+        accuracy=values.get("accuracy"),
+        latent_mse=values.get("latent_mse"),
+        high_frequency=values["high_frequency"],
+        precision=values.get("precision"),
+        recall=values.get("recall"),
+        timestep_spacing=None if sampler == "student" else artist.spacing(sampler, steps),
+        intervals={name: one.interval for name, one in figures.items()},
+        fd_bias=figures["fd"].bias,
+    )
 
 
 def decode_all(artist: Artist, latents: Tensor) -> NDArray[np.uint8]:

@@ -1,1 +1,1 @@
-"""A configuration becomes bytes and advice before anything is loaded."""
+"""A configuration becomes bytes, operations and advice before anything is loaded."""

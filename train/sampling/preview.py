@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,12 @@ class Previews:
             unet, self.texts, self.empty, self.guidance_scale, size, self.scheduler_config,
             self.config,
         )  # fmt: skip
-        training = unet.training
-        unet.eval()
         columns = []
         for steps in self.steps:
             seeds = range(len(self.texts))
-            with half_autocast(unet, self.device):
+            with ready_to_draw(unet, self.device):
                 latents = draw_latents(predict, scheduler, steps, self.shape, seeds, self.device)
             columns.append(decode_latents(self.vae, latents / self.vae.config.scaling_factor))
-        unet.train(training)
         return columns
 
     def write(
@@ -77,6 +75,18 @@ class Previews:
         titles = [f"{steps} step{'s'[: steps > 1]}" for steps in self.steps]
         tmp = self.folder.parent / "tmp"  # swept when the run goes on
         return path, write_grid(path, rows, titles, self.prompts, tmp)
+
+
+@contextmanager
+def ready_to_draw(unet: Denoiser, device: torch.device) -> Iterator[None]:
+    """A network in training as it draws: without dropout, in the dtype of its frozen weights."""
+    training = unet.training
+    unet.eval()
+    try:
+        with half_autocast(unet, device):
+            yield
+    finally:
+        unet.train(training)
 
 
 def half_autocast(unet: Denoiser, device: torch.device) -> torch.autocast:

@@ -18,7 +18,7 @@ from shared.storage.urls import Place, RemotePlace, is_url
 from shared.style import join_scale, split_scale
 from train.config import RunConfig
 
-PATHS = ("cache", "model", "vae", "init_student")
+PATHS = ("cache", "model", "vae", "init_student", "eval_cache")
 
 
 def to_keep(config: RunConfig) -> RunConfig:

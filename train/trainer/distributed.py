@@ -116,6 +116,13 @@ class Distributed:
         mean: Tensor = self.accelerator.reduce(value, "mean")
         return mean
 
+    def collect(self, value: Tensor) -> Tensor:
+        """What each process has, `[...]` of one shape everywhere: `[world, ...]`, for all."""
+        if self.world == 1:
+            return value[None]
+        every: Tensor = self.accelerator.gather(value[None].to(self.device))
+        return every.to(value.device)
+
     def wait(self) -> None:
         """Go on when all have come so far."""
         self.accelerator.wait_for_everyone()

@@ -43,6 +43,7 @@ def take_steps(run: Distillation) -> int:
     config, saved = run.config, run.step
     with Stop(run.distributed) as stop:
         with closing(run.loader.batches()) as batches, run.recorder:
+            evaluated = evaluate(run, stop)  # what a run that was ended in it has left to do
             while run.step < config.max_train_steps and not stop.asked():
                 if not take_step(run, batches):
                     continue  # an fp16 overflow: the same step again, with the next samples
@@ -52,7 +53,8 @@ def take_steps(run: Distillation) -> int:
                 if due(run.step, config.checkpointing_steps, config):
                     run.save()
                     saved = run.step
-            finished = run.step == config.max_train_steps
+                evaluated = evaluate(run, stop)  # what takes minutes comes when all is saved
+            finished = evaluated and run.step == config.max_train_steps
             if run.step != saved:
                 run.save()
         if finished:  # and a signal waits for what is left to do
@@ -64,6 +66,13 @@ def take_steps(run: Distillation) -> int:
         command = "the same command" if same else f"--resume-from-checkpoint {LATEST}"
         print(f"stopped after step {run.step}; {command} goes on from there", file=sys.stderr)
     return INTERRUPTED if stop.interrupted else 0
+
+
+def evaluate(run: Distillation, stop: Stop) -> bool:
+    """Evaluate the student where that is due; False where the run was asked to end meanwhile."""
+    if run.step == 0 or not due(run.step, run.config.evaluation_steps, run.config):
+        return True
+    return run.evaluate(stop.asked)
 
 
 def take_step(run: Distillation, batches: Iterator[Batch]) -> bool:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +21,13 @@ from shared.cli.progress import Progress
 from shared.errors import UserError
 from shared.storage import ownership
 from shared.storage.files import dump_json, guard, publish
-from shared.storage.reading import read_if_there
-from shared.storage.typed_json import typed
 from shared.wording import rate as rate_of
 from train.config import RunConfig
 from train.data.loader import Loader
 from train.networks.dtensor import whole
 from train.state.checkpoint import whole_checkpoints
 from train.trainer.distributed import Distributed
+from train.trainer.log_lines import METRICS, cut_back
 from train.trainer.trackers import Trackers
 
 EXPLODED = 1e3  # latents have a standard deviation of about 1, and so has a hopeless prediction
@@ -89,8 +87,8 @@ class Recorder:
     def __enter__(self) -> Recorder:
         self.since = time.perf_counter()
         if self.distributed.main:
-            self.path = self.config.run / "metrics.jsonl"
-            keep_until(self.path, self.done)
+            self.path = self.config.run / METRICS
+            cut_back(self.config.run, self.done)
             with guard(self.path):
                 self.file = self.path.open("a")
             folder = self.config.logging_dir or self.config.run / "logs"
@@ -241,26 +239,3 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     unit = 1 if sys.platform == "darwin" else 1024
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {"peak_process_memory_bytes": usage.ru_maxrss * unit}
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drop lines past `step`, which a run resumed from there will write again.
-
-    Lines that are damaged go too, and that is said: they are for people, and stop no run.
-    """
-    lines = (read_if_there(path) or b"").splitlines(keepends=True)
-    if not lines:
-        return
-    steps = [step_of(line) for line in lines]
-    if damaged := sum(found is None for found in steps[:-1]):  # the last may have been cut
-        print(f"note: {damaged} damaged lines are left out of {path}", file=sys.stderr)
-    kept = [line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
-    publish(kept, path, path.parent / "tmp")
-
-
-def step_of(line: bytes) -> float | None:
-    """The step that a line of metrics is about, or None where it is no such line."""
-    try:
-        return typed(json.loads(line)["step"], float, "step") if line.endswith(b"\n") else None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None

@@ -88,6 +88,30 @@ def plan(run: Distillation, resumed: Path | None) -> str:
     )
 
 
+def evaluation_plan(run: Distillation, model: Model) -> list[str]:
+    """What the evaluations of a run are going to cost, in a line; none without."""
+    config, evaluations = run.config, run.evaluations
+    if evaluations is None:
+        return []
+    from train.memory.operations import drawing_flops, step_flops  # which take torch's slower tools
+
+    drawn, steps = evaluations.num_samples, evaluations.drawing_steps
+    samples = config.evaluation_steps * run.loader.order.batch_size
+    trained = samples * step_flops(model, config, config.max_train_steps)
+    part = drawn * drawing_flops(model, config, steps) / trained
+    work = f"about {part:.0%}" if part >= 0.01 else "less than 1%"
+    lines = [
+        f"every {counted(config.evaluation_steps, 'step')} an evaluation draws {drawn:,} held-out "
+        f"captions in {counted(steps, 'step')}: {work} of the UNet work between two"
+    ]
+    if evaluations.space.distances.few_pictures(drawn, evaluations.width):
+        lines.append(
+            f"note: {drawn} pictures are few for {evaluations.width} features; compare distances "
+            "only with those of the same captions"
+        )
+    return lines
+
+
 def print_memory(
     config: RunConfig, accumulation: int, model: Model, manifest: Manifest, distributed: Distributed
 ) -> None:

@@ -11,11 +11,12 @@ from shared.cli.config import to_dict
 from shared.errors import UserError
 from shared.storage.ownership import absolute
 from shared.style import Style, marks, split_scale
-from train.config import RunConfig
+from train.config import EvaluationFlags, RunConfig
 from train.export.model_card import CARD_FILE
 from train.export.provenance import SCHEDULER_FILE
 from train.export.student import student_file
 from train.export.weights import weight_files
+from train.flag_groups import names_of
 from train.networks.teacher import styles_of
 from train.state import checkpoint
 from train.state.optim import base_learning_rate
@@ -28,6 +29,7 @@ from train.state.tensor_files import is_whole
 FREE = frozenset({
     "model", "cache", "run", "vae", "resume_from_checkpoint", "take_over", "dry_run",
     "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_prompts",
+    *names_of(EvaluationFlags),
     "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
     "local_cache", "threads", "device", "push_to_hub", "hub_model_id", "compile", "attention",
     "gradient_checkpointing", "offload_ema", "allow_tf32", "teacher", "init_fingerprint",

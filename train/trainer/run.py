@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from train.objectives.objective import Loss
 from train.sampling.preview import Previews
 from train.state import checkpoint
 from train.trainer.distributed import Distributed
+from train.trainer.evaluating import Asked, Evaluations
 from train.trainer.export_command import export_checkpoint
+from train.trainer.log_lines import EVALUATIONS, append_line
 from train.trainer.metrics import Recorder
 from train.trainer.trainable import Trainable
 
@@ -47,6 +49,7 @@ class Distillation:
     invariants: dict[str, Any]
     recorder: Recorder
     previews: Previews | None
+    evaluations: Evaluations | None = None
     branch: int = 0  # of the checkpoints that the main process will write
 
     @property
@@ -114,6 +117,28 @@ class Distillation:
                 self.recorder.trackers.picture("previews", sheet, self.step)
                 self.recorder.progress.write(f"drew {path}")
             self.distributed.wait()
+
+    def evaluate(self, asked: Asked) -> bool:
+        """Measure the student as it stands, unless its figures are noted already.
+
+        All processes enter it. False where the run was `asked` to end meanwhile: then nothing is
+        noted, and the resumed run begins with it.
+        """
+        evaluations = self.evaluations
+        if evaluations is None or self.step in evaluations.noted:
+            return True
+        with self.recorder.aside():
+            self.recorder.catch_up()
+            found = evaluations.measure(self.student.drawing(), self.step, self.position, asked)
+            if found is None:
+                return False
+            if self.distributed.main:
+                append_line(self.config.run / EVALUATIONS, asdict(found))
+                self.recorder.trackers.log(found.tracked(), found.step, "evaluation")
+                self.recorder.progress.write(evaluations.told(found))
+            evaluations.noted.add(self.step)
+            self.distributed.wait()
+        return True
 
     def export(self) -> None:
         """Write the student in diffusers' format."""

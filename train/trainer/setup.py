@@ -45,9 +45,17 @@ from train.state.resume_checks import check_invariants, run_invariants
 from train.state.run_paths import to_keep
 from train.trainer.defaults import with_precision
 from train.trainer.distributed import Distributed, as_launched
+from train.trainer.evaluating import open_evaluations
 from train.trainer.init_student import INIT_STUDENT, begin
 from train.trainer.metrics import Recorder
-from train.trainer.plan import batches, note_small_buckets, plan, print_memory, with_steps
+from train.trainer.plan import (
+    batches,
+    evaluation_plan,
+    note_small_buckets,
+    plan,
+    print_memory,
+    with_steps,
+)
 from train.trainer.resume import as_left
 from train.trainer.run import Distillation
 from train.trainer.teacher import check_teacher, choose_teacher, grid_of, print_teacher
@@ -93,6 +101,7 @@ def prepare(config: RunConfig) -> Distillation:
         config, served, model, empty, objective, batch_size, start.position,
         distributed, answers,
     )  # fmt: skip
+    previews = open_previews(config, model, manifest, conditioning, distributed.device)
     run = Distillation(
         config=config,
         distributed=distributed,
@@ -107,16 +116,27 @@ def prepare(config: RunConfig) -> Distillation:
         position=start.position,
         invariants=invariants,
         recorder=Recorder(config, distributed, loader, start.step),
-        previews=open_previews(config, model, manifest, conditioning, distributed.device),
+        previews=previews,
+        evaluations=open_evaluations(
+            config, model, student, distributed, start.step, previews and previews.vae
+        ),
     )
     if distributed.main:
-        note_small_buckets(loader)
-        print_teacher(config, answers)
-        print(plan(run, resumed), file=sys.stderr)
+        announce(run, model, answers, resumed)
         if not config.dry_run:
             run.branch = start_run_folder(config, model, resumed, latest, invariants)
     distributed.wait()
     return run
+
+
+def announce(
+    run: Distillation, model: Model, answers: AnswersManifest | None, resumed: Path | None
+) -> None:
+    """Say what is about to happen."""
+    note_small_buckets(run.loader)
+    print_teacher(run.config, answers)
+    lines = [plan(run, resumed), *evaluation_plan(run, model)]
+    print("\n".join(lines), file=sys.stderr)
 
 
 def build_networks(

@@ -64,11 +64,11 @@ class Trackers:
             if tracker.name != "tensorboard":  # which would make a folder a start
                 tracker.store_init_configuration(plain)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of a step. Raises UserError where a folder is full or not writable."""
+    def log(self, values: Mapping[str, float], step: int, group: str = "train") -> None:
+        """Numbers of a step, as GROUP/NAME. Raises UserError where a folder is not writable."""
         for tracker in self.trackers:
             with guard(self.folder):
-                tracker.log({f"train/{name}": value for name, value in values.items()}, step=step)
+                tracker.log({f"{group}/{name}": value for name, value in values.items()}, step=step)
 
     def picture(self, name: str, sheet: NDArray[np.uint8], step: int) -> None:
         """A picture `[H, W, 3]`, for every tracker. Raises UserError as `log`."""

@@ -43,7 +43,8 @@ DISTILL = frozenset({
     "logging_steps", "report_to", "logging_dir", "tracker_project_name", "dataloader_num_workers",
     "max_train_samples", "local_cache", "push_to_hub", "hub_model_id", "hub_token",
     "export_dtype", "take_over", "num_student_steps", "fake", "fake_lora_rank",
-    "fake_learning_rate", "fake_updates", "fake_warmup_steps", "gan_weight",
+    "fake_learning_rate", "fake_updates", "fake_warmup_steps", "gan_weight", "evaluation_steps",
+    "num_eval_samples", "eval_cache", "scorer", "features",
 })  # fmt: skip
 
 STAGES = (("one", "prep encode", ENCODE), ("two", "train distill", DISTILL))

@@ -111,8 +111,8 @@ REFUSED = refusals({
     "sample_every_n_epochs": "previews come by steps: --validation-steps",
     "sample_sampler": "a student has its own sampler; leave it out",
     "validation_seed validation_split validate_every_n_steps validate_every_n_epochs "
-    "max_validation_steps": "a student is judged by its pictures: `python -m train evaluate` with "
-        "a held-out cache",
+    "max_validation_steps": "a student is judged by its pictures: --evaluation-steps on held-out "
+        "ones, and `python -m train evaluate`",
     # The loss.
     "noise_offset_random_strength multires_noise_iterations multires_noise_discount ip_noise_gamma "
     "ip_noise_gamma_random_strength perlin_noise adaptive_noise_scale":

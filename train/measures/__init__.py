@@ -1,0 +1,1 @@
+"""Pictures become figures: features, distances between sets of them, scores, and intervals."""
