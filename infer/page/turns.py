@@ -69,11 +69,16 @@ class Turns:
                 if whose == session and kind in (None, what):
                     turn.cancel()
 
+    @property
+    def busy(self) -> bool:
+        """Is anybody at work?"""
+        return bool(self._active)
+
     def end(self, seconds: float) -> None:
         """End everybody's work, and wait for that, but not for ever."""
         with self._lock:
             for turn in self._active.values():
                 turn.cancel()
         deadline = time.monotonic() + seconds
-        while self._active and time.monotonic() < deadline:
+        while self.busy and time.monotonic() < deadline:
             time.sleep(0.05)

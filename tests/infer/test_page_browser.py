@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from typing import NamedTuple
 
 import pytest
@@ -206,17 +207,40 @@ def test_cancel_ends_a_drawing(visit):
     assert "steps" not in tab.caption()
 
 
+def fill_morph(page, folder) -> None:
+    """Choose two pictures, say what they show, and learn nothing."""
+    for name, (picture, prompt) in zip(("first", "last"), shapes(2, folder), strict=True):
+        page.set_input_files(f"#{name}-picture input[type=file]", picture)
+        page.fill(f"#{name}-prompt textarea", prompt)
+        page.wait_for_selector(f"#{name}-picture img")
+    page.click("text=More >> visible=true")
+    page.get_by_label("Learn each picture first").uncheck()
+
+
 def test_a_film_is_made(visit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tab = visit()
-    page = tab.page
     tab.open("Morph")
-    for name, (picture, prompt) in zip(("first", "last"), shapes(2, tmp_path), strict=True):
-        page.set_input_files(f"#{name}-picture input[type=file]", picture)
-        page.fill(f"#{name}-prompt textarea", prompt)
-    page.click("text=More")
-    page.get_by_label("Learn each picture first").uncheck()
-    page.click("#morph")
-    page.wait_for_selector("#film img")
-    page.wait_for_selector("#strip img")
-    assert "dB from the VAE" in page.inner_text("#morph-note")
+    fill_morph(tab.page, tmp_path)
+    tab.page.click("#morph")
+    tab.page.wait_for_selector("#film img")
+    tab.page.wait_for_selector("#strip img")
+    assert "dB from the VAE" in tab.page.inner_text("#morph-note")
+
+
+def test_a_tab_that_is_closed_wants_no_more(visit, served, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tab = visit()
+    tab.open("Morph")
+    fill_morph(tab.page, tmp_path)
+    tab.page.get_by_label("Steps", exact=False).locator("visible=true").first.fill("100")
+    tab.page.click("#morph")
+    tab.page.wait_for_selector("#morph-note >> text=/frames of|takes about/")
+    assert served.room.turns.busy
+    tab.page.goto("about:blank")
+    deadline = time.monotonic() + 40
+    while served.room.turns.busy and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not served.room.turns.busy
+    assert not (tmp_path / "morphed").exists()
+    tab.page.goto(served.address)
