@@ -136,6 +136,7 @@ def test_a_student_is_played_with(visit, screen, tmp_path):
     assert min(widths) > (100 if screen == "phone" else 250)
 
     slider = page.locator("#steps input[type=range]")  # moved by hand, it draws again
+    slider.scroll_into_view_if_needed()
     box = slider.bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.97, box["y"] + box["height"] / 2)
     page.wait_for_selector("#student-note >> text=8 steps of LCM")
@@ -244,3 +245,4 @@ def test_a_tab_that_is_closed_wants_no_more(visit, served, tmp_path, monkeypatch
     assert not served.room.turns.busy
     assert not (tmp_path / "morphed").exists()
     tab.page.goto(served.address)
+    tab.page.wait_for_selector("#draw:not([disabled])")
