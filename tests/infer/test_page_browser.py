@@ -97,6 +97,8 @@ def visit(served, browser):
 
     yield open_
     for tab in tabs:
+        if tab.page.is_closed():
+            continue  # in the middle of something, which is no error
         assert tab.page.title() == "Latent Distillery"
         assert tab.page.locator("img[src='x']").count() == 0
         tab.page.close()
@@ -238,11 +240,9 @@ def test_a_tab_that_is_closed_wants_no_more(visit, served, tmp_path, monkeypatch
     tab.page.click("#morph")
     tab.page.wait_for_selector("#morph-note >> text=/frames of|takes about/")
     assert served.room.turns.busy
-    tab.page.goto("about:blank")
+    tab.page.close()
     deadline = time.monotonic() + 40
     while served.room.turns.busy and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not served.room.turns.busy
     assert not (tmp_path / "morphed").exists()
-    tab.page.goto(served.address)
-    tab.page.wait_for_selector("#draw:not([disabled])")
