@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from infer.compare.records import Measured, Numbers, Progress, Record
 from shared.wording import counted
+from train.measures.space import distance_title
 
 MOST_POINTS = 2_000  # of a curve
 ALL_POINTS = 30_000  # of all curves of a chart
@@ -114,7 +115,7 @@ def measured_charts(records: Sequence[Record]) -> list[Chart]:
     lines = [one for record in records for one in record.measured]
     charts = []
     for number, kind in enumerate(dict.fromkeys(map(kind_of, lines))):
-        title = f"FD: {kind[0]} features, {counted(kind[1], 'caption')}"
+        title = f"{distance_title(kind[0])}: {kind[0]} features, {counted(kind[1], 'caption')}"
         curves = measured_curves(records, "fd", kind_of, kind)
         charts.append(Chart(f"fd-{number}", title, curves, measured=True))
     captions = attrgetter("num_samples")

@@ -20,10 +20,12 @@ from train.comparison.summary import Summary, check_comparable, read_summary
 from train.comparison.table import WORDS, note, table_lines
 from train.evaluation.record import EVALUATION
 from train.evaluation.table import FORMATS
+from train.measures.space import digits
 
-ALONE = ("run", "steps", "FD", "accuracy", "sharpness")
+FD = "FD"
+ALONE = ("run", "steps", FD, "accuracy", "sharpness")
 ALONE_WORDS = 1  # column of words
-SHOWN_ALONE = ("fd", "accuracy", "high_frequency")
+SHOWN_ALONE = ("accuracy", "high_frequency")
 COST = ("run", "objective", "student", "state", "steps", "samples", "trained for", "speed",
         "peak memory", "last loss")  # fmt: skip
 COST_WORDS = 4
@@ -100,10 +102,13 @@ def rows_of(record: Record) -> list[tuple[str, ...]]:
     """
 
     def build(stored: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        title = str(stored.get("fd_title", FD))
+        formats = FORMATS | {"fd": digits(title)}
+        measure = "" if title == FD else f" ({title})"
         rows = [row for row in stored["rows"] if row["sampler"] == "student"]
         return [
-            (record.name, str(int(row["steps"])),
-             *(number(row.get(name), FORMATS[name]) for name in SHOWN_ALONE))
+            (record.name, str(int(row["steps"])), number(row["fd"], formats["fd"]) + measure,
+             *(number(row.get(name), formats[name]) for name in SHOWN_ALONE))
             for row in rows
         ]  # fmt: skip
 

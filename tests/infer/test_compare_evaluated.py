@@ -40,7 +40,7 @@ def cells(page):
 
 
 def stripped(lines):
-    return [[text.strip().strip("*") for text in line] for line in lines]
+    return [[text.replace("**", "").strip() for text in line] for line in lines]
 
 
 def test_runs_that_can_be_compared_share_the_table_of_train_compare(runs):

@@ -8,9 +8,9 @@ from train.measures.frechet import Gaussian, frechet_distance
 from train.measures.mmd import MMD
 from train.measures.space import Space, open_space
 
-TRIALS = 150
-# Of 150 intervals that cover the truth 95 times of 100, this many cover it with 99% probability.
-OFTEN = range(135, 150)
+TRIALS = 120
+# Of 120 intervals that cover the truth 95 times of 100, this many cover it with 99% probability.
+OFTEN = range(107, 120)
 
 
 def pairs(rng, count, size, scale, shift, together):
@@ -27,12 +27,12 @@ def true_distance(size, scale, shift) -> float:
     return size * shift**2 + ((spread - scale * spread) ** 2).sum()
 
 
-@pytest.mark.parametrize("together", [0.0, 0.7])
+@pytest.mark.parametrize("together", [0.0, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_distances_of_known_gaussians_are_covered(together):
     """Around the figure lies what so many pictures give on average; less the bias, the truth."""
-    rng, size, scale, shift = np.random.default_rng(1), 4, 1.5, 0.4
+    rng, size, scale, shift = np.random.default_rng(1), 12, 1.5, 0.3
     found = [
-        of_distance(open_space(), *pairs(rng, 120, size, scale, shift, together))
+        of_distance(open_space(), *pairs(rng, 150, size, scale, shift, together))
         for _ in range(TRIALS)
     ]
     truth, average = true_distance(size, scale, shift), np.mean([one.value for one in found])
@@ -48,6 +48,8 @@ def test_distances_of_known_gaussians_are_covered(together):
     assert sum(low <= average <= high for low, high in (one.interval for one in found)) in OFTEN
     less = [(one.interval[0] - one.bias, one.interval[1] - one.bias) for one in found]
     assert sum(low <= truth <= high for low, high in less) in OFTEN
+    # And the bias is no trifle.
+    assert sum(low <= truth <= high for low, high in (one.interval for one in found)) < OFTEN[0]
 
 
 def test_where_nothing_is_apart_the_interval_is_no_narrower():

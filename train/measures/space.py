@@ -138,6 +138,12 @@ def open_encoder(name: str, source: str, device: torch.device) -> Any:
     return kind(folder, device)
 
 
+def distance_title(name: str) -> str:
+    """What the distance in a space of this name is called, with the published weights."""
+    published = LEARNED.get(name.partition(":")[0])
+    return "FD" if published is None else published.title
+
+
 def meaning(title: str) -> str:
     """What a distance of this title is."""
     squared = "1000 times the squared maximum mean discrepancy"
