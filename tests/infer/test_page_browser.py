@@ -2,11 +2,14 @@
 
 import re
 import shutil
+import threading
 import time
 from typing import NamedTuple
 
 import pytest
 
+from infer.draw.artist import draw_one
+from infer.page import studio
 from tests.support.drawing import write_picture
 from tests.support.exports import make_run
 from tests.support.learned import shapes
@@ -188,19 +191,32 @@ def test_all_tabs_open_and_hostile_text_does_nothing(visit, screen):
     assert page.evaluate("document.documentElement.scrollWidth") <= SCREENS[screen][0]
 
 
-def test_a_second_user_waits_and_sees_the_place(visit):
+def test_a_second_user_waits_and_sees_the_place(visit, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held_up(*args):
+        begun.set()
+        go_on.wait(WAIT / 1000)
+        return draw_one(*args)
+
+    monkeypatch.setattr(studio, "draw_one", held_up)
     first, second = visit(), visit("phone")
     for tab in (first, second):
         choose_model(tab.page)
     first.page.click("#draw")
-    first.page.wait_for_selector("#draw-note >> text=/step \\d+ of 50/")
+    assert begun.wait(WAIT / 1000)
     second.page.click("#draw")
     second.page.wait_for_selector("#draw-note >> text=/queue: 1\\/1/")
+    go_on.set()
     second.page.wait_for_selector("#student-note >> text=50 steps of DDIM")
     assert "50 steps" in first.caption()
 
 
-def test_cancel_ends_a_drawing(visit):
+def test_cancel_ends_a_drawing(visit, monkeypatch):
+    def slowly(pipe, job, prompt, seed, on_step):
+        return draw_one(pipe, job, prompt, seed, lambda: (time.sleep(0.1), on_step()))
+
+    monkeypatch.setattr(studio, "draw_one", slowly)
     tab = visit()
     choose_model(tab.page)
     tab.page.click("#draw")
