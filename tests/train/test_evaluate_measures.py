@@ -1,6 +1,7 @@
 """`train evaluate` by other measures: what it writes, and what older versions had written."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.errors import UserError
 from tests.support.comparison import make_run
 from train.config import EvaluateConfig
 from train.evaluation import evaluate, teacher_results
@@ -94,6 +96,36 @@ def test_rows_that_an_older_version_kept_are_taken_over(own, capsys):
         assert one["fd"] == pytest.approx(other["fd"], rel=1e-6)
     for name, interval in before["rows"][-1]["intervals"].items():
         assert after["rows"][-1]["intervals"][name] == pytest.approx(interval, rel=1e-6)
+
+
+def test_mistakes_are_told_before_anything_is_drawn(own, tmp_path, monkeypatch):
+    """A function that gives something else or fails, and an output that is none."""
+    run, held = own
+    (tmp_path / "mistaken.py").write_text(
+        "def nan(images, captions): return [float('nan')] * len(images)\n"
+        "def fails(images): raise KeyError('weights')\n"
+        "def ends(images): raise SystemExit(3)\n"
+        "def words(images): return [['a']] * len(images)\n"
+        "def nothing(images): return [[]] * len(images)\n"
+    )
+    (tmp_path / "file").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(evaluate, "teacher_reference", None)  # what draws
+    for flags, said in (
+        ({"scorer": "mistaken:nan"}, "--scorer mistaken:nan: not all scores are finite"),
+        (
+            {"features": "mistaken:fails"},
+            "--features mistaken:fails: KeyError: 'weights' (.*line 2",
+        ),
+        ({"features": "mistaken:ends"}, "--features mistaken:ends: SystemExit: 3 (.*line 3"),
+        ({"features": "mistaken:words"}, "--features mistaken:words: it gave no array of numbers"),
+        ({"features": "mistaken:nothing"}, "features are [N, D], a row for each picture"),
+        ({"output": tmp_path / "file"}, "file is a file; give a folder"),
+    ):
+        pattern = re.escape(said).replace(r"\.\*", ".*")
+        with pytest.raises(UserError, match=pattern) as raised:
+            assess(run, held, **flags)
+        assert "\n" not in str(raised.value)
 
 
 def test_measures_of_ones_own_precision_and_copies(own, tmp_path, monkeypatch, capsys):

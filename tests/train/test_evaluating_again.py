@@ -2,15 +2,18 @@
 
 import os
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from shared.errors import UserError
 from tests.support.calls import KILLED, forked
 from tests.support.evaluated import evaluations, holding_out, small, timeless
 from tests.support.launched import FSDP, TWO, launcher
 from tests.support.runs import names, tensors, train, untimed
+from train.state.checkpoint import latest_checkpoint
 from train.trainer import evaluating
 
 
@@ -102,6 +105,26 @@ def test_sigterm_ends_an_evaluation_and_the_resumed_run_begins_with_it(
     train(config)
     assert timeless(config.run) == timeless(whole)
     assert (config.run / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("saved_every", [1, 100])
+def test_a_measure_that_fails_costs_no_training(settings, monkeypatch, tmp_path, saved_every):
+    """Whether or not a checkpoint was due at that step, too."""
+    (tmp_path / "of_mine.py").write_text(
+        "calls = []\n"
+        "def score(images, captions):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 2:\n"  # the two that are tried, the first evaluation
+        "        raise ValueError('no more')\n"
+        "    return [0.5] * len(images)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "of_mine", raising=False)
+    config = settings(scorer="of_mine:score", checkpointing_steps=saved_every, evaluation_steps=1)
+    with pytest.raises(UserError, match=r"^--scorer of_mine:score: ValueError: no more .*line 5"):
+        train(config)
+    assert latest_checkpoint(config.run).name == "step-00000002"
+    assert [one["step"] for one in evaluations(config.run)] == [1]
 
 
 def test_a_run_may_be_evaluated_otherwise_when_it_goes_on(settings, tiny_cache):

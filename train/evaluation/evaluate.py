@@ -14,6 +14,7 @@ from torch import Tensor
 from shared.cache.paths import CachePaths
 from shared.cli.progress import Progress
 from shared.errors import UserError
+from shared.storage.files import guard
 from train.config import EvaluateConfig
 from train.evaluation.artist import Artist, open_artist
 from train.evaluation.heldout import HeldOut, load_heldout, open_eval_cache
@@ -47,6 +48,7 @@ STUDENT_SAMPLINGS = tuple(("student", steps) for steps in STEPS)
 MOST_DRAWN = 100  # pictures drawn at once
 DRAWN_VALUES = 4 * 128 * 128  # of one channel of their latents
 TIMED = 16  # pictures per timing, at most
+TRIED = 2  # real pictures that are measured before anything is drawn
 SHOWN = 6  # captions in the picture
 
 
@@ -55,10 +57,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
     The model card of the run's export tells it too, unless `--output` is elsewhere.
     """
-    if config.cache is not None and not config.nearest_samples:
-        raise UserError(
-            "--cache is where --nearest-samples searches; the cache to evaluate on is --eval-cache"
-        )
+    check_flags(config)
     run = newest_student(config.run)
     folder = config.output or run
     with owning(folder, "train evaluate", "wait for it, or give --output another folder"):
@@ -68,6 +67,8 @@ def evaluate(config: EvaluateConfig) -> None:
         artist.check_cache(manifest, cache)
         measures = open_measures(config, artist.device)
         heldout = load_heldout(cache, manifest, config.num_samples, measures.space.least)
+        few = heldout.first(TRIED)
+        measures.try_on(decode_all(artist, few.latents), few.captions)
         training = open_training(config, artist, heldout) if config.nearest_samples else None
         artist = artist.with_teacher(heldout.empty).for_shape(heldout.shape)
         batch_size = pictures_at_once(config, heldout.shape)
@@ -108,6 +109,21 @@ def evaluate(config: EvaluateConfig) -> None:
         still_there = exported_student(run, artist.config.student) == weights
         if folder.resolve() == run.resolve() and still_there:
             update_card(folder)
+
+
+def check_flags(config: EvaluateConfig) -> None:
+    """Raise UserError, before hours of drawing, for a --cache or an --output that cannot be."""
+    if config.cache is not None and not config.nearest_samples:
+        raise UserError(
+            "--cache is where --nearest-samples searches; the cache to evaluate on is --eval-cache"
+        )
+    output = config.output
+    if output is None:
+        return
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; give a folder")
+    with guard(output):
+        output.mkdir(parents=True, exist_ok=True)
 
 
 def pictures_at_once(config: EvaluateConfig, shape: tuple[int, int, int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from train.measures.figures import Figure, Interval, of_distance, of_mean, of_sh
 from train.measures.precision_recall import precision_recall
 from train.measures.scorers import Scorer, open_scorer
 from train.measures.sharpness import energies
-from train.measures.space import Rows, Space, open_space
+from train.measures.space import Pictures, Rows, Space, open_space
 
 Sampling = tuple[str, int]  # a sampler's name and a number of steps
 
@@ -74,6 +74,12 @@ class Measures:
     space: Space
     scorer: Scorer | None = None
     precision_recall: bool = False
+
+    def try_on(self, images: Pictures, captions: Sequence[str]) -> None:
+        """Raise UserError, before much is drawn, for a function that gives something else."""
+        self.space.features(images)
+        if self.scorer is not None:
+            self.scorer(images, captions)
 
 
 def open_measures(config: EvaluateConfig, device: torch.device) -> Measures:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.models.fingerprint import fingerprint
-from train.measures.named import load_function
+from train.measures.named import load_function, numbers
 from train.measures.space import CPU, Pictures
 from train.measures.weights import processor_folder, weights_folder
 
@@ -58,7 +58,7 @@ class Scorer:
 
     def __call__(self, images: Pictures, captions: Sequence[str]) -> NDArray[np.float64]:
         """Scores `[N]`. Raises UserError where a function gives something else."""
-        scores = np.asarray(self.score(images, captions), dtype=np.float64)
+        scores = numbers(f"--scorer {self.name}", self.score(images, captions))
         if scores.shape != (len(images),):
             raise UserError(
                 f"--scorer {self.name}: {len(images)} pictures gave an array of shape "

@@ -15,7 +15,7 @@ from shared.models.fingerprint import fingerprint
 from train.measures import shapes
 from train.measures.frechet import Frechet
 from train.measures.mmd import MMD
-from train.measures.named import load_function, source_hash
+from train.measures.named import load_function, numbers, source_hash
 from train.measures.weights import weights_folder
 
 Pictures = NDArray[np.uint8]  # [N, H, W, 3], RGB
@@ -56,8 +56,8 @@ class Space:
 
     def features(self, images: Pictures) -> Rows:
         """Features `[N, D]` of pictures. Raises UserError where a function gives something else."""
-        rows = np.asarray(self.embed(images), dtype=np.float64)
-        if rows.ndim != 2 or len(rows) != len(images):
+        rows = numbers(f"--features {self.name}", self.embed(images))
+        if rows.ndim != 2 or len(rows) != len(images) or not rows.shape[1]:
             raise UserError(
                 f"--features {self.name}: {len(images)} pictures gave an array of shape "
                 f"{list(rows.shape)}; features are [N, D], a row for each picture"
@@ -67,7 +67,12 @@ class Space:
         return rows
 
     def distance(self, a: Rows, b: Rows) -> float:
-        """Between two sets of features, `[N, D]` and `[M, D]`."""
+        """Between two sets of features, `[N, D]` and `[M, D]`. Raises UserError for two D."""
+        if a.shape[1] != b.shape[1]:
+            raise UserError(
+                f"--features {self.name}: {a.shape[1]} features of some pictures and {b.shape[1]} "
+                "of others; each picture needs as many"
+            )
         return self.distances(a, b)
 
 

@@ -72,7 +72,12 @@ def evaluate(run: Distillation, stop: Stop) -> bool:
     """Evaluate the student where that is due; False where the run was asked to end meanwhile."""
     if run.step == 0 or not due(run.step, run.config.evaluation_steps, run.config):
         return True
-    return run.evaluate(stop.asked)
+    try:
+        return run.evaluate(stop.asked)
+    except Exception:  # of a scorer, perhaps: what was trained is worth more
+        if run.distributed.world == 1:  # others may not have come so far
+            run.save()
+        raise
 
 
 def take_step(run: Distillation, batches: Iterator[Batch]) -> bool:
