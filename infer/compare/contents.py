@@ -27,6 +27,7 @@ class Contents:
     figures: Figures
     cost: Table
     gallery: Gallery
+    unread: tuple[str, ...] = ()  # why other runs are not shown
 
     @property
     def names(self) -> list[str]:
@@ -58,18 +59,23 @@ class Contents:
     def amount(self) -> str:
         """How much training this is about."""
         samples = sum(one.samples for one in self.records)
-        seconds = sum(one.seconds or 0.0 for one in self.records)
-        return f"{counted(samples, 'sample')} seen in {duration(seconds)} of training"
+        seen = f"{counted(samples, 'sample')} seen"
+        known = [one.seconds for one in self.records if one.seconds is not None]
+        if not known:
+            return seen
+        unknown = sum(one.steps > 0 and one.seconds is None for one in self.records)
+        but = f", and in {counted(unknown, 'run')} of unknown speed" if unknown else ""
+        return f"{seen} in {duration(sum(known))} of training{but}"
 
 
 def gather(runs: Sequence[Path]) -> Contents:
     """Read all that there is of these runs.
 
-    Raises UsageError where none is named, and UserError for a folder that is no run, and for what
-    is there and cannot be read.
+    Raises UsageError where none is named, and UserError for a folder that is no run, and where not
+    one of them can be read.
     """
-    records = read_records(runs)
+    records, unread = read_records(runs)
     return Contents(
         tuple(records), settings_of(records), tuple(charts_of(records)), figures_of(records),
-        cost_of(records), gallery_of(records),
+        cost_of(records), gallery_of(records), tuple(unread),
     )  # fmt: skip

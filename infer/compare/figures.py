@@ -50,10 +50,7 @@ class Figures:
 
 
 def figures_of(records: Sequence[Record]) -> Figures:
-    """Put the evaluations of runs into as few tables as can be.
-
-    Raises UserError where an evaluation is no JSON object.
-    """
+    """Put the evaluations of runs into as few tables as can be; remarks tell damaged ones."""
     evaluated = [one for one in records if (one.folder / EVALUATION).is_file()]
     groups, alone, remarks = list[list[Summary]](), list[Record](), list[str]()
     for record in evaluated:
@@ -65,7 +62,12 @@ def figures_of(records: Sequence[Record]) -> Figures:
             continue
         remarks += place(summary, groups)
     tables = [table_of(group) for group in groups]
-    rows = [row for record in alone for row in rows_of(record)]
+    rows = list[tuple[str, ...]]()
+    for record in alone:
+        try:
+            rows += rows_of(record)
+        except UserError as error:
+            remarks.append(str(error))
     if rows:
         tables.append(Table(ALONE, tuple(rows), ALONE_WORDS))
     without = [one.name for one in records if one not in evaluated]
@@ -135,7 +137,7 @@ def spent(record: Record) -> tuple[str, ...]:
     losses = [] if last is None else [value for value in last.tolist() if value == value]
     return (
         record.name, config.objective, config.student, record.state,
-        f"{record.steps:,} of {config.max_train_steps:,}", f"{record.samples:,}",
+        f"{record.reached:,} of {config.max_train_steps:,}", f"{record.samples:,}",
         NOTHING if seconds is None else duration(seconds),
         NOTHING if speed is None else rate(speed, "sample"),
         NOTHING if memory is None else f"{size_of(memory[0])} ({memory[1]})",

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from infer.compare.contents import Contents
 from infer.compare.curves import Chart
 from infer.compare.figures import Table
+from infer.compare.page import LONGEST
 from infer.compare.settings import Setting
+from shared.sanitize import LONGEST as SHORT
 from shared.sanitize import visible
 from train.evaluation.table import aligned
 
 SPECIAL = re.compile(r"[\\|`*\[\]<&#]")  # what would be Markdown's or HTML's in a name
+CODE = re.compile(r"(?<!`)(`[^`]+`)(?!`)")
 
 
 def markdown(contents: Contents) -> str:
@@ -20,6 +23,9 @@ def markdown(contents: Contents) -> str:
     lines = (contents.lead, f"{contents.amount}.")
     parts = [f"# {contents.title}", " ".join(escaped(line) for line in lines if line)]
     parts += ["## Runs and what they cost", table(contents.cost)]
+    remarks = [f"{one.name}: {line}" for one in contents.records for line in one.remarks]
+    remarks += [f"A run is left out: {line}" for line in contents.unread]
+    parts.append(listed(remarks))
     measured = [chart for chart in contents.charts if chart.measured]
     if measured:
         parts += ["## While they trained", table(measured_table(measured, contents.names))]
@@ -27,7 +33,7 @@ def markdown(contents: Contents) -> str:
         parts.append("## Evaluations")
         for one in contents.figures.tables:
             parts += [table(one), *([one.note] if one.note else [])]
-        parts += ["\n".join(f"- {escaped(one)}" for one in contents.figures.remarks)]
+        parts.append(listed(contents.figures.remarks))
     parts.append("## Settings")
     if contents.settings.differing:
         parts.append(settings(contents.settings.differing, contents.names))
@@ -36,9 +42,20 @@ def markdown(contents: Contents) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def escaped(text: str) -> str:
+def listed(remarks: Sequence[str]) -> str:
+    """Remarks as items of a list."""
+    return "\n".join(f"- {prose(one)}" for one in remarks)
+
+
+def prose(text: str) -> str:
+    """The same as `escaped` of a remark, whose `code` stays code: nothing in it is HTML."""
+    parts = CODE.split(visible(text, LONGEST))
+    return "".join(part if i % 2 else escaped(part, LONGEST) for i, part in enumerate(parts))
+
+
+def escaped(text: str, longest: int = SHORT) -> str:
     """Text of others on one line, in which nothing is Markdown."""
-    return SPECIAL.sub(lambda found: f"\\{found[0]}", visible(text)).replace("\\<", "&lt;")
+    return SPECIAL.sub(lambda found: f"\\{found[0]}", visible(text, longest)).replace("\\<", "&lt;")
 
 
 def table(one: Table) -> str:

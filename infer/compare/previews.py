@@ -21,6 +21,8 @@ BUDGET = 5_500_000  # characters of all pictures in a page
 # A picture's longest side in pixels, and how many steps of a run are shown: the first that fits.
 PLANS = ((320, 40), (256, 24), (192, 16), (128, 16), (128, 8), (96, 8), (96, 4), (64, 2), (48, 1))
 QUALITY = 82
+FAR = 100  # times max_train_steps (which a resumed run may lower): no step of this run
+TOLD = 3  # steps that are named
 WHOLE = 3  # pictures' sides are that of an old sheet, which does not tell where its pictures are
 
 
@@ -55,16 +57,46 @@ class Gallery:
 
 def gallery_of(records: Sequence[Record], budget: int = BUDGET) -> Gallery:
     """The previews of runs, as large and as many as the budget of characters allows."""
-    files = [preview_files(record.folder) for record in records]
+    files, beyond = [], list[str]()
+    for record in records:
+        there = preview_files(record.folder)
+        last = FAR * max(record.config.max_train_steps, record.reached)
+        files.append([path for path in there if step_of(path) <= last])
+        beyond += steps_left_out(record, "beyond its training", there[len(files[-1]) :])
     for side, most in PLANS:
         wanted = [spread(one, most) for one in files]
         last = sum(len(one) * sheet_of(one[-1], side).size for one in wanted if one)
         if last > 1.5 * budget:  # no need to draw the others
             continue
-        runs = tuple(tuple(sheet_of(path, side) for path in one) for one in wanted)
-        if sum(sheet.size for sheets in runs for sheet in sheets) <= budget:
-            return Gallery(runs, left_out(runs, [len(one) for one in files], side))
-    return Gallery(((),) * len(files), "the previews, which would make the page too large")
+        drawn = [[sheet_of(path, side) for path in one] for one in wanted]
+        if sum(sheet.size for sheets in drawn for sheet in sheets) <= budget:
+            runs = tuple(tuple(one for one in sheets if one.pictures) for sheets in drawn)
+            small = left_out(drawn, [len(one) for one in files], side)
+            return Gallery(runs, "; ".join([*small, *unreadable(records, wanted, drawn), *beyond]))
+    large = "the previews, which would make the page too large"
+    return Gallery(((),) * len(files), "; ".join([large, *beyond]))
+
+
+def unreadable(
+    records: Sequence[Record], wanted: Sequence[Sequence[Path]], drawn: Sequence[Sequence[Sheet]]
+) -> list[str]:
+    """Which previews are damaged, in words."""
+    told = []
+    for record, paths, sheets in zip(records, wanted, drawn, strict=True):
+        damaged = [path for path, one in zip(paths, sheets, strict=True) if not one.pictures]
+        told += steps_left_out(record, "that cannot be read", damaged)
+    return told
+
+
+def steps_left_out(record: Record, why: str, paths: Sequence[Path]) -> list[str]:
+    """A phrase about a run's previews that are not shown; none where all are."""
+    if not paths:
+        return []
+    steps = ", ".join(str(step_of(path)) for path in paths[:TOLD])
+    more = f" and {len(paths) - TOLD:,} more" if len(paths) > TOLD else ""
+    return [
+        f"previews of {record.name} {why} ({'step' if len(paths) < 2 else 'steps'} {steps}{more})"
+    ]
 
 
 def preview_files(run: Path) -> list[Path]:
@@ -86,15 +118,15 @@ def spread(files: Sequence[Path], most: int) -> list[Path]:
     return [files[place] for place in sorted(set(places.tolist()))]
 
 
-def left_out(runs: Sequence[Sequence[Sheet]], there: Sequence[int], side: int) -> str:
-    """What of the previews is not shown, in words; nothing where all of it is."""
+def left_out(runs: Sequence[Sequence[Sheet]], there: Sequence[int], side: int) -> list[str]:
+    """What of the previews is not shown for its size, in words; none where all of it is."""
     told = []
     shown = sum(map(len, runs))
     if shown < sum(there):
         told.append(f"{sum(there) - shown:,} of {sum(there):,} previews")
     if any(sheet.side > side for sheets in runs for sheet in sheets if sheet.columns):
         told.append(f"detail of pictures larger than {side} pixels")
-    return " and ".join(told)
+    return [f"{' and '.join(told)}, so that the page stays small"] if told else []
 
 
 def sheet_of(path: Path, side: int) -> Sheet:

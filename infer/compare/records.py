@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import UsageError
+from shared.errors import UsageError, UserError
 from shared.storage.reading import read_if_there
 from shared.storage.typed_json import record_of
+from shared.wording import counted
 from train.config import RunConfig
 from train.state.checkpoint import latest_checkpoint, read_progress
 from train.state.owner import holder
 from train.state.run_config import run_config
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+CONFIG, METRICS, EVALUATIONS = "config.json", "metrics.jsonl", "evaluations.jsonl"
 GPU_MEMORY, PROCESS_MEMORY = "peak_gpu_memory_bytes", "peak_process_memory_bytes"
 HOUR = 3600.0
+NAMED = 8  # runs in a folder that an error names
 
 Numbers = NDArray[np.float64]
 
@@ -62,12 +65,27 @@ class Record:
     progress: Progress  # of each line of metrics
     metrics: Mapping[str, Numbers]  # by name; NaN in lines that lack it
     measured: tuple[Measured, ...]
-    damaged: int  # lines of both files that are left out
+    damaged: Mapping[str, int]  # lines that are left out, by file
+    trained: int  # steps, by the latest checkpoint
 
     @property
     def steps(self) -> int:
         """Optimizer steps taken, by the last line of metrics."""
         return int(self.progress.step[-1]) if len(self.progress.step) else 0
+
+    @property
+    def reached(self) -> int:
+        """Optimizer steps taken, also where the metrics are gone."""
+        return max(self.steps, self.trained)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What of the run's lines cannot be read, in words."""
+        return [
+            f"{counted(count, 'damaged line')} of {file} {'is' if count == 1 else 'are'} left out"
+            for file, count in self.damaged.items()
+            if count
+        ]
 
     @property
     def samples(self) -> int:
@@ -85,32 +103,61 @@ class Record:
         """How far the run has come, in a word."""
         if self.running:
             return "running"
-        return "finished" if self.steps >= self.config.max_train_steps else "unfinished"
+        return "finished" if self.reached >= self.config.max_train_steps else "unfinished"
 
 
-def read_records(runs: Sequence[Path]) -> list[Record]:
+def read_records(runs: Sequence[Path]) -> tuple[list[Record], list[str]]:
     """Read runs, each once, in their order; those of one name are told by their paths.
 
-    Raises UsageError where none is named, and UserError for a folder that is no run or whose flags
-    cannot be read.
+    Returns them, and why others cannot be read. Raises UsageError where none is named, and
+    UserError for a folder that is no run, and where not one can be read.
     """
     if not runs:
         raise UsageError("which runs? For example: python -m infer compare runs/a runs/b")
     folders = list({run.resolve(): run for run in runs}.values())
     names = [folder.resolve().name for folder in folders]
-    return [
-        read_record(folder, name if names.count(name) == 1 else str(folder))
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    for folder in folders:
+        check_no_folder_of_runs(folder)
+    records, unread = list[Record](), list[UserError]()
+    for folder, name in zip(folders, names, strict=True):
+        try:
+            records.append(read_record(folder, name if names.count(name) == 1 else str(folder)))
+        except UserError as error:
+            if not (folder / CONFIG).exists():  # mistyped, not damaged
+                raise
+            unread.append(error)
+    if not records:
+        raise unread[0]
+    return records, [str(error) for error in unread]
+
+
+def check_no_folder_of_runs(folder: Path) -> None:
+    """Raise UserError, which names them, where runs lie in a folder that is none itself."""
+    if (folder / CONFIG).exists():
+        return
+    inside = sorted({found.parent for found in folder.glob(f"*/{CONFIG}") if is_run(found.parent)})
+    if inside:
+        named = " ".join(shlex.quote(str(run)) for run in inside[:NAMED])
+        more = f" (and {len(inside) - NAMED} more)" if len(inside) > NAMED else ""
+        raise UserError(
+            f"{folder} is no run, but a folder of runs; give them: "
+            f"python -m infer compare {named}{more}"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Has a training written here, and not only something with a config.json?"""
+    return (folder / METRICS).exists() or (folder / "checkpoints").is_dir()
 
 
 def read_record(folder: Path, name: str) -> Record:
     """Read a run. Raises UserError where it is none, or its flags cannot be read."""
     config = run_config(folder)
     latest = latest_checkpoint(folder)
-    batch_size = read_progress(latest).batch_size if latest else batch_size_of(config)
-    lines, damaged = read_lines(folder / METRICS)
-    lines = [line for line in lines if math.isfinite(number(line.get("step")))]
+    latest_state = read_progress(latest) if latest else None
+    batch_size = latest_state.batch_size if latest_state else batch_size_of(config)
+    found, damaged = read_lines(folder / METRICS)
+    lines = [line for line in found if math.isfinite(number(line.get("step")))]
     measured, unreadable = read_measured(folder / EVALUATIONS)
     return Record(
         folder=folder,
@@ -121,7 +168,8 @@ def read_record(folder: Path, name: str) -> Record:
         progress=progress_of(lines, batch_size),
         metrics={key: column(lines, key) for key in dict.fromkeys(k for one in lines for k in one)},
         measured=measured,
-        damaged=damaged + unreadable,
+        damaged={METRICS: damaged + len(found) - len(lines), EVALUATIONS: unreadable},
+        trained=latest_state.step if latest_state else 0,
     )
 
 
@@ -133,11 +181,12 @@ def batch_size_of(config: RunConfig) -> int:
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The JSON objects in a file's lines, and how many lines are none.
 
-    A last line without an end is being written, and counts as neither.
+    A last line without an end is being written, and counts as neither, if it begins as an object.
     """
-    whole, end, _ = (read_if_there(path) or b"").rpartition(b"\n")
+    whole, end, rest = (read_if_there(path) or b"").rpartition(b"\n")
     found = [object_in(line) for line in whole.split(b"\n") if end]
-    return [one for one in found if one is not None], found.count(None)
+    foreign = not rest.startswith(b"{") and bool(rest)
+    return [one for one in found if one is not None], found.count(None) + foreign
 
 
 def object_in(line: bytes) -> dict[str, Any] | None:

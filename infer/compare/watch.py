@@ -29,7 +29,8 @@ def watch(runs: Sequence[Path], contents: Contents, write: Callable[[Contents, b
     `write` takes whether the page shall load itself again; the last one shall not. What a run holds
     for a moment and cannot be read is told, and waited out.
     """
-    before, error = state_of(runs), ""
+    before = state_of(runs)
+    error = tell_unread(contents, "")
     try:
         tell(write(contents, True))
         while True:
@@ -37,14 +38,27 @@ def watch(runs: Sequence[Path], contents: Contents, write: Callable[[Contents, b
             try:
                 contents = gather(runs)
                 tell(write(contents, True))
-                error = ""
+                error = tell_unread(contents, error)
             except UserError as problem:
                 if str(problem) != error:
                     error = str(problem)
-                    print(f"note: {error}", file=sys.stderr, flush=True)
+                    note(error)
             time.sleep(REST * (time.monotonic() - began))
     finally:
         write(contents, False)
+
+
+def tell_unread(contents: Contents, before: str) -> str:
+    """Tell which runs are left out, where that is not what was told before; returns it."""
+    unread = "; ".join(contents.unread)
+    if unread and unread != before:
+        note(f"left out: {unread}")
+    return unread
+
+
+def note(line: str) -> None:
+    """Print a line of what is wrong, at once."""
+    print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def tell(line: str) -> None:

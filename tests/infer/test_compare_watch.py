@@ -71,6 +71,24 @@ def test_what_cannot_be_read_for_a_moment_is_told_once_and_waited_out(run, capsy
     assert capsys.readouterr().err.count("config.json is not valid JSON") == 1
 
 
+def test_a_run_that_is_damaged_at_the_start_is_told_and_joins_when_it_is_whole(run, capsys):
+    other = copied(run, run.parent / "other")
+    config, seen = (other / "config.json").read_text(), []
+    (other / "config.json").write_text("{")
+
+    def write(contents, refresh):
+        seen.append(contents.names)
+        if refresh and len(seen) == 2:
+            raise KeyboardInterrupt
+        (other / "config.json").write_text(config)
+        return "built"
+
+    with pytest.raises(KeyboardInterrupt):
+        watch([run, other], gather([run, other]), write)
+    assert seen[:2] == [["mine"], ["mine", "other"]]
+    assert capsys.readouterr().err.count("left out: ") == 1
+
+
 def test_everything_that_the_page_shows_is_watched(run):
     """And nothing is built where nothing has changed."""
     before = state_of([run])
