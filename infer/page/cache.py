@@ -98,7 +98,7 @@ class CacheTab:
         try:
             cache = CachePaths(chosen(name, self.room.folders.all_caches(), "cache"))
             number = given.whole(page, "the page", 1, LAST) - 1
-            wanted = given.text(text, "the words")
+            wanted = given.text(text, "the text to look for")
             browser = Browser.open(cache)
             if kind == REJECTED:
                 yield self.rows(browser, browser.rows(number, wanted))

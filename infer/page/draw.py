@@ -37,14 +37,20 @@ class DrawTab:
         form, of_model = self.form, {"concurrency_id": MODEL_QUEUE, "preprocess": False}
         drawing = {"fn": self.draw, "inputs": form.inputs, "outputs": form.outputs, **of_model,
                    "show_progress_on": [form.note]}  # fmt: skip
-        form.draw.click(**drawing, api_name="draw")
-        form.prompt.submit(**drawing, api_visibility="private")
-        form.steps.release(**drawing, api_visibility="private", trigger_mode="always_last")
-        form.again.click(
-            lambda: random.randrange(LARGEST_SEED), None, form.seed, queue=False,
-            api_visibility="private",
-        ).then(**drawing, api_visibility="private")  # fmt: skip
-        form.cancel.click(self.cancel, None, None, queue=False, api_name="cancel")
+        private = {"api_visibility": "private"}
+        new_seed = form.again.click(
+            lambda: random.randrange(LARGEST_SEED), None, form.seed, queue=False, **private
+        )
+        begun = [
+            form.draw.click(**drawing, api_name="draw"),
+            form.prompt.submit(**drawing, **private),
+            form.steps.release(**drawing, **private, trigger_mode="always_last"),
+            new_seed.then(**drawing, **private),
+        ]
+        form.cancel.click(
+            self.cancel, None, form.note, queue=False, show_progress="hidden", api_name="cancel",
+            cancels=begun,  # takes what waits out of the queue
+        )  # fmt: skip
         form.what.input(
             self.suit, [form.what, form.prompt], self.suited, preprocess=False, queue=False,
             show_progress="hidden", api_visibility="private",
@@ -132,11 +138,13 @@ class DrawTab:
         named = [AS_TRAINED, *drawing_schedulers()]
         if scheduler not in named:
             raise UserError("there is no such scheduler; choose one from the list")
+        if not (asked := given.text(prompt, "the prompt")):
+            raise UserError("the prompt is missing; say what the picture shall show")
         image = given.upload(picture, "the picture", self.room.temporary)
         return Wish(
             run=drawer.run,
             model=drawer.model,
-            prompt=given.text(prompt, "the prompt"),
+            prompt=asked,
             negative_prompt=given.text(negative, "the negative prompt"),
             steps=given.whole(steps, "steps", 1, MANY),
             guidance_scale=given.number(guidance, "guidance", 1, STRONGEST),
@@ -163,7 +171,7 @@ class DrawTab:
         shown: Updates = {}  # all of it in each answer: a program reads the last one
         try:
             own, teacher = self.studio.plan(self.read(values))
-            shown = self.empty(teacher)
+            shown = self.empty(own, teacher)
             with self.room.turns.begin(session, KIND) as turn:
                 pair = [own] if teacher is None else self.studio.in_order(own, teacher)
                 for one in pair:
@@ -198,12 +206,14 @@ class DrawTab:
                 return drawn
             yield {self.form.note: words.note(f"{who} draws: step {done} of {total}")}
 
-    def empty(self, teacher: Drawing | None) -> Updates:
-        """Places for pictures: none beside a model that draws alone."""
+    def empty(self, own: Drawing, teacher: Drawing | None) -> Updates:
+        """Empty places for pictures: none beside a model that draws alone."""
         form, beside = self.form, teacher is not None
         return {
-            form.teacher: gr.update(visible=beside),
-            form.teacher_note: gr.update(visible=beside),
+            form.student: gr.update(value=None),
+            form.student_note: words.figure(name_of(own), ""),
+            form.teacher: gr.update(value=None, visible=beside),
+            form.teacher_note: gr.update(value=words.figure("Teacher", ""), visible=beside),
         }
 
     def shown(self, drawn: Drawn, is_teacher: bool) -> Updates:
@@ -212,16 +222,22 @@ class DrawTab:
         picture, caption = (
             (form.teacher, form.teacher_note) if is_teacher else (form.student, form.student_note)
         )
-        who = "Teacher" if is_teacher else "Student" if drawn.drawing.job.choice.run else "Model"
+        who = "Teacher" if is_teacher else name_of(drawn.drawing)
         small = ["small"] if max(drawn.pixels.shape[:2]) <= SMALL else []
         return {
             picture: gr.update(value=str(drawn.file), elem_classes=small),
             caption: words.figure(f"{who}: {drawn.took}", drawn.drawing.how),
         }
 
-    def cancel(self, request: gr.Request) -> None:
+    def cancel(self, request: gr.Request) -> str:
         """End the session's drawing after the step under way."""
         self.room.turns.cancel(request.session_hash or "", KIND)
+        return words.note("Cancelled.")
+
+
+def name_of(own: Drawing) -> str:
+    """What draws beside a teacher, or alone."""
+    return "Student" if own.job.choice.run else "Model"
 
 
 def copied(updates: Updates) -> Updates:

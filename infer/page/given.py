@@ -28,16 +28,22 @@ def text(value: Any, name: str, longest: int = PROMPT) -> str:
 def number(value: Any, name: str, low: float, high: float) -> float:
     """A finite number in a range. Raises UserError for anything else."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f"{name} is no number; give one from {low:g} to {high:g}")
+        raise UserError(f"{name} is no number; give one from {plain(low)} to {plain(high)}")
     if not low <= value <= high:
-        raise UserError(f"{name} is {value:g}; give a number from {low:g} to {high:g}")
+        asked = f"give a number from {plain(low)} to {plain(high)}"
+        raise UserError(f"{name} is {plain(value)}; {asked}")
     return float(value)
+
+
+def plain(value: float) -> str:
+    """A number as people write it: 4,294,967,295, not 4.29497e+09."""
+    return f"{value:,.12g}"
 
 
 def whole(value: Any, name: str, low: int, high: int) -> int:
     """A whole number in a range. Raises UserError for anything else."""
     if number(value, name, low, high) != int(value):
-        raise UserError(f"{name} is {value:g}; give a whole number")
+        raise UserError(f"{name} is {plain(value)}; give a whole number")
     return int(value)
 
 

@@ -23,6 +23,7 @@ OPEN = re.compile(
 )
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # what a file's path never begins with here
 UPLOAD = f"{API}/upload"
+READING = {"GET", "HEAD"}
 LONGEST = 4 << 20  # bytes of a request that is no upload
 POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob:; "
@@ -67,6 +68,8 @@ class Guard:
         path = scope["path"]
         if self.hosts is not None and host_of(scope) not in self.hosts:
             return "this page is opened under the address that the terminal shows"  # DNS rebinding
+        if scope["method"] not in READING and is_foreign(scope):
+            return "only the page itself may send something here"
         if not OPEN.fullmatch(path):
             return "this page has nothing there"
         _, asked, file = path.partition("/file=")
@@ -77,8 +80,19 @@ class Guard:
 
 def host_of(scope: Scope) -> str:
     """The name by which the browser calls this machine, without its port."""
-    named = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-    return re.sub(r":\d+$", "", named).lower()
+    return re.sub(r":\d+$", "", header(scope, b"host"))
+
+
+def is_foreign(scope: Scope) -> bool:
+    """Does a page of another address send this? Programs tell no origin."""
+    origin = header(scope, b"origin")
+    return bool(origin) and origin.partition("://")[2] != header(scope, b"host")
+
+
+def header(scope: Scope, name: bytes) -> str:
+    """A header in lower case; nothing where there is none."""
+    value: bytes = dict(scope["headers"]).get(name, b"")
+    return value.decode("latin-1").lower()
 
 
 async def read(receive: Receive) -> bytes | None:

@@ -18,6 +18,7 @@ from infer.page.turns import Cancelled
 from shared.errors import UserError
 
 KIND = "morph"
+CANCELLED = "Cancelled; what has been learned is kept."
 Updates = dict[Any, Any]
 
 
@@ -79,13 +80,16 @@ class MorphTab:
                                   min_width=300, buttons=["download", "fullscreen"],
                                   elem_id="strip")  # fmt: skip
         pictures, prompts = zip(*ends, strict=True)
-        morph.click(
+        begun = morph.click(
             self.morph,
             [*pictures, *prompts, self.model, frames, steps, learn, learn_steps, even],
             [self.film, self.strip, self.note], preprocess=False, api_name="morph",
             concurrency_id=MODEL_QUEUE, show_progress_on=[self.note],
         )  # fmt: skip
-        cancel.click(self.cancel, None, None, queue=False, api_visibility="private")
+        cancel.click(
+            self.cancel, None, self.note, queue=False, show_progress="hidden",
+            api_visibility="private", cancels=[begun],  # takes what waits out of the queue
+        )  # fmt: skip
 
     @property
     def lists(self) -> list[Any]:
@@ -97,9 +101,10 @@ class MorphTab:
         models = self.room.folders.all_models()
         return {self.model: gr.update(choices=choices(models), value=next(iter(models), None))}
 
-    def cancel(self, request: gr.Request) -> None:
+    def cancel(self, request: gr.Request) -> str:
         """End the session's morph; what has been learned is kept."""
         self.room.turns.cancel(request.session_hash or "", KIND)
+        return words.note(CANCELLED)
 
     def read(
         self,
@@ -147,7 +152,7 @@ class MorphTab:
                 self.room.turns.begin(request.session_hash or "", KIND) as turn,
                 tempfile.TemporaryDirectory(dir=self.room.temporary) as folder,
             ):
-                yield {self.note: words.note("Starting…")}
+                yield {self.film: None, self.strip: None, self.note: words.note("Starting…")}
                 child = Child("morph", settings.to_json(), Path(folder) / "settings.json")
                 for line in child.lines(turn):
                     yield {self.note: words.note(line)}
@@ -158,7 +163,7 @@ class MorphTab:
                 self.note: words.note(f"{line}. In {output} lie the frames and the film."),
             }
         except Cancelled:
-            yield {self.note: words.note("Cancelled; what has been learned is kept.")}
+            yield {self.note: words.note(CANCELLED)}
         except Exception as error:
             yield {self.note: words.refusal(error)}
 

@@ -52,7 +52,7 @@ def web(page):
 def form(what="run/lora", steps=2, scheduler="as trained", picture=None, **more):
     """What the tab Draw sends."""
     loras = more.get("loras", ["", 1, "", 1, "", 1])
-    return [what, PROMPT, "", steps, 2.0, more.get("seed", 3), scheduler,
+    return [what, more.get("prompt", PROMPT), "", steps, 2.0, more.get("seed", 3), scheduler,
             more.get("beside", False), 2, picture, 0.5, *loras]  # fmt: skip
 
 
@@ -106,9 +106,10 @@ def test_an_upload_is_begun_with(page, client, runs, cli, tmp_path):
         (form(loras=["../../x.safetensors", 1, "", 1, "", 1]), "there is no LoRA"),
         (form(loras=["lora", 99, "", 1, "", 1]), "a LoRA&#39;s scale is 99"),
         (form(scheduler="../x"), "there is no such scheduler"),
-        (form(steps=1000), "steps is 1000; give a number from 1 to 50"),
+        (form(steps=1000), "steps is 1,000; give a number from 1 to 50"),
         (form(steps="1"), "steps is no number"),
-        (form(seed=-1), "the seed is -1"),
+        (form(seed=-1), "the seed is -1; give a number from 0 to 4,294,967,295"),
+        (form(prompt=" \n"), "the prompt is missing; say what the picture shall show"),
         (form(steps=1, picture={"path": "/etc/passwd"}), "is no file that was uploaded here"),
     ],
 )
@@ -178,6 +179,21 @@ def test_only_a_browser_on_this_machine_is_answered(web):
     assert web.get("/").status_code == 200
     for host, status in (("localhost:1", 200), ("evil.example", 403), ("127.0.0.1.nip.io", 403)):
         assert web.get("/config", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize("route", ["gradio_api/upload", "gradio_api/queue/join"])
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://localhost:1", "null"])
+def test_another_sites_page_can_send_nothing(web, page, route, origin):
+    files = sorted(page.room.temporary.rglob("*"))
+    answer = web.post(route, files={"files": b"x"}, headers={"Origin": origin})
+    assert answer.status_code == 403
+    assert answer.text == "only the page itself may send something here\n"
+    assert sorted(page.room.temporary.rglob("*")) == files
+
+
+def test_the_page_itself_may_send(web, page):
+    own = {"Origin": page.address.rstrip("/")}
+    assert web.post("gradio_api/upload", files={"files": b"x"}, headers=own).status_code == 200
 
 
 def test_the_browser_is_told_to_ask_nobody_else(web, page):

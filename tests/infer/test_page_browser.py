@@ -156,7 +156,8 @@ def test_a_student_is_played_with(visit, screen, tmp_path):
     page.wait_for_selector("#picture img")
     page.click("#draw")
     page.wait_for_function(
-        "before => document.querySelector('#student img').src !== before", arg=before
+        "before => ![undefined, before].includes(document.querySelector('#student img')?.src)",
+        arg=before,
     )
     page.wait_for_selector("#draw-note >> text=same noise")
     assert page.evaluate("document.documentElement.scrollWidth") <= SCREENS[screen][0]
@@ -200,16 +201,22 @@ def test_a_second_user_waits_and_sees_the_place(visit, monkeypatch):
         return draw_one(*args)
 
     monkeypatch.setattr(studio, "draw_one", held_up)
-    first, second = visit(), visit("phone")
-    for tab in (first, second):
+    first, second, third = visit(), visit("phone"), visit()
+    for tab in (first, second, third):
         choose_model(tab.page)
     first.page.click("#draw")
     assert begun.wait(WAIT / 1000)
     second.page.click("#draw")
     second.page.wait_for_selector("#draw-note >> text=/queue: 1\\/1/")
+    third.page.click("#draw")
+    third.page.wait_for_selector("#draw-note >> text=/queue: 2\\/2/")
+    third.page.click("#cancel")  # who waits is out of the queue at once
+    third.page.wait_for_selector("#draw-note >> text=Cancelled.")
+    third.page.wait_for_selector("#draw-note >> text=queue:", state="hidden")
     go_on.set()
     second.page.wait_for_selector("#student-note >> text=50 steps of DDIM")
     assert "50 steps" in first.caption()
+    assert "steps" not in third.caption()
 
 
 def test_cancel_ends_a_drawing(visit, monkeypatch):

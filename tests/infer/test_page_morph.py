@@ -47,7 +47,10 @@ def morphed(tab, values):
         ({"prompt": "  "}, "what do the two pictures show?"),
         ({"model": "/etc"}, "there is no model &#39;/etc&#39;"),
         ({"frames": 2}, "frames is 2; give a number from 3 to 48"),
-        ({"learn": True, "learn_steps": 1e9}, "steps of learning is 1e+09"),
+        (
+            {"learn": True, "learn_steps": 1e9},
+            "steps of learning is 1,000,000,000; give a number from 10 to 1,000",
+        ),
     ],
 )
 def test_what_the_page_would_not_send_is_refused_in_a_line(tab, tmp_path, more, said):
