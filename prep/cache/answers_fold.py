@@ -38,11 +38,11 @@ def publish_fold(
     manifest = fold_answers(identity, [records[unit.name] for unit in units])
     if former := former_answers(cache):
         retire_former(cache, former, manifest)
-    write_answers_manifest(cache, manifest)
     folded = {shard.file for shard in former.shards} if former else set()
     gone = records.keys() - {unit.name for unit in units}
     known = {name for name in gone if all(s.file in folded for s in records[name].shards)}
-    drop_strangers(cache, known)
+    drop_strangers(cache, known)  # first: the next manifest no longer tells whose they were
+    write_answers_manifest(cache, manifest)
     return manifest
 
 
