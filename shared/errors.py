@@ -21,6 +21,7 @@ REMEDIES = {
     errno.EACCES: "permission denied; choose a folder you may write to",
     errno.EPERM: "permission denied; choose a folder you may write to",
     errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EEXIST: "it is a file, where a folder belongs; choose another path",
     errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
     errno.ELOOP: "its links go round in a circle; mend them",
     errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter path",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from infer.compare.contents import Contents, gather
 from infer.compare.markdown import markdown
@@ -30,7 +29,6 @@ def compare(config: CompareConfig) -> None:
     if not config.watch:
         check_begun(contents)
     with guard(config.output):
-        check_folder(config.output)
         config.output.mkdir(parents=True, exist_ok=True)
     if config.watch:
         watch(config.runs, contents, lambda seen, refresh: write(config, seen, refresh))
@@ -38,15 +36,6 @@ def compare(config: CompareConfig) -> None:
         for line in contents.unread:
             print(f"note: left out: {line}", file=sys.stderr)
         print(write(config, contents))
-
-
-def check_folder(output: Path) -> None:
-    """Raise UserError where a file is in the way of the folder."""
-    for place in (output, *output.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise UserError(f"{place} is a file; name a folder with --output")
-            return
 
 
 def check_begun(contents: Contents) -> None:

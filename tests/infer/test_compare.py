@@ -14,23 +14,11 @@ from tests.support.compared import (
     Page,
     copied,
     evaluations,
-    make_runs,
     write_lines,
 )
 from tests.support.runs import metrics
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">&amp;{{7*7}} \u202ex $$\\frac12$$ @y"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, small_cache, tiny_sd):
-    return make_runs(tmp_path_factory.mktemp("runs"), tiny_sd, small_cache)
-
-
-@pytest.fixture
-def runs(made, tmp_path):
-    """The two runs, to spoil."""
-    return {name: copied(run, tmp_path / "runs" / name) for name, run in made.items()}
 
 
 @pytest.fixture

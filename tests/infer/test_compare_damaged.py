@@ -7,18 +7,7 @@ import pytest
 
 from infer.compare.markdown import prose
 from infer.compare.page import html_of
-from tests.support.compared import Page, copied, make_runs, write_lines
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, small_cache, tiny_sd):
-    return make_runs(tmp_path_factory.mktemp("runs"), tiny_sd, small_cache)
-
-
-@pytest.fixture
-def runs(made, tmp_path):
-    """The two runs, to spoil."""
-    return {name: copied(run, tmp_path / "runs" / name) for name, run in made.items()}
+from tests.support.compared import Page, write_lines
 
 
 @pytest.fixture
@@ -95,9 +84,13 @@ def test_an_unknown_speed_is_no_time(runs):
 
 def test_a_file_in_the_way_of_the_output(runs, cli, tmp_path):
     (tmp_path / "file").write_text("mine")
-    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+    for output, why in (
+        (".", "it is a file, where a folder"),
+        ("below", "part of the path is a file"),
+    ):
+        output = tmp_path / "file" / output
         error = line_of(cli("infer", "compare", runs["lcd"], "--output", output))
-        assert f"{tmp_path}/file is a file; name a folder with --output" in error
+        assert f"{output}: {why}" in error
     assert (tmp_path / "file").read_text() == "mine"
 
 

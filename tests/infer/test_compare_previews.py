@@ -12,7 +12,7 @@ from PIL import Image
 from infer.compare.page import html_of
 from infer.compare.previews import gallery_of
 from infer.compare.records import read_records
-from tests.support.compared import Page, copied, evaluations, make_runs, write_lines
+from tests.support.compared import Page, copied, evaluations, write_lines
 from train.sampling.pictures import GRID, grid_of, write_grid
 
 PROMPTS = ("a red circle", "<b>a</b> {{ star }}")
@@ -20,8 +20,8 @@ COLUMNS = ("1 step", "4 steps")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, small_cache, tiny_sd):
-    return make_runs(tmp_path_factory.mktemp("runs"), tiny_sd, small_cache)["pcm"]
+def made(made):
+    return made["pcm"]
 
 
 @pytest.fixture

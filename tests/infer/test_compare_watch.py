@@ -11,12 +11,12 @@ import pytest
 from infer.compare import watch as watching
 from infer.compare.contents import gather
 from infer.compare.watch import state_of, watch
-from tests.support.compared import Page, copied, make_runs
+from tests.support.compared import Page, copied
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, small_cache, tiny_sd):
-    return make_runs(tmp_path_factory.mktemp("runs"), tiny_sd, small_cache)["lcd"]
+def made(made):
+    return made["lcd"]
 
 
 @pytest.fixture

@@ -10,21 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
+from tests.support import comparison
 from tests.support.comparison import make_run
 from train.config import EvaluateConfig
-from train.evaluation import evaluate, teacher_results
-
-TEACHER = (("ddim", 2), ("ddim", 1))
+from train.evaluation import evaluate
 
 
 def few_rows(monkeypatch) -> None:
-    for module in (evaluate, teacher_results):
-        monkeypatch.setattr(module, "REFERENCE", TEACHER[0])
-    monkeypatch.setattr(teacher_results, "SOLVER_SAMPLINGS", TEACHER[1:])
-    monkeypatch.setattr(teacher_results, "TEACHER_SAMPLINGS", TEACHER)
-    monkeypatch.setattr(teacher_results, "TRIED", 5)
+    """As elsewhere, and one row for the student."""
+    comparison.few_rows(monkeypatch)
     monkeypatch.setattr(evaluate, "STUDENT_SAMPLINGS", (("student", 1),))
-    monkeypatch.setattr(evaluate, "TIMED", 2)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +62,7 @@ def test_every_figure_has_its_interval(evaluated):
     row = found["rows"][-1]
     low, high = row["intervals"]["fd"]
     cells = [cell.strip() for cell in lines[1 + len(found["rows"])].strip("|").split("|")]
-    assert cells[2] == f"{row['fd']:.1f} ±{(high - low) / 2:.1f}"
+    assert cells[2] == f"{row['fd']:.1f} ±{max(row['fd'] - low, high - row['fd']):.1f}"
     assert (found["features"], found["fd_title"]) == ("shapes", "FD")
     assert (found["features_weights"], found["num_features"]) == (None, 64)
     assert "above that of endlessly many pictures" in (run / "evaluation.md").read_text()
@@ -120,7 +115,7 @@ def test_mistakes_are_told_before_anything_is_drawn(own, tmp_path, monkeypatch):
         ({"features": "mistaken:ends"}, "--features mistaken:ends: SystemExit: 3 (.*line 3"),
         ({"features": "mistaken:words"}, "--features mistaken:words: it gave no array of numbers"),
         ({"features": "mistaken:nothing"}, "features are [N, D], a row for each picture"),
-        ({"output": tmp_path / "file"}, "file is a file; give a folder"),
+        ({"output": tmp_path / "file"}, "file: it is a file, where a folder belongs"),
     ):
         pattern = re.escape(said).replace(r"\.\*", ".*")
         with pytest.raises(UserError, match=pattern) as raised:

@@ -60,6 +60,9 @@ def evaluate(config: EvaluateConfig) -> None:
     check_flags(config)
     run = newest_student(config.run)
     folder = config.output or run
+    if config.output is not None:
+        with guard(folder):  # before hours of drawing
+            folder.mkdir(parents=True, exist_ok=True)
     with owning(folder, "train evaluate", "wait for it, or give --output another folder"):
         artist = open_artist(run, config)
         weights = exported_student(run, artist.config.student)
@@ -112,18 +115,11 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def check_flags(config: EvaluateConfig) -> None:
-    """Raise UserError, before hours of drawing, for a --cache or an --output that cannot be."""
+    """Raise UserError for a --cache that nothing asks for."""
     if config.cache is not None and not config.nearest_samples:
         raise UserError(
             "--cache is where --nearest-samples searches; the cache to evaluate on is --eval-cache"
         )
-    output = config.output
-    if output is None:
-        return
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; give a folder")
-    with guard(output):
-        output.mkdir(parents=True, exist_ok=True)
 
 
 def pictures_at_once(config: EvaluateConfig, shape: tuple[int, int, int]) -> int:

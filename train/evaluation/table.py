@@ -67,7 +67,7 @@ def note(evaluation: Evaluation) -> str:
         scorer_note(evaluation),
         "Latent MSE: 1 step, against the teacher's 50 from the same noise. Sharpness: "
         "high-frequency energy relative to the teacher's 50 steps. ms/image without decoding. "
-        "±: half the 95% interval, by bootstrap over captions.",
+        "±: how far the 95% interval reaches, by bootstrap over captions.",
     ]
     told = [" ".join(part for part in parts if part)]
     if evaluation.fd_note:
@@ -144,8 +144,12 @@ def cell(row: Result, name: str, formats: Mapping[str, str] = FORMATS) -> str:
 
 
 def margin(row: Result, name: str, form: str) -> str:
-    """Half a figure's interval, ` ±3.1`, ` ±.031`; nothing where it has none, or an empty one."""
-    low, high = row.intervals.get(name, (0.0, 0.0))
+    """How far a figure's interval reaches, ` ±3.1`, ` ±.031`; nothing where it has none.
+
+    To the side where it reaches farther: a distance's ends at 0, and others need not be even.
+    """
+    value = getattr(row, name)
+    low, high = row.intervals.get(name, (value, value))
     if low == high:
         return ""
-    return f" ±{(high - low) / 2:{form}}".replace("±0.", "±.")
+    return f" ±{max(value - low, high - value):{form}}".replace("±0.", "±.")
