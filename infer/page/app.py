@@ -11,12 +11,12 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from infer.page.cache import CacheTab
-from infer.page.draw import DrawTab
 from infer.page.guard import Guard
-from infer.page.morph import MorphTab
 from infer.page.room import Room
-from infer.page.runs import RunsTab
+from infer.page.tabs.cache import CacheTab
+from infer.page.tabs.draw import DrawTab
+from infer.page.tabs.morph import MorphTab
+from infer.page.tabs.runs import RunsTab
 
 TITLE = "Latent Distillery"
 LARGEST = "64mb"  # of an upload

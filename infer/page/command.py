@@ -13,9 +13,9 @@ from pathlib import Path
 
 from infer.config import PageConfig
 from infer.page.folders import Folders
-from infer.page.held import Held
 from infer.page.room import Room
-from infer.page.turns import Turns
+from infer.page.work.held import Held
+from infer.page.work.turns import Turns
 from shared.errors import UserError
 from shared.machine.device import pick_device, set_threads
 from shared.models.family import resolve_model

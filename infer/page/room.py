@@ -8,8 +8,8 @@ from pathlib import Path
 
 from infer.config import PageConfig
 from infer.page.folders import Folders
-from infer.page.held import Held
-from infer.page.turns import Turns
+from infer.page.work.held import Held
+from infer.page.work.turns import Turns
 
 MODEL_QUEUE = "model"  # those who use a model come one after the other
 

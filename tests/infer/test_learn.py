@@ -20,7 +20,7 @@ from infer.learn.recipe import recipe_of, usual_rate
 from shared.models.family import resolve_model
 from tests.support import warm
 from tests.support.learned import shapes
-from train.trainer.metrics import Recorder
+from train.trainer.reporting.metrics import Recorder
 
 FEW = ("--model", "tiny-sd", "--steps", 3, "--train-batch-size", 2, "--threads", 1)
 LORA = "pytorch_lora_weights.safetensors"

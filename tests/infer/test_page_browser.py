@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from infer.draw.artist import draw_one
-from infer.page import studio
+from infer.page.work import studio
 from tests.support.drawing import write_picture
 from tests.support.exports import make_run
 from tests.support.learned import shapes

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from infer.page import browse
-from infer.page.browse import PAGE, Browser
-from infer.page.cache import SAMPLES, CacheTab, render
+from infer.page.tabs.cache import SAMPLES, CacheTab, render
+from infer.page.work import browse
+from infer.page.work.browse import PAGE, Browser
 from shared.cache.paths import CachePaths
 from shared.errors import UserError
 from shared.models.vae import load_vae

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from infer.page.following import following
-from infer.page.turns import Cancelled, Turn
+from infer.page.work.following import following
+from infer.page.work.turns import Cancelled, Turn
 
 
 def counting(on_step):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.page.child import Child
-from infer.page.morph import MorphTab
-from infer.page.turns import Cancelled, Turn, Turns
+from infer.page.tabs.morph import MorphTab
+from infer.page.work.child import Child
+from infer.page.work.turns import Cancelled, Turn, Turns
 from shared.errors import UserError
 from tests.support.learned import shapes
 from tests.support.page import room_of

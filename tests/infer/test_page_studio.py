@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from infer.config import MachineFlags
-from infer.page.held import Held
-from infer.page.studio import Studio, Wish
-from infer.page.turns import Cancelled
+from infer.page.work.held import Held
+from infer.page.work.studio import Studio, Wish
+from infer.page.work.turns import Cancelled
 from shared.errors import UserError
 from tests.support.drawing import PROMPT, draw, write_picture
 from tests.support.exports import make_run

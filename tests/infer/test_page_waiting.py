@@ -8,8 +8,8 @@ import pytest
 from gradio_client import Client
 
 from infer.draw.artist import draw_one
-from infer.page import studio
-from infer.page.draw import DrawTab
+from infer.page.tabs.draw import DrawTab
+from infer.page.work import studio
 from tests.support.drawing import PROMPT
 from tests.support.exports import make_run
 from tests.support.page import opened, room_of

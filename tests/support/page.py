@@ -10,9 +10,9 @@ from typing import NamedTuple
 from infer.config import PageConfig
 from infer.page import command
 from infer.page.folders import Folders
-from infer.page.held import Held
 from infer.page.room import Room
-from infer.page.turns import Turns
+from infer.page.work.held import Held
+from infer.page.work.turns import Turns
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">${7*7}{{7*7}}"
 

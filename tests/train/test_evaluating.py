@@ -22,9 +22,9 @@ from train.evaluation.artist import open_artist
 from train.evaluation.heldout import load_heldout
 from train.evaluation.score import decode_all
 from train.measures.shapes import features
-from train.trainer import metrics as record
-from train.trainer.evaluating import Evaluations, share_of
 from train.trainer.loop import distill
+from train.trainer.reporting import metrics as record
+from train.trainer.reporting.evaluating import Evaluations, share_of
 from train.trainer.setup import prepare
 
 KEYS = [

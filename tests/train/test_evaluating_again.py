@@ -14,7 +14,7 @@ from tests.support.evaluated import evaluations, holding_out, small, timeless
 from tests.support.launched import FSDP, TWO, launcher
 from tests.support.runs import names, tensors, train, untimed
 from train.state.checkpoint import latest_checkpoint
-from train.trainer import evaluating
+from train.trainer.reporting import evaluating
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from train.config import DistillConfig
 from train.networks.build import build_student
 from train.state.checkpoint import checkpoint_folder
 from train.trainer.loop import distill, move, settle
-from train.trainer.metrics import Moved
+from train.trainer.reporting.metrics import Moved
 from train.trainer.setup import prepare
 
 pytestmark = pytest.mark.gpu

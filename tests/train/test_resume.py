@@ -17,8 +17,8 @@ from tests.support import warm
 from tests.support.runs import KINDS, tensors, train, untimed
 from train.config import DistillConfig
 from train.state import checkpoint
-from train.trainer.log_lines import keep_until
 from train.trainer.loop import distill
+from train.trainer.reporting.log_lines import keep_until
 from train.trainer.setup import prepare
 
 

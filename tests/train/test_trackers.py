@@ -13,9 +13,9 @@ from shared.errors import UserError
 from tests.support.runs import metrics, train
 from train.config import DistillConfig
 from train.state import checkpoint
-from train.trainer import metrics as record
-from train.trainer import trackers
 from train.trainer.loop import distill
+from train.trainer.reporting import metrics as record
+from train.trainer.reporting import trackers
 from train.trainer.setup import prepare
 
 

@@ -16,7 +16,7 @@ from train.config import RunConfig
 from train.data.batch import Batch
 from train.state.optim import set_learning_rate
 from train.state.owner import release
-from train.trainer.metrics import Moved
+from train.trainer.reporting.metrics import Moved
 from train.trainer.resume import LATEST
 from train.trainer.run import Distillation
 from train.trainer.signals import Stop

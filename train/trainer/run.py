@@ -24,10 +24,10 @@ from train.objectives.objective import Loss
 from train.sampling.preview import Previews
 from train.state import checkpoint
 from train.trainer.distributed import Distributed
-from train.trainer.evaluating import Asked, Evaluations
 from train.trainer.export_command import export_checkpoint
-from train.trainer.log_lines import EVALUATIONS, append_line
-from train.trainer.metrics import Recorder
+from train.trainer.reporting.evaluating import Asked, Evaluations
+from train.trainer.reporting.log_lines import EVALUATIONS, append_line
+from train.trainer.reporting.metrics import Recorder
 from train.trainer.trainable import Trainable
 
 

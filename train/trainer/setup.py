@@ -45,9 +45,7 @@ from train.state.resume_checks import check_invariants, run_invariants
 from train.state.run_paths import to_keep
 from train.trainer.defaults import with_precision
 from train.trainer.distributed import Distributed, as_launched
-from train.trainer.evaluating import open_evaluations
 from train.trainer.init_student import INIT_STUDENT, begin
-from train.trainer.metrics import Recorder
 from train.trainer.plan import (
     batches,
     evaluation_plan,
@@ -56,10 +54,12 @@ from train.trainer.plan import (
     print_memory,
     with_steps,
 )
+from train.trainer.reporting.evaluating import open_evaluations
+from train.trainer.reporting.metrics import Recorder
+from train.trainer.reporting.trackers import check_trackers
 from train.trainer.resume import as_left
 from train.trainer.run import Distillation
 from train.trainer.teacher import check_teacher, choose_teacher, grid_of, print_teacher
-from train.trainer.trackers import check_trackers
 from train.trainer.trainable import Trainable, build_trainables
 
 REPLACE = (

@@ -21,8 +21,8 @@ from infer.draw.artist import draw_one, steps_taken
 from infer.draw.command import file_name
 from infer.draw.flags import check_flags
 from infer.draw.job import Job, plan_job
-from infer.page.following import OnStep
-from infer.page.held import Held
+from infer.page.work.following import OnStep
+from infer.page.work.held import Held
 from infer.pictures.write import write_drawn
 from infer.pipelines.build import load_pipeline, pick_dtype, pipeline_class, settings
 from infer.pipelines.choose import Choice, choose

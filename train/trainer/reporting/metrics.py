@@ -27,8 +27,8 @@ from train.data.loader import Loader
 from train.networks.dtensor import whole
 from train.state.checkpoint import whole_checkpoints
 from train.trainer.distributed import Distributed
-from train.trainer.log_lines import METRICS, cut_back
-from train.trainer.trackers import Trackers
+from train.trainer.reporting.log_lines import METRICS, cut_back
+from train.trainer.reporting.trackers import Trackers
 
 EXPLODED = 1e3  # latents have a standard deviation of about 1, and so has a hopeless prediction
 NAMED = 3  # samples that an error names; diverged.json has them all

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
-from infer.page.turns import Turn
+from infer.page.work.turns import Turn
 
 T = TypeVar("T")
 

@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from infer.page import given, words
-from infer.page.browse import Browser, Found, Row, Sample
 from infer.page.folders import choices, chosen
 from infer.page.room import MODEL_QUEUE, Room
-from infer.page.turns import Cancelled, Turn
+from infer.page.work.browse import Browser, Found, Row, Sample
+from infer.page.work.turns import Cancelled, Turn
 from prep.config import OriginalsFlags
 from prep.inspect.originals import vae_of
 from prep.inspect.report import data_uri
@@ -181,5 +181,5 @@ def render(**what: Any) -> str:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )  # fmt: skip
     environment.filters["picture"] = data_uri
-    template = (files("infer.page") / "cache.html.jinja").read_text("utf-8")
+    template = (files("infer.page.tabs") / "cache.html.jinja").read_text("utf-8")
     return environment.from_string(template).render(**what)

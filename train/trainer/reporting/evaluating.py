@@ -36,7 +36,7 @@ from train.networks.student import Student
 from train.objectives import objective_of
 from train.sampling.preview import ready_to_draw
 from train.trainer.distributed import Distributed
-from train.trainer.log_lines import EVALUATIONS, steps_in
+from train.trainer.reporting.log_lines import EVALUATIONS, steps_in
 
 Asked = Callable[[], bool]  # shall the run end? Entered by all processes
 SEED = 0  # of the noise, as `train evaluate` has it unless told: the same for every run

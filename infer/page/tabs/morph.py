@@ -11,10 +11,10 @@ from typing import Any
 import gradio as gr
 
 from infer.page import given, words
-from infer.page.child import Child
 from infer.page.folders import choices, chosen
 from infer.page.room import MODEL_QUEUE, Room
-from infer.page.turns import Cancelled
+from infer.page.work.child import Child
+from infer.page.work.turns import Cancelled
 from shared.errors import UserError
 
 KIND = "morph"

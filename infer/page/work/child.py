@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from infer.page.turns import Cancelled, Turn
+from infer.page.work.turns import Cancelled, Turn
 from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # where the packages are, installed or not

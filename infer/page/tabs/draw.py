@@ -9,12 +9,12 @@ from typing import Any
 import gradio as gr
 
 from infer.page import given, words
-from infer.page.draw_form import AS_TRAINED, FEW, MANY, STRONGEST, layout
 from infer.page.folders import choices, chosen
-from infer.page.following import OnStep, following
 from infer.page.room import MODEL_QUEUE, Room
-from infer.page.studio import Drawing, Drawn, Studio, Wish
-from infer.page.turns import Cancelled, Turn
+from infer.page.tabs.draw_form import AS_TRAINED, FEW, MANY, STRONGEST, layout
+from infer.page.work.following import OnStep, following
+from infer.page.work.studio import Drawing, Drawn, Studio, Wish
+from infer.page.work.turns import Cancelled, Turn
 from infer.pipelines.choose import Choice
 from infer.pipelines.sampling import Guidance, drawing_schedulers
 from shared.errors import UserError

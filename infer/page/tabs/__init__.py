@@ -1,0 +1,1 @@
+"""What the browser shows: a tab each, and what comes from it."""
