@@ -8,12 +8,13 @@ from infer.compare.contents import Contents, gather
 from infer.compare.markdown import markdown
 from infer.compare.page import html
 from infer.compare.plots import need_bokeh
-from infer.compare.records import METRICS, Record
+from infer.compare.records import Record
 from infer.compare.watch import REFRESH, watch
 from infer.config import CompareConfig
 from shared.errors import UserError
 from shared.storage.files import guard, publish
 from shared.wording import counted, size_of
+from train.trainer.reporting.log_lines import METRICS
 
 PAGE, TABLES = "index.html", "compare.md"
 

@@ -21,9 +21,9 @@ from train.config import RunConfig
 from train.state.checkpoint import latest_checkpoint, read_progress
 from train.state.owner import holder
 from train.state.run_config import run_config
+from train.trainer.reporting.log_lines import EVALUATIONS, GPU_MEMORY, METRICS, PROCESS_MEMORY
 
-CONFIG, METRICS, EVALUATIONS = "config.json", "metrics.jsonl", "evaluations.jsonl"
-GPU_MEMORY, PROCESS_MEMORY = "peak_gpu_memory_bytes", "peak_process_memory_bytes"
+CONFIG = "config.json"
 HOUR = 3600.0
 NAMED = 8  # runs in a folder that an error names
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from infer.compare.contents import Contents, gather
 from infer.compare.previews import FOLDER
-from infer.compare.records import EVALUATIONS, METRICS
 from shared.errors import UserError
 from train.evaluation.record import EVALUATION
 from train.state.owner import holder
+from train.trainer.reporting.log_lines import EVALUATIONS, METRICS
 
 REFRESH = 10  # seconds after which a page loads itself again
 LOOK = 2.0  # seconds between looks at the files

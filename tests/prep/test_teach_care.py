@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from prep.cache import answers_fold
 from prep.teach.teacher import Teacher
 from shared.cache.answers_store import open_answers
 from tests.support.kept_answers import assert_gc_removes, shard_of
@@ -101,3 +102,30 @@ def test_a_dry_run_says_what_it_would_take(cache):
     for part in ("4 samples of 1 unit", "2 answers each", "50 timesteps", "precision no", " free"):
         assert part in line
     assert not (cache / "answers").exists()
+
+
+def test_killed_after_its_manifest_it_leaves_no_record_of_a_unit_that_is_gone(
+    tmp_path, monkeypatch
+):
+    """The manifest no longer tells then whose record it was, so the record goes before."""
+    first, second = (
+        write_tar(tmp_path / f"{name}.tar", captioned(range(start, start + 2)))
+        for name, start in (("a", 0), ("b", 2))
+    )
+    cache = encode([first, second], tmp_path / "cache")
+    assert teach(cache).status == 0
+    (gone,) = (cache / "units").glob("b-*.json")
+    gone.unlink()
+    assert prep("finish", "--cache", cache).status == 0
+    real = answers_fold.write_answers_manifest
+
+    def killed(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers_fold, "write_answers_manifest", killed)
+        assert teach(cache).status == 130
+    assert teach(cache).status == 0
+    assert [path.name[:2] for path in (cache / "answers/units").iterdir()] == ["a-"]
+    assert len(open_answers(cache).shards) == 1

@@ -27,7 +27,7 @@ from shared.storage.urls import Place
 from shared.wording import counted, duration
 from train.config import RunConfig
 from train.evaluation.artist import Artist
-from train.evaluation.evaluate import most_at_once
+from train.evaluation.evaluate import TRIED, most_at_once
 from train.evaluation.heldout import HeldOut, open_heldout, read_heldout
 from train.evaluation.score import decode_all
 from train.measures.scorers import Scorer, open_scorer
@@ -40,7 +40,6 @@ from train.trainer.reporting.log_lines import EVALUATIONS, steps_in
 
 Asked = Callable[[], bool]  # shall the run end? Entered by all processes
 SEED = 0  # of the noise, as `train evaluate` has it unless told: the same for every run
-TRIED = 2  # pictures that are measured before the first step
 
 
 @dataclass(frozen=True)

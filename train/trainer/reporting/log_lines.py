@@ -16,6 +16,8 @@ from shared.storage.typed_json import typed
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+# In a line of metrics: the most bytes so far, on the GPU or of the process.
+GPU_MEMORY, PROCESS_MEMORY = "peak_gpu_memory_bytes", "peak_process_memory_bytes"
 
 
 def cut_back(run: Path, step: int) -> None:

@@ -27,7 +27,7 @@ from train.data.loader import Loader
 from train.networks.dtensor import whole
 from train.state.checkpoint import whole_checkpoints
 from train.trainer.distributed import Distributed
-from train.trainer.reporting.log_lines import METRICS, cut_back
+from train.trainer.reporting.log_lines import GPU_MEMORY, METRICS, PROCESS_MEMORY, cut_back
 from train.trainer.reporting.trackers import Trackers
 
 EXPLODED = 1e3  # latents have a standard deviation of about 1, and so has a hopeless prediction
@@ -235,7 +235,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     On a GPU what torch has allocated there; elsewhere the resident set of the whole process.
     """
     if device.type == "cuda":
-        return {"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device)}
+        return {GPU_MEMORY: torch.cuda.max_memory_allocated(device)}
     unit = 1 if sys.platform == "darwin" else 1024
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {"peak_process_memory_bytes": usage.ru_maxrss * unit}
+    return {PROCESS_MEMORY: usage.ru_maxrss * unit}
