@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from infer.page.folders import is_inside
 from shared.errors import UserError
 
 PROMPT = 2000  # characters
+FAR = 1e15  # an int may be too large for a float
 
 
 def text(value: Any, name: str, longest: int = PROMPT) -> str:
@@ -27,7 +27,7 @@ def text(value: Any, name: str, longest: int = PROMPT) -> str:
 
 def number(value: Any, name: str, low: float, high: float) -> float:
     """A finite number in a range. Raises UserError for anything else."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
         raise UserError(f"{name} is no number; give one from {plain(low)} to {plain(high)}")
     if not low <= value <= high:
         asked = f"give a number from {plain(low)} to {plain(high)}"
@@ -37,7 +37,7 @@ def number(value: Any, name: str, low: float, high: float) -> float:
 
 def plain(value: float) -> str:
     """A number as people write it: 4,294,967,295, not 4.29497e+09."""
-    return f"{value:,.12g}"
+    return f"{value:,.12g}" if abs(value) < FAR else "beyond all bounds"
 
 
 def whole(value: Any, name: str, low: int, high: int) -> int:

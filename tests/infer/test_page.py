@@ -108,6 +108,7 @@ def test_an_upload_is_begun_with(page, client, runs, cli, tmp_path):
         (form(scheduler="../x"), "there is no such scheduler"),
         (form(steps=1000), "steps is 1,000; give a number from 1 to 50"),
         (form(steps="1"), "steps is no number"),
+        (form(seed=10**400), "the seed is beyond all bounds; give a number from 0"),
         (form(seed=-1), "the seed is -1; give a number from 0 to 4,294,967,295"),
         (form(prompt=" \n"), "the prompt is missing; say what the picture shall show"),
         (form(steps=1, picture={"path": "/etc/passwd"}), "is no file that was uploaded here"),
