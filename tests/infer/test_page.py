@@ -16,9 +16,10 @@ from infer.page import command
 from tests.support import warm
 from tests.support.drawing import PROMPT, draw, write_picture
 from tests.support.exports import make_run
-from tests.support.page import HOSTILE, free_port, opened
+from tests.support.page import HOSTILE, form, free_port, opened
 
 NAMED = HOSTILE.replace("/", "")
+LORA = "run/lora"
 SAID = 'class="note bad"'
 
 
@@ -49,13 +50,6 @@ def web(page):
         yield one
 
 
-def form(what="run/lora", steps=2, scheduler="as trained", picture=None, **more):
-    """What the tab Draw sends."""
-    loras = more.get("loras", ["", 1, "", 1, "", 1])
-    return [what, more.get("prompt", PROMPT), "", steps, 2.0, more.get("seed", 3), scheduler,
-            more.get("beside", False), 2, picture, 0.5, *loras]  # fmt: skip
-
-
 def picture_of(one) -> np.ndarray:
     """A picture that the page shows, as a program gets it."""
     found = one["value"] if isinstance(one, dict) else one
@@ -67,7 +61,7 @@ def note_of(answer) -> str:
 
 
 def test_a_program_draws_what_the_command_draws(client, runs, cli, tmp_path):
-    student, caption, _, _, note = client.predict(*form(), api_name="/draw")
+    student, caption, _, _, note = client.predict(**form(LORA), api_name="/draw")
     theirs = draw(cli, tmp_path / "a.png", "--run", runs / "lora", "--prompt", PROMPT, "--steps",
                   2, "--seed", 3)  # fmt: skip
     np.testing.assert_array_equal(picture_of(student), theirs)
@@ -76,7 +70,7 @@ def test_a_program_draws_what_the_command_draws(client, runs, cli, tmp_path):
 
 
 def test_teacher_and_student_are_told_apart(client, cli, tmp_path):
-    answer = client.predict(*form(beside=True), api_name="/draw")
+    answer = client.predict(**form(LORA, teacher=True), api_name="/draw")
     theirs = draw(cli, tmp_path / "a.png", "--model", "tiny-sd", "--prompt", PROMPT, "--steps", 2,
                   "--seed", 3, "--guidance-scale", 2)  # fmt: skip
     np.testing.assert_array_equal(picture_of(answer[2]), theirs)
@@ -90,7 +84,7 @@ def test_an_upload_is_begun_with(page, client, runs, cli, tmp_path):
             f"{page.address}gradio_api/upload", files={"files": file}, trust_env=False
         ).json()
     sent = {"path": path, "orig_name": "given.png", "meta": {"_type": "gradio.FileData"}}
-    answer = client.predict(*form(steps=4, picture=sent), api_name="/draw")
+    answer = client.predict(**form(LORA, steps=4, image=sent), api_name="/draw")
     theirs = draw(cli, tmp_path / "a.png", "--run", runs / "lora", "--prompt", PROMPT, "--steps",
                   4, "--seed", 3, "--image", picture, "--strength", 0.5)  # fmt: skip
     np.testing.assert_array_equal(picture_of(answer[0]), theirs)
@@ -99,23 +93,23 @@ def test_an_upload_is_begun_with(page, client, runs, cli, tmp_path):
 @pytest.mark.parametrize(
     ("sent", "said"),
     [
-        (form(what="run/../secret.txt"), "there is no run with a student"),
-        (form(what="model//etc/passwd"), "there is no model &#39;/etc/passwd&#39;"),
-        (form(what=None), "choose a model first"),
-        (form(what=f"run/{NAMED}"), "there is no run with a student &#39;&lt;img src=x"),
-        (form(loras=["../../x.safetensors", 1, "", 1, "", 1]), "there is no LoRA"),
-        (form(loras=["lora", 99, "", 1, "", 1]), "a LoRA&#39;s scale is 99"),
-        (form(scheduler="../x"), "there is no such scheduler"),
-        (form(steps=1000), "steps is 1,000; give a number from 1 to 50"),
-        (form(steps="1"), "steps is no number"),
-        (form(seed=10**400), "the seed is beyond all bounds; give a number from 0"),
-        (form(seed=-1), "the seed is -1; give a number from 0 to 4,294,967,295"),
-        (form(prompt=" \n"), "the prompt is missing; say what the picture shall show"),
-        (form(steps=1, picture={"path": "/etc/passwd"}), "is no file that was uploaded here"),
+        (form("run/../secret.txt"), "there is no run with a student"),
+        (form("model//etc/passwd"), "there is no model &#39;/etc/passwd&#39;"),
+        (form(None), "choose a model first"),
+        (form(f"run/{NAMED}"), "there is no run with a student &#39;&lt;img src=x"),
+        (form(LORA, lora_1="../../x.safetensors"), "there is no LoRA"),
+        (form(LORA, lora_3="lora", lora_3_scale=99), "a LoRA&#39;s scale is 99"),
+        (form(LORA, scheduler="../x"), "there is no such scheduler"),
+        (form(LORA, steps=1000), "steps is 1,000; give a number from 1 to 50"),
+        (form(LORA, steps="1"), "steps is no number"),
+        (form(LORA, seed=10**400), "the seed is beyond all bounds; give a number from 0"),
+        (form(LORA, seed=-1), "the seed is -1; give a number from 0 to 4,294,967,295"),
+        (form(LORA, prompt=" \n"), "the prompt is missing; say what the picture shall show"),
+        (form(LORA, steps=1, image={"path": "/etc/passwd"}), "is no file that was uploaded here"),
     ],
 )
 def test_what_the_page_would_not_send_is_refused_in_a_line(client, sent, said):
-    note = note_of(client.predict(*sent, api_name="/draw"))
+    note = note_of(client.predict(**sent, api_name="/draw"))
     assert SAID in note
     assert said in note
     assert "\n" not in note
@@ -168,7 +162,7 @@ def test_nothing_else_is_served(web, page, runs, path):
 def test_no_address_that_somebody_posts_is_fetched(web, url):
     sent = {"path": url, "meta": {"_type": "gradio.FileData"}}
     for route in ("gradio_api/queue/join", "gradio_api/call/draw", "gradio_api/run/draw"):
-        body = {"data": form(picture=sent), "fn_index": 0, "session_hash": "x"}
+        body = {"data": list(form(LORA, image=sent).values()), "fn_index": 0, "session_hash": "x"}
         answer = web.post(route, json=body)
         assert answer.status_code == 403
         assert answer.text == "a picture is uploaded; no address is fetched\n"

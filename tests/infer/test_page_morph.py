@@ -29,14 +29,14 @@ def tab(tmp_path, monkeypatch):
 def sent(tmp_path, **more):
     """What the tab sends: the cheapest morph there is."""
     (first, prompt), (last, other) = shapes(2, tmp_path)
-    values = {"first": {"path": str(first)}, "last": {"path": str(last)}, "prompt": prompt,
-              "other": other, "model": "tiny-sd", "frames": 3, "steps": 2, "learn": False,
-              "learn_steps": 10, "even": False}  # fmt: skip
-    return list((values | more).values())
+    values = {"first": {"path": str(first)}, "last": {"path": str(last)}, "first_prompt": prompt,
+              "last_prompt": other, "model": "tiny-sd", "frames": 3, "steps": 2, "learn": False,
+              "learn_steps": 10, "reschedule": False}  # fmt: skip
+    return values | more
 
 
 def morphed(tab, values):
-    return list(tab.morph(REQUEST, *values))
+    return list(tab.morph(REQUEST, **values))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def morphed(tab, values):
     [
         ({"first": None}, "a morph leads from one picture to another; choose both"),
         ({"last": {"path": "/etc/passwd"}}, "the last picture is no file that was uploaded here"),
-        ({"prompt": "  "}, "what do the two pictures show?"),
+        ({"first_prompt": "  "}, "what do the two pictures show?"),
         ({"model": "/etc"}, "there is no model &#39;/etc&#39;"),
         ({"frames": 2}, "frames is 2; give a number from 3 to 48"),
         (
@@ -68,10 +68,18 @@ def test_a_film_and_its_strip_are_shown(tab, tmp_path, cli):
     assert "dB from the VAE" in last[tab.note]
     assert Image.open(last[tab.film]).n_frames == 3
     assert Image.open(last[tab.strip]).width > 3 * 64
-    pictures = [values[0]["path"], values[1]["path"]]
+    pictures = [values["first"]["path"], values["last"]["path"]]
     words = ("--frames", 3, "--steps", 2, "--no-learn", "--output", tmp_path / "theirs")
     answer = cli(
-        "infer", "morph", *pictures, "--prompts", *values[2:4], "--model", "tiny-sd", *words
+        "infer",
+        "morph",
+        *pictures,
+        "--prompts",
+        values["first_prompt"],
+        values["last_prompt"],
+        "--model",
+        "tiny-sd",
+        *words,
     )
     assert answer.status == 0, answer.err
     ours = os.path.dirname(last[tab.film])
@@ -82,7 +90,7 @@ def test_a_film_and_its_strip_are_shown(tab, tmp_path, cli):
 
 @pytest.mark.slow
 def test_words_are_no_flags_and_refusals_are_one_line(tab, tmp_path):
-    *_, last = morphed(tab, sent(tmp_path, prompt="--output=/etc", other="--help"))
+    *_, last = morphed(tab, sent(tmp_path, first_prompt="--output=/etc", last_prompt="--help"))
     assert "dB from the VAE" in last[tab.note]
     (tmp_path / "text.png").write_text("no picture")
     *_, last = morphed(tab, sent(tmp_path, first={"path": str(tmp_path / "text.png")}))
@@ -93,7 +101,7 @@ def test_words_are_no_flags_and_refusals_are_one_line(tab, tmp_path):
 @pytest.mark.slow
 def test_cancel_ends_the_process(tab, tmp_path):
     many = sent(tmp_path, frames=48, steps=100)
-    waiting = tab.morph(REQUEST, *many)
+    waiting = tab.morph(REQUEST, **many)
     answers = [next(waiting), next(waiting)]  # it is under way
     threading.Timer(0.1, tab.cancel, [REQUEST]).start()
     started = time.monotonic()

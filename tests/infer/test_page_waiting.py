@@ -10,16 +10,15 @@ from gradio_client import Client
 from infer.draw.artist import draw_one
 from infer.page.tabs.draw import DrawTab
 from infer.page.work import studio
-from tests.support.drawing import PROMPT
 from tests.support.exports import make_run
-from tests.support.page import opened, room_of
+from tests.support.page import form, opened, room_of
 
 WAIT = 60  # seconds, on a machine that does other things, too
 
 
-def form(what, prompt=PROMPT):
-    """What the tab Draw sends."""
-    return [what, prompt, "", 1, 2.0, 3, "as trained", True, 1, None, 0.5, *["", 1] * 3]
+def one_step(prompt):
+    """What draws it in no time."""
+    return form("model/tiny-sd", prompt=prompt, steps=1)
 
 
 @pytest.fixture
@@ -45,13 +44,13 @@ def test_what_is_cancelled_in_the_queue_is_never_drawn(tmp_path, tiny_sd, held_u
         httpx.Client(base_url=f"{page.address}gradio_api/", trust_env=False) as web,
     ):
         first = Client(page.address, verbose=False, analytics_enabled=False)
-        drawing = first.submit(*form("model/tiny-sd", "first"), api_name="/draw")
+        drawing = first.submit(**one_step("first"), api_name="/draw")
         assert begun.wait(WAIT)
         (number,) = [one["id"] for one in first.config["dependencies"] if one["api_name"] == "draw"]
         second = {"session_hash": "two", "fn_index": number}
-        joined = web.post("queue/join", json=second | {"data": form("model/tiny-sd", "second")})
+        joined = web.post("queue/join", json=second | {"data": list(one_step("second").values())})
         web.post("cancel", json=second | joined.json()).raise_for_status()  # as a browser does
-        last = first.submit(*form("model/tiny-sd", "last"), api_name="/draw")
+        last = first.submit(**one_step("last"), api_name="/draw")
         go_on.set()
         assert "1 step of DDIM" in drawing.result(WAIT)[1]
         last.result(WAIT)
@@ -73,7 +72,7 @@ def test_old_pictures_are_gone_when_a_drawing_begins(tmp_path, small_cache, tiny
     with gr.Blocks(analytics_enabled=False):
         tab = DrawTab(room_of(tmp_path, tmp_path / "runs", tmp_path / "caches"))
     request = gr.Request(session_hash="one")
-    told = tab.draw(request, *form("run/lora"))
+    told = tab.draw(request, **form("run/lora", steps=1, teacher=True))
     begun = next(told)
     for picture, note, name in (
         (tab.form.student, tab.form.student_note, "Student"),
@@ -86,7 +85,7 @@ def test_old_pictures_are_gone_when_a_drawing_begins(tmp_path, small_cache, tiny
     assert drawn[tab.form.student]["value"].endswith(".png")
     assert drawn[tab.form.teacher]["value"].endswith(".png")
 
-    told = tab.draw(request, *form("run/lora", "another"))
+    told = tab.draw(request, **form("run/lora", prompt="another", steps=1, teacher=True))
     next(told)
     assert "Cancelled." in tab.cancel(request)
     *_, last = told

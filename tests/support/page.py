@@ -13,6 +13,7 @@ from infer.page.folders import Folders
 from infer.page.room import Room
 from infer.page.work.held import Held
 from infer.page.work.turns import Turns
+from tests.support.drawing import PROMPT
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">${7*7}{{7*7}}"
 
@@ -22,6 +23,18 @@ class Opened(NamedTuple):
 
     address: str
     room: Room
+
+
+def form(what: str | None, **more: object) -> dict[str, object]:
+    """What the tab Draw sends, by name: two steps of one picture alone unless told."""
+    values: dict[str, object] = {
+        "what": what, "prompt": PROMPT, "negative_prompt": "", "steps": 2, "guidance_scale": 2.0,
+        "seed": 3, "scheduler": "as trained", "teacher": False, "teacher_steps": 2, "image": None,
+        "strength": 0.5, "lora_1": "", "lora_2": "", "lora_3": "", "lora_1_scale": 1,
+        "lora_2_scale": 1, "lora_3_scale": 1,
+    }  # fmt: skip
+    assert not set(more) - set(values)
+    return values | more
 
 
 def free_port() -> int:

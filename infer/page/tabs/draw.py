@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import gradio as gr
@@ -11,7 +11,7 @@ import gradio as gr
 from infer.page import given, words
 from infer.page.folders import choices, chosen
 from infer.page.room import MODEL_QUEUE, Room
-from infer.page.tabs.draw_form import AS_TRAINED, FEW, MANY, STRONGEST, layout
+from infer.page.tabs.draw_form import AS_TRAINED, FEW, LORAS, MANY, STRONGEST, layout
 from infer.page.work.following import OnStep, following
 from infer.page.work.studio import Drawing, Drawn, Studio, Wish
 from infer.page.work.turns import Cancelled, Turn
@@ -35,8 +35,8 @@ class DrawTab:
         self.studio = Studio(room.config, room.held, room.temporary)
         self.form = layout()
         form, of_model = self.form, {"concurrency_id": MODEL_QUEUE, "preprocess": False}
-        drawing = {"fn": self.draw, "inputs": form.inputs, "outputs": form.outputs, **of_model,
-                   "show_progress_on": [form.note]}  # fmt: skip
+        drawing = {"fn": self.draw, "inputs_kwargs": form.inputs, "outputs": form.outputs,
+                   "show_progress_on": [form.note], **of_model}  # fmt: skip
         private = {"api_visibility": "private"}
         new_seed = form.again.click(
             lambda: random.randrange(LARGEST_SEED), None, form.seed, queue=False, **private
@@ -130,47 +130,47 @@ class DrawTab:
 
     # ---- Drawing
 
-    def read(self, values: Sequence[Any]) -> Wish:
+    def read(self, sent: Mapping[str, Any]) -> Wish:
         """What the form says. Raises UserError for what the page would not send."""
-        (what, prompt, negative, steps, guidance, seed, scheduler, beside, teacher_steps, picture,
-         strength, *loras) = values  # fmt: skip
-        drawer = self.what_draws(what)
-        named = [AS_TRAINED, *drawing_schedulers()]
-        if scheduler not in named:
+        drawer = self.what_draws(sent["what"])
+        scheduler = sent["scheduler"]
+        if scheduler not in [AS_TRAINED, *drawing_schedulers()]:
             raise UserError("there is no such scheduler; choose one from the list")
-        if not (asked := given.text(prompt, "the prompt")):
+        if not (asked := given.text(sent["prompt"], "the prompt")):
             raise UserError("the prompt is missing; say what the picture shall show")
-        image = given.upload(picture, "the picture", self.room.temporary)
+        image = given.upload(sent["image"], "the picture", self.room.temporary)
+        beside = given.whole(sent["teacher_steps"], "teacher's steps", 1, MANY)
         return Wish(
             run=drawer.run,
             model=drawer.model,
             prompt=asked,
-            negative_prompt=given.text(negative, "the negative prompt"),
-            steps=given.whole(steps, "steps", 1, MANY),
-            guidance_scale=given.number(guidance, "guidance", 1, STRONGEST),
-            seed=given.whole(seed, "the seed", 0, LARGEST_SEED),
+            negative_prompt=given.text(sent["negative_prompt"], "the negative prompt"),
+            steps=given.whole(sent["steps"], "steps", 1, MANY),
+            guidance_scale=given.number(sent["guidance_scale"], "guidance", 1, STRONGEST),
+            seed=given.whole(sent["seed"], "the seed", 0, LARGEST_SEED),
             scheduler=None if scheduler == AS_TRAINED else scheduler,
-            loras=self.read_loras(loras),
+            loras=self.read_loras(sent),
             image=None if image is None else image.file,
-            strength=given.number(strength, "strength", 0.05, 1),
-            teacher_steps=given.whole(teacher_steps, "teacher's steps", 1, MANY) if beside else 0,
+            strength=given.number(sent["strength"], "strength", 0.05, 1),
+            teacher_steps=beside if sent["teacher"] else 0,
         )
 
-    def read_loras(self, values: Sequence[Any]) -> tuple[tuple[Any, float], ...]:
+    def read_loras(self, sent: Mapping[str, Any]) -> tuple[tuple[Any, float], ...]:
         """LoRAs and scales. Raises UserError for one that is in no list."""
         listed = self.room.folders.loras()
         return tuple(
             (chosen(name, listed, "LoRA"), given.number(scale, "a LoRA's scale", -2, 2))
-            for name, scale in zip(values[::2], values[1::2], strict=True)
+            for number in range(1, LORAS + 1)
+            for name, scale in [(sent[f"lora_{number}"], sent[f"lora_{number}_scale"])]
             if name
         )
 
-    def draw(self, request: gr.Request, *values: Any) -> Iterator[Updates]:
+    def draw(self, request: gr.Request, **sent: Any) -> Iterator[Updates]:
         """Draw what the form says: one picture after the other appears."""
         form, session = self.form, request.session_hash or ""
         shown: Updates = {}  # all of it in each answer: a program reads the last one
         try:
-            own, teacher = self.studio.plan(self.read(values))
+            own, teacher = self.studio.plan(self.read(sent))
             shown = self.empty(own, teacher)
             with self.room.turns.begin(session, KIND) as turn:
                 pair = [own] if teacher is None else self.studio.in_order(own, teacher)

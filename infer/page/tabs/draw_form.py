@@ -43,12 +43,17 @@ class Form:
     teacher_note: Any
 
     @property
-    def inputs(self) -> list[Any]:
-        """All that is sent, in the order that `read` takes."""
-        pairs = [one for pair in zip(self.loras, self.scales, strict=True) for one in pair]
-        return [self.what, self.prompt, self.negative, self.steps, self.guidance, self.seed,
-                self.scheduler, self.beside, self.teacher_steps, self.picture, self.strength,
-                *pairs]  # fmt: skip
+    def inputs(self) -> dict[str, Any]:
+        """All that is sent, by the names under which `gradio_client` gives it."""
+        loras = {f"lora_{number}": one for number, one in enumerate(self.loras, 1)}
+        scales = {f"lora_{number}_scale": one for number, one in enumerate(self.scales, 1)}
+        return {
+            "what": self.what, "prompt": self.prompt, "negative_prompt": self.negative,
+            "steps": self.steps, "guidance_scale": self.guidance, "seed": self.seed,
+            "scheduler": self.scheduler, "teacher": self.beside,
+            "teacher_steps": self.teacher_steps, "image": self.picture, "strength": self.strength,
+            **loras, **scales,
+        }  # fmt: skip
 
     @property
     def outputs(self) -> list[Any]:

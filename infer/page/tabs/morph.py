@@ -81,9 +81,12 @@ class MorphTab:
                                   elem_id="strip")  # fmt: skip
         pictures, prompts = zip(*ends, strict=True)
         begun = morph.click(
-            self.morph,
-            [*pictures, *prompts, self.model, frames, steps, learn, learn_steps, even],
-            [self.film, self.strip, self.note], preprocess=False, api_name="morph",
+            self.morph, None, [self.film, self.strip, self.note],
+            inputs_kwargs={
+                "first": pictures[0], "last": pictures[1], "first_prompt": prompts[0],
+                "last_prompt": prompts[1], "model": self.model, "frames": frames, "steps": steps,
+                "learn": learn, "learn_steps": learn_steps, "reschedule": even,
+            }, preprocess=False, api_name="morph",
             concurrency_id=MODEL_QUEUE, show_progress_on=[self.note],
         )  # fmt: skip
         cancel.click(
@@ -117,9 +120,9 @@ class MorphTab:
         steps: Any,
         learn: Any,
         learn_steps: Any,
-        even: Any,
+        reschedule: Any,
     ) -> Settings:
-        """What the form says. Raises UserError for what the page would not send."""  # fmt: skip
+        """What the form says. Raises UserError for what the page would not send."""
         folder, config = self.room.temporary, self.room.config
         pictures = [given.upload(first, "the first picture", folder),
                     given.upload(last, "the last picture", folder)]  # fmt: skip
@@ -136,17 +139,17 @@ class MorphTab:
             frames=given.whole(frames, "frames", 3, 48),
             steps=given.whole(steps, "steps", 2, 100),
             learn=bool(learn),
-            reschedule=bool(even),
+            reschedule=bool(reschedule),
             learn_steps=given.whole(learn_steps, "steps of learning", 10, 1000) if learn else None,
             device=config.device,
             dtype=config.dtype,
             threads=config.threads,
         )
 
-    def morph(self, request: gr.Request, *values: Any) -> Iterator[Updates]:
+    def morph(self, request: gr.Request, **sent: Any) -> Iterator[Updates]:
         """Morph, telling what `infer morph` tells."""
         try:
-            settings = self.read(*values)
+            settings = self.read(**sent)
             self.room.held.free()  # the process has a model of its own
             with (
                 self.room.turns.begin(request.session_hash or "", KIND) as turn,
