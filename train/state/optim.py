@@ -29,8 +29,7 @@ def build_optimizer(
     }
     weights = list(parameters.values())
     if not config.use_8bit_adam:
-        settings["fused" if weights[0].is_cuda else "foreach"] = True
-        return torch.optim.AdamW(weights, **settings)
+        return torch.optim.AdamW(weights, **settings, fused=True)  # one pass, no temporaries
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -71,7 +70,7 @@ def restored(optimizer: torch.optim.Optimizer, key: str, value: Tensor, weight: 
         return like(weight, value) if value.shape == weight.shape else value.to(weight.device)
     if not isinstance(optimizer, torch.optim.AdamW):
         return int(value)  # bitsandbytes counts in Python
-    return value.to(weight.device if optimizer.param_groups[0]["fused"] else "cpu")
+    return value.to(weight.device)
 
 
 def check_schedule(config: DistillConfig) -> None:
