@@ -69,6 +69,16 @@ def test_a_program_draws_what_the_command_draws(client, runs, cli, tmp_path):
     assert "bad" not in note
 
 
+def test_what_a_program_leaves_out_is_as_the_form_begins(client):
+    answer = client.predict(what=LORA, prompt=PROMPT, teacher=False, api_name="/draw")
+    assert "4 steps of LCM" in answer[1]
+    compared, _ = client.predict(runs=["lora"], api_name="/compare")
+    assert "<iframe" in compared
+    shown, note = client.predict(cache="cache", api_name="/browse")
+    assert "bad" not in note, note
+    assert "data:image/" in shown
+
+
 def test_teacher_and_student_are_told_apart(client, cli, tmp_path):
     answer = client.predict(**form(LORA, teacher=True), api_name="/draw")
     theirs = draw(cli, tmp_path / "a.png", "--model", "tiny-sd", "--prompt", PROMPT, "--steps", 2,
@@ -117,7 +127,7 @@ def test_what_the_page_would_not_send_is_refused_in_a_line(client, sent, said):
 
 
 def test_runs_are_compared_in_a_frame_of_their_own(client):
-    shown, note = client.predict(["lora"], api_name="/compare")
+    shown, note = client.predict(runs=["lora"], api_name="/compare")
     assert "bad" not in note
     assert shown.startswith('<iframe class="compared" sandbox="allow-scripts" ')
     assert shown.count("<") == 2  # all of the comparison is one attribute

@@ -152,7 +152,7 @@ def test_adamw_goes_on_where_it_was(tmp_path):
     settings = config(adam_beta1=0.8, adam_weight_decay=0.1, adam_epsilon=1e-6)
     group = build_optimizer(settings, parameters()).param_groups[0]
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.999), 0.1, 1e-6)
-    assert group["foreach"]
+    assert group["fused"]
     continued(settings, tmp_path)
 
 

@@ -40,8 +40,8 @@ class CacheTab:
             self.caches = gr.Dropdown([], label="Cache", scale=3, min_width=200, elem_id="caches")
             self.kind = gr.Dropdown([SAMPLES, REJECTED], value=SAMPLES, label="Show", scale=2,
                                     min_width=140, elem_id="kind")  # fmt: skip
-            self.text = gr.Textbox(label="Words in the caption", max_length=given.PROMPT, scale=4,
-                                   min_width=200, elem_id="filter")  # fmt: skip
+            self.text = gr.Textbox("", label="Words in the caption", max_length=given.PROMPT,
+                                   scale=4, min_width=200, elem_id="filter")  # fmt: skip
         with gr.Row(elem_classes="level"):
             self.page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=90,
                                   elem_id="page-number")  # fmt: skip
@@ -91,15 +91,15 @@ class CacheTab:
         self.cancel(request)
         return 1
 
-    def look(self, name: Any, kind: Any, text: Any, page: Any, request: gr.Request) -> Iterator[
-        Updates
-    ]:  # fmt: skip
+    def look(
+        self, cache: Any, kind: Any, text: Any, page: Any, request: gr.Request
+    ) -> Iterator[Updates]:
         """Show a page: captions at once, and pictures as they are decoded."""
         try:
-            cache = CachePaths(chosen(name, self.room.folders.all_caches(), "cache"))
+            paths = CachePaths(chosen(cache, self.room.folders.all_caches(), "cache"))
             number = given.whole(page, "the page", 1, LAST) - 1
             wanted = given.text(text, "the text to look for")
-            browser = Browser.open(cache)
+            browser = Browser.open(paths)
             if kind == REJECTED:
                 yield self.rows(browser, browser.rows(number, wanted))
                 return

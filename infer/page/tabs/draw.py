@@ -165,12 +165,15 @@ class DrawTab:
             if name
         )
 
-    def draw(self, request: gr.Request, **sent: Any) -> Iterator[Updates]:
-        """Draw what the form says: one picture after the other appears."""
+    def draw(self, request: gr.Request, image: Any = None, **sent: Any) -> Iterator[Updates]:
+        """Draw what the form says: one picture after the other appears.
+
+        `image` stands apart, for Gradio lets programs leave out what has a default.
+        """
         form, session = self.form, request.session_hash or ""
         shown: Updates = {}  # all of it in each answer: a program reads the last one
         try:
-            own, teacher = self.studio.plan(self.read(sent))
+            own, teacher = self.studio.plan(self.read({**sent, "image": image}))
             shown = self.empty(own, teacher)
             with self.room.turns.begin(session, KIND) as turn:
                 pair = [own] if teacher is None else self.studio.in_order(own, teacher)

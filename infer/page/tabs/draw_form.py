@@ -103,6 +103,7 @@ def more_settings() -> dict[str, Any]:
         beside = gr.Checkbox(True, label="Draw the teacher beside it")
         teacher_steps = gr.Slider(1, MANY, MANY, step=1, label="Teacher's steps")
         negative = gr.Textbox(
+            "",
             label="Negative prompt",
             max_length=given.PROMPT,
             info="For what is drawn with a second pass, such as the teacher.",

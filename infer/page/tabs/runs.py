@@ -52,12 +52,12 @@ class RunsTab:
             self.note: words.note("" if runs else empty),
         }
 
-    def compare(self, names: Any) -> Iterator[Updates]:
+    def compare(self, runs: Any) -> Iterator[Updates]:
         """Compare the runs that are chosen."""
         yield {self.note: words.note("Reading the runs…")}
         try:
             listed = self.room.folders.trainings()
-            several = names if isinstance(names, list) else []
+            several = runs if isinstance(runs, list) else []
             if len(several) > MOST:
                 raise UserError(f"{len(several)} runs are too many; choose {MOST} at the most")
             folders = [chosen(name, listed, "run") for name in several or [None]]
