@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument(
         "--large", default="sd15", help="the model of real size, `tiny-xl` for a trial"
     )
-    parser.add_argument("--full", default="sd15", help="likewise for a full student: 21 GB in fp32")
+    parser.add_argument("--full", default="sd15", help="likewise for a full student: 22 GB in fp32")
     parser.add_argument("--large-resolution", type=int, default=256)
     parser.add_argument("--large-pairs", type=int, default=3)
     parser.add_argument("--child", nargs=7, help=argparse.SUPPRESS)
