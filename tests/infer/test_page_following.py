@@ -9,28 +9,35 @@ from infer.page.work.following import following
 from infer.page.work.turns import Cancelled, Turn
 
 
-def counting(on_step):
-    """Four steps, and what comes of them."""
-    for number in range(1, 5):
-        on_step(number, 4)
-        time.sleep(0.01)
-    return "done"
-
-
-def told(steps):
-    """All steps that are told, and the result."""
+def told(steps, hear=lambda: None):
+    """All steps that are told, `hear` after each, and the result."""
     found = []
     while True:
         try:
             found.append(next(steps))
         except StopIteration as end:
             return found, end.value
+        hear()
 
 
 def test_steps_are_told_and_the_result_comes_back():
-    found, result = told(following(counting, Turn()))
+    heard = threading.Semaphore(0)
+
+    def counting(on_step):
+        for number in range(1, 5):
+            on_step(number, 4)
+            assert heard.acquire(timeout=60)  # or the next step would take its place
+        return "done"
+
+    found, result = told(following(counting, Turn()), heard.release)
     assert result == "done"
-    assert found[0] == (1, 4)
+    assert found == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_of_steps_that_come_together_the_last_is_told():
+    found, result = told(following(lambda on_step: [on_step(n, 3) for n in (1, 2, 3)], Turn()))
+    assert result == [None] * 3
+    assert len(found) <= 3
     assert found == sorted(found)
 
 
