@@ -60,20 +60,20 @@ class Recipe:
 # Few intervals: what is known near the picture reaches pure noise in fewer trainings of the student
 # on itself (docs/recipes.md).
 FEW = "--num-ddim-timesteps 10 --teacher cached"
-FULL = f"{FEW} --ema-decay 0.99 --learning-rate 2e-4"
+FULL = "--ema-decay 0.99 --learning-rate 2e-4"
 # A LoRA student is not told the guidance (see data/demo.py).
-LORA = f"{FEW} --w-min 0.5 --w-max 1.0 --learning-rate 2e-4"
+LORA = "--w-min 0.5 --w-max 1.0 --learning-rate 2e-4"
 PHASES = "--num-phases 2"  # a divisor of the intervals, so that two steps of drawing end at edges
 DMD = "--objective dmd --num-student-steps 4 --learning-rate 2e-5 --fake-learning-rate 2e-4"
 RECIPES = (
-    Recipe("full-pcm", "full", f"--objective pcm {PHASES} {FULL}"),
-    Recipe("full-lcd", "full", f"--objective lcd {FULL}"),
-    Recipe("lora-lcd", "lora", f"--objective lcd {LORA}"),
-    Recipe("full-tcd", "full", f"--objective tcd {FULL}"),
-    Recipe("lora-pcm", "lora", f"--objective pcm {PHASES} {LORA}"),
-    Recipe("lora-tcd", "lora", f"--objective tcd {LORA}"),
-    Recipe("full-half", "full", f"--objective lcd {FULL}", 0.5, shown=False),
-    Recipe("lora-half", "lora", f"--objective lcd {LORA}", 0.5, shown=False),
+    Recipe("full-pcm", "full", f"--objective pcm {PHASES} {FEW} {FULL}"),
+    Recipe("full-lcd", "full", f"--objective lcd {FEW} {FULL}"),
+    Recipe("lora-lcd", "lora", f"--objective lcd {FEW} {LORA}"),
+    Recipe("full-tcd", "full", f"--objective tcd {FEW} {FULL}"),
+    Recipe("lora-pcm", "lora", f"--objective pcm {PHASES} {FEW} {LORA}"),
+    Recipe("lora-tcd", "lora", f"--objective tcd {FEW} {LORA}"),
+    Recipe("full-half", "full", f"--objective lcd {FEW} {FULL}", 0.5, shown=False),
+    Recipe("lora-half", "lora", f"--objective lcd {FEW} {LORA}", 0.5, shown=False),
     Recipe("full-dmd", "full", f"{DMD} --fake full", 0.5, after="full-half"),
     Recipe("lora-dmd", "lora", f"{DMD} --w-min 0.5 --w-max 1.0", 0.5, after="lora-half"),
 )
