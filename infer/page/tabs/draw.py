@@ -139,7 +139,7 @@ class DrawTab:
         if not (asked := given.text(sent["prompt"], "the prompt")):
             raise UserError("the prompt is missing; say what the picture shall show")
         image = given.upload(sent["image"], "the picture", self.room.temporary)
-        beside = given.whole(sent["teacher_steps"], "teacher's steps", 1, MANY)
+        teacher_steps = given.whole(sent["teacher_steps"], "teacher's steps", 1, MANY)
         return Wish(
             run=drawer.run,
             model=drawer.model,
@@ -152,7 +152,7 @@ class DrawTab:
             loras=self.read_loras(sent),
             image=None if image is None else image.file,
             strength=given.number(sent["strength"], "strength", 0.05, 1),
-            teacher_steps=beside if sent["teacher"] else 0,
+            teacher_steps=teacher_steps if sent["teacher"] else 0,
         )
 
     def read_loras(self, sent: Mapping[str, Any]) -> tuple[tuple[Any, float], ...]:
