@@ -26,6 +26,7 @@ from tests.support.docs import (
     module_command,
     pages,
 )
+from tests.support.learned import few_redrawn
 from train.config import CompareConfig, EvaluateConfig
 
 ALL = [block for page in pages() for block in blocks(page)]
@@ -79,6 +80,7 @@ def workspace(request, sources, tmp_path, monkeypatch):
     sources = sources(MORE_PICTURES if request.node.get_closest_marker("slow") else PICTURES)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(sources / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    few_redrawn(monkeypatch)
     monkeypatch.chdir(tmp_path)
     for source in sources.iterdir():
         (tmp_path / source.name).symlink_to(source)

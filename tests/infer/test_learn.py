@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from infer.config import LearnConfig
 from infer.learn.recipe import recipe_of, usual_rate
 from shared.models.family import resolve_model
-from tests.support import warm
-from tests.support.learned import shapes
+from tests.support.learned import few_redrawn, run_infer, shapes
 from train.trainer.reporting.metrics import Recorder
 
 FEW = ("--model", "tiny-sd", "--steps", 3, "--train-batch-size", 2, "--threads", 1)
@@ -39,14 +38,15 @@ class Learned(NamedTuple):
 def once(tmp_path_factory):
     place = tmp_path_factory.mktemp("learned")
     pictures = [(path.name, prompt) for path, prompt in shapes(2, place)]
-    words = ["-m", "infer", "learn", pictures[0][0], *FEW, "--prompt", pictures[0][1]]
-    answer = warm.run(words, place, OMP_NUM_THREADS="1")
+    words = ["learn", pictures[0][0], *FEW, "--prompt", pictures[0][1]]
+    answer = run_infer(words, place)
     assert answer.returncode == 0, answer.stderr
     return Learned(place, pictures, Path(answer.stdout.rstrip("\n")), answer.stderr)
 
 
 @pytest.fixture
 def learned(once, monkeypatch):
+    few_redrawn(monkeypatch)
     monkeypatch.chdir(once.place)
     return once
 

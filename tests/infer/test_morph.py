@@ -17,8 +17,7 @@ from infer.learn.recipe import recipe_of
 from infer.morph import command, frames
 from infer.morph.job import plan_job
 from infer.pictures import film
-from tests.support import warm
-from tests.support.learned import shapes
+from tests.support.learned import run_infer, shapes
 
 MODEL = ("--model", "tiny-sd", "--threads", 1)
 FEW = (*MODEL, "--train-batch-size", 2, "--learn-steps", 2, "--frames", 4, "--steps", 3)
@@ -41,8 +40,8 @@ def once(tmp_path_factory):
     place = tmp_path_factory.mktemp("morphed")
     found = shapes(2, place)
     pictures, prompts = [path.name for path, _ in found], [prompt for _, prompt in found]
-    words = ["-m", "infer", "morph", *pictures, "--prompts", *prompts, *FEW, "--output", "film"]
-    answer = warm.run(words, place, OMP_NUM_THREADS="1")
+    words = ["morph", *pictures, "--prompts", *prompts, *FEW, "--output", "film"]
+    answer = run_infer(words, place)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout == "film\n"
     runs = [next(place.glob(f"runs/learned/{Path(one).stem}-*")) for one in pictures]
@@ -154,7 +153,7 @@ def by_hand(morphed, a: float) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-@pytest.mark.parametrize("number", [0, 1, 3])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1, 3])
 def test_a_frame_is_what_stock_diffusers_draws_of_both_loras(morphed, number):
     found = drawn(morphed.output)[number]
     wanted = by_hand(morphed, number / 3)
@@ -187,7 +186,14 @@ def test_what_learn_has_learned_is_found(morphed):
         assert lesson.run == learned.folder()
 
 
-@pytest.mark.parametrize("flag", [["--adain"], ["--attention", "1"], ["--attention", "0.34"]])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ["--adain"],
+        pytest.param(["--attention", "1"], marks=pytest.mark.slow),
+        ["--attention", "0.34"],
+    ],
+)
 def test_refinements_change_what_is_between_the_ends_alone(morphed, cli, flag, tmp_path):
     output, said = morph(cli, morphed, *flag, "--output", tmp_path / "o")
     refined, plain = drawn(output), drawn(morphed.output)
@@ -228,7 +234,10 @@ def test_sdxl_is_morphed_too(morphed, cli, tmp_path):
 
 def test_without_imageio_there_is_no_mp4_and_a_note(morphed, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "writes_mp4", lambda: False)
-    output, said = morph(cli, morphed, "--output", tmp_path / "o")
+    words = ("--no-learn", "--frames", 3, "--steps", 2, "--output", tmp_path / "o")
+    answer = cli("infer", "morph", *morphed.pictures, "--prompts", *morphed.prompts, *MODEL, *words)
+    assert answer.status == 0, answer.err
+    output, said = tmp_path / "o", answer.err
     assert sorted(os.listdir(output)) == ["frames", "morph.gif", "morph.json", "strip.png"]
     assert "note: no MP4 is written, which needs pip install '.[morph]'" in said
 
@@ -238,10 +247,14 @@ def test_ctrl_c_leaves_no_half_of_it(morphed, cli, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     (tmp_path / "out").mkdir()
-    for module, name in ((frames, "where_most_changes"), (command, "write_strip")):
+    flags = ("--output", tmp_path / "out" / "film", "--frames", 3, "--steps", 2)
+    for module, name, more in (
+        (frames, "where_most_changes", ["--reschedule"]),
+        (command, "write_strip", []),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, interrupted)
-            words = (*FEW, "--reschedule", "--output", tmp_path / "out" / "film")
+            words = (*FEW, *flags, *more)
             answer = cli("infer", "morph", *morphed.pictures, "--prompts", *morphed.prompts, *words)
         assert answer.status == 130
         assert os.listdir(tmp_path / "out") == []

@@ -1,13 +1,36 @@
 """Pictures of the repository to learn, and one with the statistics of a photograph."""
 
 import io
+import subprocess
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from infer.learn import redrawn
 from tests.conftest import ROOT
+from tests.support import warm
+
+REDRAWN = 2  # steps in which a learned picture is drawn anew, where its figures do not matter
+
+
+def few_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redrawn, "STEPS", REDRAWN)
+    monkeypatch.setattr(redrawn, "PASSES", 4 * REDRAWN)
+
+
+def run_infer(words: Sequence[object], folder: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m infer WORDS` in a process of its own that redraws in few steps."""
+    code = (
+        "import sys; from infer.learn import redrawn; from infer.__main__ import main\n"
+        f"redrawn.STEPS, redrawn.PASSES = {REDRAWN}, {4 * REDRAWN}\n"
+        f"sys.argv = ['infer', *{list(map(str, words))!r}]\n"
+        "main()\n"
+    )
+    return warm.run(["-c", code], folder, OMP_NUM_THREADS="1")
 
 
 def shapes(count: int, folder: Path) -> list[tuple[Path, str]]:
