@@ -10,6 +10,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,18 +108,25 @@ def encode_some(model: str, latents: str, count: int, folder: Path) -> None:
     ).check_returncode()
 
 
-def shared_cache(factory, model: str, latents: str, count: int) -> Path:
-    """The same for all workers of a session: the first that asks makes it."""
+def shared_folder(factory, name: str, make: Callable[[Path], object]) -> Path:
+    """The same for all workers of a session: the first that asks makes what is in it."""
     base = factory.getbasetemp()
     here = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = here / f"shared-{model}-{count}"
+    folder = here / f"shared-{name}"
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "made").exists():
-            encode_some(model, latents, count, folder)
+            make(folder)
             (folder / "made").touch()
-    return folder / "cache"
+    return folder
+
+
+def shared_cache(factory, model: str, latents: str, count: int) -> Path:
+    def encode(folder: Path) -> None:
+        encode_some(model, latents, count, folder)
+
+    return shared_folder(factory, f"{model}-{count}", encode) / "cache"
 
 
 @pytest.fixture(scope="session")

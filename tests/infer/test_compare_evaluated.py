@@ -7,21 +7,15 @@ import pytest
 
 from infer.compare.page import html_of
 from tests.support.compared import Page
-from tests.support.comparison import assess, copied, few_rows, make_run
+from tests.support.comparison import TEACHER, assess, copied, evaluated_runs, few_rows
 from train.comparison.summary import read_summaries
 from train.comparison.table import table_lines
 
 
 @pytest.fixture(scope="module")
 def shared_runs(tmp_path_factory, tiny_cache, tiny_sd):
-    folder = tmp_path_factory.mktemp("runs")
-    held = shutil.copytree(tiny_cache, folder / "held")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        few_rows(monkeypatch)
-        return {
-            name: make_run(folder / name, tiny_sd, tiny_cache, held, **more)
-            for name, more in (("lcd", {}), ("pcm", {"objective": "pcm"}))
-        }
+    runs, _ = evaluated_runs(tmp_path_factory, tiny_sd, tiny_cache)
+    return {"lcd": runs["consistency"], "tcd": runs["trajectory"]}
 
 
 @pytest.fixture
@@ -53,7 +47,7 @@ def test_runs_that_can_be_compared_share_the_table_of_train_compare(runs):
 
 
 def test_a_run_that_cannot_be_compared_has_its_figures_and_a_reason(runs, tmp_path):
-    evaluation = runs["pcm"] / "evaluation.json"
+    evaluation = runs["tcd"] / "evaluation.json"
     stored = json.loads(evaluation.read_text()) | {"seed": 5}
     evaluation.write_text(json.dumps(stored))
     page = Page(html_of(list(runs.values())))
@@ -64,22 +58,23 @@ def test_a_run_that_cannot_be_compared_has_its_figures_and_a_reason(runs, tmp_pa
     page = Page(html_of(list(runs.values())))
     assert "is an older version's, which did not note its captions" in page.text
     fd = next(row["fd"] for row in stored["rows"] if row["sampler"] == "student")
-    alone = [line for line in stripped(cells(page)) if line[:2] == ["pcm", "1"]]
+    alone = [line for line in stripped(cells(page)) if line[:2] == ["tcd", "1"]]
     assert alone[0][2] == f"{fd:.1f}"
 
 
 def test_a_student_of_another_export_is_said(runs, tmp_path):
-    (runs["pcm"] / "evaluation.json").unlink()
-    shutil.copy(runs["lcd"] / "evaluation.json", runs["pcm"])
+    (runs["tcd"] / "evaluation.json").unlink()
+    shutil.copy(runs["lcd"] / "evaluation.json", runs["tcd"])
     page = Page(html_of(list(runs.values())))
     assert "is not the one that was evaluated" in page.text
-    (runs["pcm"] / "evaluation.json").unlink()
+    (runs["tcd"] / "evaluation.json").unlink()
     page = Page(html_of(list(runs.values())))
-    assert "not evaluated yet: pcm" in page.text
+    assert "not evaluated yet: tcd" in page.text
 
 
 def test_runs_evaluated_on_other_pictures_are_kept_apart(runs, tmp_path, tiny_cache, monkeypatch):
-    few_rows(monkeypatch)
-    assess(runs["pcm"], tiny_cache, num_samples=66, seed=0)
+    few_rows(monkeypatch, TEACHER[:2], (1,))
+    held = shutil.copytree(tiny_cache, tmp_path / "held")
+    assess(runs["tcd"], held, num_samples=66, seed=0)
     page = Page(html_of(list(runs.values())))
     assert "was evaluated on other pictures" in page.text

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import shared_folder
 from train.comparison import picture
 from train.config import DistillConfig, EvaluateConfig
 from train.evaluation import evaluate, teacher_results
@@ -13,14 +14,19 @@ from train.trainer.setup import prepare
 
 TEACHER = (("ddim", 3), ("ddim", 1), ("ddim", 2), ("dpmsolver++", 1), ("dpmsolver++", 2))
 
+KINDS = {"consistency": {}, "trajectory": {"objective": "tcd", "student": "full",
+                                           "unet_time_cond_proj_dim": 16,
+                                           "learning_rate": 1e-3}}  # fmt: skip
 
-def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def few_rows(monkeypatch: pytest.MonkeyPatch, teacher=TEACHER, student=(1, 2)) -> None:
+    """These for the teacher, and the student's of so many steps."""
     for module in (evaluate, teacher_results, picture):
-        monkeypatch.setattr(module, "REFERENCE", TEACHER[0])
-    monkeypatch.setattr(teacher_results, "SOLVER_SAMPLINGS", TEACHER[1:])
-    monkeypatch.setattr(teacher_results, "TEACHER_SAMPLINGS", TEACHER)
+        monkeypatch.setattr(module, "REFERENCE", teacher[0])
+    monkeypatch.setattr(teacher_results, "SOLVER_SAMPLINGS", teacher[1:])
+    monkeypatch.setattr(teacher_results, "TEACHER_SAMPLINGS", teacher)
     monkeypatch.setattr(teacher_results, "TRIED", 5)
-    monkeypatch.setattr(evaluate, "STUDENT_SAMPLINGS", (("student", 1), ("student", 2)))
+    monkeypatch.setattr(evaluate, "STUDENT_SAMPLINGS", tuple(("student", n) for n in student))
     monkeypatch.setattr(evaluate, "TIMED", 2)
 
 
@@ -34,6 +40,23 @@ def make_run(folder: Path, model: Path, cache: Path, held: Path, **more) -> Path
     distill(prepare(config))
     assess(folder, held)
     return folder
+
+
+def evaluated_runs(factory, model: Path, cache: Path) -> tuple[dict[str, Path], Path]:
+    """Two runs, evaluated on the same held-out samples, and the cache of these.
+
+    They are those of all workers: do not write into them.
+    """
+
+    def make(folder: Path) -> None:
+        held = Path(shutil.copytree(cache, folder / "held"))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            few_rows(monkeypatch)
+            for name, more in KINDS.items():
+                make_run(folder / name, model, cache, held, **more)
+
+    folder = shared_folder(factory, "evaluated", make)
+    return {name: folder / name for name in KINDS}, folder / "held"
 
 
 def assess(run: Path, held: Path, **more) -> None:

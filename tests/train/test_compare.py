@@ -10,7 +10,7 @@ from PIL import Image
 
 from shared.cache.manifest import open_manifest
 from shared.models.vae import decode_latents
-from tests.support.comparison import TEACHER, assess, copied, few_rows, make_run
+from tests.support.comparison import TEACHER, assess, copied, evaluated_runs, few_rows
 from tests.support.runs import metrics
 from train.comparison.summary import training_seconds
 from train.config import SampleConfig
@@ -18,23 +18,10 @@ from train.evaluation.artist import open_artist
 from train.evaluation.heldout import load_heldout
 from train.state.checkpoint import TrainingState
 
-KINDS = {"consistency": {}, "trajectory": {"objective": "tcd", "student": "full",
-                                           "unet_time_cond_proj_dim": 16,
-                                           "learning_rate": 1e-3}}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def shared_runs(tmp_path_factory, tiny_cache, tiny_sd):
-    """Two runs, evaluated on the same held-out samples, and the cache of these."""
-    folder = tmp_path_factory.mktemp("runs")
-    held = shutil.copytree(tiny_cache, folder / "held")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        few_rows(monkeypatch)
-        runs = {
-            name: make_run(folder / name, tiny_sd, tiny_cache, held, **more)
-            for name, more in KINDS.items()
-        }
-    return runs, held
+    return evaluated_runs(tmp_path_factory, tiny_sd, tiny_cache)
 
 
 @pytest.fixture
@@ -271,9 +258,10 @@ def test_what_is_no_longer_told_is_a_dash(own, compare, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_evaluation_on_fewer_captions_is_another(own, shared_runs, compare, monkeypatch):
+def test_an_evaluation_on_fewer_captions_is_another(own, shared_runs, compare, tmp_path):
     """As `evaluate` writes it."""
-    assess(own["trajectory"], shared_runs[1], num_samples=66)
+    held = shutil.copytree(shared_runs[1], tmp_path / "held")
+    assess(own["trajectory"], held, num_samples=66)
     answer = compare(*own.values())
     assert answer.status == 1
     assert "on other pictures" in answer.err
