@@ -274,7 +274,10 @@ def said(process) -> bytes:
     return os.pread(process._files[0].fileno(), 100, 0)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_it_ends_cleanly(folder, number, status):
     port = free_port()
     process = warm.start(["-m", "infer", "page", "--port", port], folder, OMP_NUM_THREADS="1",

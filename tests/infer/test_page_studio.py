@@ -62,7 +62,7 @@ def same_as(cli, ours, output: Path, *words) -> None:
     assert ours.file.read_bytes() == output.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_both_pictures_are_those_of_infer_draw(studio, runs, cli, tmp_path, kind):
     run = runs / kind
     wish = Wish(run=run, model=None, prompt=PROMPT, steps=2, seed=3, guidance_scale=2.5,

@@ -203,7 +203,7 @@ def test_tables_from_before_retries_were_counted_are_copied_from(pictures, tmp_p
     assert set(retries_of(cache).values()) == {0}
 
 
-@pytest.mark.parametrize("other", ["scale", "resolution"])
+@pytest.mark.parametrize("other", ["scale", pytest.param("resolution", marks=pytest.mark.slow)])
 def test_who_begins_a_cache_second_takes_over_the_scale(
     pictures, loud, tmp_path, monkeypatch, other
 ):

@@ -41,7 +41,7 @@ def imitation(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_it_trains_draws_and_exports(imitation, cli, tiny_cache, tmp_path, kind):
     run = tmp_path / "run"
     words = ["distill", "--model", "tiny-sd", "--cache", tiny_cache, "--run", run, "--student",

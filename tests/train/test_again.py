@@ -99,7 +99,12 @@ MOMENTS = {  # where, and how often Ctrl-C; the status and the checkpoints it le
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+SLOW = ("after the first step", "twice", "in a save")  # the others differ more
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in MOMENTS]
+)
 def test_the_same_command_ends_with_the_bits_of_one_that_nobody_interrupted(
     distil, monkeypatch, tmp_path, whole, moment
 ):

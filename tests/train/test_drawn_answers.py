@@ -18,7 +18,11 @@ from train.config import RunConfig
 from train.trainer.setup import prepare
 
 STEPS, KEPT = 5, 3
-MODELS = [("tiny_sd", "epsilon"), ("tiny_sd", "v_prediction"), ("tiny_xl", "epsilon")]
+MODELS = [
+    pytest.param("tiny_sd", "epsilon", marks=pytest.mark.slow),
+    ("tiny_sd", "v_prediction"),
+    ("tiny_xl", "epsilon"),
+]
 
 
 def settings(model, cache, run="run", **more) -> RunConfig:

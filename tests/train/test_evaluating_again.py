@@ -87,9 +87,8 @@ def test_killed_in_an_evaluation_a_run_ends_with_the_same_bits(
     assert [line["step"] for line in evaluations(config.run)] == [2, 3]
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(MIDDLE_OF_STEP_2, marks=pytest.mark.slow), MIDDLE_OF_STEP_3]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [MIDDLE_OF_STEP_2, MIDDLE_OF_STEP_3])
 def test_sigterm_ends_an_evaluation_and_the_resumed_run_begins_with_it(
     settings, whole, monkeypatch, capsys, moment
 ):
@@ -107,7 +106,7 @@ def test_sigterm_ends_an_evaluation_and_the_resumed_run_begins_with_it(
     assert (config.run / "pytorch_lora_weights.safetensors").exists()
 
 
-@pytest.mark.parametrize("saved_every", [1, 100])
+@pytest.mark.parametrize("saved_every", [pytest.param(1, marks=pytest.mark.slow), 100])
 def test_a_measure_that_fails_costs_no_training(settings, monkeypatch, tmp_path, saved_every):
     """Whether or not a checkpoint was due at that step, too."""
     (tmp_path / "of_mine.py").write_text(

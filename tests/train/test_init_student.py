@@ -115,7 +115,9 @@ def test_an_ordinary_unet_leaves_the_guidance_input_as_it_starts(tiny_sd, tmp_pa
         assert not any(found[name].any() for name in extra)
 
 
-@pytest.mark.parametrize("form", ["metadata", "plain", "old", "fp16"])
+@pytest.mark.parametrize(
+    "form", ["metadata", pytest.param("plain", marks=pytest.mark.slow), "old", "fp16"]
+)
 def test_a_lora_of_diffusers_is_what_diffusers_draws_with_it(tiny_sd, tmp_path, form):
     """Another's: attention alone, alpha twice the rank where metadata say so."""
     unet = stock_unet(tiny_sd)

@@ -58,8 +58,15 @@ def answer(unet: UNet2DConditionModel) -> torch.Tensor:
         ).sample
 
 
-@pytest.mark.parametrize("model", ["tiny-sd", "tiny-xl"])
-@pytest.mark.parametrize("name", ["pytorch_lora_weights", "kohya_lora_weights"])
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("pytorch_lora_weights", "tiny-sd"),
+        pytest.param("pytorch_lora_weights", "tiny-xl", marks=pytest.mark.slow),
+        pytest.param("kohya_lora_weights", "tiny-sd", marks=pytest.mark.slow),
+        ("kohya_lora_weights", "tiny-xl"),
+    ],
+)
 def test_stock_diffusers_computes_what_training_computed(model, name, repo, tmp_path):
     folder = repo / "data" / model
     teacher = load_unet(str(folder))

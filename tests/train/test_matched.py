@@ -15,6 +15,9 @@ from train.networks.matched import MatchedStudent
 
 FAKES = ["lora", "full"]
 PAIRS = list(itertools.product(KINDS, FAKES))
+TWO_PAIRS = [
+    pytest.param(*pair, marks=[] if pair[0] == pair[1] else pytest.mark.slow) for pair in PAIRS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +45,7 @@ def ask(student: MatchedStudent, seed: int = 0):
     return batch.latents, torch.tensor([999, 500, 20]), batch, empty
 
 
-@pytest.mark.parametrize(("kind", "fake"), PAIRS)
+@pytest.mark.parametrize(("kind", "fake"), TWO_PAIRS)
 def test_each_speaks_for_itself_in_any_order(networks, tiny_sd, kind, fake):
     student = networks(kind, fake, gan_weight=0.1)
     z, t, batch, empty = ask(student)
@@ -96,7 +99,7 @@ def test_the_fakes_adapters_may_have_a_rank_of_their_own(tiny_sd):
 
 # With it, the gradients without it are asked for too.
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize(("kind", "fake"), PAIRS)
+@pytest.mark.parametrize(("kind", "fake"), TWO_PAIRS)
 def test_gradients_reach_the_one_that_learns_alone(networks, kind, fake, checkpointing):
     """And with gradient checkpointing they are the same, whoever spoke between."""
     plain = networks(kind, fake, gan_weight=0.1)
@@ -173,7 +176,7 @@ def test_features_of_real_latents_are_not_kept(networks):
     assert kept(batch.noise) < 1.05 * kept()
 
 
-@pytest.mark.parametrize(("kind", "fake"), PAIRS)
+@pytest.mark.parametrize(("kind", "fake"), TWO_PAIRS)
 def test_a_checkpoint_brings_back_both(networks, tiny_sd, kind, fake):
     student = networks(kind, fake, gan_weight=0.1)
     state = {name: tensor.clone() for name, tensor in student.state().items()}

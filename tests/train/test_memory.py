@@ -32,6 +32,12 @@ MODELS = ["tiny_sd", pytest.param("tiny_xl", marks=pytest.mark.slow)]
 KINDS = ["full", "lora"]
 
 
+def two_of(one: tuple, other: tuple) -> list:
+    """Both, and, slow, what is mixed of the two."""
+    mixed = [(one[0], other[1]), (other[0], one[1])]
+    return [one, other, *(pytest.param(*case, marks=pytest.mark.slow) for case in mixed)]
+
+
 @pytest.fixture(params=MODELS)
 def model(request):
     return request.getfixturevalue(request.param)
@@ -68,8 +74,7 @@ def make_batch(unet, device="cpu") -> Batch:
     return batch.to(torch.device(device))
 
 
-@pytest.mark.parametrize("mixed", ["no", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "mixed"), two_of(("full", "no"), ("lora", "bf16")))
 def test_weights_and_optimizer_are_those_of_the_run(model, kind, mixed):
     settings = config(model, kind, mixed_precision=mixed)
     found = estimate(unet_config(model), settings, SIZE)
@@ -85,8 +90,7 @@ def test_weights_and_optimizer_are_those_of_the_run(model, kind, mixed):
     assert found.optimizer == bytes_of(averages)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "checkpointing"), two_of(("full", False), ("lora", True)))
 def test_activations_are_those_that_a_real_forward_saves(model, kind, checkpointing):
     """Counted on the CPU with autograd's own hooks, each storage once, weights left out."""
     settings = config(model, kind, gradient_checkpointing=checkpointing)
@@ -152,7 +156,7 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_of_several_processes_each_holds_what_fully_shard_leaves_it(tiny_sd, kind, group):
     group(4)
     settings = config(tiny_sd, kind)

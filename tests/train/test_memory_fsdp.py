@@ -108,7 +108,8 @@ def peaks(model, sharded, config: DistillConfig, size: tuple[int, int]) -> tuple
     return step_peak(sharded(config), config, size), found.peak - found.optimizer
 
 
-@pytest.mark.parametrize("fake", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fake", ["lora", "full"])
 def test_the_features_that_fsdp_keeps_are_counted(tiny_sd, sharded, fake):
     config = settings(tiny_sd, fake, fake, gan_weight=0.1)
     wanted, found = peaks(tiny_sd, sharded, config, (32, 32))

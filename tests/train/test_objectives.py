@@ -30,7 +30,7 @@ def one_thread():
 # ---- Runs.
 
 
-KILLED = [("tcd", "lora"), ("pcm", "full"), ("lcf", "lora")]
+KILLED = [("tcd", "lora"), ("pcm", "full")]
 SLOWER = [(o, k) for o in SCHEDULERS for k in KINDS if (o, k) not in KILLED]
 
 

@@ -119,7 +119,8 @@ def test_with_every_objective_two_processes_take_the_step_of_one(launch, objecti
     assert relative(gradients(two), gradients(one)) < 1e-9
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_in_fp32_two_processes_round_as_one_does(launch, kind):
     flags = {"objective": "denoise", "student": kind, "unet_time_cond_proj_dim": None}
     one, two = launch("one", 1, **flags), launch("two", 2, **flags, **TWO)

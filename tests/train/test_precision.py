@@ -29,7 +29,7 @@ def model(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_changes_no_gradient(tiny_sd, kind):
     gradients = []
     for checkpointing in (False, True):

@@ -90,7 +90,7 @@ ROUGH = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one(settings, kind, capsys):
     rough = {"student": kind, "proportion_empty_prompts": 0.2, **ROUGH[kind]}
     whole = settings("whole", **rough)

@@ -64,7 +64,7 @@ def load_unet(folder: Path, **more) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **more)
 
 
-@pytest.mark.parametrize("family", ["sd", "xl"])
+@pytest.mark.parametrize("family", [pytest.param("sd", marks=pytest.mark.slow), "xl"])
 def test_a_plain_pipeline_draws_what_the_told_student_draws(runs, family, cli):
     run = runs(family, "full")
     folder, said = export(cli, run, "--guidance-scale", GUIDANCE)
@@ -117,7 +117,7 @@ def test_the_halves_are_the_same_in_fp16(runs, cli, tmp_path):
     assert (only / "student.fp16.safetensors").is_file()
 
 
-@pytest.mark.parametrize("family", ["sd", "xl"])
+@pytest.mark.parametrize("family", ["sd", pytest.param("xl", marks=pytest.mark.slow)])
 def test_a_merged_lora_draws_what_the_lora_draws(runs, family, cli):
     """That of sd has a style in it, which its teacher wore."""
     run = runs(family, "lora")
