@@ -104,13 +104,17 @@ SLOW = ("evaluate", "compare")  # read in the fast tests, carried out in the slo
 DRAWN = ("README.md", "docs/finetuning.md")  # with previews; the others' are the same command's
 
 
-@pytest.mark.parametrize("page", [page for page, found in BY_PAGE.items() if found])
+RUN_SLOWLY = ("docs/recipes.md",)  # all of it, by the next test
+QUICK = [page for page, found in BY_PAGE.items() if found and page not in RUN_SLOWLY]
+
+
+@pytest.mark.parametrize("page", QUICK)
 def test_blocks_run(page, workspace, cli):
     run_blocks(page, workspace, cli, {*SLOW}, PREVIEWS if page in DRAWN else {})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+@pytest.mark.parametrize("page", ["README.md", *RUN_SLOWLY])
 def test_slow_blocks_run(page, workspace, cli):
     run_blocks(page, workspace, cli, set(), PREVIEWS | EVALUATIONS)
 

@@ -42,7 +42,7 @@ def with_student(run, kind, **parts):
     return pipe
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["tiny-sd", pytest.param("tiny-xl", marks=pytest.mark.slow)])
 def test_from_a_picture(cli, repo, tmp_path, name):
     picture = write_picture(tmp_path / "in.png")
     ours = draw(
@@ -86,7 +86,7 @@ def test_into_a_picture_where_the_mask_is_white(cli, repo, tmp_path, name):
     assert np.abs(ours[:, 32:] - given[:, 32:]).mean() > 5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param("tiny-sd", marks=pytest.mark.slow), "tiny-xl"])
 def test_a_controlnet_steers(cli, repo, tmp_path, name):
     model = repo / "data" / name
     network = write_controlnet(model, tmp_path / "control")

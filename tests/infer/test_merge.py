@@ -64,8 +64,15 @@ def merge(cli, files, *words, scales=SCALES):
     return Path(answer.out.strip()), answer.err
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("kohya", "tiny-sd"),
+        pytest.param("kohya", "tiny-xl", marks=pytest.mark.slow),
+        pytest.param("diffusers", "tiny-sd", marks=pytest.mark.slow),
+        ("diffusers", "tiny-xl"),
+    ],
+)
 def test_the_merged_file_draws_what_the_mixed_adapters_draw(
     cli, repo, styles, tmp_path, name, form
 ):

@@ -108,7 +108,16 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("room", [0, 8, 40, 120, 220])
+@pytest.mark.parametrize(
+    "room",
+    [
+        0,
+        pytest.param(8, marks=pytest.mark.slow),
+        40,
+        pytest.param(120, marks=pytest.mark.slow),
+        220,
+    ],
+)
 def test_a_disk_that_fills_up_and_is_freed(run, small_disk, tmp_path, room):
     """`room` kB are left: too few for the identity, ..., for the second unit's shard."""
     tars = [

@@ -53,7 +53,11 @@ def cache(kept, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "prediction"),
-    [(TINY_SD, "epsilon"), (TINY_SD, "v_prediction"), (TINY_XL, "epsilon")],
+    [
+        pytest.param(TINY_SD, "epsilon", marks=pytest.mark.slow),
+        (TINY_SD, "v_prediction"),
+        (TINY_XL, "epsilon"),
+    ],
     ids=["eps", "v", "xl"],
 )
 def test_answers_are_what_the_teacher_says_at_the_points_of_the_solver(tmp_path, model, prediction):

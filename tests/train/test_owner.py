@@ -97,7 +97,7 @@ def test_one_that_ends_leaves_no_trace_and_one_that_is_killed_leaves_it_free(wri
     assert (tmp_path / "run" / "published").read_text() == "again\n"
 
 
-@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("ended", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_sleeper_that_wakes_publishes_nothing(writer, tmp_path, ended):
     sleeper = began(writer())
     sleeper.send_signal(signal.SIGSTOP)

@@ -60,7 +60,7 @@ def adapters(run: Run) -> dict[str, torch.Tensor]:
     return load_file(last / "networks.safetensors")
 
 
-@pytest.mark.parametrize("file", [LORA_FILE, KOHYA_FILE])
+@pytest.mark.parametrize("file", [LORA_FILE, pytest.param(KOHYA_FILE, marks=pytest.mark.slow)])
 def test_stock_diffusers_draws_style_and_student_from_one_file(cli, styled, style, tmp_path, file):
     pipe = styled.load()
     pipe.load_lora_weights(styled.folder, weight_name=file)
