@@ -1,5 +1,6 @@
 """Students of the tiny teachers, and batches for them."""
 
+import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
@@ -13,6 +14,12 @@ from train.objectives.lcd import LCD
 CPU = torch.device("cpu")
 MODELS = ["tiny_sd", "tiny_xl"]
 KINDS = ["full", "lora"]
+
+
+def two_of(one: tuple, other: tuple) -> list:
+    """Both, and, slow, what is mixed of the two."""
+    mixed = [(one[0], other[1]), (other[0], one[1])]
+    return [one, other, *(pytest.param(*case, marks=pytest.mark.slow) for case in mixed)]
 
 
 def build(model, kind: str, **more):

@@ -205,7 +205,7 @@ def test_sigterm_right_after_a_resume_writes_nothing_again(cli, monkeypatch, wor
 # ---- What a checkpoint belongs to.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_another_teacher_of_the_same_family_is_noticed(tiny_cache, tiny_sd, tmp_path, kind):
     """By its weights, wherever they lie and in whatever precision they are held."""
     shutil.copytree(tiny_sd, tmp_path / "moved")

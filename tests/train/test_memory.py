@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from shared.cache.conditioning import TextEmbeds
 from shared.errors import UserError
 from shared.wording import size_of
+from tests.support.students import KINDS, two_of
 from train.config import DistillConfig
 from train.data.loader import Batch
 from train.memory.advice import ROOM, memory_line
@@ -29,13 +30,6 @@ from train.trainer.distributed import apply_fsdp
 SIZE, COUNT = (32, 32), 3
 WORKSPACE = 300_000_000  # bytes that kernels may take for themselves
 MODELS = ["tiny_sd", pytest.param("tiny_xl", marks=pytest.mark.slow)]
-KINDS = ["full", "lora"]
-
-
-def two_of(one: tuple, other: tuple) -> list:
-    """Both, and, slow, what is mixed of the two."""
-    mixed = [(one[0], other[1]), (other[0], one[1])]
-    return [one, other, *(pytest.param(*case, marks=pytest.mark.slow) for case in mixed)]
 
 
 @pytest.fixture(params=MODELS)

@@ -29,7 +29,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("absolute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_is_opened_from_another_folder(cli, project, tmp_path, monkeypatch, absolute):
     """models/mine, which could be a repository of the hub, too."""
     run = project / "runs" / "mine"
