@@ -9,8 +9,8 @@ import tomllib
 import huggingface_hub.constants
 import pytest
 
-from infer.config import PageConfig
-from prep.config import EncodeConfig
+from infer import __main__ as infer
+from prep import __main__ as prep
 from shared.cli.config import parse
 from tests.support.docs import (
     EVALUATIONS,
@@ -27,7 +27,7 @@ from tests.support.docs import (
     pages,
 )
 from tests.support.learned import few_redrawn
-from train.config import CompareConfig, EvaluateConfig
+from train import __main__ as train
 
 ALL = [block for page in pages() for block in blocks(page)]
 BY_PAGE = {
@@ -96,21 +96,31 @@ def test_every_block_says_what_it_is(block):
         json.loads(block.text)
 
 
-READ = {
-    "encode": EncodeConfig, "evaluate": EvaluateConfig, "compare": CompareConfig,
-    "page": PageConfig,
-}  # fmt: skip
-SLOW = ("evaluate", "compare")  # read in the fast tests, carried out in the slow ones
+CONFIGS = {
+    (program, name): config
+    for program, main in (("prep", prep), ("train", train), ("infer", infer))
+    for name, (config, _) in main.COMMANDS.items()
+}
+SLOW = {("train", "evaluate"), ("train", "compare")}  # carried out in the slow tests alone
 DRAWN = ("README.md", "docs/finetuning.md")  # with previews; the others' are the same command's
 
 
-RUN_SLOWLY = ("docs/recipes.md",)  # all of it, by the next test
+# Pages whose commands are carried out in the slow tests, and read in the fast ones.
+RUN_SLOWLY = (
+    "docs/recipes.md", "docs/drawing.md", "docs/exports.md", "docs/merging.md",
+    "docs/comparing.md", "docs/synthesizing.md", "docs/teacher-answers.md",
+)  # fmt: skip
 QUICK = [page for page, found in BY_PAGE.items() if found and page not in RUN_SLOWLY]
 
 
 @pytest.mark.parametrize("page", QUICK)
 def test_blocks_run(page, workspace, cli):
-    run_blocks(page, workspace, cli, {*SLOW}, PREVIEWS if page in DRAWN else {})
+    run_blocks(page, workspace, cli, SLOW, PREVIEWS if page in DRAWN else {})
+
+
+@pytest.mark.parametrize("page", RUN_SLOWLY)
+def test_flags_are_known(page, workspace, cli):
+    assert run_blocks(page, workspace, cli, CONFIGS.keys(), {}) > 0
 
 
 @pytest.mark.slow
@@ -120,23 +130,28 @@ def test_slow_blocks_run(page, workspace, cli):
 
 
 def run_blocks(page, workspace, cli, read, numbers):
-    """Carry out a page's blocks, with these numbers besides those of TINY.
+    """Carry out a page's blocks, with these numbers besides those of TINY; count the commands.
 
-    Of the commands in `read` only the flags are looked at.
+    Of the commands in `read` only the flags are looked at. Python goes on from what all others
+    have made.
     """
-    names = {}
+    names, count = {}, 0
     for block in [GIVEN.get(page, ""), *BY_PAGE[page]]:
         if block and not isinstance(block, str) and block.language == "python":
-            workspace.python(block.text, names)
+            if read != CONFIGS.keys():
+                workspace.python(block.text, names)
             continue
         for words in workspace.shell(block if isinstance(block, str) else block.text):
             command = module_command(words)
             if command is None:
                 continue
-            named = command[0] == "train" and command[1] in read
-            served = command[:2] == ["infer", "page"]  # until Ctrl-C; tests/infer/test_page.py
-            if "--engine" in command or named or served:  # the first runs in prep/test_ray.py
-                parse(READ[command[1]], command[2:], "")
+            count += 1
+            called = (command[0], command[1])
+            served = called == ("infer", "page")  # until Ctrl-C; tests/infer/test_page.py
+            # Engines run in prep/test_ray.py.
+            if "--engine" in command or called in read or served:
+                parse(CONFIGS[called], command[2:], "")
                 continue
             answer = cli(*cut_down(command, numbers))
             assert answer.status == 0, f"{block}: {words}\n{answer.err}{answer.out}"
+    return count

@@ -126,6 +126,7 @@ def test_what_is_too_large_is_shown_smaller_and_at_fewer_steps(run):
     assert none.left_out
 
 
+@pytest.mark.slow
 def test_a_page_of_long_trainings_stays_small(run, tmp_path):
     """40,000 lines of metrics each: lows and highs stay, and the page says what is not shown."""
     runs = [run, *(copied(run, tmp_path / "runs" / f"{n}") for n in range(3))]

@@ -92,6 +92,7 @@ def test_both_pictures_are_those_of_infer_draw(studio, runs, cli, tmp_path, kind
     assert "negative" not in found["teacher"].drawing.how
 
 
+@pytest.mark.slow
 def test_a_style_is_mixed_into_both_and_a_few_step_lora_into_the_student(
     studio, runs, cli, tmp_path, tiny_sd
 ):
@@ -107,6 +108,7 @@ def test_a_style_is_mixed_into_both_and_a_few_step_lora_into_the_student(
     assert "with ink.safetensors at 0.7" in found["teacher"].drawing.how
 
 
+@pytest.mark.slow
 def test_both_begin_with_a_picture(studio, runs, cli, tmp_path):
     picture = write_picture(tmp_path / "given.png", (96, 80))
     wish = Wish(run=runs / "lora", model=None, prompt=PROMPT, steps=4, image=picture, strength=0.5,

@@ -147,6 +147,7 @@ def test_an_interrupted_run_leaves_no_thread_and_no_file(tar, tmp_path, monkeypa
     assert list((cache / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_row_costs_few_bytes_until_the_unit_is_committed(tmp_path, monkeypatch):
     """Python's share: what Arrow and NumPy hold of a row is its account and its sums."""
     held = {}

@@ -203,6 +203,7 @@ def assert_one_bucket(urls, sources, folder):
         assert objects(url) == alone(folder / f"{number}", sources, identity)
 
 
+@pytest.mark.slow
 def test_parts_begin_a_cache_on_s3_at_once(server, tmp_path, sources):
     flags = ["--parts", 3, "--unlike"]
     urls = together(tmp_path, sources, *flags, cache="s3://bucket/parts")

@@ -31,6 +31,7 @@ def put(cache: Path, url: str) -> None:
             bucket().put_file(str(path), f"{url.removeprefix('s3://')}/{path.relative_to(cache)}")
 
 
+@pytest.mark.slow
 def test_a_cache_behind_a_url(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     cache, url = encode(tars(tmp_path, 2, 5), tmp_path / "cache"), "s3://bucket/taught"

@@ -115,6 +115,7 @@ def test_a_lora_instead_of_a_full_student():
     assert changed.ema_decay == 0.95
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_alone_goes_on_in_shards(unet, monkeypatch):
     """A card that holds less than all weights and averages, but more than a quarter of them."""
     monkeypatch.setattr("train.memory.advice.fitting", lambda *_: None)  # the other tests' business

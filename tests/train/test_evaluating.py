@@ -144,6 +144,7 @@ def test_a_run_that_is_evaluated_trains_as_one_that_is_not(settings, flags):
     assert [line["step"] for line in evaluations(config.run)] == [2, 3]
 
 
+@pytest.mark.slow
 def test_its_time_is_not_the_steps(settings, monkeypatch):
     """A clock that evaluations advance by an hour, and steps by a second."""
     now = [0.0]
@@ -188,6 +189,7 @@ def test_samples_that_are_not_there_are_refused(settings, tiny_cache, small_cach
     assert "24 samples of its most frequent size to evaluate on; give an --eval-cache with" in said
 
 
+@pytest.mark.slow
 def test_another_cache_may_hold_the_pictures(settings, tiny_cache, tiny_xl_cache):
     config = settings(cache=tiny_cache, eval_cache=tiny_cache, num_eval_samples=72)
     run = prepare(config)

@@ -126,6 +126,7 @@ def test_a_measure_that_fails_costs_no_training(settings, monkeypatch, tmp_path,
     assert [one["step"] for one in evaluations(config.run)] == [1]
 
 
+@pytest.mark.slow
 def test_a_run_may_be_evaluated_otherwise_when_it_goes_on(settings, tiny_cache):
     """And what was noted of an abandoned attempt is gone."""
     first = settings(evaluation_steps=1, checkpointing_steps=1, max_train_steps=2)
@@ -143,13 +144,14 @@ def test_a_run_may_be_evaluated_otherwise_when_it_goes_on(settings, tiny_cache):
     assert timeless(first.run) == again[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "environment"),
     [
         pytest.param("lora", None, id="ddp"),
-        pytest.param("full", FSDP, id="fsdp", marks=pytest.mark.slow),
-        pytest.param("full", None, id="ddp-full", marks=pytest.mark.slow),
-        pytest.param("lora", FSDP, id="fsdp-lora", marks=pytest.mark.slow),
+        pytest.param("full", FSDP, id="fsdp"),
+        pytest.param("full", None, id="ddp-full"),
+        pytest.param("lora", FSDP, id="fsdp-lora"),
     ],
 )
 def test_two_processes_find_the_figures_of_one(repo, tmp_path, tiny_sd, holding, kind, environment):

@@ -27,7 +27,8 @@ def true_distance(size, scale, shift) -> float:
     return size * shift**2 + ((spread - scale * spread) ** 2).sum()
 
 
-@pytest.mark.parametrize("together", [0.0, pytest.param(0.7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [0.0, 0.7])
 def test_distances_of_known_gaussians_are_covered(together):
     """Around the figure lies what so many pictures give on average; less the bias, the truth."""
     rng, size, scale, shift = np.random.default_rng(1), 12, 1.5, 0.3

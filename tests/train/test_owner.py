@@ -218,6 +218,7 @@ def test_a_dry_run_takes_nothing(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_another_saved_in_between_is_not_left_behind(settings, monkeypatch):
     """It trained and ended while this command was loading its networks."""
     build = setup.build_student

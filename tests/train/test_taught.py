@@ -26,6 +26,7 @@ def train(folder, *words):
     return answer
 
 
+@pytest.mark.slow
 def test_a_lora_is_distilled_from_answers_and_drawn(taught, tmp_path, tiny_xl):
     words = ["distill", "--cache", taught, "--model", tiny_xl, "--run", tmp_path / "run",
              "--train-batch-size", 2, "--lora-rank", 4, "--validation-steps", 0]  # fmt: skip
