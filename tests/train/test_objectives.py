@@ -101,7 +101,8 @@ def draw_exported(run: Run, objective: str, steps: int, seed: int, **more) -> np
     return (answer.images[0] * 255).round().astype(int)
 
 
-CASES = [("pcm", "sd", "lora"), ("tcd", "xl", "full"), ("lcf", "sd", "lora")]
+# All on tiny-xl: on tiny-sd two are killed above, and docs/objectives.md trains the third.
+CASES = [("pcm", "xl", "lora"), ("tcd", "xl", "full"), ("lcf", "xl", "lora")]
 OTHERS = [(o, f, k) for o in SCHEDULERS for f in FAMILIES for k in KINDS]
 ALL = [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in OTHERS if c not in CASES)]
 
