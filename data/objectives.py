@@ -21,6 +21,7 @@ from shared.cli.config import parse
 from shared.errors import UserError, run_main
 from shared.models.family import resolve_model
 from shared.networks.denoiser import load_schedule
+from shared.storage.files import create_exclusively, dump_json, parse_json
 from train.comparison.cost import relative_cost
 from train.config import DistillConfig, RunConfig
 from train.evaluation.record import read_evaluation
@@ -31,6 +32,7 @@ MODEL = "tiny-sd"
 EVALUATION = "--num-samples 1000 --threads 1"
 TEACHERS_ROWS = threading.Lock()  # held while they are drawn
 BUDGET = 800.0  # in steps of LCD that ask the teacher, with the same kind of student
+MOST = 1_000_000  # for a budget: months
 ANSWERS = 16
 PROCESSES = 2  # trainings side by side
 SEEDS = (0, 1, 2)
@@ -132,10 +134,28 @@ def steps_of(bench: Bench, recipe: Recipe) -> int:
     try:
         objective_of(config).build(config, load_schedule(model.source), None)
     except UserError as error:
+        cause = str(error).partition(";")[0]  # its remedy is flags that this command has not
         raise UserError(
-            f"--budget {bench.budget:g} is too small for {recipe.name}: {error}"
+            f"--budget {bench.budget:g} is too small for {recipe.name}: {cause}; give a larger one"
         ) from None
     return steps
+
+
+def claim(bench: Bench) -> None:
+    """Note in the folder what it is for.
+
+    Raises UserError where that is something else: trainings would go on otherwise than they began.
+    """
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    ours = {"budget": bench.budget, "recipes": {one.name: one.flags for one in RECIPES}}
+    file = bench.folder / "objectives.json"
+    if create_exclusively(dump_json(ours), file, bench.folder / "tmp"):
+        return
+    theirs = parse_json(file.read_bytes(), file, "give another --folder")
+    if theirs != ours:
+        same = isinstance(theirs, dict) and theirs.get("recipes") == ours["recipes"]
+        whose = f"--budget {theirs['budget']:g}" if same else "other recipes"
+        raise UserError(f"{bench.folder} holds the table of {whose}; give another --folder")
 
 
 def prepare(bench: Bench) -> None:
@@ -202,6 +222,7 @@ def with_beginnings(recipe: Recipe) -> list[Recipe]:
 
 def measure(bench: Bench) -> None:
     """Make the caches, the students and the table."""
+    claim(bench)
     say("count what a step of each costs")
     steps = {recipe.name: steps_of(bench, recipe) for recipe in RECIPES}
     prepare(bench)
@@ -222,11 +243,21 @@ def measure(bench: Bench) -> None:
     print((folder / "compare.md").read_text())
 
 
+def budget_argument(text: str) -> float:
+    """A number that trainings can have, as argparse's `type`."""
+    budget = float(text)
+    if not 0 < budget <= MOST:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0, and {MOST:,} at the most")
+    return budget
+
+
 def main() -> None:
     """Read the flags and run it all; what is done is not done again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=local_argument, default=Path("demo-objectives"))
-    parser.add_argument("--budget", type=float, default=BUDGET, help="of a line, in steps of LCD")
+    parser.add_argument(
+        "--budget", type=budget_argument, default=BUDGET, help="of a line, in steps of LCD"
+    )
     args = parser.parse_args()
     workers = Workers(args.folder / "logs", PROCESSES)
     run_main(lambda: measure(Bench(args.folder, args.budget, workers)))

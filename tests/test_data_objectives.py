@@ -57,6 +57,25 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(objectives, "relative_cost", lambda *_: 1.5)  # counting it takes seconds
     with pytest.raises(
-        UserError, match="--budget 24 is too small for full-dmd: the student first learns"
+        UserError,
+        match=r"^--budget 24 is too small for full-dmd: the student first .*; give a larger one$",
     ):
         objectives.steps_of(bench_at(tmp_path, 24.0), BY_NAME["full-dmd"])
+
+
+def test_a_folder_is_for_one_budget(tmp_path: Path) -> None:
+    """A longer cosine is not one training of that length, and dmd would keep its beginning."""
+    objectives.claim(bench_at(tmp_path, 800.0))
+    objectives.claim(bench_at(tmp_path, 800.0))
+    with pytest.raises(UserError, match=r"holds the table of --budget 800; give another --folder$"):
+        objectives.claim(bench_at(tmp_path, 1600.0))
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-5", "1e12", "much"])
+def test_a_budget_is_a_number_that_can_be_spent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["objectives", "--budget", text])
+    with pytest.raises(SystemExit):
+        objectives.main()
+    assert "argument --budget: " in capsys.readouterr().err

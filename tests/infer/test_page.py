@@ -72,6 +72,8 @@ def test_a_program_draws_what_the_command_draws(client, runs, cli, tmp_path):
 def test_what_a_program_leaves_out_is_as_the_form_begins(client):
     answer = client.predict(what=LORA, prompt=PROMPT, teacher=False, api_name="/draw")
     assert "4 steps of LCM" in answer[1]
+    answer = client.predict(what="model/tiny-sd", prompt=PROMPT, api_name="/draw")
+    assert "50 steps of DDIM, guidance 3" in answer[1], answer  # which suit this model
     compared, _ = client.predict(runs=["lora"], api_name="/compare")
     assert "<iframe" in compared
     shown, note = client.predict(cache="cache", api_name="/browse")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from infer.page.tabs.morph import MorphTab
-from infer.page.work.child import Child
+from infer.page.work.child import ROOT, Child
 from infer.page.work.turns import Cancelled, Turn, Turns
 from shared.errors import UserError
 from tests.support.learned import shapes
@@ -96,6 +96,10 @@ def test_words_are_no_flags_and_refusals_are_one_line(tab, tmp_path):
     *_, last = morphed(tab, sent(tmp_path, first={"path": str(tmp_path / "text.png")}))
     assert "is no picture that can be used" in last[tab.note]
     assert "Traceback" not in last[tab.note]
+
+
+def test_the_process_runs_the_code_of_this_page(repo):
+    assert repo == ROOT
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import gradio as gr
 from infer.page import given, words
 from infer.page.folders import choices, chosen
 from infer.page.room import MODEL_QUEUE, Room
-from infer.page.tabs.draw_form import AS_TRAINED, FEW, LORAS, MANY, STRONGEST, layout
+from infer.page.tabs.draw_form import AS_SUITS, AS_TRAINED, FEW, LORAS, MANY, STRONGEST, layout
 from infer.page.work.following import OnStep, following
 from infer.page.work.studio import Drawing, Drawn, Studio, Wish
 from infer.page.work.turns import Cancelled, Turn
@@ -99,15 +99,12 @@ class DrawTab:
             choice = self.studio.choice(wish)
         except Exception as error:
             return unchanged | {form.note: words.refusal(error)}
-        sampling = choice.sampling
-        few = sampling.distilled
+        few = choice.sampling.distilled
         own = choice.prompts[0] if choice.prompts and not str(prompt or "").strip() else gr.skip()
-        most = min(FEW if few else MANY, sampling.most_steps)
+        most = most_steps(choice)
         student = choice.run is not None
         return {
-            form.steps: gr.update(
-                maximum=most, value=min(sampling.steps, most), interactive=most > 1
-            ),
+            form.steps: gr.update(maximum=most, value=usual_steps(choice), interactive=most > 1),
             form.guidance: gr.update(
                 value=choice.model.family.guidance_scale, info=guidance_info(choice)
             ),
@@ -133,26 +130,32 @@ class DrawTab:
     def read(self, sent: Mapping[str, Any]) -> Wish:
         """What the form says. Raises UserError for what the page would not send."""
         drawer = self.what_draws(sent["what"])
+        suits = self.studio.choice(drawer)
+        steps = or_else(sent["steps"], usual_steps(suits))
+        guidance = or_else(sent["guidance_scale"], suits.model.family.guidance_scale)
         scheduler = sent["scheduler"]
         if scheduler not in [AS_TRAINED, *drawing_schedulers()]:
             raise UserError("there is no such scheduler; choose one from the list")
         if not (asked := given.text(sent["prompt"], "the prompt")):
             raise UserError("the prompt is missing; say what the picture shall show")
         image = given.upload(sent["image"], "the picture", self.room.temporary)
-        teacher_steps = given.whole(sent["teacher_steps"], "teacher's steps", 1, MANY)
         return Wish(
             run=drawer.run,
             model=drawer.model,
             prompt=asked,
             negative_prompt=given.text(sent["negative_prompt"], "the negative prompt"),
-            steps=given.whole(sent["steps"], "steps", 1, MANY),
-            guidance_scale=given.number(sent["guidance_scale"], "guidance", 1, STRONGEST),
+            steps=given.whole(steps, "steps", 1, MANY),
+            guidance_scale=given.number(guidance, "guidance", 1, STRONGEST),
             seed=given.whole(sent["seed"], "the seed", 0, LARGEST_SEED),
             scheduler=None if scheduler == AS_TRAINED else scheduler,
             loras=self.read_loras(sent),
             image=None if image is None else image.file,
             strength=given.number(sent["strength"], "strength", 0.05, 1),
-            teacher_steps=teacher_steps if sent["teacher"] else 0,
+            teacher_steps=(
+                given.whole(sent["teacher_steps"], "teacher's steps", 1, MANY)
+                if sent["teacher"]
+                else 0
+            ),
         )
 
     def read_loras(self, sent: Mapping[str, Any]) -> tuple[tuple[Any, float], ...]:
@@ -236,6 +239,21 @@ class DrawTab:
         """End the session's drawing after the step under way."""
         self.room.turns.cancel(request.session_hash or "", KIND)
         return words.note("Cancelled.")
+
+
+def most_steps(choice: Choice) -> int:
+    """How many the slider offers."""
+    return min(FEW if choice.sampling.distilled else MANY, choice.sampling.most_steps)
+
+
+def usual_steps(choice: Choice) -> int:
+    """How many the slider begins with."""
+    return min(choice.sampling.steps, most_steps(choice))
+
+
+def or_else(value: Any, suits: float) -> Any:
+    """What was sent, or what suits in its place."""
+    return suits if value == AS_SUITS and not isinstance(value, bool) else value
 
 
 def name_of(own: Drawing) -> str:

@@ -14,6 +14,7 @@ LORAS = 3
 FEW, MANY = 8, 50  # steps that the slider offers for students, for models
 STRONGEST = 15.0  # guidance
 AS_TRAINED = "as trained"
+AS_SUITS = 0  # steps or guidance that a program leaves out; the page sets both for what draws
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def layout() -> Form:
             what = gr.Dropdown(label="What draws", choices=[], elem_id="what")
             prompt = gr.Textbox(label="Prompt", lines=2, max_lines=4, max_length=given.PROMPT,
                                 submit_btn=False, elem_id="prompt")  # fmt: skip
-            steps = gr.Slider(1, FEW, 4, step=1, label="Steps", elem_id="steps")
-            guidance = gr.Slider(1, STRONGEST, 7.5, step=0.1, label="Guidance", info=" ")
+            steps = gr.Slider(1, FEW, AS_SUITS, step=1, label="Steps", elem_id="steps")
+            guidance = gr.Slider(1, STRONGEST, AS_SUITS, step=0.1, label="Guidance", info=" ")
             with gr.Row(elem_classes="level"):
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
                 again = gr.Button("New seed", size="md", min_width=100)

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import infer
 from infer.page.work.turns import Cancelled, Turn
 from shared.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]  # where the packages are, installed or not
+ROOT = Path(infer.__file__).resolve().parents[1]  # where the packages are, installed or not
 LOOK = 0.2  # seconds between two looks at what was said
 PATIENCE = 20.0  # for a process to end that was asked to
 ERROR = "error: "
