@@ -110,7 +110,8 @@ def train(optimizer, weights, steps) -> None:
     for step in steps:
         rng = torch.Generator().manual_seed(step)
         for weight in weights.values():
-            weight.grad = torch.randn(weight.shape, generator=rng).to(weight.device)
+            gradient = torch.randn(weight.shape, generator=rng)
+            weight.grad = torch.empty_like(weight).copy_(gradient)  # it lies as autograd's do
         optimizer.step()
 
 
@@ -154,6 +155,18 @@ def test_adamw_goes_on_where_it_was(tmp_path):
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.999), 0.1, 1e-6)
     assert group["fused"]
     continued(settings, tmp_path)
+
+
+def test_it_is_the_plain_adamw():
+    settings = config(adam_beta1=0.8, adam_weight_decay=0.1, adam_epsilon=1e-6)
+    ours, theirs = parameters(), parameters(conv=torch.contiguous_format)
+    plain = torch.optim.AdamW(
+        theirs.values(), betas=(0.8, 0.999), weight_decay=0.1, eps=1e-6, fused=False
+    )
+    train(build_optimizer(settings, ours), ours, range(4))
+    train(plain, theirs, range(4))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-6, check_stride=False)
 
 
 def test_without_bitsandbytes(monkeypatch):

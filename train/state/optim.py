@@ -67,6 +67,7 @@ def saved(key: str, value: Any) -> Tensor:
 def restored(optimizer: torch.optim.Optimizer, key: str, value: Tensor, weight: Tensor) -> Any:
     """A checkpoint's value of an optimizer's state as the optimizer itself would hold it."""
     if key != "step":  # bitsandbytes' tables have shapes of their own
+        # The fused AdamW goes over memory as it lies: averages must lie as their weight.
         return like(weight, value) if value.shape == weight.shape else value.to(weight.device)
     if not isinstance(optimizer, torch.optim.AdamW):
         return int(value)  # bitsandbytes counts in Python
