@@ -23,6 +23,7 @@ def members(path):
         return {info.name: tar.extractfile(info).read() for info in tar}
 
 
+@pytest.mark.slow
 def test_the_script_rebuilds_a_committed_tar_byte_for_byte(tmp_path):
     path = PICTURES / "heldout" / "00001.tar"
     write_tar(tmp_path / "again.tar", "heldout", range(PER_TAR, 2 * PER_TAR))

@@ -95,7 +95,8 @@ def test_plain_pictures_read_as_ever_and_studded_ones_as_well():
     assert np.mean([agrees(s, read(i)) for s, i in zip(scenes, images, strict=True)]) < 0.1
 
 
-@pytest.mark.parametrize("count", [80, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [80, 600])
 def test_style_and_content_outlast_the_vae(count):
     """Told right in 98% at least; small stars blur into circles a little more often than plain."""
     right = {}

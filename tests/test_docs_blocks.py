@@ -102,20 +102,20 @@ CONFIGS = {
     for name, (config, _) in main.COMMANDS.items()
 }
 SLOW = {("train", "evaluate"), ("train", "compare")}  # carried out in the slow tests alone
-DRAWN = ("README.md", "docs/finetuning.md")  # with previews; the others' are the same command's
 
 
 # Pages whose commands are carried out in the slow tests, and read in the fast ones.
 RUN_SLOWLY = (
     "docs/recipes.md", "docs/drawing.md", "docs/exports.md", "docs/merging.md",
     "docs/comparing.md", "docs/synthesizing.md", "docs/teacher-answers.md",
+    "docs/finetuning.md", "docs/learning-pictures.md",
 )  # fmt: skip
 QUICK = [page for page, found in BY_PAGE.items() if found and page not in RUN_SLOWLY]
 
 
 @pytest.mark.parametrize("page", QUICK)
 def test_blocks_run(page, workspace, cli):
-    run_blocks(page, workspace, cli, SLOW, PREVIEWS if page in DRAWN else {})
+    run_blocks(page, workspace, cli, SLOW, PREVIEWS if page == "README.md" else {})
 
 
 @pytest.mark.parametrize("page", RUN_SLOWLY)

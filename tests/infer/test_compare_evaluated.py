@@ -72,6 +72,7 @@ def test_a_student_of_another_export_is_said(runs, tmp_path):
     assert "not evaluated yet: tcd" in page.text
 
 
+@pytest.mark.slow
 def test_runs_evaluated_on_other_pictures_are_kept_apart(runs, tmp_path, tiny_cache, monkeypatch):
     few_rows(monkeypatch, TEACHER[:2], (1,))
     held = shutil.copytree(tiny_cache, tmp_path / "held")

@@ -205,6 +205,7 @@ def test_refinements_change_what_is_between_the_ends_alone(morphed, cli, flag, t
     assert words[flag[-1]] in said.replace("; into", ",")
 
 
+@pytest.mark.slow
 def test_frames_are_respaced(morphed, cli, tmp_path):
     output, said = morph(cli, morphed, "--reschedule", "--output", tmp_path / "o")
     told = json.loads((output / "morph.json").read_text())

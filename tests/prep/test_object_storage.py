@@ -86,6 +86,7 @@ def test_the_bytes_are_those_of_a_local_cache_and_a_second_run_reads_no_source(
     assert [path.name for path in tmp_path.glob("distillery-*/*")] == []  # the scratch is empty
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_encoded_incrementally_and_gc_removes_the_rest(url, server, tmp_path):
     encode(url)
     put_sources(tmp_path, b=[*range(8, 14), 20])

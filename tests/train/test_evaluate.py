@@ -145,6 +145,7 @@ def test_rows_and_their_figures(run, held, tmp_path, few_rows, scorer, capsys):
     assert rows["ddim", 1]["fd"] != rows["dpmsolver++", 2]["fd"]
 
 
+@pytest.mark.slow
 def test_without_a_scorer_accuracy_is_null_and_a_read_only_cache_is_no_obstacle(
     run, held, tmp_path, three_rows, capsys
 ):
