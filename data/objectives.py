@@ -8,10 +8,11 @@ goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import math
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.arguments import local_argument
@@ -147,14 +148,16 @@ def claim(bench: Bench) -> None:
     Raises UserError where that is something else: trainings would go on otherwise than they began.
     """
     bench.folder.mkdir(parents=True, exist_ok=True)
-    ours = {"budget": bench.budget, "recipes": {one.name: one.flags for one in RECIPES}}
+    recipes = [asdict(one) for one in RECIPES]
+    ours = {"budget": bench.budget, "common": COMMON, "answers": ANSWERS, "recipes": recipes}
     file = bench.folder / "objectives.json"
     if create_exclusively(dump_json(ours), file, bench.folder / "tmp"):
         return
     theirs = parse_json(file.read_bytes(), file, "give another --folder")
     if theirs != ours:
-        same = isinstance(theirs, dict) and theirs.get("recipes") == ours["recipes"]
-        whose = f"--budget {theirs['budget']:g}" if same else "other recipes"
+        budget = theirs.get("budget") if isinstance(theirs, dict) else None
+        other = isinstance(budget, float) and budget != bench.budget
+        whose = f"--budget {budget:g}" if other else "other recipes"
         raise UserError(f"{bench.folder} holds the table of {whose}; give another --folder")
 
 
@@ -222,9 +225,9 @@ def with_beginnings(recipe: Recipe) -> list[Recipe]:
 
 def measure(bench: Bench) -> None:
     """Make the caches, the students and the table."""
-    claim(bench)
     say("count what a step of each costs")
     steps = {recipe.name: steps_of(bench, recipe) for recipe in RECIPES}
+    claim(bench)  # now that the budget is known to be large enough
     prepare(bench)
 
     def job(recipe: Recipe, seed: int) -> Job:
@@ -245,9 +248,12 @@ def measure(bench: Bench) -> None:
 
 def budget_argument(text: str) -> float:
     """A number that trainings can have, as argparse's `type`."""
-    budget = float(text)
+    try:
+        budget = float(text)
+    except ValueError:
+        budget = math.nan
     if not 0 < budget <= MOST:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0, and {MOST:,} at the most")
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0 and up to {MOST:,}")
     return budget
 
 

@@ -67,7 +67,9 @@ def test_a_folder_is_for_one_budget(tmp_path: Path) -> None:
     """A longer cosine is not one training of that length, and dmd would keep its beginning."""
     objectives.claim(bench_at(tmp_path, 800.0))
     objectives.claim(bench_at(tmp_path, 800.0))
-    with pytest.raises(UserError, match=r"holds the table of --budget 800; give another --folder$"):
+    with pytest.raises(
+        UserError, match=r"holds the table of --budget 800; give another --folder$"
+    ):
         objectives.claim(bench_at(tmp_path, 1600.0))
 
 
@@ -78,4 +80,4 @@ def test_a_budget_is_a_number_that_can_be_spent(
     monkeypatch.setattr("sys.argv", ["objectives", "--budget", text])
     with pytest.raises(SystemExit):
         objectives.main()
-    assert "argument --budget: " in capsys.readouterr().err
+    assert f"argument --budget: {text} is no number above 0 and up to " in capsys.readouterr().err

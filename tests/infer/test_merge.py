@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from shared.models.lora_files import read_lora
 from tests.support import warm
 from tests.support.exports import make_run
+from tests.support.students import two_of
 from tests.support.styles import ALPHA, RANK, write_style
 
 PIPELINES = {"tiny-sd": StableDiffusionPipeline, "tiny-xl": StableDiffusionXLPipeline}
@@ -64,15 +65,7 @@ def merge(cli, files, *words, scales=SCALES):
     return Path(answer.out.strip()), answer.err
 
 
-@pytest.mark.parametrize(
-    ("form", "name"),
-    [
-        ("kohya", "tiny-sd"),
-        pytest.param("kohya", "tiny-xl", marks=pytest.mark.slow),
-        pytest.param("diffusers", "tiny-sd", marks=pytest.mark.slow),
-        ("diffusers", "tiny-xl"),
-    ],
-)
+@pytest.mark.parametrize(("form", "name"), two_of(("kohya", "tiny-sd"), ("diffusers", "tiny-xl")))
 def test_the_merged_file_draws_what_the_mixed_adapters_draw(
     cli, repo, styles, tmp_path, name, form
 ):

@@ -17,7 +17,7 @@ KINDS = ["full", "lora"]
 
 
 def two_of(one: tuple, other: tuple) -> list:
-    """Both, and, slow, what is mixed of the two."""
+    """Both pairs of parameters, and, slow, what is mixed of the two."""
     mixed = [(one[0], other[1]), (other[0], one[1])]
     return [one, other, *(pytest.param(*case, marks=pytest.mark.slow) for case in mixed)]
 

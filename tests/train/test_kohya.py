@@ -12,6 +12,7 @@ from torch import nn
 
 from shared.networks.denoiser import load_unet
 from tests.support.models import SD15, SD21, SDXL, weightless
+from tests.support.students import two_of
 from train.export.kohya import kohya_metadata, kohya_tensors
 from train.export.student import export_student
 from train.networks.full import guided_copy
@@ -60,12 +61,7 @@ def answer(unet: UNet2DConditionModel) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "model"),
-    [
-        ("pytorch_lora_weights", "tiny-sd"),
-        pytest.param("pytorch_lora_weights", "tiny-xl", marks=pytest.mark.slow),
-        pytest.param("kohya_lora_weights", "tiny-sd", marks=pytest.mark.slow),
-        ("kohya_lora_weights", "tiny-xl"),
-    ],
+    two_of(("pytorch_lora_weights", "tiny-sd"), ("kohya_lora_weights", "tiny-xl")),
 )
 def test_stock_diffusers_computes_what_training_computed(model, name, repo, tmp_path):
     folder = repo / "data" / model

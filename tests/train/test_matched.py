@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.students import KINDS, build, disturb, make_batch, stock_unet
+from tests.support.students import KINDS, build, disturb, make_batch, stock_unet, two_of
 from train.memory.meta import LiveBytes
 from train.networks.fake import Head, first_half
 from train.networks.lora import LoraStudent
@@ -15,9 +15,7 @@ from train.networks.matched import MatchedStudent
 
 FAKES = ["lora", "full"]
 PAIRS = list(itertools.product(KINDS, FAKES))
-TWO_PAIRS = [
-    pytest.param(*pair, marks=[] if pair[0] == pair[1] else pytest.mark.slow) for pair in PAIRS
-]
+TWO_PAIRS = two_of(("lora", "lora"), ("full", "full"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The memory estimate of `--objective dmd` against real networks and a real step."""
 
-import itertools
 import json
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 from benchmarks.common.public_unets import SD15, SDXL
 from shared.cache.conditioning import TextEmbeds
 from shared.diffusion import schedule_from_config
-from tests.support.students import KINDS
+from tests.support.students import two_of
 from train.config import DistillConfig
 from train.data.batch import Batch
 from train.memory.estimate import Parallelism, estimate, meta_networks
@@ -20,11 +19,7 @@ from train.objectives.dmd import DMD
 from train.state.optim import build_optimizer
 
 SIZE, COUNT = (32, 32), 3
-# Two of the pairs have both kinds of either network.
-PAIRS = [
-    pytest.param(*pair, marks=[] if pair[0] == pair[1] else pytest.mark.slow)
-    for pair in itertools.product(KINDS, ["lora", "full"])
-]
+PAIRS = two_of(("full", "full"), ("lora", "lora"))
 
 
 def config(model, kind: str, fake: str = "lora", **more) -> DistillConfig:

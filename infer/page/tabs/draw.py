@@ -99,12 +99,15 @@ class DrawTab:
             choice = self.studio.choice(wish)
         except Exception as error:
             return unchanged | {form.note: words.refusal(error)}
-        few = choice.sampling.distilled
+        sampling = choice.sampling
+        few = sampling.distilled
         own = choice.prompts[0] if choice.prompts and not str(prompt or "").strip() else gr.skip()
-        most = most_steps(choice)
+        most = min(FEW if few else MANY, sampling.most_steps)
         student = choice.run is not None
         return {
-            form.steps: gr.update(maximum=most, value=usual_steps(choice), interactive=most > 1),
+            form.steps: gr.update(
+                maximum=most, value=min(sampling.steps, most), interactive=most > 1
+            ),
             form.guidance: gr.update(
                 value=choice.model.family.guidance_scale, info=guidance_info(choice)
             ),
@@ -130,9 +133,9 @@ class DrawTab:
     def read(self, sent: Mapping[str, Any]) -> Wish:
         """What the form says. Raises UserError for what the page would not send."""
         drawer = self.what_draws(sent["what"])
-        suits = self.studio.choice(drawer)
-        steps = or_else(sent["steps"], usual_steps(suits))
-        guidance = or_else(sent["guidance_scale"], suits.model.family.guidance_scale)
+        steps, guidance, teacher_steps = sent["steps"], sent["guidance_scale"], 0
+        if sent["teacher"]:
+            teacher_steps = given.whole(sent["teacher_steps"], "teacher's steps", 1, MANY)
         scheduler = sent["scheduler"]
         if scheduler not in [AS_TRAINED, *drawing_schedulers()]:
             raise UserError("there is no such scheduler; choose one from the list")
@@ -144,18 +147,16 @@ class DrawTab:
             model=drawer.model,
             prompt=asked,
             negative_prompt=given.text(sent["negative_prompt"], "the negative prompt"),
-            steps=given.whole(steps, "steps", 1, MANY),
-            guidance_scale=given.number(guidance, "guidance", 1, STRONGEST),
+            steps=None if left_out(steps) else given.whole(steps, "steps", 1, MANY),
+            guidance_scale=(
+                None if left_out(guidance) else given.number(guidance, "guidance", 1, STRONGEST)
+            ),
             seed=given.whole(sent["seed"], "the seed", 0, LARGEST_SEED),
             scheduler=None if scheduler == AS_TRAINED else scheduler,
             loras=self.read_loras(sent),
             image=None if image is None else image.file,
             strength=given.number(sent["strength"], "strength", 0.05, 1),
-            teacher_steps=(
-                given.whole(sent["teacher_steps"], "teacher's steps", 1, MANY)
-                if sent["teacher"]
-                else 0
-            ),
+            teacher_steps=teacher_steps,
         )
 
     def read_loras(self, sent: Mapping[str, Any]) -> tuple[tuple[Any, float], ...]:
@@ -241,19 +242,9 @@ class DrawTab:
         return words.note("Cancelled.")
 
 
-def most_steps(choice: Choice) -> int:
-    """How many the slider offers."""
-    return min(FEW if choice.sampling.distilled else MANY, choice.sampling.most_steps)
-
-
-def usual_steps(choice: Choice) -> int:
-    """How many the slider begins with."""
-    return min(choice.sampling.steps, most_steps(choice))
-
-
-def or_else(value: Any, suits: float) -> Any:
-    """What was sent, or what suits in its place."""
-    return suits if value == AS_SUITS and not isinstance(value, bool) else value
+def left_out(value: Any) -> bool:
+    """Is it for what draws to say?"""
+    return value == AS_SUITS and not isinstance(value, bool)
 
 
 def name_of(own: Drawing) -> str:

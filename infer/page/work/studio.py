@@ -46,7 +46,7 @@ class Wish:
     model: str | None
     prompt: str
     negative_prompt: str = ""
-    steps: int = 4
+    steps: int | None = None  # None, also for the guidance: those that suit what draws
     guidance_scale: float | None = None
     seed: int = 0
     scheduler: str | None = None
