@@ -67,9 +67,7 @@ def test_a_folder_is_for_one_budget(tmp_path: Path) -> None:
     """A longer cosine is not one training of that length, and dmd would keep its beginning."""
     objectives.claim(bench_at(tmp_path, 800.0))
     objectives.claim(bench_at(tmp_path, 800.0))
-    with pytest.raises(
-        UserError, match=r"holds the table of --budget 800; give another --folder$"
-    ):
+    with pytest.raises(UserError, match=r"holds the table of --budget 800; give another --folder$"):
         objectives.claim(bench_at(tmp_path, 1600.0))
 
 
