@@ -91,3 +91,13 @@ def test_old_pictures_are_gone_when_a_drawing_begins(tmp_path, small_cache, tiny
     *_, last = told
     assert "Cancelled." in last[tab.form.note]
     assert last[tab.form.teacher]["value"] is None
+
+
+def test_without_a_model_there_is_nothing_to_set(tmp_path):
+    with gr.Blocks():
+        tab = DrawTab(room_of(tmp_path / "page", tmp_path / "runs", tmp_path / "caches"))
+    found = tab.load()
+    assert not found[tab.form.draw]["interactive"]
+    assert not found[tab.form.steps]["visible"]
+    assert not found[tab.form.guidance]["visible"]
+    assert f"There is no student under {tmp_path / 'runs'} yet" in found[tab.form.note]

@@ -86,8 +86,10 @@ class DrawTab:
         }
         updates |= {one: gr.update(choices=loras, value="") for one in self.form.loras}
         if first is None:
-            empty = words.note(EMPTY.format(folders.runs))
-            return updates | {one: gr.skip() for one in self.suited} | {self.form.note: empty}
+            form, nothing = self.form, gr.update(visible=False)  # nothing that they could suit
+            updates |= {one: gr.skip() for one in self.suited}
+            updates |= {form.steps: nothing, form.guidance: dict(nothing)}
+            return updates | {form.note: words.note(EMPTY.format(folders.runs))}
         return updates | self.suit(first, "")
 
     def suit(self, what: Any, prompt: Any) -> Updates:

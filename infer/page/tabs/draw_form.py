@@ -69,8 +69,11 @@ def layout() -> Form:
             what = gr.Dropdown(label="What draws", choices=[], elem_id="what")
             prompt = gr.Textbox(label="Prompt", lines=2, max_lines=4, max_length=given.PROMPT,
                                 submit_btn=False, elem_id="prompt")  # fmt: skip
-            steps = gr.Slider(1, FEW, AS_SUITS, step=1, label="Steps", elem_id="steps")
-            guidance = gr.Slider(1, STRONGEST, AS_SUITS, step=0.1, label="Guidance", info=" ")
+            # Without the button that would reset them to AS_SUITS.
+            steps = gr.Slider(1, FEW, AS_SUITS, step=1, label="Steps", elem_id="steps", buttons=[])
+            guidance = gr.Slider(
+                1, STRONGEST, AS_SUITS, step=0.1, label="Guidance", info=" ", buttons=[]
+            )
             with gr.Row(elem_classes="level"):
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
                 again = gr.Button("New seed", size="md", min_width=100)
